@@ -1,0 +1,59 @@
+"""The embedded default: a small text-to-image model of coloured shapes, from nothing, on a laptop.
+
+    python -m sdjax.main --config=configs/base.py --workdir=runs/base
+
+Hardware: 2 CPU cores, 4 GiB. It generates its own captioned pictures, and trains a CLIP-style text
+encoder and a UNet on the latents of the small VAE that comes with sdjax (configs/vae_tiny.py makes
+it).
+"""
+
+from sdjax.config import default
+
+
+def get_config():
+    c = default()
+    c.vae_from = "tiny"
+
+    c.model.text_encoder.update(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+    )
+    c.model.unet.update(
+        sample_size=8,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=96,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=16,
+    )
+    c.tokenizer.vocab_size = 600
+
+    c.data.name = "captioned_shapes"
+    c.data.resolution = 64
+    c.data.shapes_pairs = 0.2
+    c.data.batch_size = 32
+
+    c.objective.weighting = "min_snr"
+    c.objective.min_snr_gamma = 5.0
+    c.objective.caption_dropout = 0.1
+    c.objective.stratified = True
+
+    c.optim.learning_rate = 1e-3
+    c.optim.weight_decay = 0.01
+    c.optim.warmup_steps = 200
+    c.optim.schedule = "cosine"
+    c.ema.profiles = ("warmup-0.999",)
+
+    c.train.steps = 4000
+    c.train.log_every = 50
+    c.train.sample_every = 1000
+    c.train.checkpoint_every = 1000
+    c.sample.guidance = 3.0
+    c.sample.sampler.steps = 25
+    c.sample.fidelity = 256
+    return c

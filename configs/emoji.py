@@ -1,0 +1,61 @@
+"""A small text-to-image model of emoji, or of any folder of captioned pictures, on a laptop.
+
+    python -m sdjax.main --config=configs/emoji_vae.py --workdir=runs/emoji_vae
+    --config.data.path=DIR
+    python -m sdjax.main --config=configs/emoji.py --workdir=runs/emoji --config.data.path=DIR \\
+        --config.vae_from=runs/emoji_vae
+
+DIR holds pictures and a metadata.jsonl with `file_name` and `text` (or train/ and test/ folders of
+that kind). Hardware: 2 CPU cores; see docs/emoji.md for the hour-long run and its pictures.
+"""
+
+from sdjax.config import default
+
+
+def get_config():
+    c = default()
+    c.vae_from = "tiny"
+
+    c.model.text_encoder.update(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=48,
+    )
+    c.model.unet.update(
+        sample_size=16,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=16,
+    )
+    c.tokenizer.vocab_size = 4096
+
+    c.data.name = "image_text_folder"
+    c.data.resolution = 64
+    c.data.batch_size = 32
+
+    # The noisiest latents must hold no trace of the picture: see configs/base.py.
+    c.schedule.zero_terminal_snr = True
+    c.objective.prediction_type = "v_prediction"
+    c.sample.sampler.spacing = "trailing"
+    c.objective.caption_dropout = 0.1
+    c.objective.stratified = True
+
+    c.optim.learning_rate = 8e-4
+    c.optim.weight_decay = 0.01
+    c.optim.warmup_steps = 500
+    c.optim.schedule = "cosine"
+    c.ema.profiles = ("warmup-0.9995",)
+
+    c.train.steps = 3000
+    c.train.log_every = 50
+    c.train.sample_every = 1000
+    c.train.checkpoint_every = 1000
+    c.sample.guidance = 3.0
+    c.sample.sampler.steps = 25
+    return c

@@ -1,0 +1,41 @@
+"""The small VAE of the default: 64 px pictures of shapes <-> 8x8x4 latents, reconstruction + KL.
+
+    python -m sdjax.main --config=configs/vae_tiny.py --workdir=runs/vae_tiny
+    python -m sdjax.convert --input=runs/vae_tiny --output=sdjax/models/tiny_vae \\
+        --dtype=float16 --force        # how the one that is shipped was made
+
+Hardware: 2 CPU cores.
+"""
+
+from sdjax.config import default
+
+
+def get_config():
+    c = default()
+    c.task = "autoencoder"
+    c.model.vae.update(
+        sample_size=64,
+        block_out_channels=(16, 32, 48, 56),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+    c.autoencoder.loss = "l1"
+    c.autoencoder.kl_weight = 1e-6
+
+    c.data.name = "captioned_shapes"
+    c.data.resolution = 64
+    c.data.batch_size = 32
+
+    c.optim.learning_rate = 2e-3
+    c.optim.warmup_steps = 100
+    c.optim.schedule = "cosine"
+    c.optim.end_value = 1e-5
+    c.optim.weight_decay = 0.0
+    c.ema.profiles = ("warmup-0.999",)
+
+    c.train.steps = 3000
+    c.train.sample_every = 1000
+    return c

@@ -1,0 +1,258 @@
+"""The configuration tree: every field, its default and its type, in one place.
+
+A recipe in `configs/` starts from `default()`, a locked `ConfigDict`, and changes what differs. The
+command line changes it further (`--config.train.steps=10`). `resolve` then checks the whole once
+and hands out frozen dataclasses; nothing below sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+import ml_collections
+
+from sdjax.data.pipeline import DataConfig
+from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.diffusion.losses import check as check_objective
+from sdjax.diffusion.samplers import SamplerConfig
+from sdjax.diffusion.schedules import ScheduleConfig
+from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.config import ConfigError
+from sdjax.models.unet import UNetConfig
+from sdjax.models.vae import VAEConfig
+from sdjax.parallel.mesh import MeshConfig
+from sdjax.train.ema import EMAConfig
+from sdjax.train.optim import OptimConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The networks. With `init_from` and its kin the loaded folder decides these instead."""
+
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    dtype: str = "float32"  # of matmuls and convolutions; parameters stay in float32
+    remat: str = "none"  # "none", "block", "full" or the name of a jax.checkpoint policy
+    attention: str = "auto"  # "dense" never takes a kernel; "auto" does where one is faster
+
+    def __post_init__(self):
+        if self.attention not in ("auto", "dense"):
+            raise ValueError(f"model.attention is {self.attention!r}; expected 'auto' or 'dense'")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer; one that comes with loaded weights wins over this."""
+
+    path: str = ""  # a folder with vocab.json and merges.txt; "" trains one on the captions
+    vocab_size: int = 1024  # upper bound, for a trained one
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Objective of `task="autoencoder"` (LDM `LPIPSWithDiscriminator` without its two networks)."""
+
+    loss: str = "l1"  # "l1" or "l2", mean over pixels
+    kl_weight: float = 1e-6  # times KL(q(z|x) || N(0, 1)), summed over the latent
+
+    def __post_init__(self):
+        if self.loss not in ("l1", "l2"):
+            raise ValueError(f"autoencoder.loss is {self.loss!r}; expected 'l1' or 'l2'")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how often, and when to give up. Counts are optimizer steps."""
+
+    steps: int = 1000
+    accumulation: int = 1  # micro-batches an optimizer step is the mean of
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_last: int = 2  # checkpoints kept: the newest of these ...
+    keep_every: int = 0  # ... and every one whose step is a multiple of this (0: none)
+    sample_every: int = 1000  # 0: only at the end
+    timestep_buckets: int = 4  # the loss is also logged for this many ranges of the timestep
+    max_nonfinite: int = 20  # steps in a row with a NaN or Inf before the run stops
+    spike_factor: float = 6.0  # warn when the gradient norm is so many deviations above its mean
+    export: bool = True  # write a diffusers folder at the end
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "log_every", "checkpoint_every", "keep_last",
+                     "timestep_buckets", "max_nonfinite"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("keep_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The pictures made while training."""
+
+    prompts: tuple[str, ...] = ()  # () takes captions of the evaluation split
+    count: int = 16  # how many of those
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
+    sampler: SamplerConfig = SamplerConfig()
+    fidelity: int = 0  # pictures the reader of captioned_shapes checks at the end (0: none)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"sample.count is {self.count}; expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    task: str = "text_to_image"  # or "autoencoder"
+    seed: int = 0
+    init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
+    vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax
+    text_encoder_from: str = ""
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EMAConfig = EMAConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
+    compilation_cache: str = ""  # folder of XLA's persistent cache; "" is ~/.cache/sdjax/xla
+
+    def __post_init__(self):
+        if self.task not in ("text_to_image", "autoencoder"):
+            raise ValueError(f"task is {self.task!r}; expected 'text_to_image' or 'autoencoder'")
+        if self.data.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"data.batch_size is {self.data.batch_size}, not divisible by "
+                f"train.accumulation = {self.train.accumulation}"
+            )
+        if self.sample.fidelity and self.data.name != "captioned_shapes":
+            raise ValueError(
+                f"sample.fidelity is {self.sample.fidelity} with data.name {self.data.name!r}; "
+                "pictures of captioned_shapes alone can be read back, set it to 0"
+            )
+        if self.task == "text_to_image":
+            check_objective(self.schedule, self.objective)
+
+
+def default() -> ml_collections.ConfigDict:
+    """All fields at their defaults, locked: setting a field that does not exist is an error."""
+    # Types are checked by `resolve`, which also knows unions such as `int | tuple`.
+    config = ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
+    return config.lock()
+
+
+def to_dict(config: Any) -> Any:
+    """Nested dataclasses -> nested dicts with the same leaves (tuples stay tuples)."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return config
+
+
+def resolve(config: ml_collections.ConfigDict | dict) -> Config:
+    """Check every field and return the frozen configuration.
+
+    Raises:
+        ConfigError: lists every unknown field, wrong type and value out of range at once.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    errors: list[str] = []
+    resolved = _build(Config, config, "config", errors)
+    if errors:
+        raise ConfigError("the configuration has errors:\n  " + "\n  ".join(errors))
+    assert resolved is not None
+    return resolved
+
+
+def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None:
+    if not isinstance(values, dict):
+        errors.append(f"{where} is {values!r}; expected a group of fields")
+        return None
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    before = len(errors)
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {where}.{close[0]}?" if close else f"; known: {sorted(known)}"
+            errors.append(f"{where}.{name} is not a field{hint}")
+    kwargs = {}
+    for name in known & set(values):
+        field = f"{where}.{name}"
+        if dataclasses.is_dataclass(hints[name]):
+            kwargs[name] = _build(hints[name], values[name], field, errors)
+        else:
+            try:
+                kwargs[name] = _cast(hints[name], values[name])
+            except TypeError:
+                errors.append(
+                    f"{field} is {values[name]!r} ({type(values[name]).__name__}); "
+                    f"expected {_describe(hints[name])}"
+                )
+    if len(errors) > before:
+        return None
+    try:
+        return cls(**kwargs)
+    except ValueError as error:
+        errors.append(f"{where}: {error}")
+        return None
+
+
+def _cast(hint: Any, value: Any) -> Any:
+    """`value` as type `hint` (int passes for float, list for tuple), or TypeError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _cast(option, value)
+            except TypeError:
+                continue
+        raise TypeError
+    if hint is type(None):
+        if value is None:
+            return None
+        raise TypeError
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise TypeError
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_cast(args[0], v) for v in value)
+        if len(args) != len(value):
+            raise TypeError
+        return tuple(_cast(a, v) for a, v in zip(args, value, strict=True))
+    if hint is tuple:
+        return tuple(value) if isinstance(value, tuple | list) else _fail()
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool):
+        raise TypeError
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise TypeError
+
+
+def _fail() -> Any:
+    raise TypeError
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")

@@ -1,0 +1,337 @@
+"""CLIP's tokenizer: byte-level BPE that marks the end of words, in a fixed context length.
+
+The way from text to tokens is that of `transformers.CLIPTokenizer` (transformers 5,
+`models/clip/tokenization_clip.py`; the same as `CLIPTokenizerFast` of transformers 4), and so are
+the ids. It needs the `tokenizers` library only. A vocabulary comes from a folder or is trained on
+captions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
+
+from sdjax import paths
+from sdjax.errors import UserError
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+END_OF_WORD = "</w>"
+DEFAULT_CONTEXT_LENGTH = 77  # OpenAI CLIP, clip/model.py
+# What transformers takes for the tokens that the files leave open, in the order it adds them.
+DEFAULT_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+# OpenAI CLIP, clip/simple_tokenizer.py
+SPLIT = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class TokenizerError(UserError):
+    """A tokenizer folder that cannot be read; the message says which file and why."""
+
+
+class Tokenizer:
+    """Captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        context_length: int = DEFAULT_CONTEXT_LENGTH,
+        special: Mapping[str, str | dict[str, Any]] | None = None,
+        added: Mapping[int, dict[str, Any]] | None = None,
+    ):
+        """`special` maps `bos_token` and the like to their text or to the arguments of an
+        `AddedToken`; `added` maps ids to the arguments of tokens taken whole from the text."""
+        if context_length < 3:
+            raise ValueError(
+                f"context_length = {context_length}: it must hold BOS, EOS and a token"
+            )
+        self.context_length = int(context_length)
+        self.truncated = 0  # captions cut so far, counted in this process
+        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
+        self._special = {**DEFAULT_SPECIAL, **(special or {})}
+        self._added = dict(added or {})
+        names = {key: _content(token) for key, token in self._special.items()}
+        self._backend = _backend(self._vocab, self._merges, unk=names["unk_token"])
+        _add_tokens(self._backend, self._special, self._added)
+        ids = self._backend.get_vocab()
+        self.bos_id, self.eos_id = ids[names["bos_token"]], ids[names["eos_token"]]
+        self.pad_id = ids[names["pad_token"]]
+        self._backend.post_processor = processors.RobertaProcessing(
+            (names["eos_token"], self.eos_id), (names["bos_token"], self.bos_id), False, False
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special and added ones included."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def null_tokens(self) -> np.ndarray:
+        """Tokens of the empty caption, int32 [context_length]: guidance's "no caption"."""
+        return self.encode([""])[0]
+
+    def encode(self, captions: Sequence[str]) -> np.ndarray:
+        """Tokens int32 [n, context_length]. Captions that are too long keep their EOS and are
+        counted in `truncated`."""
+        return self.encode_with_lengths(captions)[0]
+
+    def encode_with_lengths(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [n, context_length], and int32 [n]: how many each caption would have taken,
+        BOS and EOS included. A caption was cut where that is more than the context length."""
+        if isinstance(captions, str):
+            raise TypeError(
+                "captions: expected a list of strings, got one string; wrap it in a list"
+            )
+        encodings = self._backend.encode_batch([_valid_text(text) for text in captions])
+        tokens = np.full((len(encodings), self.context_length), self.pad_id, np.int32)
+        lengths = np.zeros(len(encodings), np.int32)
+        for row, encoding in enumerate(encodings):
+            ids = encoding.ids
+            lengths[row] = len(ids)
+            if len(ids) > self.context_length:
+                ids = [*ids[: self.context_length - 1], self.eos_id]
+            tokens[row, : len(ids)] = ids
+        self.truncated += int((lengths > self.context_length).sum())
+        return tokens, lengths
+
+    @classmethod
+    def load(cls, folder: paths.PathLike, context_length: int | None = None) -> Tokenizer:
+        """Reads a `CLIPTokenizer` folder: vocab.json and merges.txt (transformers 4, the hub), or
+        tokenizer.json (transformers 5). `context_length` defaults to the folder's own."""
+        folder = paths.to_path(folder)
+        config = _read_json(folder / "tokenizer_config.json", default={})
+        special = {key: config[key] for key in DEFAULT_SPECIAL if config.get(key) is not None}
+        vocab, merges, tokens = _read_vocabulary(folder)
+        if "added_tokens_decoder" in config:  # then transformers reads no other list of tokens
+            tokens = config["added_tokens_decoder"]
+        else:
+            overrides = _read_json(folder / "special_tokens_map.json", default={})
+            special.update({key: overrides[key] for key in DEFAULT_SPECIAL if key in overrides})
+            names = {_content(token) for token in special.values()}
+            for text, index in _read_json(folder / "added_tokens.json", default={}).items():
+                is_special = text in names
+                flags = {"normalized": not is_special, "special": is_special}
+                tokens.setdefault(index, {"content": text, **flags})
+        added = {int(index): _token_arguments(token) for index, token in tokens.items()}
+        length = context_length or config.get("model_max_length", DEFAULT_CONTEXT_LENGTH)
+        if length > 1e6:  # transformers writes 1e30 for "not known"
+            length = DEFAULT_CONTEXT_LENGTH
+        try:
+            return cls(vocab, merges, context_length=length, special=special, added=added)
+        except ValueError as error:
+            raise TokenizerError(f"{folder}: {error}") from error
+
+    @classmethod
+    def train(
+        cls,
+        captions: Iterable[str],
+        vocab_size: int,
+        context_length: int = DEFAULT_CONTEXT_LENGTH,
+    ) -> Tokenizer:
+        """Learns a vocabulary of at most `vocab_size` tokens in CLIP's layout: 256 bytes, 256 bytes
+        that end a word, merges by rank, BOS, EOS. The same captions give the same vocabulary."""
+        alphabet = _byte_alphabet()
+        alphabet += [byte + END_OF_WORD for byte in alphabet]
+        smallest = len(alphabet) + 2
+        if vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size = {vocab_size}: the bytes, BOS and EOS alone take {smallest}"
+            )
+        backend = _backend({}, [], unk=None)
+        # Given as special tokens, the alphabet has fixed ids; the trainer breaks ties by id.
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            special_tokens=alphabet,
+            end_of_word_suffix=END_OF_WORD,
+            show_progress=False,
+        )
+        backend.train_from_iterator((_valid_text(text) for text in captions), trainer)
+        model = json.loads(backend.to_str())["model"]
+        vocab = dict(model["vocab"])
+        vocab.update({BOS: len(vocab), EOS: len(vocab) + 1})
+        return cls(vocab, _pairs(model["merges"]), context_length=context_length)
+
+    def save(self, folder: paths.PathLike) -> None:
+        """Writes a folder for `load` and the `CLIPTokenizer` of transformers 4 and 5."""
+        folder = paths.to_path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
+        _write_json(folder / "vocab.json", vocab, indent=None)
+        merges = "".join(f"{left} {right}\n" for left, right in self._merges)
+        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        _write_json(folder / "special_tokens_map.json", _as_special_map(self._special))
+        new = {
+            token["content"]: index
+            for index, token in sorted(self._added.items())
+            if token["content"] not in self._vocab
+        }
+        if new:
+            _write_json(folder / "added_tokens.json", new)
+        tokens = {
+            str(index): json.loads(_token_json(token))
+            for index, token in sorted(self._backend.get_added_tokens_decoder().items())
+        }
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.context_length,
+            "do_lower_case": True,
+            "add_prefix_space": False,
+            "errors": "replace",
+            "added_tokens_decoder": tokens,
+            **{key: _content(token) for key, token in self._special.items()},
+        }
+        _write_json(folder / "tokenizer_config.json", config)
+
+
+def _backend(
+    vocab: dict[str, int], merges: list[tuple[str, ...]], *, unk: str | None
+) -> tokenizers.Tokenizer:
+    """The pipeline from text to subwords: normalise, split into words, bytes, merge."""
+    pieces: dict[str, Any] = {"unk_token": unk} if unk is not None else {}
+    if vocab:
+        pieces |= {"vocab": vocab, "merges": merges}
+    try:
+        model = models.BPE(
+            end_of_word_suffix=END_OF_WORD, continuing_subword_prefix="", fuse_unk=False, **pieces
+        )
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"the vocabulary and its merges do not fit together: {error}") from error
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return backend
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer,
+    special: Mapping[str, str | dict[str, Any]],
+    added: Mapping[int, dict[str, Any]],
+) -> None:
+    """Makes the tokens known that are taken whole. The first mention of a token sets its flags."""
+    names = {_content(token) for token in special.values()}
+    for index, arguments in sorted(added.items()):
+        flags = {**arguments, "special": arguments.get("special", False)}
+        if arguments["content"] in names:
+            flags["special"] = True
+        backend.add_tokens([AddedToken(**flags)])
+        got = backend.token_to_id(arguments["content"])
+        if got != index:
+            raise ValueError(
+                f"added token {arguments['content']!r} has id {index}, but gets {got} after a "
+                f"vocabulary of {backend.get_vocab_size(with_added_tokens=False)}; the tokenizer's "
+                "files do not belong together"
+            )
+    for token in special.values():
+        arguments = _token_arguments(token)
+        backend.add_tokens([AddedToken(**{**arguments, "special": True})])
+
+
+def _read_vocabulary(
+    folder: paths.Path,
+) -> tuple[dict[str, int], list[tuple[str, str]], dict[Any, dict[str, Any]]]:
+    """(vocabulary, merges, added tokens by id). tokenizer.json wins, as it does in transformers."""
+    single = folder / "tokenizer.json"
+    if single.is_file():
+        content = _read_json(single)
+        model = content.get("model", {})
+        kind, suffix = model.get("type"), model.get("end_of_word_suffix")
+        if kind not in ("BPE", None) or suffix != END_OF_WORD or "vocab" not in model:
+            raise TokenizerError(
+                f"{single}: expected CLIP's BPE model with end_of_word_suffix {END_OF_WORD!r}, "
+                f"found type {kind!r} with {suffix!r}; sdjax reads CLIP tokenizers only"
+            )
+        tokens = {entry["id"]: entry for entry in content.get("added_tokens", [])}
+        added = {
+            index: {key: value for key, value in entry.items() if key != "id"}
+            for index, entry in tokens.items()
+        }
+        return model["vocab"], _pairs(model["merges"]), added
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if missing:
+        raise TokenizerError(
+            f"{folder}: no {' and no '.join(missing)}; expected a CLIP tokenizer folder with "
+            "vocab.json and merges.txt, or tokenizer.json"
+        )
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return _read_json(folder / "vocab.json"), _pairs(merges), {}
+
+
+def _pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
+    """Merges as pairs; files hold them as "a b" or as ["a", "b"]."""
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    for rank, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise TokenizerError(f"merge {rank} is {pair!r}: expected two tokens")
+    return pairs  # type: ignore[return-value]
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable stand-ins of the 256 bytes in CLIP's order (GPT-2, `bytes_to_unicode`)."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    return [chr(byte) for byte in own] + [chr(256 + n) for n in range(256 - len(own))]
+
+
+def _valid_text(text: str) -> str:
+    """`text` with pairs of surrogates joined and lone ones replaced: they have no bytes."""
+    if not isinstance(text, str):
+        raise TypeError(f"caption {text!r}: expected a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _token_arguments(token: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(token, str):
+        return {"content": token}
+    return {key: value for key, value in token.items() if key not in ("__type", "id")}
+
+
+def _as_special_map(special: Mapping[str, str | dict[str, Any]]) -> dict[str, Any]:
+    """special_tokens_map.json has no `special` flag: every token in it is."""
+    drop = ("__type", "special")
+    return {
+        key: token if isinstance(token, str) else {k: token[k] for k in token if k not in drop}
+        for key, token in special.items()
+    }
+
+
+def _token_json(token: AddedToken) -> str:
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return json.dumps({key: getattr(token, key) for key in keys})
+
+
+def _read_json(path: paths.Path, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(
+            f"{path}: not readable as JSON ({error}); copy the file again"
+        ) from error
+
+
+def _write_json(path: paths.Path, content: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

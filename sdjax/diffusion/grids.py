@@ -1,0 +1,182 @@
+"""Where a sampler evaluates the network: timesteps and noise levels, in float64 on the host.
+
+Grids follow the diffusers schedulers of the same name, point by point, with two differences: a step
+always goes to the next point of the grid (diffusers' DDIM steps by T // steps, which leaves the
+grid for "linspace" and for step counts that do not divide T), and steps_offset is lowered where it
+would point past the end of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sdjax.diffusion.schedules import Schedule, shift_noise_level
+from sdjax.errors import UserError
+
+SAMPLERS = (
+    "ddpm",
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpmpp_2m",
+    "unipc",
+    "flow_euler",
+)
+SPACINGS = ("leading", "trailing", "linspace")
+
+# These work on sigma/alpha, end at 0 and interpolate the table; ddpm and ddim stay on the table.
+_SIGMA_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc")
+_KARRAS_SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc")
+_MULTISTEP = ("dpmpp_2m", "unipc")
+# Keeps sigma/alpha finite where alpha is 0 (the same value as in scheduling_euler_discrete.py)
+_LEAST_ALPHAS_CUMPROD = 2.0**-24
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How to sample. The defaults are those of the Stable Diffusion 1 and 2 pipelines with DDIM.
+
+    name: one of SAMPLERS; "flow_euler" is for flow schedules, all others for table schedules.
+    steps: solver steps; network evaluations too, except for heun (2 * steps - 1).
+    spacing: "leading" (multiples of T // steps, plus steps_offset), "trailing" (from T - 1, for
+      zero-terminal-SNR schedules) or "linspace"; flow_euler has its own.
+    eta: noise of ddim, 0 (none) to 1 (as much as ddpm).
+    karras: the noise levels of Karras et al. 2022, eq. 5 (euler, heun, dpmpp_2m, unipc).
+    set_alpha_to_one: ddim ends at alpha = 1 instead of the table's first alpha (which SD uses).
+    """
+
+    name: str = "ddim"
+    steps: int = 50
+    spacing: str = "leading"
+    steps_offset: int = 1
+    eta: float = 0.0
+    karras: bool = False
+    set_alpha_to_one: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in SAMPLERS:
+            raise UserError(f"sampler.name is {self.name!r}; expected one of {', '.join(SAMPLERS)}")
+        if self.spacing not in SPACINGS:
+            raise UserError(
+                f"sampler.spacing is {self.spacing!r}; expected one of {', '.join(SPACINGS)}"
+            )
+        if self.steps < 1:
+            raise UserError(f"sampler.steps is {self.steps}; expected at least 1")
+        if self.steps_offset < 0:
+            raise UserError(f"sampler.steps_offset is {self.steps_offset}; expected 0 or more")
+        if not 0.0 <= self.eta <= 1.0:
+            raise UserError(f"sampler.eta is {self.eta}; expected 0 to 1")
+        if self.eta and self.name != "ddim":
+            raise UserError(
+                f"sampler.eta is {self.eta} with sampler {self.name!r}; "
+                "only 'ddim' has eta, set it to 0"
+            )
+        if self.karras and self.name not in _KARRAS_SAMPLERS:
+            raise UserError(
+                f"sampler.karras is True with sampler {self.name!r}; "
+                f"only {', '.join(_KARRAS_SAMPLERS)} can use it"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """The points a sampler visits, noisiest first; the last one is where it ends.
+
+    timesteps: [n] float64, what the network is told at points 0 .. n-1.
+    alpha, sigma: [n + 1] float64.
+    init_scale: what standard normal noise is multiplied by to start.
+    """
+
+    timesteps: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    init_scale: float = 1.0
+
+
+def make_grid(schedule: Schedule, sampler: SamplerConfig) -> Grid:
+    """The grid of `sampler` on `schedule`; ValueError where the two do not go together."""
+    if schedule.continuous != (sampler.name == "flow_euler"):
+        kind = schedule.config.kind
+        expected = "'flow_euler'" if schedule.continuous else "any sampler but 'flow_euler'"
+        raise UserError(
+            f"sampler.name is {sampler.name!r}, but schedule.kind is {kind!r}; expected {expected}"
+        )
+    if schedule.continuous:
+        return _flow_grid(schedule, sampler.steps)
+    timesteps = spaced_timesteps(sampler, schedule.num_train_timesteps)
+    if sampler.name in _SIGMA_SAMPLERS:
+        return _sigma_grid(schedule, sampler, timesteps)
+    index = timesteps.astype(np.int64)
+    to_one = sampler.name == "ddpm" or sampler.set_alpha_to_one
+    end = (1.0, 0.0) if to_one else (schedule.alpha64[0], schedule.sigma64[0])
+    return Grid(
+        timesteps,
+        np.append(schedule.alpha64[index], end[0]),
+        np.append(schedule.sigma64[index], end[1]),
+    )
+
+
+def spaced_timesteps(sampler: SamplerConfig, num_train_timesteps: int) -> np.ndarray:
+    """[steps] float64, descending; integers except for the linspace of euler and heun.
+
+    Table 2 of Lin et al. 2023. The multistep solvers place one point more and leave out the last.
+    """
+    steps, last = sampler.steps, num_train_timesteps - 1
+    points = steps + (sampler.name in _MULTISTEP)
+    if (points if sampler.spacing == "leading" else steps) > num_train_timesteps:
+        raise UserError(
+            f"sampler.steps is {steps}; expected at most {num_train_timesteps - (points - steps)} "
+            f"for {sampler.name!r} on a schedule of {num_train_timesteps} timesteps"
+        )
+    if sampler.spacing == "trailing":
+        return np.round(num_train_timesteps * (1.0 - np.arange(steps) / steps)) - 1.0
+    if sampler.spacing == "leading":
+        grid = np.arange(points - 1, points - 1 - steps, -1) * float(num_train_timesteps // points)
+        return grid + min(sampler.steps_offset, last - grid[0])
+    if points == 1:
+        return np.array([float(last)])
+    grid = np.linspace(0.0, last, points)[::-1][:steps]
+    return grid if sampler.name.startswith(("euler", "heun")) else np.round(grid)
+
+
+def _sigma_grid(schedule: Schedule, sampler: SamplerConfig, timesteps: np.ndarray) -> Grid:
+    """Points by ratio k = sigma/alpha, ending at k = 0."""
+    alphas_cumprod = schedule.alphas_cumprod.copy()
+    if alphas_cumprod[-1] == 0.0:
+        alphas_cumprod[-1] = _LEAST_ALPHAS_CUMPROD
+    table = np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
+    all_timesteps = np.arange(len(table))
+    ratio = np.interp(timesteps, all_timesteps, table)
+    if sampler.karras:
+        multistep = sampler.name in _MULTISTEP
+        highest, lowest = (table[-1], table[0]) if multistep else (ratio[0], ratio[-1])
+        ratio = karras_levels(highest, lowest, sampler.steps)
+        timesteps = np.interp(np.log(ratio), np.log(table), all_timesteps)
+        timesteps = np.round(timesteps) if multistep else timesteps
+    ratio = np.append(ratio, 0.0)
+    alpha = 1.0 / np.sqrt(1.0 + ratio**2)
+    sigma = ratio * alpha
+    # With "leading" these start from noise of the variance of xt, otherwise from its noise part
+    # alone (init_noise_sigma in diffusers); the multistep solvers always do the former.
+    starts_below_one = sampler.spacing != "leading" and sampler.name not in _MULTISTEP
+    return Grid(timesteps, alpha, sigma, float(sigma[0]) if starts_below_one else 1.0)
+
+
+def karras_levels(highest: float, lowest: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """[steps] noise levels from highest to lowest, even in level**(1/rho)."""
+    ramp = np.linspace(0.0, 1.0, steps)
+    high, low = highest ** (1 / rho), lowest ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def _flow_grid(schedule: Schedule, steps: int) -> Grid:
+    """scheduling_flow_match_euler_discrete.py: even between the shifted ends, then shifted."""
+    total, shift = schedule.num_train_timesteps, schedule.config.shift
+    least = shift_noise_level(1.0 / total, shift)
+    sigma = shift_noise_level(np.linspace(1.0, least, steps), shift)
+    timesteps = sigma * total
+    sigma = np.append(sigma, 0.0)
+    return Grid(timesteps, 1.0 - sigma, sigma)

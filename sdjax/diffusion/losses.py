@@ -1,0 +1,259 @@
+"""The training objective: draw a timestep and noise, compare the network with its target.
+
+Everything random is a function of a per-example key, which is a function of (step key, position in
+the global batch): the loss does not depend on hosts, mesh or gradient accumulation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.diffusion import prediction, timesteps, weighting
+from sdjax.diffusion.schedules import Schedule, ScheduleConfig, schedule_at
+
+LOSSES = ("l2", "huber")
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
+
+# Constants folded into an example's key, one per draw. Callers take CALLER_STREAM and up.
+NOISE, TIMESTEP, OFFSET, PERTURBATION, CAPTION = range(5)
+CALLER_STREAM = 16
+# Constants folded into a step's key: one stream for the examples, one for what the batch shares.
+_EXAMPLES, _BATCH = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned and how it is weighed.
+
+    prediction_type: "epsilon", "v_prediction", "sample" or "flow".
+    timestep_sampling: "uniform", "logit_normal" (logit_mean, logit_std), "mode" (mode_scale) or
+      "cosmap".
+    stratified: spread the timesteps evenly over the global batch instead of drawing each alone.
+    timestep_min, timestep_max: train on t in [min, max) only; a max of 0 is the schedule's end.
+    weighting: "uniform", "min_snr" (min_snr_gamma), "p2" (p2_k, p2_gamma), "debiased",
+      "edm" (sigma_data: standard deviation of the scaled latents), "cosmap" (flow only).
+    loss: "l2" or "huber" with width huber_c, constant or falling with the noise (huber_schedule).
+    offset_noise: strength of noise that is constant over each channel, part of the target.
+    input_perturbation: strength of extra noise on xt that is not part of the target.
+    caption_dropout: share of captions replaced by the null caption, for classifier-free guidance.
+    """
+
+    prediction_type: str = "epsilon"
+    timestep_sampling: str = "uniform"
+    stratified: bool = False
+    timestep_min: int = 0
+    timestep_max: int = 0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    weighting: str = "uniform"
+    min_snr_gamma: float = 5.0
+    p2_k: float = 1.0
+    p2_gamma: float = 1.0
+    sigma_data: float = 1.0
+    loss: str = "l2"
+    huber_c: float = 0.1
+    huber_schedule: str = "snr"
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("prediction_type", prediction.PREDICTIONS),
+            ("timestep_sampling", timesteps.TIMESTEP_SAMPLINGS),
+            ("weighting", weighting.WEIGHTINGS),
+            ("loss", LOSSES),
+            ("huber_schedule", HUBER_SCHEDULES),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"objective.{field} is {getattr(self, field)!r}; "
+                    f"expected one of {', '.join(allowed)}"
+                )
+        for field in ("logit_std", "min_snr_gamma", "p2_k", "sigma_data", "huber_c"):
+            if not getattr(self, field) > 0:
+                raise ValueError(
+                    f"objective.{field} is {getattr(self, field)}; expected more than 0"
+                )
+        for field in ("p2_gamma", "offset_noise", "input_perturbation", "timestep_min"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"objective.{field} is {getattr(self, field)}; expected 0 or more")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError(
+                f"objective.caption_dropout is {self.caption_dropout}; expected 0 to 1"
+            )
+        if not -1.0 <= self.mode_scale <= 1.75:  # beyond, the map of u is no longer monotonic
+            raise ValueError(f"objective.mode_scale is {self.mode_scale}; expected -1 to 1.75")
+        if self.timestep_max != 0 and self.timestep_max <= self.timestep_min:
+            raise ValueError(
+                f"objective.timestep_max is {self.timestep_max}; expected more than "
+                f"timestep_min ({self.timestep_min}), or 0 for the schedule's end"
+            )
+        if self.weighting == "cosmap" and self.prediction_type != "flow":
+            raise ValueError(
+                f"objective.weighting is 'cosmap' with prediction_type {self.prediction_type!r}; "
+                "it is defined for prediction_type 'flow' only"
+            )
+
+
+def check(schedule: ScheduleConfig, objective: ObjectiveConfig) -> None:
+    """Raises ValueError where schedule and objective, each valid alone, do not go together."""
+    ends_in_noise = schedule.zero_terminal_snr or schedule.kind == "flow"
+    if ends_in_noise and objective.prediction_type == "epsilon":
+        why = "zero_terminal_snr is True" if schedule.zero_terminal_snr else "kind is 'flow'"
+        raise ValueError(
+            "objective.prediction_type is 'epsilon', but the schedule ends in pure noise "
+            f"(schedule.{why}), where eps says nothing of x0; use 'v_prediction', 'sample' or "
+            "'flow'"
+        )
+    for field in ("timestep_min", "timestep_max"):
+        if getattr(objective, field) > schedule.num_train_timesteps:
+            raise ValueError(
+                f"objective.{field} is {getattr(objective, field)}; expected at most "
+                f"schedule.num_train_timesteps ({schedule.num_train_timesteps})"
+            )
+    if objective.timestep_max == 0 and objective.timestep_min >= schedule.num_train_timesteps:
+        raise ValueError(
+            f"objective.timestep_min is {objective.timestep_min}; expected less than "
+            f"schedule.num_train_timesteps ({schedule.num_train_timesteps})"
+        )
+
+
+def fold_keys(keys: jax.Array, stream: int) -> jax.Array:
+    """Folds the constant `stream` into each of the keys [b]."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
+
+
+def example_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
+    """One key per example [b] from a step's key and positions int32 [b] in the global batch."""
+    key = jax.random.fold_in(key, _EXAMPLES)
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+
+
+def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
+    """Standard normal float32 of x's shape [b, ...], example i from keys[i]."""
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
+
+
+def drop_captions(
+    keys: jax.Array, tokens: jax.Array, null_tokens: jax.Array, rate: float
+) -> jax.Array:
+    """Replaces each row of tokens [b, L] by null_tokens [L] with probability `rate`."""
+    draws = jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION))
+    return jnp.where((draws < rate)[:, None], null_tokens[None], tokens)
+
+
+def sample_timesteps(
+    keys: jax.Array,
+    positions: jax.Array,
+    batch_size: int,
+    schedule: Schedule,
+    objective: ObjectiveConfig,
+    batch_key: jax.Array | None = None,
+) -> jax.Array:
+    """Training timesteps, float32 [b]: integers for a table schedule, real for flow.
+
+    keys, positions: [b], of the examples at hand; batch_size: of the global batch they belong to.
+    batch_key: the step's key, the same for every part of the batch; needed when stratified.
+    """
+    if objective.stratified:
+        if batch_key is None:
+            raise ValueError(
+                "objective.stratified is True, but batch_key is None; pass the step's key, "
+                "the one given to example_keys"
+            )
+        shared = jax.random.uniform(jax.random.fold_in(batch_key, _BATCH))
+        u = timesteps.stratified_uniform(shared, positions, batch_size)
+    else:
+        u = jax.vmap(jax.random.uniform)(fold_keys(keys, TIMESTEP))
+    level = timesteps.noise_level(
+        objective.timestep_sampling,
+        u,
+        logit_mean=objective.logit_mean,
+        logit_std=objective.logit_std,
+        mode_scale=objective.mode_scale,
+    )
+    high = objective.timestep_max or schedule.num_train_timesteps
+    return timesteps.to_timesteps(level, schedule, objective.timestep_min, high)
+
+
+def huber_width(
+    objective: ObjectiveConfig, t: jax.Array, alpha: jax.Array, sigma: jax.Array, steps: int
+) -> jax.Array:
+    """The width c of the Huber loss at each timestep (kohya sd-scripts, get_huber_threshold)."""
+    c = objective.huber_c
+    if objective.huber_schedule == "exponential":
+        return c ** (t / steps)
+    if objective.huber_schedule == "snr":
+        return (1.0 - c) * (alpha / (alpha + sigma)) ** 2 + c
+    return jnp.full_like(alpha, c)
+
+
+def pointwise_loss(difference: jax.Array, width: jax.Array | None) -> jax.Array:
+    """d**2, or with a width c [b] the pseudo-Huber 2c(sqrt(d**2 + c**2) - c) of d [b, ...].
+
+    Its gradient is bounded by 2c; near 0 it is d**2.
+    """
+    if width is None:
+        return difference**2
+    c = width.reshape(width.shape + (1,) * (difference.ndim - width.ndim))
+    # sqrt(d^2 + c^2) - c, written without the cancellation
+    return 2.0 * c * difference**2 / (jnp.sqrt(difference**2 + c**2) + c)
+
+
+def denoising_loss(
+    denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    x0: jax.Array,
+    *,
+    keys: jax.Array,
+    positions: jax.Array,
+    batch_size: int,
+    schedule: Schedule,
+    objective: ObjectiveConfig,
+    batch_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted loss of each example, float32 [b], and what to log of it.
+
+    denoise_fn: (xt [b,h,w,c] float32, timesteps [b] float32) -> prediction [b,h,w,c].
+    x0: clean latents [b,h,w,c]; keys: [b] from example_keys; positions: int32 [b] in the global
+    batch of batch_size examples; batch_key: the step's key, needed only when the objective is
+    stratified.
+    aux: "loss" unweighted [b], "timesteps" float32 [b].
+    """
+    x0 = x0.astype(jnp.float32)
+    t = sample_timesteps(keys, positions, batch_size, schedule, objective, batch_key)
+    alpha, sigma = schedule_at(schedule, t)
+
+    eps = normal_like(fold_keys(keys, NOISE), x0)
+    if objective.offset_noise:
+        offset = normal_like(fold_keys(keys, OFFSET), x0[:, 0, 0, :])  # [b, c]
+        eps = eps + objective.offset_noise * offset[:, None, None, :]
+    noise = eps
+    if objective.input_perturbation:
+        extra = normal_like(fold_keys(keys, PERTURBATION), x0)
+        noise = eps + objective.input_perturbation * extra
+    xt = prediction.add_noise(x0, noise, alpha, sigma)
+
+    out = denoise_fn(xt, t).astype(jnp.float32)
+    wanted = prediction.target(objective.prediction_type, x0, eps, alpha, sigma)
+    width = None
+    if objective.loss == "huber":
+        width = huber_width(objective, t, alpha, sigma, schedule.num_train_timesteps)
+    errors = pointwise_loss(out - wanted, width)
+    loss = errors.mean(axis=tuple(range(1, errors.ndim)))  # [b]
+    weight = weighting.loss_weight(
+        objective.weighting,
+        objective.prediction_type,
+        alpha,
+        sigma,
+        min_snr_gamma=objective.min_snr_gamma,
+        p2_k=objective.p2_k,
+        p2_gamma=objective.p2_gamma,
+        sigma_data=objective.sigma_data,
+    )
+    return weight * loss, {"loss": loss, "timesteps": t}

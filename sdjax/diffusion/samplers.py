@@ -1,0 +1,79 @@
+"""The sampling loop: one `lax.scan` over the coefficient rows of any sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.diffusion.grids import SAMPLERS, SPACINGS, SamplerConfig
+from sdjax.diffusion.prediction import check_prediction, to_x0
+from sdjax.diffusion.schedules import Schedule
+from sdjax.diffusion.solvers import make_plan
+from sdjax.errors import UserError
+
+__all__ = ["SAMPLERS", "SPACINGS", "SamplerConfig", "sample"]
+
+
+def sample(
+    denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    latents: jax.Array,
+    *,
+    schedule: Schedule,
+    prediction_type: str,
+    sampler: SamplerConfig,
+    keys: jax.Array | None = None,
+    noise_fn: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Turns standard normal latents [B,h,w,c] into x0 [B,h,w,c], float32. Jittable.
+
+    denoise_fn: (xt [B,h,w,c] float32, timesteps [B] float32) -> prediction; traced once.
+    keys: [B], one per example, for the samplers that add noise (ddpm, euler_ancestral, ddim with
+    eta > 0). noise_fn(i), instead of keys, gives the standard normal noise [B,h,w,c] of step i.
+    Raises ValueError when sampler, schedule and prediction_type do not go together, and when noise
+    is needed but neither keys nor noise_fn is given.
+    """
+    check_prediction(prediction_type)
+    if prediction_type == "epsilon" and (schedule.continuous or schedule.alpha64[-1] == 0.0):
+        raise UserError(
+            "prediction_type is 'epsilon', but the schedule ends in pure noise, where eps says "
+            "nothing of x0; expected 'v_prediction', 'sample' or 'flow'"
+        )
+    plan = make_plan(schedule, sampler)
+    if plan.stochastic and keys is None and noise_fn is None:
+        raise UserError(
+            f"sampler {sampler.name!r} adds noise, but keys is None; pass one key per example"
+        )
+    x = jnp.asarray(latents, jnp.float32) * jnp.float32(plan.init_scale)
+    nothing = jnp.zeros_like(x)
+
+    def fresh_noise(i: jax.Array) -> jax.Array:
+        if not plan.stochastic:
+            return nothing
+        if noise_fn is not None:
+            return noise_fn(i)
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:])  # noqa: E731
+        return jax.vmap(draw)(keys)
+
+    def step(carry, row):
+        x, base, m1, m2 = carry
+        i, t, alpha, sigma, to_x, to_base = row
+        out = denoise_fn(x, jnp.broadcast_to(t, x.shape[:1])).astype(jnp.float32)
+        m0 = to_x0(prediction_type, out, x, alpha, sigma)
+        terms = (x, base, m0, m1, m2, fresh_noise(i))
+        return (_combine(to_x, terms), _combine(to_base, terms), m0, m1), None
+
+    tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base)
+    evaluations = jnp.arange(len(plan.timesteps))
+    rows = (evaluations, *(jnp.asarray(table, jnp.float32) for table in tables))
+    state, _ = jax.lax.scan(step, (x, nothing, nothing, nothing), rows)
+    return state[0]
+
+
+def _combine(coefficients: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
+    """sum_k coefficients[k] * terms[k]; coefficients [K], terms K arrays of one shape."""
+    total = coefficients[0] * terms[0]
+    for k in range(1, len(terms)):
+        total = total + coefficients[k] * terms[k]
+    return total

@@ -1,0 +1,211 @@
+"""Every sampler as a table of coefficients.
+
+Given x0 as the network sees it at each point, all the samplers here are linear: the next state is a
+weighted sum of the present state, an earlier state, the last three x0 estimates and fresh noise. A
+solver is a function from a grid to the weights, in float64; `samplers.py` has the one loop that
+runs them all.
+
+The state is always xt = alpha*x0 + sigma*eps, also for the solvers that are usually written for
+y = xt/alpha with noise k = sigma/alpha (Karras et al. 2022).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sdjax.diffusion.grids import Grid, SamplerConfig, make_grid
+from sdjax.diffusion.schedules import Schedule
+
+# What a step may add up: the state, the state kept from before ("base"), the x0 estimates of this
+# evaluation, the one before and the one before that, and noise.
+X, BASE, M0, M1, M2, NOISE = range(6)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """One row per network evaluation, all float64 on the host.
+
+    timesteps, alpha, sigma: [N], where the network is evaluated.
+    to_x: [N, 6], coefficients of the next state; to_base: [N, 6], of the next base.
+    """
+
+    timesteps: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    to_x: np.ndarray
+    to_base: np.ndarray
+    init_scale: float
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(np.any(self.to_x[:, NOISE]))
+
+
+def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
+    """The whole loop of `sampler` on `schedule`, ready to run."""
+    grid = make_grid(schedule, sampler)
+    steps = sampler.steps
+    visits = np.arange(steps)
+    to_base = np.zeros((steps, 6))
+    if sampler.name == "heun":
+        visits, to_x, to_base = _heun(grid)
+    elif sampler.name == "unipc":
+        to_x, to_base = _unipc(grid)
+    elif sampler.name == "ddpm":
+        to_x = _ddpm(grid)
+    elif sampler.name == "ddim":
+        to_x = _ddim(grid, sampler.eta)
+    elif sampler.name == "euler_ancestral":
+        to_x = _euler_ancestral(grid)
+    elif sampler.name == "dpmpp_2m":
+        to_x = np.stack([_dpmpp_2m_row(grid, i) for i in range(steps)])
+    else:
+        to_x = np.stack([_first_order_row(grid, i) for i in range(steps)])
+    return Plan(
+        grid.timesteps[visits], grid.alpha[visits], grid.sigma[visits], to_x, to_base,
+        grid.init_scale,
+    )  # fmt: skip
+
+
+def _first_order_row(grid: Grid, i: int) -> np.ndarray:
+    """From point i to i + 1 with eps held: xt = alpha*x0 + sigma*(x - alpha_i*x0)/sigma_i.
+
+    This is DDIM without noise, Euler (in y and k), DPM-Solver++ of first order and Euler on a flow.
+    """
+    row = np.zeros(6)
+    row[X] = grid.sigma[i + 1] / grid.sigma[i]
+    row[M0] = grid.alpha[i + 1] - grid.alpha[i] * row[X]
+    return row
+
+
+def _posterior_variance(grid: Grid) -> np.ndarray:
+    """[n] variance of x at point i+1 given x at point i and x0 (Ho et al. 2020, eq. 7)."""
+    ab = grid.alpha**2
+    return (1.0 - ab[1:]) / (1.0 - ab[:-1]) * (1.0 - ab[:-1] / ab[1:])
+
+
+def _ddpm(grid: Grid) -> np.ndarray:
+    """The posterior mean and variance of Ho et al. 2020, eq. 6 and 7."""
+    ab, ab_next = grid.alpha[:-1] ** 2, grid.alpha[1:] ** 2
+    step_alpha = ab / ab_next
+    to_x = np.zeros((len(ab), 6))
+    to_x[:, X] = np.sqrt(step_alpha) * (1.0 - ab_next) / (1.0 - ab)
+    to_x[:, M0] = grid.alpha[1:] * (1.0 - step_alpha) / (1.0 - ab)
+    to_x[:, NOISE] = np.sqrt(_posterior_variance(grid))
+    return to_x
+
+
+def _ddim(grid: Grid, eta: float) -> np.ndarray:
+    """Song et al. 2021, eq. 12 and 16."""
+    noise = eta * np.sqrt(_posterior_variance(grid))
+    to_x = np.zeros((len(noise), 6))
+    to_x[:, X] = np.sqrt(grid.sigma[1:] ** 2 - noise**2) / grid.sigma[:-1]
+    to_x[:, M0] = grid.alpha[1:] - grid.alpha[:-1] * to_x[:, X]
+    to_x[:, NOISE] = noise
+    return to_x
+
+
+def _euler_ancestral(grid: Grid) -> np.ndarray:
+    """Euler down to k_down, then noise up to k (k-diffusion, get_ancestral_step)."""
+    ratio = grid.sigma / grid.alpha
+    k, k_next = ratio[:-1], ratio[1:]
+    k_up = k_next * np.sqrt(1.0 - (k_next / k) ** 2)
+    shrink = (k_next / k) ** 2  # k_down / k
+    to_x = np.zeros((len(k), 6))
+    to_x[:, X] = grid.alpha[1:] / grid.alpha[:-1] * shrink
+    to_x[:, M0] = grid.alpha[1:] * (1.0 - shrink)
+    to_x[:, NOISE] = grid.alpha[1:] * k_up
+    return to_x
+
+
+def _heun(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Karras et al. 2022, algorithm 1 without churn: an Euler step, evaluated again at its end.
+
+    Two evaluations a step but for the last, which ends at k = 0 and is plain Euler.
+    """
+    ratio = grid.sigma / grid.alpha
+    visits, to_x, to_base = [], [], []
+    for i in range(len(grid.timesteps)):
+        keep = np.zeros(6)
+        keep[X] = 1.0  # the state before the step is the base of its second half
+        visits.append(i)
+        to_x.append(_first_order_row(grid, i))
+        to_base.append(keep)
+        if ratio[i + 1] == 0.0:
+            break
+        # y' = y + (k'-k)/2 * ((y - m1)/k + (y_euler - m0)/k')
+        half = (ratio[i + 1] - ratio[i]) / 2.0
+        row = np.zeros(6)
+        row[BASE] = (1.0 + half / ratio[i]) / grid.alpha[i]
+        row[M1] = -half / ratio[i]
+        row[X] = half / ratio[i + 1] / grid.alpha[i + 1]
+        row[M0] = -half / ratio[i + 1]
+        visits.append(i + 1)
+        to_x.append(row * grid.alpha[i + 1])
+        to_base.append(np.zeros(6))
+    return np.array(visits), np.stack(to_x), np.stack(to_base)
+
+
+def _log_snr_half(grid: Grid, i: int) -> float:
+    """lambda = log(alpha/sigma) of point i."""
+    return float(np.log(grid.alpha[i]) - np.log(grid.sigma[i]))
+
+
+def _dpmpp_2m_row(grid: Grid, i: int) -> np.ndarray:
+    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (midpoint); first order at either end."""
+    row = _first_order_row(grid, i)
+    if i == 0 or grid.sigma[i + 1] == 0.0:
+        return row
+    now = _log_snr_half(grid, i)
+    h, h_before = _log_snr_half(grid, i + 1) - now, now - _log_snr_half(grid, i - 1)
+    slope = 0.5 * row[M0] * h / h_before
+    row[M0] += slope
+    row[M1] -= slope
+    return row
+
+
+def _unipc_corrector(grid: Grid, i: int) -> np.ndarray:
+    """Redoes the step from point i-1 to i, now that the network has been evaluated at i.
+
+    Zhao et al. 2023, "UniPC", algorithm 1 with B(h) = exp(h) - 1, for the order the predictor of
+    that step had: 1 for the first, 2 after. Here BASE is the corrected state at i-1.
+    """
+    row = np.zeros(6)
+    first = _first_order_row(grid, i - 1)
+    phi = first[M0]  # -alpha_i * expm1(-h)
+    row[BASE], row[M1] = first[X], phi
+    if i == 1:
+        row[M0] += 0.5 * phi
+        row[M1] -= 0.5 * phi
+        return row
+    before = _log_snr_half(grid, i - 1)
+    h = _log_snr_half(grid, i) - before
+    r = (_log_snr_half(grid, i - 2) - before) / h
+    scale = np.expm1(-h)
+    b_first = scale / -h - 1.0
+    b_second = b_first / -h - 0.5
+    matrix = np.array([[1.0, 1.0], [r, 1.0]])
+    rho = np.linalg.solve(matrix, np.array([b_first, 2.0 * b_second]) / scale)
+    for slot, weight in ((M2, rho[0] / r), (M0, rho[1])):
+        row[slot] += phi * weight
+        row[M1] -= phi * weight
+    return row
+
+
+def _unipc(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """UniPC-2: correct the state at each point, then predict the next as DPM-Solver++ 2M does."""
+    to_x, to_base = [], []
+    for i in range(len(grid.timesteps)):
+        corrected = np.zeros(6)
+        corrected[X] = 1.0
+        if i > 0:
+            corrected = _unipc_corrector(grid, i)
+        predict = _dpmpp_2m_row(grid, i)
+        row = predict[X] * corrected
+        row[M0] += predict[M0]
+        row[M1] += predict[M1]
+        to_x.append(row)
+        to_base.append(corrected)
+    return np.stack(to_x), np.stack(to_base)

@@ -1,0 +1,212 @@
+"""Prompts -> pictures: text encoder, guided sampler, VAE decoder, as one jitted function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from sdjax.diffusion.guidance import guided
+from sdjax.diffusion.losses import example_keys
+from sdjax.diffusion.samplers import SamplerConfig, sample
+from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.diffusion.solvers import make_plan
+from sdjax.errors import UserError
+from sdjax.models import weights
+from sdjax.models.clip import CLIPText, CLIPTextConfig
+from sdjax.models.unet import UNet, UNetConfig
+from sdjax.models.vae import VAE, VAEConfig, unscale_latents
+from sdjax.parallel.batches import batch_sharding
+from sdjax.parallel.sharding import to_host
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How to draw: the sampler and its guidance."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+def make_generator(
+    *,
+    unet: UNetConfig,
+    vae: VAEConfig,
+    text_encoder: CLIPTextConfig,
+    schedule: ScheduleConfig,
+    prediction_type: str,
+    drawing: Drawing,
+    dtype: Any = jnp.float32,
+) -> Callable[..., jax.Array]:
+    """Build `generate(params, tokens, null_tokens, latents, keys) -> images`, jitted.
+
+    The function takes flat parameters of `unet.`, `vae.` and `text_encoder.`, tokens and null
+    (negative) tokens `[B, L]` int32, standard normal latents `[B, h, w, C]` float32 and keys `[B]`
+    for the samplers that add noise. It gives float32 images `[B, H, W, 3]` in [0, 1].
+    """
+    graphs = {
+        "unet": weights.abstract(UNet, unet, dtype=dtype)[0],
+        "vae": weights.abstract(VAE, vae, dtype=dtype)[0],
+        "text_encoder": weights.abstract(CLIPText, text_encoder, dtype=dtype)[0],
+    }
+    tables = make_schedule(schedule)
+    make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
+
+    @jax.jit
+    def generate(
+        params: Mapping[str, jax.Array],
+        tokens: jax.Array,
+        null_tokens: jax.Array,
+        latents: jax.Array,
+        keys: jax.Array,
+    ) -> jax.Array:
+        net = {name: _merge(graph, params, name) for name, graph in graphs.items()}
+        denoise = guided(
+            lambda xt, t, context: net["unet"](xt, t, context),
+            net["text_encoder"](tokens),
+            net["text_encoder"](null_tokens),
+            scale=drawing.guidance,
+            rescale=drawing.guidance_rescale,
+            interval=drawing.guidance_interval,
+            num_train_timesteps=schedule.num_train_timesteps,
+        )
+        x0 = sample(
+            denoise,
+            latents,
+            schedule=tables,
+            prediction_type=prediction_type,
+            sampler=drawing.sampler,
+            keys=keys,
+        )
+        images = net["vae"].decode(unscale_latents(x0, vae))
+        return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
+
+    return generate
+
+
+def _merge(graph: Any, params: Mapping[str, jax.Array], name: str) -> Any:
+    prefix = name + "."
+    return weights.merge(
+        graph, {p[len(prefix) :]: v for p, v in params.items() if p.startswith(prefix)}
+    )
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def initial_latents(seed: int, positions: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Standard normal noise [B, h, w, C]; picture i is the same in whatever batch it is drawn."""
+    keys = example_keys(jax.random.key(seed), positions)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+@jax.jit
+def _sampler_keys(seed: int, positions: jax.Array) -> jax.Array:
+    return example_keys(jax.random.key(seed), positions)
+
+
+def latent_shape(unet: UNetConfig, vae: VAEConfig, height: int, width: int) -> tuple[int, int, int]:
+    """(h, w, C) of the latents of a picture.
+
+    Raises:
+        UserError: the size is not a multiple of the VAE's downsampling factor.
+    """
+    factor = 2 ** (len(vae.block_out_channels) - 1)
+    for name, size in (("height", height), ("width", width)):
+        if size < factor or size % factor:
+            raise UserError(
+                f"{name} is {size}; expected a multiple of {factor}, the VAE's downsampling factor"
+            )
+    return height // factor, width // factor, unet.out_channels
+
+
+def draw(
+    generate: Callable[..., jax.Array],
+    params: Mapping[str, jax.Array],
+    tokens: np.ndarray,
+    null_tokens: np.ndarray,
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    batch_size: int,
+    latents: np.ndarray | None = None,
+    prompts: Sequence[str] = (),
+) -> np.ndarray:
+    """Draw any number of pictures in batches of one shape (one compilation).
+
+    Where the parameters lie on a mesh the batches are spread over it; on several hosts all must
+    call it, with the same arguments, and all get every picture.
+
+    Args:
+        tokens: [N, L] int32; null_tokens: [L] int32, of the negative prompt.
+        shape: (h, w, C) of the latents; latents: [N, h, w, C] to start from instead of `seed`.
+        prompts: what the tokens say, for the message of an error.
+
+    Returns:
+        uint8 images [N, H, W, 3].
+
+    Raises:
+        FloatingPointError: a picture has NaN pixels, and would be black.
+    """
+    images: list[np.ndarray] = []
+    total = len(tokens)
+    mesh = _mesh_of(params)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    batch_size = -(-min(batch_size, total) // ways) * ways
+    for start in range(0, total, batch_size):
+        # The last batch is filled up with its last example, which is then dropped.
+        rows = np.minimum(np.arange(start, start + batch_size), total - 1)
+        positions = _spread(rows, mesh)
+        noise = (
+            initial_latents(seed, positions, shape)
+            if latents is None
+            else _spread(latents[rows], mesh)
+        )
+        out = generate(
+            params,
+            _spread(tokens[rows], mesh),
+            _spread(np.tile(null_tokens, (batch_size, 1)), mesh),
+            noise,
+            _sampler_keys(seed + 1, positions),
+        )
+        found = to_host(out)[: total - start]
+        _check_finite(found, start, prompts)
+        images.append(to_uint8(found))
+    return np.concatenate(images)
+
+
+def _mesh_of(params: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that parameters of a training run lie on; None for those of a file."""
+    for value in params.values():
+        if isinstance(value, jax.Array) and isinstance(value.sharding, NamedSharding):
+            mesh = value.sharding.mesh
+            return mesh if isinstance(mesh, Mesh) else None
+    return None
+
+
+def _spread(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """The rows of an array that every host has, over the mesh."""
+    if mesh is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), array.__getitem__)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[0, 1] -> 0..255, rounded as diffusers' `numpy_to_pil` does."""
+    return (np.asarray(images) * 255).round().astype(np.uint8)
+
+
+def _check_finite(images: np.ndarray, start: int, prompts: Sequence[str]) -> None:
+    bad = [start + i for i, image in enumerate(images) if not np.isfinite(image).all()]
+    if bad:
+        name = f" ({prompts[bad[0]]!r})" if prompts else ""
+        raise FloatingPointError(
+            f"pictures {bad}{name} have NaN pixels: the weights are broken, or overflow in this "
+            "dtype; try float32"
+        )

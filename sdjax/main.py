@@ -1,0 +1,117 @@
+"""Train: `python -m sdjax.main --config=configs/base.py --workdir=DIR [--config.field=value ...]`.
+
+Resume is the same command again. `--dry_run` prints the resolved configuration, parameter counts,
+memory and shardings, and trains nothing.
+
+On several hosts (or processes of one) every one runs this same command. Cloud TPU, SLURM and Open
+MPI say by themselves who is who; otherwise `--coordinator`, `--num_processes`, `--process_id` do.
+
+Exit codes: 0 finished; 2 the configuration or the input is wrong, or the other hosts did not come;
+3 the run diverged (NaN or Inf); 75 stopped by SIGTERM after saving; 76 another host was lost. After
+75 and 76 run the same command again, on all hosts, to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and pictures; made if it is not there."
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print what would be trained, and on what, and stop before training."
+)
+
+# How this process finds the others. Not in the configuration, which is the same on all.
+_CLUSTER = flags.DEFINE_enum(
+    "cluster", "auto", ("auto", "none", "flags", "slurm", "mpi", "tpu"),
+    "Who says which of several processes this is: 'flags' (the next three), 'slurm', 'mpi' or "
+    "'tpu'; 'none' for one process; 'auto' takes flags if --coordinator is given, else whichever "
+    "of the others has started several.",
+)  # fmt: skip
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, the same on all; the port is any free one."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes run together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_float(
+    "join_timeout", 300.0, "Seconds to wait for the other processes."
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_float(
+    "heartbeat_timeout",
+    60.0,
+    "Seconds after which a silent process counts as lost, and the others end with exit code 76.",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options start with --")
+    if _CONFIG.value is None:
+        raise app.UsageError("--config is missing; for instance --config=configs/base.py")
+    if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise app.UsageError(f"--config={name}: there is no such file; recipes are in configs/")
+    if _WORKDIR.value is None and not _DRY_RUN.value:
+        raise app.UsageError("--workdir is missing; for instance --workdir=runs/base")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax and Grain tell of every file they touch
+
+    # Imported here so that --help and a mistyped flag answer at once; joining comes before
+    # anything that touches a device.
+    from sdjax.errors import UserError, explain
+    from sdjax.parallel import distributed, hosts
+
+    try:
+        distributed.join(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            cluster=_CLUSTER.value,
+            timeout=_JOIN_TIMEOUT.value,
+            heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+        )
+    except UserError as error:
+        os._exit(explain(error))  # JAX's own way out waits for the hosts that did not come
+
+    def train() -> int:
+        from sdjax.config import resolve
+        from sdjax.train import loop
+
+        return loop.run(resolve(_CONFIG.value), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
+
+    try:
+        return hosts.together(train)
+    except UserError as error:
+        return explain(error)
+
+
+def parse(
+    argv: list[str], parser: Callable[[list[str]], list[str]] = app.parse_flags_with_usage
+) -> list[str]:
+    """absl's own parsing, with an unknown field of the config as one line."""
+    try:
+        return parser(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
+        unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
+        name = unknown.group() if unknown else ""
+        culprit = next((arg for arg in argv if arg.startswith("--config.") and name in arg), None)
+        if culprit is None:
+            raise
+        hint = f"; did you mean {close.group(1)}?" if close else ""
+        print(f"error: {culprit}: the configuration has no field {name!r}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

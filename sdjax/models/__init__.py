@@ -1,0 +1,1 @@
+"""The networks, as nnx modules: arrays in, arrays out. They know nothing of meshes or training."""

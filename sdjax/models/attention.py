@@ -1,0 +1,184 @@
+"""Attention, behind one function, and the transformer blocks of the networks.
+
+Attribute names are those of diffusers (models/attention.py, models/transformers/transformer_2d.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sdjax.models import flash, placement
+from sdjax.models.layers import Array, GroupNorm, LayerNorm, gelu, linear, pointwise, rematerialised
+from sdjax.models.placement import activation
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: bool = False) -> Array:
+    """Scaled dot-product attention, softmax in float32 whatever the dtype of the inputs.
+
+    The one place where a kernel is chosen: on TPUs a flash kernel for long sequences, elsewhere two
+    plain products.
+
+    Args:
+        q: [B, L, heads, D].
+        k, v: [B, M, heads, D].
+        causal: position i attends to positions <= i.
+        upcast: compute in float32 throughout, for models whose logits overflow their dtype
+            (`upcast_attention` of Stable Diffusion 2).
+
+    Returns:
+        [B, L, heads, D] in the dtype of `q`.
+    """
+    dtype = q.dtype
+    if upcast:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if placement.kernels() == "tpu" and flash.fits(q, k, causal=causal):
+        return placement.per_device(flash.flash_attention, q, k, v).astype(dtype)
+    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
+    logits *= q.shape[-1] ** -0.5
+    if causal:
+        visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1)  # [B, heads, L]
+    out = jnp.einsum(
+        "bhlm,bmhd->blhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    # Dividing after the second product touches D numbers a row instead of M.
+    return (out / total.swapaxes(1, 2)[..., None]).astype(dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention over tokens, to themselves or to a context of another width.
+
+    Args:
+        channels: width of the tokens; the heads divide it.
+        heads: number of heads.
+        context_channels: width of the context, None for self-attention.
+        qkv_bias: whether the three input projections have biases.
+        upcast: see `attention`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        context_channels: int | None = None,
+        qkv_bias: bool = False,
+        upcast: bool = False,
+        **kw: Any,
+    ):
+        context_channels = context_channels or channels
+        self.to_q = linear(channels, channels, bias=qkv_bias, **kw)
+        self.to_k = linear(context_channels, channels, bias=qkv_bias, **kw)
+        self.to_v = linear(context_channels, channels, bias=qkv_bias, **kw)
+        self.to_out = nnx.List([linear(channels, channels, **kw)])
+        self.heads, self.upcast = heads, upcast
+
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        """x [B, L, C], context [B, M, D] or None -> [B, L, C]."""
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))  # [B, L, heads, D]
+        out = attention(q, k, v, upcast=self.upcast)
+        return self.to_out[0](out.reshape(x.shape))
+
+
+class GEGLU(nnx.Module):
+    """hidden * gelu(gate), both halves of one projection, hidden first (LDM attention.py)."""
+
+    def __init__(self, channels: int, features: int, **kw: Any):
+        self.proj = linear(channels, 2 * features, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * gelu(gate)
+
+
+class NoParameters(nnx.Module):
+    """Holds a place in a list where diffusers has a layer without weights (dropout)."""
+
+
+class FeedForward(nnx.Module):
+    """[..., C] -> GEGLU of width 4 C -> [..., C]."""
+
+    def __init__(self, channels: int, **kw: Any):
+        widen, narrow = GEGLU(channels, 4 * channels, **kw), linear(4 * channels, channels, **kw)
+        self.net = nnx.List([widen, NoParameters(), narrow])
+
+    def __call__(self, x: Array) -> Array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
+
+    def __init__(
+        self, channels: int, heads: int, context_channels: int, *, upcast: bool = False, **kw: Any
+    ):
+        self.norm1 = LayerNorm(channels, **kw)
+        self.attn1 = Attention(channels, heads, upcast=upcast, **kw)
+        self.norm2 = LayerNorm(channels, **kw)
+        self.attn2 = Attention(
+            channels, heads, context_channels=context_channels, upcast=upcast, **kw
+        )
+        self.norm3 = LayerNorm(channels, **kw)
+        self.ff = FeedForward(channels, **kw)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """x [B, L, C], context [B, M, D] -> [B, L, C]."""
+        x = activation(x + self.attn1(self.norm1(x)))
+        x = activation(x + self.attn2(self.norm2(x), context))
+        return activation(x + self.ff(self.norm3(x)))
+
+
+class Transformer2D(nnx.Module):
+    """Transformer blocks over the positions of a feature map, between two projections.
+
+    Args:
+        channels: width of the map.
+        heads: number of attention heads.
+        context_channels: width of the text context.
+        depth: number of transformer blocks.
+        groups: groups of the input norm.
+        use_linear_projection: dense projections (SD2, SDXL) instead of 1x1 convolutions (SD1). The
+            same function, with differently shaped weights.
+        upcast: see `attention`.
+        remat: see `layers.rematerialised`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_channels: int,
+        *,
+        depth: int,
+        groups: int,
+        use_linear_projection: bool,
+        upcast: bool,
+        remat: str,
+        **kw: Any,
+    ):
+        # 1e-6 here, 1e-5 in the residual blocks around it (LDM attention.py, Normalize).
+        self.norm = GroupNorm(channels, groups, eps=1e-6, **kw)
+        project: Any = linear if use_linear_projection else pointwise
+        self.proj_in = project(channels, channels, **kw)
+        self.transformer_blocks = nnx.List(
+            BasicTransformerBlock(channels, heads, context_channels, upcast=upcast, **kw)
+            for _ in range(depth)
+        )
+        self.proj_out = project(channels, channels, zero=True, **kw)
+        self.remat = remat
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """x [B, H, W, C], context [B, M, D] -> [B, H, W, C]."""
+        residual, (b, h, w, c) = x, x.shape
+        x = activation(self.proj_in(self.norm(x)).reshape(b, h * w, c))  # [B, H*W, C]
+        for block in self.transformer_blocks:
+            x = rematerialised(block, self.remat, level="block")(x, context)
+        return activation(residual + self.proj_out(x.reshape(b, h, w, c)))

@@ -1,0 +1,298 @@
+"""CLIP's text encoder: OpenAI's CLIP-L as in SD1, OpenCLIP-H as in SD2.
+
+A causal pre-norm transformer over the tokens. Padding is not masked: the checkpoints expect that.
+Attribute names are those of transformers 5 (models/clip/modeling_clip.py, `CLIPTextModel`), fields
+those of its `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sdjax.models.attention import attention
+from sdjax.models.config import check, json_values, read_config
+from sdjax.models.layers import (
+    Array,
+    Dtype,
+    LayerNorm,
+    check_remat,
+    dropout,
+    fold_key,
+    gelu,
+    normal_init,
+    quick_gelu,
+    rematerialised,
+)
+from sdjax.models.placement import activation
+from sdjax.models.products import Embed, Linear
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+# Defaults of transformers' CLIPTextConfig where they are not those of SD1.5's encoder.
+_ABSENT = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+# How to draw new weights, a head this model does not have, dropout that CLIP never had, software.
+_IGNORED = frozenset(
+    "initializer_range initializer_factor projection_dim dropout transformers_version torch_dtype "
+    "dtype use_cache return_dict torchscript tie_word_embeddings output_attentions "
+    "output_hidden_states _attn_implementation_autoset _commit_hash".split()
+)
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "architectures": ("CLIPTextModel", "CLIPModel", None),
+    "model_type": ("clip_text_model",),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({},),
+    "quantization_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """A CLIP text encoder; the defaults are SD1.5's.
+
+    hidden_act: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP; the exact one).
+    num_hidden_layers: SD2 takes the last but one of OpenCLIP-H's 24 layers: 23 here.
+    eos_token_id: where `pooled` reads. 2 means the highest id of the caption, the convention of
+      checkpoints with a wrong id in their config.
+    bos_token_id, pad_token_id: for the reader of the written file; the network does not use them.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+    bos_token_id: int = 0
+    eos_token_id: int = 2
+    pad_token_id: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            check(value >= 1, name, value, "at least 1")
+        check(
+            self.hidden_size % self.num_attention_heads == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"a divisor of hidden_size = {self.hidden_size}",
+        )
+        check(
+            self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, " or ".join(ACTIVATIONS)
+        )
+        check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "a positive number")
+        check(
+            0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "[0, 1)"
+        )
+
+    @classmethod
+    def from_json(
+        cls, data: Mapping[str, Any], where: str = "config.json"
+    ) -> tuple[CLIPTextConfig, list[str]]:
+        """(config, names of ignored fields) of a transformers `config.json`.
+
+        Raises:
+            ConfigError: listing the fields that are unknown or not supported.
+        """
+        return read_config(
+            cls,
+            data,
+            where=where,
+            ignored=_IGNORED,
+            neutral=_NEUTRAL,
+            absent=_ABSENT,
+            null={"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What transformers 4 and 5 need to load the weights as a `CLIPTextModel`."""
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **json_values(self),
+            "projection_dim": self.hidden_size,
+        }
+
+
+class CLIPText(nnx.Module):
+    """The text encoder. Tokens [B, L] to context [B, L, hidden_size]."""
+
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        check_remat(remat)
+        self.config, self.remat = config, remat
+        kw = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embeddings = Embeddings(config, **kw)
+        self.encoder = Encoder(config, **kw)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
+
+    def __call__(self, tokens: Array, *, key: Array | None = None) -> Array:
+        """Last hidden state after the final norm, float32 [B, L, D].
+
+        Args:
+            tokens: [B, L] int32, L up to `max_position_embeddings`.
+            key: of dropout in the attention; None for none.
+        """
+        return self.normed(self.hidden_states(tokens, key=key)[-1])
+
+    def hidden_states(self, tokens: Array, *, key: Array | None = None) -> list[Array]:
+        """The embeddings and the output of every layer, each [B, L, D], without the final norm."""
+        x = self.embeddings(tokens)
+        states = [x]
+        for i, layer in enumerate(self.encoder.layers):
+            # A layer is all there is to recompute at once, for "full" too.
+            level = "stage" if self.remat == "full" else "block"
+            x = rematerialised(layer, self.remat, level=level)(x, fold_key(key, i))
+            states.append(x)
+        return states
+
+    def normed(self, hidden: Array) -> Array:
+        """`hidden` after the final norm, in float32."""
+        return self.final_layer_norm(hidden).astype(jnp.float32)
+
+    def pooled(self, hidden: Array, tokens: Array) -> Array:
+        """The state at each caption's end, [B, D] of [B, L, D]: its first EOS."""
+        eos = self.config.eos_token_id
+        # 2 is what configs said before transformers knew better: take the highest id, the EOS.
+        at = tokens.argmax(-1) if eos == 2 else (tokens == eos).argmax(-1)
+        return jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+
+
+class Embeddings(nnx.Module):
+    """Tokens [B, L] to [B, L, D]: a vector for the token plus one for its position."""
+
+    def __init__(self, config: CLIPTextConfig, **kw: Any):
+        width = config.hidden_size
+        self.token_embedding = Embed(
+            config.vocab_size, width, embedding_init=normal_init(0.02), **kw
+        )
+        self.position_embedding = Embed(
+            config.max_position_embeddings,
+            width,
+            embedding_init=normal_init(0.01),
+            **kw,
+        )
+        self.length = config.max_position_embeddings
+
+    def __call__(self, tokens: Array) -> Array:
+        length = tokens.shape[1]
+        if length > self.length:
+            raise ValueError(
+                f"tokens {tokens.shape}: expected at most max_position_embeddings = {self.length} "
+                "in a row"
+            )
+        positions = self.position_embedding(jnp.arange(length))[None]
+        return activation(self.token_embedding(tokens) + positions)
+
+
+class Encoder(nnx.Module):
+    """The layers, under the name that transformers gives them."""
+
+    def __init__(self, config: CLIPTextConfig, **kw: Any):
+        self.layers = nnx.List([Layer(config, **kw) for _ in range(config.num_hidden_layers)])
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each after a norm and added to its input. [B, L, D] to the same."""
+
+    def __init__(self, config: CLIPTextConfig, **kw: Any):
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
+        self.self_attn = SelfAttention(config, **kw)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
+        self.mlp = MLP(config, **kw)
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        x = activation(x + self.self_attn(self.layer_norm1(x), key))
+        return activation(x + self.mlp(self.layer_norm2(x)))
+
+
+class SelfAttention(nnx.Module):
+    """Causal multi-head attention. [B, L, D] to the same."""
+
+    def __init__(self, config: CLIPTextConfig, **kw: Any):
+        self.q_proj, self.k_proj, self.v_proj = (
+            _linear(config, config.hidden_size, config.hidden_size, **kw) for _ in range(3)
+        )
+        self.out_proj = _linear(config, config.hidden_size, config.hidden_size, residual=True, **kw)
+        self.heads, self.rate = config.num_attention_heads, config.attention_dropout
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        shape = (*x.shape[:2], self.heads, -1)  # [B, L, heads, D / heads]
+        q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if key is None or self.rate == 0:
+            out = attention(q, k, v, causal=True)
+        else:
+            out = _attention_with_dropout(q, k, v, self.rate, key)
+        return self.out_proj(out.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """Two dense layers with the config's activation between. [B, L, D] to the same."""
+
+    def __init__(self, config: CLIPTextConfig, **kw: Any):
+        self.fc1 = _linear(
+            config, config.hidden_size, config.intermediate_size,
+            std=(2 * config.hidden_size) ** -0.5, **kw,
+        )  # fmt: skip
+        self.fc2 = _linear(
+            config, config.intermediate_size, config.hidden_size, residual=True, **kw
+        )
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
+
+
+def _linear(
+    config: CLIPTextConfig,
+    features_in: int,
+    features_out: int,
+    *,
+    std: float | None = None,
+    residual: bool = False,
+    **kw: Any,
+) -> Linear:
+    """A dense layer with the initialisation of OpenAI CLIP (clip/model.py, initialize_parameters).
+
+    Its deviation is width^-1/2; the layers that add to the residual stream, of which there are two
+    a block, start smaller by the root of their number.
+    """
+    std = config.hidden_size**-0.5 if std is None else std
+    if residual:
+        std *= (2 * config.num_hidden_layers) ** -0.5
+    return Linear(features_in, features_out, kernel_init=normal_init(std), **kw)
+
+
+def _attention_with_dropout(q: Array, k: Array, v: Array, rate: float, key: Array) -> Array:
+    """Causal attention with dropout on its weights, which kernels do not offer."""
+    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
+    visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    logits = jnp.where(visible, logits * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = dropout(jax.nn.softmax(logits), rate, key).astype(v.dtype)  # [B, heads, L, L]
+    return jnp.einsum("bhlm,bmhd->blhd", weights, v).astype(q.dtype)

@@ -1,0 +1,187 @@
+"""Dense layers and convolutions: products in `dtype`, gradients of the parameters in float32.
+
+Differentiating `x @ kernel.astype(bfloat16)` gives the gradient of the kernel in bfloat16: each
+device rounds its part, and the sum over devices is taken in bfloat16 too. Here that product
+leaves the matrix unit in float32, as it was accumulated there, so that gradients are summed over
+devices and micro-batches in float32. On the way forward nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Array = jax.Array
+Dtype = Any
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+class Linear(nnx.Module):
+    """x [..., in] @ kernel [in, out] + bias [out]."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        bias: bool = True,
+        kernel_init: Callable[..., Array],
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape, zeros = (features_in, features_out), nnx.initializers.zeros
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        # Zeros take a key like any other draw, so that layers draw what flax's own do.
+        self.bias = nnx.Param(zeros(rngs.params(), shape[1:], param_dtype)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        """[..., in] -> [..., out] in `dtype`."""
+        y = _dense(x.astype(self.dtype), self.kernel[...])
+        return y if self.bias is None else _add_bias(y, self.bias[...])
+
+
+class Conv(nnx.Module):
+    """Convolution of [B, H, W, in] with kernel [kH, kW, in, out], plus bias [out]."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel_size: tuple[int, int],
+        *,
+        strides: tuple[int, int],
+        padding: Padding,
+        kernel_init: Callable[..., Array],
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*kernel_size, channels_in, channels_out)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (channels_out,), param_dtype))
+        self.strides, self.padding, self.dtype = strides, padding, dtype
+
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, in] -> [B, H', W', out] in `dtype`."""
+        y = _conv(x.astype(self.dtype), self.kernel[...], self.strides, self.padding)
+        return _add_bias(y, self.bias[...])
+
+
+class Embed(nnx.Module):
+    """Rows of a table [count, features]."""
+
+    def __init__(
+        self,
+        count: int,
+        features: int,
+        *,
+        embedding_init: Callable[..., Array],
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Param(embedding_init(rngs.params(), (count, features), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, index: Array) -> Array:
+        """[...] integers -> [..., features] in `dtype`; rounded after the look-up, so that the
+        gradients of rows that are used twice add up in the table's own dtype."""
+        return jnp.take(self.embedding[...], index, axis=0).astype(self.dtype)
+
+
+# ---- the products and their gradients ----------------------------------------------------------
+
+
+@jax.custom_vjp
+def _dense(x: Array, kernel: Array) -> Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _dense(x, kernel), (x, kernel)
+
+
+def _dense_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    batch = tuple(range(x.ndim - 1))
+    dkernel = lax.dot_general(x, dy, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
+    return dy @ kernel.astype(dy.dtype).T, dkernel.astype(kernel.dtype)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+    return _convolve(x, kernel.astype(x.dtype), strides, padding)
+
+
+def _convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+def _conv_forward(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
+) -> tuple[Array, tuple[Array, Array]]:
+    return _conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _conv_backward(
+    strides: tuple[int, int], padding: Padding, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    narrow = kernel.astype(x.dtype)
+    dx = jax.linear_transpose(lambda x: _convolve(x, narrow, strides, padding), x)(dy)[0]
+    return dx, _conv_dkernel(x, dy, kernel.shape, strides, padding).astype(kernel.dtype)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _conv_dkernel(
+    x: Array, dy: Array, shape: tuple[int, ...], strides: tuple[int, int], padding: Padding
+) -> Array:
+    """[kH, kW, in, out] float32: x convolved with dy, over the batch and the positions."""
+    pads = [
+        (low, shape[i] + (dy.shape[i + 1] - 1) * strides[i] - x.shape[i + 1] - low)
+        for i, (low, _) in enumerate(padding)
+    ]
+    correlate = partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding=pads,
+        rhs_dilation=strides,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+    )
+
+    def rounded(x: Array, dy: Array) -> Array:
+        return correlate(x, dy).astype(jnp.float32)
+
+    # cuDNN has no such convolution from 16 bits to 32: it accumulates in 32 and rounds the result.
+    wide = partial(correlate, preferred_element_type=jnp.float32)
+    return lax.platform_dependent(x, dy, cuda=rounded, rocm=rounded, default=wide)
+
+
+@jax.custom_vjp
+def _add_bias(y: Array, bias: Array) -> Array:
+    return y + bias.astype(y.dtype)
+
+
+def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
+    return _add_bias(y, bias), bias
+
+
+def _add_bias_backward(bias: Array, dy: Array) -> tuple[Array, Array]:
+    return dy, dy.astype(jnp.float32).sum(range(dy.ndim - 1)).astype(bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)

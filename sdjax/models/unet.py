@@ -1,0 +1,266 @@
+"""The denoising UNet of Stable Diffusion 1 and 2 (diffusers `UNet2DConditionModel`).
+
+The config has the field names of diffusers, the modules its attribute names. The network sees
+latents, timesteps and a text context; it knows of no noise schedule.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from sdjax.models.attention import Transformer2D
+from sdjax.models.blocks import Downsample, ResnetBlock, Upsample
+from sdjax.models.layers import (
+    Array,
+    Dtype,
+    GroupNorm,
+    check_remat,
+    conv,
+    fold_key,
+    linear,
+    rematerialised,
+    silu,
+    timestep_embedding,
+)
+from sdjax.models.placement import activation
+from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
+
+__all__ = ["UNet", "UNetConfig"]
+
+
+class TimestepEmbedding(nnx.Module):
+    """The two dense layers after the sinusoidal embedding."""
+
+    def __init__(self, channels: int, time_channels: int, **kw: Any):
+        self.linear_1 = linear(channels, time_channels, **kw)
+        self.linear_2 = linear(time_channels, time_channels, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(silu(self.linear_1(x)))
+
+
+class Stage(nnx.Module):
+    """One level of the network on its way down, in the middle or up.
+
+    Args:
+        widths_in: input channels of each residual block.
+        level: of the config's per-level fields, 0 being the finest.
+        attentions: number of transformers; 0 for plain levels.
+        remat: see `layers.rematerialised`.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        widths_in: tuple[int, ...],
+        *,
+        level: int,
+        attentions: int,
+        remat: str,
+        **kw: Any,
+    ):
+        width = config.block_out_channels[level]
+        groups = config.norm_num_groups
+        self.resnets = nnx.List(
+            ResnetBlock(
+                width_in,
+                width,
+                time_channels=4 * config.block_out_channels[0],
+                groups=groups,
+                eps=config.norm_eps,
+                dropout=config.dropout,
+                zero=True,
+                **kw,
+            )
+            for width_in in widths_in
+        )
+        self.attentions = nnx.List(
+            Transformer2D(
+                width,
+                config.heads(level),
+                config.cross_attention_dim,
+                depth=config.depth(level),
+                groups=groups,
+                use_linear_projection=config.use_linear_projection,
+                upcast=config.upcast_attention,
+                remat=remat,
+                **kw,
+            )
+            for _ in range(attentions)
+        )
+        self.remat = remat
+
+    def resnet(self, i: int, x: Array, temb: Array, key: Array | None) -> Array:
+        """Residual block `i`, with a dropout key of its own."""
+        block = rematerialised(self.resnets[i], self.remat, level="block")
+        return block(x, temb, fold_key(key, i))
+
+
+class DownStage(Stage):
+    """Residual blocks and transformers, then half the resolution (except at the last level)."""
+
+    def __init__(self, config: UNetConfig, level: int, *, remat: str, **kw: Any):
+        widths, layers = config.block_out_channels, config.layers_per_block
+        width = widths[level]
+        super().__init__(
+            config,
+            (widths[max(level - 1, 0)],) + (width,) * (layers - 1),
+            level=level,
+            attentions=layers if config.down_block_types[level] == DOWN_TYPES[0] else 0,
+            remat=remat,
+            **kw,
+        )
+        final = level == len(widths) - 1
+        self.downsamplers = None if final else nnx.List([Downsample(width, symmetric=True, **kw)])
+
+    def __call__(
+        self, x: Array, temb: Array, context: Array, key: Array | None
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """x [B, H, W, C] -> (output, the maps that the way up will need)."""
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.resnet(i, x, temb, key)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, tuple(skips)
+
+
+class MidStage(Stage):
+    """Residual block, transformer, residual block, at the coarsest resolution."""
+
+    def __init__(self, config: UNetConfig, *, remat: str, **kw: Any):
+        widths = (config.block_out_channels[-1],) * 2
+        level = len(config.block_out_channels) - 1
+        super().__init__(config, widths, level=level, attentions=1, remat=remat, **kw)
+
+    def __call__(self, x: Array, temb: Array, context: Array, key: Array | None) -> Array:
+        x = self.resnet(0, x, temb, key)
+        for i, attention in enumerate(self.attentions):
+            x = self.resnet(i + 1, attention(x, context), temb, key)
+        return x
+
+
+class UpStage(Stage):
+    """Residual blocks over the input and a skip each, then the double resolution."""
+
+    def __init__(self, config: UNetConfig, level: int, *, remat: str, **kw: Any):
+        widths, layers = config.block_out_channels, config.layers_per_block
+        width, last = widths[level], len(widths) - 1
+        carried = (widths[min(level + 1, last)],) + (width,) * layers
+        # The maps of this level on the way down, last first, and the one that entered it.
+        skips = (width,) * layers + (widths[max(level - 1, 0)],)
+        super().__init__(
+            config,
+            tuple(c + s for c, s in zip(carried, skips, strict=True)),
+            level=level,
+            attentions=layers + 1 if config.up_block_types[last - level] == UP_TYPES[0] else 0,
+            remat=remat,
+            **kw,
+        )
+        self.upsamplers = None if level == 0 else nnx.List([Upsample(width, **kw)])
+
+    def __call__(
+        self,
+        x: Array,
+        skips: tuple[Array, ...],
+        temb: Array,
+        context: Array,
+        key: Array | None,
+        *,
+        size: tuple[int, int] | None,
+    ) -> Array:
+        """x [B, h, w, C], skips in the order of use -> [B, *size, C']; `size` None keeps (h, w)."""
+        for i, skip in enumerate(skips):
+            x = self.resnet(i, jnp.concatenate([x, skip], axis=-1), temb, key)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        return x if self.upsamplers is None else self.upsamplers[0](x, size)
+
+
+class UNet(nnx.Module):
+    """Predicts what the objective asks for from noisy latents, timesteps and a text context.
+
+    Starts as LDM does (openaimodel.py): the last convolution of each residual block, of each
+    transformer and of the network at zero.
+
+    Args:
+        config: the shape.
+        dtype: of matrix products, convolutions and activations.
+        param_dtype: of the parameters.
+        remat: see `layers.rematerialised`.
+        rngs: draws the parameters; not kept.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        check_remat(remat)
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        widths = config.block_out_channels
+        levels = range(len(widths))
+        self.conv_in = conv(config.in_channels, widths[0], **kw)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kw)
+        self.down_blocks = nnx.List(DownStage(config, i, remat=remat, **kw) for i in levels)
+        self.mid_block = MidStage(config, remat=remat, **kw)
+        self.up_blocks = nnx.List(UpStage(config, i, remat=remat, **kw) for i in reversed(levels))
+        self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, eps=config.norm_eps, **kw)
+        self.conv_out = conv(widths[0], config.out_channels, zero=True, **kw)
+        self.config, self.dtype, self.remat = config, dtype, remat
+
+    def embed(self, timesteps: Array) -> Array:
+        """[B] timesteps -> [B, 4 C] conditioning of every residual block."""
+        config = self.config
+        waves = timestep_embedding(
+            timesteps,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        return activation(self.time_embedding(activation(waves.astype(self.dtype))))
+
+    def __call__(
+        self, xt: Array, timesteps: Array, context: Array, *, key: Array | None = None
+    ) -> Array:
+        """Runs the network.
+
+        Args:
+            xt: noisy latents [B, H, W, in_channels], any H and W.
+            timesteps: [B], in steps (0 to 999 for Stable Diffusion), fractions allowed.
+            context: text features [B, L, cross_attention_dim].
+            key: dropout key, None for no dropout. Fold the training step into it.
+
+        Returns:
+            [B, H, W, out_channels] in float32.
+        """
+        temb = self.embed(timesteps)
+        context = activation(context.astype(self.dtype))
+        x = activation(self.conv_in(xt.astype(self.dtype)))
+        skips = [x]
+        for i, down in enumerate(self.down_blocks):
+            run = rematerialised(down, self.remat, level="stage")
+            x, new = run(x, temb, context, fold_key(key, i))
+            skips += new
+        levels = len(self.down_blocks)
+        run = rematerialised(self.mid_block, self.remat, level="stage")
+        x = run(x, temb, context, fold_key(key, levels))
+        for i, up in enumerate(self.up_blocks):
+            used = tuple(skips.pop() for _ in up.resnets)
+            # The size of the next level, which is not the double where that one is odd.
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            run = rematerialised(functools.partial(up, size=size), self.remat, level="stage")
+            x = run(x, used, temb, context, fold_key(key, levels + 1 + i))
+        return activation(self.conv_out(silu(self.conv_norm_out(x))).astype(jnp.float32))

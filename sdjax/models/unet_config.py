@@ -1,0 +1,151 @@
+"""The config of the UNet: its shape in the field names of diffusers `UNet2DConditionModel`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sdjax.models.config import check, json_values, read_config
+
+# By whether their residual blocks are followed by transformers.
+DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+# Fields of diffusers' UNet2DConditionModel that are not implemented, each with the values under
+# which it does nothing (unet_2d_condition.py).
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+# Without an added embedding its number of heads means nothing.
+_IGNORED = frozenset({"addition_embed_type_num_heads"})
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a UNet, in the words of diffusers; the defaults are Stable Diffusion 1.5.
+
+    Raises:
+        ValueError: naming the field, its value and what is expected.
+    """
+
+    sample_size: int | tuple[int, ...] = 64  # latent size that pipelines draw by default
+    in_channels: int = 4  # 9 for inpainting: latents, mask, masked latents
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 768
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    # The number of heads, in spite of its name (diffusers issue 2011).
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        check(levels >= 1, "block_out_channels", self.block_out_channels, "at least one level")
+        for field, allowed in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
+            value = getattr(self, field)
+            expected = f"{levels} of {allowed}, one for each of block_out_channels"
+            check(len(value) == levels and set(value) <= set(allowed), field, value, expected)
+        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            check(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        check(
+            self.cross_attention_dim >= 1, "cross_attention_dim", self.cross_attention_dim, ">= 1"
+        )
+        check(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a rate in [0, 1)")
+        check(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        channels = self.block_out_channels
+        check(
+            all(c >= 1 and c % self.norm_num_groups == 0 for c in channels),
+            "block_out_channels",
+            channels,
+            f"multiples of norm_num_groups = {self.norm_num_groups}",
+        )
+        check(
+            channels[0] >= 4 and channels[0] % 2 == 0,
+            "block_out_channels",
+            channels,
+            "an even first width of at least 4",
+        )
+        for field in ("attention_head_dim", "transformer_layers_per_block"):
+            value = getattr(self, field)
+            per_level = value if isinstance(value, tuple) else (value,) * levels
+            expected = f"positive, one number or {levels}"
+            check(len(per_level) == levels and min(per_level) >= 1, field, value, expected)
+        check(
+            all(c % self.heads(i) == 0 for i, c in enumerate(channels) if self._attends(i)),
+            "attention_head_dim",
+            self.attention_head_dim,
+            f"numbers of heads that divide block_out_channels = {channels}",
+        )
+
+    def heads(self, level: int) -> int:
+        """Attention heads at `level`, 0 being the finest."""
+        value = self.attention_head_dim
+        return value if isinstance(value, int) else value[level]
+
+    def depth(self, level: int) -> int:
+        """Transformer blocks in each attention module at `level`."""
+        value = self.transformer_layers_per_block
+        return value if isinstance(value, int) else value[level]
+
+    def _attends(self, level: int) -> bool:
+        last = len(self.block_out_channels) - 1
+        up = self.up_block_types[last - level]
+        return level == last or self.down_block_types[level] == DOWN_TYPES[0] or up == UP_TYPES[0]
+
+    @classmethod
+    def from_json(
+        cls, data: Mapping[str, Any], where: str = "unet/config.json"
+    ) -> tuple[UNetConfig, list[str]]:
+        """(config, ignored fields) of a diffusers config; see `config.read_config`."""
+        return read_config(
+            cls,
+            data,
+            where=where,
+            ignored=_IGNORED,
+            neutral=_NEUTRAL,
+            absent={"cross_attention_dim": 1280},
+            null={"sample_size": 64, "upcast_attention": False},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What diffusers needs to build the same network."""
+        return {"_class_name": "UNet2DConditionModel", **json_values(self)}

@@ -1,0 +1,204 @@
+"""Models as (graphdef, flat parameters), and parameters as diffusers checkpoints.
+
+Everywhere outside models/ the parameters of a network are one flat dict `{path: array}`, the path
+being the attribute path joined by dots. Attributes bear the names of diffusers, so one rule
+converts every model, with no table of names:
+
+    kernel, scale, embedding  <->  weight       (other leaf names stay)
+    kernel of 4 dimensions    HWIO <-> OIHW
+    kernel of 2 dimensions    transposed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as _save_safetensors
+
+from sdjax import paths
+from sdjax.errors import UserError
+
+Params = dict[str, Any]
+
+_WEIGHT_LEAVES = ("kernel", "scale", "embedding")
+# Attention layers of VAEs saved before diffusers 0.12 (attention_processor.py, AttentionBlock).
+_LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Tensors that some checkpoints carry and that are not parameters.
+_BUFFERS = ("position_ids",)
+
+
+class WeightsError(UserError):
+    """Weights that do not fit the model, or a weights file that cannot be read."""
+
+
+def split(model: nnx.Module) -> tuple[Any, Params]:
+    """A model as (graphdef, {path: array}). The graphdef is hashable and holds no arrays."""
+    graphdef, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+
+
+def merge(graphdef: Any, params: Mapping[str, Any]) -> Any:
+    """The model of `split`, over the given parameters. Costs no copy; meant for inside jit."""
+    tree: dict[Any, Any] = {}
+    for name, value in params.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(int(part) if part.isdigit() else part, {})
+        node[leaf] = value
+    return nnx.merge(graphdef, nnx.State(tree))
+
+
+def abstract(model_cls: Any, config: Any, **kw: Any) -> tuple[Any, Params]:
+    """(graphdef, {path: jax.ShapeDtypeStruct}) of `model_cls(config, **kw)`, without memory."""
+    return split(nnx.eval_shape(lambda: model_cls(config, rngs=nnx.Rngs(0), **kw)))
+
+
+def init(model_cls: Any, config: Any, key: jax.Array, **kw: Any) -> Params:
+    """Freshly drawn parameters of `model_cls(config, **kw)`; may run inside jit."""
+    return split(model_cls(config, rngs=nnx.Rngs(key), **kw))[1]
+
+
+def to_diffusers(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.ndarray]:
+    """Parameters under the names and in the layouts of diffusers/transformers.
+
+    Args:
+        params: `{path: array}` of one component.
+        prefix: put before each name, e.g. "text_model." for CLIP text encoders.
+    """
+    tensors = {}
+    for path, value in params.items():
+        array = np.asarray(value)
+        axes = _to_torch_axes(path, array.ndim)
+        array = np.asarray(array if axes is None else array.transpose(axes), order="C")
+        tensors[prefix + weight_name(path)] = array
+    return tensors
+
+
+def from_diffusers(tensors: Mapping[str, Any], abstract_params: Mapping[str, Any]) -> Params:
+    """The inverse of `to_diffusers`, checked against the model.
+
+    Reads CLIP names with and without `text_model.` and the attention names of old VAEs.
+
+    Args:
+        tensors: `{name: array}` of a checkpoint.
+        abstract_params: `{path: shape and dtype}` of the model, from `abstract`.
+
+    Returns:
+        `{path: np.ndarray}` in the dtypes of `abstract_params`, in its order.
+
+    Raises:
+        WeightsError: listing all missing, unused and mis-shaped weights.
+    """
+    names = {weight_name(path): path for path in abstract_params}
+    found: Params = {}
+    problems = []
+    for name, tensor in tensors.items():
+        path = names.get(name) or names.get(_modern_name(name))
+        if path is None:
+            if name.rsplit(".", 1)[-1] not in _BUFFERS:
+                problems.append(f"unused: {name} {tuple(np.shape(tensor))}")
+            continue
+        if path in found:
+            problems.append(f"twice: {name}, present under another spelling as well")
+            continue
+        array = np.asarray(tensor)
+        want = abstract_params[path]
+        axes = _to_torch_axes(path, len(want.shape))
+        torch_shape = tuple(want.shape) if axes is None else tuple(want.shape[i] for i in axes)
+        if array.shape != torch_shape:
+            problems.append(f"mis-shaped: {name} is {array.shape}, the model has {torch_shape}")
+        found[path] = array
+    problems += [f"missing: {name}" for name, path in names.items() if path not in found]
+    if problems:
+        raise WeightsError(
+            "the weights do not fit the model (does its config belong to them?):\n  "
+            + "\n  ".join(sorted(problems))
+        )
+    return {path: _to_jax(path, found[path], want) for path, want in abstract_params.items()}
+
+
+def save_file(tensors: Mapping[str, Any], path: paths.PathLike) -> None:
+    """Writes one safetensors file, complete or not at all.
+
+    Raises:
+        OSError: the disk's own error, with nothing left behind under `path`.
+    """
+    try:
+        # transformers refuses files without a "format".
+        arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
+        with paths.writing(path) as local:
+            _save_safetensors(arrays, local, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
+
+
+def load_file(path: paths.PathLike) -> dict[str, np.ndarray]:
+    """Reads a safetensors file, or all the shards that a `*.safetensors.index.json` names.
+
+    Returns:
+        `{name: array}`; bfloat16 as ml_dtypes.bfloat16.
+
+    Raises:
+        WeightsError: naming the files that are absent or cannot be read, and what to do.
+    """
+    path = paths.to_path(path)
+    if path.suffix == ".json":  # also "X.safetensors.index.fp16.json"
+        try:
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{path}: not a readable safetensors index: {error!r}") from error
+        files = [path.parent / shard for shard in shards]
+    else:
+        files = [path]
+    absent = [str(file) for file in files if not file.is_file()]
+    if absent:
+        raise WeightsError(
+            f"no such weights file: {', '.join(absent)}: download it, or fix the path"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            with paths.reading(file) as local, safe_open(local, framework="numpy") as opened:
+                tensors.update({key: opened.get_tensor(key) for key in opened.keys()})
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{file}: not a whole safetensors file ({error}). Download or export it again."
+            ) from error
+    return tensors
+
+
+def weight_name(path: str) -> str:
+    """The diffusers name of a parameter path, e.g. `conv_in.kernel` -> `conv_in.weight`."""
+    stem, _, leaf = path.rpartition(".")
+    leaf = "weight" if leaf in _WEIGHT_LEAVES else leaf
+    return f"{stem}.{leaf}" if stem else leaf
+
+
+def _modern_name(name: str) -> str:
+    """The present spelling of a name from an older or a transformers 4 checkpoint."""
+    parts = name.removeprefix("text_model.").split(".")
+    if len(parts) > 2 and "attentions" in parts:
+        parts[-2] = _LEGACY_ATTENTION.get(parts[-2], parts[-2])
+    return ".".join(parts)
+
+
+def _to_torch_axes(path: str, ndim: int) -> tuple[int, ...] | None:
+    """How to transpose a parameter of ours into torch's layout."""
+    if not path.endswith(".kernel"):
+        return None
+    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+
+
+def _to_jax(path: str, array: np.ndarray, want: Any) -> np.ndarray:
+    axes = _to_torch_axes(path, array.ndim)
+    if axes is not None:
+        array = array.transpose(np.argsort(axes))
+    return np.asarray(array, dtype=want.dtype, order="C")

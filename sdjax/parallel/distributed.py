@@ -1,0 +1,336 @@
+"""Joining the other hosts: who they are (flags, SLURM, Open MPI, Cloud TPU), and JAX's connection.
+
+`join` either makes this process one of the expected number or raises; it never leaves it training
+alone. What the hosts then tell one another is `sdjax.parallel.hosts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import threading
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed
+from jax._src.clusters import cloud_tpu_cluster
+
+from sdjax.errors import UserError
+from sdjax.parallel import hosts
+
+CLUSTERS = ("auto", "none", "flags", "slurm", "mpi", "tpu")
+
+# Linux hands out ports below 61000 by itself; a fixed choice above them is likely to be free.
+_FIRST_PORT, _PORTS = 61440, 4096
+
+
+class JoinError(UserError):
+    """This process could not become one of the hosts of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """This process among the others.
+
+    Attributes:
+        source: where it is known from, for messages.
+        coordinator: HOST:PORT of process 0.
+        local_device: the only GPU that this process takes; None for all it sees.
+    """
+
+    source: str
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device: int | None = None
+
+
+def join(
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    *,
+    cluster: str = "auto",
+    timeout: float,
+    heartbeat_timeout: float,
+) -> None:
+    """Join the other hosts, if there are any. Before anything touches a device.
+
+    Args:
+        coordinator, num_processes, process_id: HOST:PORT of process 0, how many, and which one
+            this is. "", 0 and -1 where the cluster says so itself.
+        cluster: one of `CLUSTERS`; "auto" takes flags if there is a coordinator, else SLURM, Open
+            MPI or Cloud TPU if one of them has started more than one process.
+        timeout: seconds to wait for the others.
+        heartbeat_timeout: seconds after which a silent host counts as lost.
+
+    Raises:
+        JoinError: the place of this process is not known, or the others did not come.
+    """
+    if timeout <= 0 or heartbeat_timeout <= 0:
+        raise JoinError(
+            f"--join_timeout={timeout:g}, --heartbeat_timeout={heartbeat_timeout:g}: expected "
+            "seconds above 0"
+        )
+    place = find_place(coordinator, num_processes, process_id, cluster, os.environ, timeout)
+    if place is not None:
+        _connect(place, timeout, heartbeat_timeout)
+        hosts.start(jax_distributed.global_state.client, place.coordinator, heartbeat_timeout)
+
+
+def find_place(
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    cluster: str,
+    env: Mapping[str, str],
+    timeout: float,
+) -> Place | None:
+    """The place of this process; None if it is the only one. Arguments as of `join`."""
+    if cluster not in CLUSTERS:
+        raise JoinError(f"--cluster={cluster}: expected one of {', '.join(CLUSTERS)}")
+    if coordinator and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise JoinError(f"--coordinator={coordinator}: expected HOST:PORT, as in 10.0.0.2:8476")
+    given = bool(coordinator) or num_processes > 0 or process_id >= 0
+    if cluster == "none":
+        if given:
+            raise JoinError("--cluster=none is one process; leave out the flags of several")
+        return None
+    slurm = _slurm(env, coordinator) if cluster in ("auto", "slurm", "flags") else None
+    mpi = _mpi(env, coordinator) if cluster in ("auto", "mpi", "flags") else None
+    if cluster == "flags" or (cluster == "auto" and given):
+        return _flags(coordinator, num_processes, process_id, slurm or mpi)
+    if num_processes > 0 or process_id >= 0:
+        raise JoinError(f"--cluster={cluster} counts the processes itself: leave out "
+                        "--num_processes and --process_id, or use --cluster=flags")  # fmt: skip
+    found = slurm or mpi
+    if cluster in ("slurm", "mpi"):
+        if found is None:
+            starter = {"slurm": "srun (SLURM_PROCID)", "mpi": "mpirun (OMPI_COMM_WORLD_RANK)"}
+            raise JoinError(
+                f"--cluster={cluster}: this process was not started by {starter[cluster]} as one "
+                "of several; start it so, or use --cluster=none for one process"
+            )
+        return found
+    return found or _tpu(env, timeout, coordinator, required=cluster == "tpu")
+
+
+def _flags(
+    coordinator: str, num_processes: int, process_id: int, launcher: Place | None
+) -> Place | None:
+    """Explicit flags; a launcher fills in which process this is, and of how many."""
+    if launcher is not None and num_processes <= 0 and process_id < 0:
+        num_processes, process_id = launcher.num_processes, launcher.process_id
+    missing = [
+        flag
+        for flag, there in (
+            ("--coordinator=HOST:PORT", coordinator),
+            ("--num_processes=N", num_processes > 0),
+            ("--process_id=I", process_id >= 0),
+        )
+        if not there
+    ]
+    if missing:
+        raise JoinError(
+            f"{' and '.join(missing)} missing: several processes need the address of process 0 "
+            "(the same on all), how many they are, and which one each is, from 0"
+        )
+    if process_id >= num_processes:
+        raise JoinError(
+            f"--process_id={process_id} with --num_processes={num_processes}: expected "
+            f"0 to {num_processes - 1}"
+        )
+    if num_processes == 1:
+        return None
+    device = launcher.local_device if launcher else None
+    return Place("flags", coordinator, num_processes, process_id, device)
+
+
+def _slurm(env: Mapping[str, str], coordinator: str) -> Place | None:
+    """A task that srun started, of several.
+
+    Unlike JAX's own detection this leaves a task that is alone on its node all of the node's GPUs.
+    https://slurm.schedmd.com/srun.html, output environment variables.
+    """
+    nodes = env.get("SLURM_STEP_NODELIST")  # not set in a batch script outside of srun
+    if not nodes or "SLURM_PROCID" not in env:
+        return None
+    count = _number(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    if count <= 1:
+        return None
+    job = _number(env, "SLURM_JOB_ID") + _number(env, "SLURM_STEP_ID", default=0)
+    address = coordinator or f"{first_node(nodes)}:{_FIRST_PORT + job % _PORTS}"
+    per_node = count > _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
+    device = _own_gpu(env, _number(env, "SLURM_LOCALID", default=0)) if per_node else None
+    return Place("SLURM", address, count, _number(env, "SLURM_PROCID"), device)
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a SLURM list: `gpu[007-015,20],login` -> `gpu007`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group()) if first else nodes
+
+
+def _mpi(env: Mapping[str, str], coordinator: str) -> Place | None:
+    """A rank that Open MPI's mpirun started, of several."""
+    if "OMPI_COMM_WORLD_RANK" not in env or _number(env, "OMPI_COMM_WORLD_SIZE") <= 1:
+        return None
+    count = _number(env, "OMPI_COMM_WORLD_SIZE")
+    local = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", default=count)
+    # One of these is the same on all ranks of a job, and another in the next job.
+    names = ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri", "OMPI_MCA_ess_base_jobid")
+    job = next((env[name] for name in names if name in env), "")
+    port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
+    if not coordinator and local == count:
+        coordinator = f"127.0.0.1:{port}"
+    if not coordinator:
+        # Nothing tells a rank where rank 0 runs; mpirun's own host need not be it.
+        raise JoinError(
+            f"Open MPI started {count} ranks on several machines, and does not say where rank 0 "
+            "is: add --coordinator=HOST_OF_RANK_0:PORT (any free port) to the command"
+        )
+    rank = _number(env, "OMPI_COMM_WORLD_RANK")
+    device = _own_gpu(env, _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")) if local > 1 else None
+    return Place("Open MPI", coordinator, count, rank, device)
+
+
+def _own_gpu(env: Mapping[str, str], local_id: int) -> int | None:
+    """Of several tasks on a node each takes one GPU, unless its launcher has bound it already."""
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    return None if visible and len(visible.split(",")) == 1 else local_id
+
+
+def _tpu(
+    env: Mapping[str, str], timeout: float, coordinator: str, *, required: bool
+) -> Place | None:
+    """A worker of a TPU slice, from the environment (GKE) or the metadata server (Compute Engine).
+
+    Several slices (Multislice) are one run: MEGASCALE_* count them.
+    """
+    if env.get("JAX_PLATFORMS", "").split(",")[0] not in ("", "tpu") and not required:
+        return None  # asked to run on something else
+    kinds = (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
+    try:
+        kind = next((kind for kind in kinds if kind.is_env_present()), None)
+        if kind is None:
+            if required:
+                raise JoinError("--cluster=tpu: this machine is not a worker of a Cloud TPU slice "
+                                "(no TPU chips, or no libtpu: pip install jax[tpu])")  # fmt: skip
+            return None
+        count, index = kind.get_process_count(), kind.get_process_id()
+        if count == 1:
+            return None
+        address = coordinator or kind.get_coordinator_address(
+            timeout_secs=int(timeout), override_coordinator_port=env.get("JAX_COORDINATOR_PORT")
+        )
+    except JoinError:
+        raise
+    except Exception as error:  # of the metadata server, of its form, of the name of worker 0
+        raise JoinError(
+            f"this is a worker of a Cloud TPU slice, but the others cannot be found: {error}\n"
+            "Is the metadata server within reach, and are all workers up? Or give the place by "
+            "--coordinator, --num_processes and --process_id; --cluster=none trains on this "
+            "machine alone, where its chips are a whole slice"
+        ) from error
+    return Place("Cloud TPU", address, count, index)
+
+
+def _number(env: Mapping[str, str], *names: str, default: int | None = None) -> int:
+    """The first of these variables that is set."""
+    name = next((name for name in names if env.get(name)), None)
+    if name is None and default is not None:
+        return default
+    try:
+        return int(env[name or names[0]])
+    except (KeyError, ValueError):
+        raise JoinError(
+            f"environment variable {name or names[0]} is {env.get(name or names[0])!r}; expected a "
+            "number from the launcher. Give --coordinator, --num_processes and --process_id instead"
+        ) from None
+
+
+def _connect(place: Place, timeout: float, heartbeat_timeout: float) -> None:
+    """`jax.distributed.initialize`, whose failures are messages instead of a C++ abort."""
+    # JAX would catch SIGTERM itself; `hosts.stop_after` does what its notice is for.
+    jax.config.update("jax_enable_preemption_service", False)
+    failure: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                place.coordinator,
+                place.num_processes,
+                place.process_id,
+                local_device_ids=None if place.local_device is None else [place.local_device],
+                cluster_detection_method="deactivate",
+                # JAX's own limits end the process in C++; ours come first and say more.
+                initialization_timeout=int(timeout) + 60,
+                heartbeat_timeout_seconds=int(2 * heartbeat_timeout) + 60,
+            )
+            _check_count(place)
+            jax.process_count()  # every host's devices are known to all; waits for them too
+        except Exception as error:
+            failure.append(error)
+
+    what = (
+        f"process {place.process_id} of {place.num_processes} (from {place.source}) could not join "
+        f"the others at {place.coordinator}"
+    )
+    with hosts.abort_becomes(2, f"[host {place.process_id}] error: {what}: see the line before. "
+                             "Do all processes have the same number and address, and each an id "
+                             "of its own?"):  # fmt: skip
+        thread = threading.Thread(target=initialize, daemon=True)
+        thread.start()
+        thread.join(timeout)
+        late = thread.is_alive()
+    if late:
+        raise JoinError(_waited(place, what, timeout))
+    if failure and isinstance(failure[0], JoinError):
+        raise failure[0]
+    if failure:
+        raise JoinError(
+            f"{what}: {failure[0]}\nIs the port free on the machine of process 0, and was jax not "
+            "used before joining?"
+        ) from failure[0]
+    if jax.process_count() != place.num_processes or jax.process_index() != place.process_id:
+        raise JoinError(
+            f"{what}: JAX sees {jax.process_count()} process(es) and is number "
+            f"{jax.process_index()}. Is JAX_PLATFORMS the same everywhere, and the accelerator in "
+            "reach of every process?"
+        )
+
+
+def _check_count(place: Place) -> None:
+    """Each process was told the same number of them; JAX would wait for the others in vain."""
+    client: Any = jax_distributed.global_state.client
+    if place.process_id == 0:
+        client.key_value_set("sdjax/count", str(place.num_processes))
+        return
+    told = client.blocking_key_value_get("sdjax/count", 60_000)
+    if told != str(place.num_processes):
+        raise JoinError(
+            f"process {place.process_id} was told of {place.num_processes} processes, process 0 of "
+            f"{told} (from {place.source}): give all the same number"
+        )
+
+
+def _waited(place: Place, what: str, timeout: float) -> str:
+    host, port = place.coordinator.rsplit(":", 1)
+    if place.process_id == 0:
+        look = (
+            f"This is process 0: were the other {place.num_processes - 1} started with the same "
+            f"--coordinator and number, and can they reach port {port} of this machine (firewall, "
+            f"network interface, {host} is its address as they see it)?"
+        )
+    else:
+        look = (
+            f"Is process 0 running on {host}, can this machine reach its port {port} (firewall, "
+            f"DNS: try `nc -vz {host} {port}`), and were all {place.num_processes} started?"
+        )
+    return (
+        f"{what} within {timeout:g} s.\n{look}\n"
+        "Slow schedulers need a larger --join_timeout; --cluster=none trains on this host alone"
+    )

@@ -1,0 +1,162 @@
+"""Whether a configuration fits a machine and how fast it should go, without the machine.
+
+    python -m sdjax.plan --config=configs/sd21_base.py --topology=v5p:4x4x4
+        [--config.field=value ...] [--format=json] [--output=FILE] [--search]
+
+For TPU the real train step is compiled by the real compiler (pip install -e '.[tpu]'; no TPU is
+needed); a step of Stable Diffusion takes it ten minutes on two cores and 13 GB of memory. For GPUs
+the answer is an estimate. Results are kept in --cache. Nothing is read of `data.path`.
+
+Exit codes: 0 it fits; 1 it does not; 2 the configuration or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from sdjax.errors import UserError, explain
+from sdjax.main import parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sdjax.config import Config
+    from sdjax.train.planning import Planner
+
+# Flags of its own: those of `sdjax.main` (--workdir, --coordinator, ...) mean nothing here.
+FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None,
+    "TPU slice (v5e:2x4, v5p:4x4x4, v5litepod-256, 2*v5e:16x16) or GPUs (gpu:h100:8, gpu:h100:4x8 "
+    "for 4 hosts).", flag_values=FLAGS,
+)  # fmt: skip
+_FORMAT = flags.DEFINE_enum(
+    "format", "table", ["table", "json"], "How to print the plan.", flag_values=FLAGS
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Also write the plan as JSON into this file.", flag_values=FLAGS
+)
+_SEARCH = flags.DEFINE_bool(
+    "search", False, "Look for the largest batch that fits and the fastest mesh, in several plans.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_CACHE = flags.DEFINE_string(
+    "cache", "~/.cache/sdjax/plan", "Folder where results are kept.", flag_values=FLAGS
+)
+_EMBEDDING = "text_encoder.embeddings.token_embedding.embedding"
+_HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; `argv` with the program's name first."""
+    try:
+        rest = parse(list(argv), parser=FLAGS)
+        if _HELP.value:
+            print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
+            return 0
+        return _run(rest[1:])
+    except (UserError, flags.Error) as error:
+        return explain(error)
+
+
+def _run(rest: list[str]) -> int:
+    """With the flags parsed."""
+    _check_flags(rest)
+    logging.set_verbosity(logging.ERROR)
+    from sdjax.parallel import topologies
+
+    topology = topologies.parse(_TOPOLOGY.value or "")
+    devices = topologies.devices(topology)
+    from rich.console import Console
+
+    from sdjax.train.plan_report import show, show_search
+    from sdjax.train.planning import Planner
+
+    planner = Planner(topology, devices, Path(_CACHE.value).expanduser())
+    config = _config(_CONFIG.value)
+    as_json = _FORMAT.value == "json"
+    console = Console(stderr=as_json, width=None if Console().is_terminal else 120)
+    if _SEARCH.value:
+        best, tried = _search(planner, config, console)
+        result: dict[str, object] = {"best": best, "tried": tried}
+        fits = best is not None
+        if not as_json:
+            show_search(tried, best, console)
+            show(best or tried[-1], console)
+    else:
+        plan = planner.plan(config)
+        result, fits = plan, plan["fits"]
+        if not as_json:
+            show(plan, console)
+    text = json.dumps(result, indent=2)
+    if as_json:
+        print(text)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(text + "\n", encoding="utf-8")
+    return 0 if fits else 1
+
+
+def _check_flags(rest: list[str]) -> None:
+    """Raise UserError for what is missing or too much."""
+    if rest:
+        raise UserError(f"unexpected arguments {rest}; options start with --")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for instance --config=configs/sd15.py")
+    if not isinstance(_CONFIG.value, ConfigDict):
+        name = config_flags.get_config_filename(FLAGS["config"])
+        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
+    if not _TOPOLOGY.value:
+        raise UserError("--topology is missing; for instance --topology=v5e:2x4 or gpu:h100:8")
+    if _OUTPUT.value and not Path(_OUTPUT.value).absolute().parent.is_dir():
+        raise UserError(f"--output={_OUTPUT.value}: its folder does not exist")
+
+
+def _config(raw: ConfigDict) -> Config:
+    """The configuration as a run would have it, without looking at data.
+
+    A tokenizer that the run would train has at most `tokenizer.vocab_size` entries.
+    """
+    from sdjax.config import resolve
+    from sdjax.train.networks import assemble
+
+    if not raw.data.path:
+        raw.data.path = "(not read)"
+    config = resolve(raw)
+    if config.init_from or config.vae_from or config.text_encoder_from:
+        config = assemble(config, with_tokenizer=False).config
+    encoder, largest = config.model.text_encoder, config.tokenizer.vocab_size
+    loaded = config.init_from or config.text_encoder_from or config.tokenizer.path
+    rates = (rate for pattern, rate in config.optim.groups if re.search(pattern, _EMBEDDING))
+    frozen = next(rates, 1.0) == 0  # what is not trained has to be loaded, with its own size
+    if loaded or frozen or config.task != "text_to_image" or encoder.vocab_size <= largest:
+        return config
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, text_encoder=dataclasses.replace(encoder, vocab_size=largest)
+        ),
+    )
+
+
+def _search(planner: Planner, config: Config, console: Console) -> tuple:
+    from sdjax.train.plan_search import search
+
+    found = search(planner, config, lambda line: console.print(line, markup=False, highlight=False))
+    return found.best, list(found.tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

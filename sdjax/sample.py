@@ -1,0 +1,250 @@
+"""Draw pictures from prompts.
+
+    python -m sdjax.sample --model=DIR --prompts="a red circle" --prompts="a blue square"
+    --output=out
+
+DIR is a workdir of sdjax or a diffusers folder. Each picture is a PNG that carries its settings;
+grid.png shows them all with their prompts. A picture depends on its number, the seed and the
+settings alone, not on the batch size. Exit codes: 0 done; 2 the input or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+
+from sdjax import paths
+
+if TYPE_CHECKING:
+    from sdjax.diffusion.samplers import SamplerConfig
+    from sdjax.train.pretrained import Pretrained
+
+# Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
+SAMPLER_NAMES = (
+    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
+)  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    own = "the model's own by default"
+    p = argparse.ArgumentParser(
+        prog="python -m sdjax.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--model", required=True, help="workdir of sdjax, or a diffusers folder")
+    p.add_argument(
+        "--prompts", nargs="+", action="extend", default=[], metavar="PROMPT",
+        help="a prompt, or several; may be given again",
+    )  # fmt: skip
+    p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
+    p.add_argument("--output", required=True, help="folder for the pictures")
+    p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
+    p.add_argument("--steps", type=int, help=f"sampler steps; {own}")
+    p.add_argument("--sampler", choices=SAMPLER_NAMES, help=f"sampler; {own}")
+    p.add_argument(
+        "--karras", action=argparse.BooleanOptionalAction, default=None,
+        help="noise levels of Karras et al. 2022",
+    )  # fmt: skip
+    p.add_argument("--eta", type=float, help="noise of ddim, 0 (none) to 1")
+    p.add_argument(
+        "--guidance", type=float, default=7.5,
+        help="classifier-free guidance scale, 1 is none (%(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--guidance_rescale", type=float, default=0.0,
+        help="0 to 1, Lin et al. 2023, section 3.4 (%(default)s)",
+    )  # fmt: skip
+    p.add_argument("--negative_prompt", default="", help="what guidance steers away from")
+    p.add_argument("--height", type=int, help=f"in pixels; {own}")
+    p.add_argument("--width", type=int, help=f"in pixels; {own}")
+    p.add_argument("--batch_size", type=int, default=16, help="drawn at once (%(default)s)")
+    p.add_argument(
+        "--latents", metavar="FILE",
+        help=".npy with the initial noise, standard normal, one for each prompt: [N, h, w, C], or "
+        "[N, C, h, w] as torch has it",
+    )  # fmt: skip
+    p.add_argument(
+        "--weights", default="ema",
+        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation (%(default)s)",
+    )  # fmt: skip
+    return p
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+    """Prompts of the flags, then those of the file (empty lines left out).
+
+    Raises:
+        UserError: there are none, or the file cannot be read.
+    """
+    from sdjax.errors import UserError
+
+    lines = list(prompts)
+    if file:
+        try:
+            text = paths.to_path(file).read_text(encoding="utf-8")
+        except paths.storage_errors(UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file={file} cannot be read: {error}") from error
+        lines += [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError('no prompts: give --prompts="..." or --prompts_file=FILE')
+    return lines
+
+
+def read_latents(file: str, count: int, shape: tuple[int, int, int]):
+    """Initial noise [count, h, w, C] float32 from a .npy file in either layout.
+
+    Raises:
+        UserError: the file is no array, or of another shape.
+    """
+    import numpy as np
+
+    from sdjax.errors import UserError
+
+    height, width, channels = shape
+    try:
+        with paths.reading(file) as local:
+            latents = np.load(local, allow_pickle=False).astype(np.float32)
+    except paths.storage_errors(ValueError, TypeError) as error:
+        raise UserError(f"--latents={file} cannot be read as a NumPy array: {error}") from error
+    if latents.shape == (count, height, width, channels):
+        return latents
+    if latents.shape == (count, channels, height, width):
+        return latents.transpose(0, 2, 3, 1)
+    raise UserError(
+        f"--latents={file} has shape {list(latents.shape)}; expected "
+        f"{[count, height, width, channels]} or {[count, channels, height, width]} for {count} "
+        f"prompts of {width} x {height} latents"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the options, draw, and give the exit code."""
+    args = parser().parse_args(argv)
+    from sdjax.errors import explain
+    from sdjax.train.checkpoint import CheckpointError
+
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
+    try:
+        print(sample(args))
+    except paths.storage_errors(CheckpointError, ValueError, FloatingPointError) as error:
+        return explain(error)
+    return 0
+
+
+def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
+    """The model's own sampler with what the options change."""
+    from sdjax.diffusion.samplers import SamplerConfig
+
+    own = model.sampler or SamplerConfig()
+    given: dict[str, Any] = {
+        "name": args.sampler,
+        "steps": args.steps,
+        "karras": args.karras,
+        "eta": args.eta,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "name" in changes and changes["name"] != own.name:
+        # What belongs to the model's own sampler may not exist in another.
+        changes = {"eta": 0.0, "karras": False} | changes
+    return dataclasses.replace(own, **changes)
+
+
+def sample(args: argparse.Namespace) -> str:
+    """Draw what the options of `parser` say.
+
+    Returns:
+        A line that says what was drawn and where it is.
+
+    Raises:
+        UserError and its kin: the model or an option is wrong.
+        FloatingPointError: a picture has NaN pixels.
+    """
+    import jax.numpy as jnp
+
+    from sdjax.errors import UserError
+    from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator
+    from sdjax.eval.grids import grid, save_png
+    from sdjax.train.pretrained import read_any
+
+    if args.seed < 0 or args.batch_size < 1:
+        raise UserError(
+            f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
+        )
+    prompts = read_prompts(args.prompts, args.prompts_file)
+    output = paths.to_path(args.output)
+    paths.make_folder(output)
+    model = read_any(args.model, weights=args.weights)
+    unet, vae, text_encoder = model.unet, model.vae, model.text_encoder
+    schedule, tokenizer = model.schedule, model.tokenizer
+    if not (unet and vae and text_encoder and schedule and tokenizer):
+        raise UserError(
+            f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
+            "takes unet, vae, text_encoder and tokenizer"
+        )
+
+    drawing = Drawing(_sampler(model, args), args.guidance, args.guidance_rescale)
+    factor = 2 ** (len(vae.block_out_channels) - 1)
+    native = unet.sample_size
+    rows, columns = native if isinstance(native, tuple) else (native, native)
+    height, width = args.height or rows * factor, args.width or columns * factor
+    shape = latent_shape(unet, vae, height, width)
+    latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
+    tokens = tokenizer.encode([*prompts, args.negative_prompt])
+    if tokenizer.truncated:
+        print(
+            f"note: {tokenizer.truncated} of the prompts are longer than "
+            f"{tokenizer.context_length - 2} tokens and were cut",
+            file=sys.stderr,
+        )
+    generate = make_generator(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        schedule=schedule,
+        prediction_type=model.prediction_type,
+        drawing=drawing,
+        dtype=jnp.dtype(args.dtype),
+    )
+    images = draw(
+        generate,
+        {path: jnp.asarray(value) for path, value in model.params.items()},
+        tokens[:-1],
+        tokens[-1],
+        shape=shape,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        latents=latents,
+        prompts=prompts,
+    )
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        settings = {
+            "prompt": prompt,
+            "negative_prompt": args.negative_prompt,
+            "seed": args.seed,
+            "number": i,
+            "model": args.model,
+            "weights": args.weights,
+            "latents": args.latents or "",
+            "guidance": drawing.guidance,
+            "guidance_rescale": drawing.guidance_rescale,
+            **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
+        }
+        save_png(output / f"{i:05d}.png", image, settings)
+    save_png(output / "grid.png", grid(images, prompts))
+    return f"{len(images)} pictures in {output}, together in {output / 'grid.png'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

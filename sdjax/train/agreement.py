@@ -1,0 +1,81 @@
+"""What must be the same on every host before they train together: the configuration, the workdir.
+
+Where it is not, hosts would wait for one another for ever, or write half a checkpoint each.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+
+import jax
+
+from sdjax import paths
+from sdjax.config import Config, to_dict
+from sdjax.errors import UserError
+from sdjax.parallel import hosts
+from sdjax.train.checkpoint import compare_configs, latest_step
+
+# Where a host reads its data and keeps its cache, and how many threads it has, is its own matter.
+OWN = ("compilation_cache", "data.data_dir", "data.path", "data.threads", "data.workers",
+       "data.prefetch")  # fmt: skip
+
+_MARK = ".shared"
+_PATIENCE = 10.0  # seconds; a network file system may show a new file late
+
+
+def check_config(config: Config) -> None:
+    """All hosts were started with the same configuration.
+
+    Raises:
+        UserError: on a host whose configuration is not process 0's, naming the fields.
+    """
+    mine = to_dict(config)
+    first = json.loads(hosts.from_first("config", json.dumps(mine)))
+    different = [d for d in compare_configs(first, mine) if d.field not in OWN]
+    if different:
+        lines = "\n  ".join(f"{d.field}: {d.saved!r} there, {d.current!r} here" for d in different)
+        raise UserError(
+            f"process 0 and process {jax.process_index()} have different configurations:\n  {lines}"
+            "\nstart all of them with the same command and the same version of sdjax"
+        )
+
+
+def check_shared(folder: paths.Path) -> None:
+    """All hosts see the same workdir, by a file that process 0 writes and the others look for.
+
+    Raises:
+        UserError: on a host that does not see it, or sees another newest checkpoint in it.
+    """
+    if hosts.alone():
+        return
+    mark, step = folder / _MARK, str(latest_step(folder))
+    token = uuid.uuid4().hex
+    if jax.process_index() == 0:
+        paths.write_text(mark, token)
+    token, first_step = hosts.from_first("token", token), hosts.from_first("step", step)
+    if not _seen(mark, token):
+        raise UserError(
+            f"--workdir={folder}: process {jax.process_index()} does not see there what process 0 "
+            "writes. It must be one folder for all hosts: on a shared disk (NFS, Lustre, "
+            "Filestore) or gs://BUCKET/PATH"
+        )
+    if step != first_step:
+        raise UserError(
+            f"--workdir={folder}: the newest checkpoint is of step {first_step} on process 0 and "
+            f"of step {step} on process {jax.process_index()}. A slow network file system may need "
+            "a minute: run the same command again"
+        )
+    hosts.wait_for_all("workdir")
+    if jax.process_index() == 0:
+        mark.unlink()
+
+
+def _seen(mark: paths.Path, token: str) -> bool:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if paths.exists(mark) and mark.read_text() == token:
+            return True
+        time.sleep(0.2)
+    return False

@@ -1,0 +1,157 @@
+"""What is read from a folder and written to one: networks with their weights, and their context."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from sdjax import paths
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.schedules import ScheduleConfig
+from sdjax.errors import UserError
+from sdjax.models.clip import CLIPText, CLIPTextConfig
+from sdjax.models.unet import UNet, UNetConfig
+from sdjax.models.vae import VAE, VAEConfig
+
+NETWORKS: dict[str, tuple[Any, Any]] = {
+    "unet": (UNet, UNetConfig),
+    "vae": (VAE, VAEConfig),
+    "text_encoder": (CLIPText, CLIPTextConfig),
+}
+
+
+# In a folder of a bucket from before its first file is written until after its last.
+INCOMPLETE = "INCOMPLETE"
+
+
+class PretrainedError(UserError):
+    """A folder that cannot be read or written; the message names the files and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Networks and what they were trained with; None for what the folder does not have.
+
+    params: {path: float32 array}, paths start with the network, as in `unet.conv_in.bias`.
+    sampler: how the folder says to sample.
+    ignored: fields and parts of the folder that were not used, for the log.
+    """
+
+    unet: UNetConfig | None = None
+    vae: VAEConfig | None = None
+    text_encoder: CLIPTextConfig | None = None
+    schedule: ScheduleConfig | None = None
+    prediction_type: str = "epsilon"
+    sampler: SamplerConfig | None = None
+    params: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """{name: config} of the networks that are there."""
+        return {name: getattr(self, name) for name in NETWORKS if getattr(self, name) is not None}
+
+    def component(self, name: str) -> dict[str, np.ndarray]:
+        """The parameters of one network, without its prefix."""
+        prefix = name + "."
+        return {p[len(prefix) :]: v for p, v in self.params.items() if p.startswith(prefix)}
+
+
+def check_components(components: Sequence[str]) -> None:
+    """ValueError unless all are names of networks."""
+    unknown = [name for name in components if name not in NETWORKS]
+    if unknown:
+        raise ValueError(f"components has {unknown}; expected some of {', '.join(NETWORKS)}")
+
+
+def read_json(file: paths.Path) -> dict[str, Any]:
+    """A JSON object. PretrainedError, naming the file, if it is none or not there."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PretrainedError(
+            f"{file}: cannot be read ({error.strerror or error}); is the folder whole?"
+        ) from error
+    except ValueError as error:
+        raise PretrainedError(f"{file}: not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise PretrainedError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(file: paths.Path, content: Mapping[str, Any]) -> None:
+    """`content` as indented JSON."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _refilled(folder: paths.Path) -> Iterator[paths.Path]:
+    """`replaced_folder` in a bucket, where a folder of many objects cannot be renamed at a stroke.
+
+    The mark tells readers, and the next writer, of an end in between.
+    """
+    paths.make_folder(folder)
+    (folder / INCOMPLETE).write_text("being written, or left so by a writer that was killed\n")
+    for old in list(folder.iterdir()):
+        if old.name != INCOMPLETE:
+            paths.remove(old)
+    try:
+        yield folder
+    except BaseException:
+        paths.remove(folder)
+        raise
+    (folder / INCOMPLETE).unlink()
+
+
+@contextmanager
+def replaced_folder(folder: paths.Path, *, overwrite: bool) -> Iterator[paths.Path]:
+    """A new folder to write into, which becomes `folder` at the end, or vanishes on an error.
+
+    Args:
+        folder: may exist empty; with `overwrite` also with the networks of an earlier time, which
+            are deleted once the new ones are complete.
+
+    Raises:
+        PretrainedError: `folder` has something in it that must not be deleted.
+        UserError: it is in a bucket that cannot be reached.
+    """
+    if paths.exists(folder) and not folder.is_dir():
+        raise PretrainedError(f"{folder} is a file; expected a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise PretrainedError(
+                f"{folder} is not empty; choose another, or --force to replace it"
+            )
+        known = ("model_index.json", "config.json", INCOMPLETE)
+        if not any((folder / name).exists() for name in known):
+            raise PretrainedError(
+                f"{folder} is neither a diffusers folder nor an sdjax workdir and is not replaced, "
+                "by force either; choose another"
+            )
+    if paths.is_remote(folder):
+        with _refilled(folder) as partial:
+            yield partial
+        return
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    try:
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        paths.remove(partial)
+        paths.remove(old)

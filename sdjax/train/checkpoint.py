@@ -1,0 +1,408 @@
+"""Checkpoints of a run with Orbax: asynchronous, atomic, restored straight into their shardings.
+
+    WORKDIR/checkpoints/STEP/state     the train state
+                             data      state of the data iterator, JSON
+                             config    the configuration, JSON
+
+A save counts only once it is complete; what a killed one leaves is never read, and is removed when
+training starts again. A checkpoint that cannot be read is a `CheckpointError` that says what to do;
+it never becomes a silent restart.
+
+The functions on a workdir only read, and may be used while a run is writing to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sdjax import paths
+from sdjax.errors import UserError
+from sdjax.paths import PathLike
+
+# Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
+# the data would no longer mean the same. Shell patterns on dotted names. What else changes the
+# structure of the state (say, a group of parameters that is no longer frozen) `restore` reports.
+BREAKING = (
+    "task",
+    "seed",
+    "*_from",
+    "model.unet.*",
+    "model.vae.*",
+    "model.text_encoder.*",
+    "tokenizer.*",
+    "schedule.*",
+    "objective.prediction_type",
+    "data.name",
+    "data.path",
+    "data.split",
+    "data.image_key",
+    "data.text_key",
+    "data.label_template",
+    "data.resolution",
+    "data.batch_size",
+    "data.shapes_*",
+    "optim.name",
+    "ema.profiles",
+)
+
+MISSING = "(not set)"
+
+# What a host reads at once while it restores: Orbax's own limit, 96, is room for a whole copy.
+RESTORE_GB = 4
+# A host that needs a part of an array reads (and unpacks) the whole chunks it lies in.
+CHUNK_BYTES = 8 * 2**20
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written or read. The message names it and says what to do."""
+
+
+# ---- reading a workdir -----------------------------------------------------------------------
+
+
+def checkpoint_folder(workdir: PathLike) -> epath.Path:
+    """Where a run keeps its checkpoints."""
+    return paths.absolute(workdir) / "checkpoints"
+
+
+def all_steps(workdir: PathLike) -> list[int]:
+    """Steps of the complete checkpoints, rising."""
+    folder = checkpoint_folder(workdir)
+    complete = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
+    return sorted(int(path.name) for path in complete if path.name.isdigit())
+
+
+def latest_step(workdir: PathLike) -> int | None:
+    """Step of the newest complete checkpoint; None if there is none."""
+    return max(all_steps(workdir), default=None)
+
+
+def read_config(workdir: PathLike, step: int | None = None) -> dict[str, Any]:
+    """The configuration saved with a checkpoint, the newest by default."""
+    step = _existing(workdir, step)
+    with _explained(workdir, step):
+        return json.loads(
+            (checkpoint_folder(workdir) / str(step) / "config" / "metadata").read_text()
+        )
+
+
+def restore_params(
+    workdir: PathLike, which: str = "params", step: int | None = None
+) -> dict[str, np.ndarray]:
+    """One set of parameters on the host, without the moments and without knowing the model.
+
+    Args:
+      workdir: of the run.
+      which: "params", or "ema:PROFILE" for an average, as "ema:0.9999".
+      step: the newest by default.
+
+    Returns:
+      {path: array}
+    """
+    step = _existing(workdir, step)
+    with _explained(workdir, step):
+        folder = checkpoint_folder(workdir) / str(step) / "state"
+        handler = ocp.PyTreeCheckpointHandler()
+        saved = handler.metadata(folder).tree
+        kind, _, profile = which.partition(":")
+        sets = {"params": saved["params"]}
+        sets |= {f"ema:{name}": params for name, params in saved.get("ema", {}).items()}
+        if which not in sets:
+            raise CheckpointError(
+                f"which={which!r}: the checkpoint of step {step} in {workdir} has {', '.join(sets)}"
+            )
+        item = {"params": sets[which]} if kind == "params" else {"ema": {profile: sets[which]}}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        restored = handler.restore(
+            folder, args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+        )
+    return restored["params"] if kind == "params" else restored["ema"][profile]
+
+
+def _existing(workdir: PathLike, step: int | None) -> int:
+    steps = all_steps(workdir)
+    if not steps:
+        raise CheckpointError(
+            f"{checkpoint_folder(workdir)} has no checkpoint; give the workdir of a run that has "
+            "saved one"
+        )
+    if step is not None and step not in steps:
+        raise CheckpointError(
+            f"{checkpoint_folder(workdir)} has no checkpoint of step {step}; it has {steps}"
+        )
+    return steps[-1] if step is None else step
+
+
+@contextmanager
+def _explained(workdir: PathLike, step: int) -> Iterator[None]:
+    """Any error while reading a checkpoint, as one that names it and says what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        folder = checkpoint_folder(workdir) / str(step)
+        older = [s for s in all_steps(workdir) if s < step]
+        then = (
+            f"to fall back to step {older[-1]}" if older else "to start the run from the beginning"
+        )
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be read: {folder}\n"
+            f"  {type(error).__name__}: {str(error).strip()[:500]}\n"
+            f"It may be damaged. Restore it from a copy, or delete that folder {then}."
+        ) from error
+
+
+# ---- a run's own checkpoints -----------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints that a training run writes. Use as a context manager.
+
+    Every process calls every method.
+
+    Args:
+      workdir: of the run; created if missing.
+      keep_last: checkpoints to keep, the newest ones,
+      keep_every: plus all whose step is a multiple of this, 0 = none.
+    """
+
+    def __init__(self, workdir: PathLike, *, keep_last: int = 2, keep_every: int = 0):
+        if keep_last < 1 or keep_every < 0:
+            raise ValueError(
+                f"keep_last={keep_last}, keep_every={keep_every}: expected 1 or more, 0 or more"
+            )
+        self._workdir = workdir
+        self.folder = checkpoint_folder(workdir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        with self._written("opening"):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=options,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(restore_concurrent_gb=RESTORE_GB),
+                    "data": ocp.JsonCheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if exc_type is None:
+                raise
+            print(error, flush=True)  # the error under way matters more
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        force: bool = False,
+    ) -> bool:
+        """Start saving, after waiting for the save before; returns once `state` may be donated.
+
+        Args:
+          step: optimizer steps done.
+          state: pytree of arrays.
+          data_state: JSON-able state of the data iterator.
+          config: JSON-able configuration.
+          force: save even if a later step is saved.
+
+        Returns:
+          False if this step (or, without `force`, a later one) is saved already.
+
+        Raises:
+          CheckpointError: this save cannot start, or the one before has failed.
+        """
+        with self._written(f"saving step {step}"):
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                return False
+            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state, save_args=chunked),
+                data=ocp.args.JsonSave(dict(data_state)),
+                config=ocp.args.JsonSave(dict(config)),
+            )
+            return self._manager.save(step, args=items, force=force)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if the save in the background has failed. Does not wait."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is complete. Raises `CheckpointError` if it failed."""
+        with self._written("saving"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the last save and end."""
+        with self._written("saving"):
+            self._manager.close()
+
+    def all_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, rising."""
+        return all_steps(self._workdir)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None if there is none."""
+        return latest_step(self._workdir)
+
+    def read_config(self, step: int | None = None) -> dict[str, Any]:
+        """The configuration saved with a checkpoint, the newest by default."""
+        return read_config(self._workdir, step)
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any], dict[str, Any]]:
+        """Restore a checkpoint, the newest by default.
+
+        Args:
+          abstract_state: the state as `jax.ShapeDtypeStruct` leaves with their shardings, which
+            need not be those it was saved with.
+          step: which one.
+
+        Returns:
+          step, state, data_state, config
+
+        Raises:
+          CheckpointError: there is none, it cannot be read, or its state has other parts than
+            `abstract_state` (all are named).
+        """
+        self.wait()
+        step = _existing(self._workdir, step)
+        with _explained(self._workdir, step):
+            check_structure(self.folder / str(step), abstract_state)
+            items = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state),
+                data=ocp.args.JsonRestore(),
+                config=ocp.args.JsonRestore(),
+            )
+            restored = self._manager.restore(step, args=items)
+        return step, restored.state, restored.data, restored.config
+
+    @contextmanager
+    def _written(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except paths.storage_errors(ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            steps = all_steps(self._workdir)
+            left = f"step {steps[-1]} is the last complete one" if steps else "there is no other"
+            raise CheckpointError(
+                f"{doing}: the checkpoint could not be written to {self.folder}\n"
+                f"  {type(error).__name__}: {str(error).strip()[:500]}\n"
+                f"Is the disk full or read-only? Checkpoints before it are untouched ({left}); "
+                "make room and run the same command again."
+            ) from error
+
+
+def check_structure(step_folder: PathLike, abstract_state: Any) -> None:
+    """Compare a saved state with the one to restore: names, shapes, dtypes.
+
+    Raises:
+      CheckpointError: listing what differs.
+    """
+    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step_folder) / "state").tree
+    saved, wanted = _leaves(tree), _leaves(abstract_state)
+    lines = [
+        f"only in the checkpoint: {name} {saved[name]}"
+        for name in sorted(saved.keys() - wanted.keys())
+    ]
+    lines += [
+        f"not in the checkpoint: {name} {wanted[name]}"
+        for name in sorted(wanted.keys() - saved.keys())
+    ]
+    lines += [
+        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} now"
+        for name in sorted(saved.keys() & wanted.keys())
+        if saved[name] != wanted[name]
+    ]
+    if lines:
+        shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        raise CheckpointError(
+            f"the state in {step_folder} is not that of this configuration:\n  "
+            + "\n  ".join(shown)
+            + "\nUse the configuration it was saved with (model, optimizer, groups, EMA profiles), "
+            "or another workdir."
+        )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """{"params/unet.conv_in.bias": "float32[320]"}; parts without arrays are left out."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if getattr(leaf, "shape", None) is not None:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            leaves[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    return leaves
+
+
+# ---- resuming with another configuration -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field of the configuration that is not what it was when the checkpoint was saved."""
+
+    field: str
+    saved: Any
+    current: Any
+    breaks: bool
+
+    def __str__(self) -> str:
+        return f"{self.field}: was {self.saved!r}, is {self.current!r}"
+
+
+def compare_configs(
+    saved: Mapping[str, Any], current: Mapping[str, Any], breaking: Sequence[str] = BREAKING
+) -> list[Difference]:
+    """The fields that differ, by name; `breaks` tells those that match a pattern of `breaking`.
+
+    Tuples equal lists of the same items, as JSON has only lists.
+    """
+    before, now = _fields(saved), _fields(current)
+    return [
+        Difference(
+            field=name,
+            saved=before.get(name, MISSING),
+            current=now.get(name, MISSING),
+            breaks=any(fnmatch.fnmatchcase(name, pattern) for pattern in breaking),
+        )
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, MISSING) != now.get(name, MISSING)
+    ]
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields.update(_fields(value, f"{prefix}{name}."))
+        else:
+            fields[prefix + name] = json.loads(json.dumps(value))
+    return fields

@@ -1,0 +1,177 @@
+"""From what a program does to how long it takes, operation by operation and link by link."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+from sdjax.parallel.topologies import Topology
+from sdjax.train.hlo import Collective, Schedule, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Of one JAX device: FLOP/s; bytes/s to HBM, over its links, and over the host's network."""
+
+    flops: float
+    hbm: float
+    links: float
+    network: float
+    clock: float
+
+    @classmethod
+    def of(cls, topology: Topology) -> Rates:
+        """A chip's, over its devices; the clock is common to them."""
+        chip = topology.chip
+        return cls(
+            flops=chip.flops / chip.devices,
+            hbm=chip.hbm_bandwidth / chip.devices,
+            links=chip.links / chip.devices,
+            network=chip.network / chip.devices,
+            clock=chip.clock,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, and how they come about.
+
+    step = operations + kernels + exposed. operations: one after the other, see `work_seconds`.
+    kernels: those of Pallas, by their declared cost. exposed: collectives during which nothing
+    else runs. collectives: all of them. roofline: the least any schedule could take, the larger of
+    FLOPs over peak and HBM traffic over bandwidth.
+    """
+
+    step: float
+    operations: float
+    kernels: float
+    exposed: float
+    collectives: float
+    roofline: float
+
+
+def work_seconds(work: Work, rates: Rates) -> float:
+    """One operation, once.
+
+    A matrix product takes what the compiler estimates in cycles, but at least its HBM traffic;
+    anything else takes its traffic. (The compiler's cycles for elementwise work serve to choose
+    window sizes: they come to 2.4 times the traffic at the bandwidth of the data sheet.)
+    """
+    traffic = work.bytes / rates.hbm
+    if not (work.cycles and rates.clock):
+        return traffic
+    cycles = work.cycles / rates.clock
+    return max(cycles, traffic) if work.matrix else min(cycles, traffic)
+
+
+def collective_seconds(collective: Collective, topology: Topology) -> float:
+    """One collective, once, at full use of the links it has; see `_bandwidth`.
+
+    Ring algorithms (scaling book, "Sharded matrices"): of V bytes, with n devices, an all-gather
+    and a reduce-scatter move V (n - 1) / n through each device, an all-reduce twice that. Over
+    several islands an all-reduce is done inside each first; every device then has V / island to
+    exchange over the network.
+    """
+    rates, group, size = Rates.of(topology), collective.group, collective.bytes
+    if group <= 1:
+        return 0.0
+    passes = 2.0 if collective.kind == "all-reduce" else 1.0
+    if collective.kind in ("collective-permute", "collective-broadcast"):
+        return size / (_bandwidth(2, topology) if collective.islands == 1 else rates.network)
+    inner, outer = group // collective.islands, collective.islands
+    seconds = passes * size * (inner - 1) / inner / _bandwidth(inner, topology)
+    return seconds + passes * (size / inner) * (outer - 1) / outer / rates.network
+
+
+def _bandwidth(group: int, topology: Topology) -> float:
+    """Bytes/s a device sends to a group of neighbours.
+
+    Of a torus, a group has the links along as many dimensions as it needs, largest first; a
+    dimension that does not wrap around has half of them (3-D slices wrap at multiples of 4, 2-D
+    ones at 16: cloud.google.com/tpu/docs, system architecture). NVLink switches give all to any.
+    """
+    rates = Rates.of(topology)
+    if not topology.chip.is_tpu:
+        return rates.links
+    wrap = 4 if topology.chip.dims == 3 else 16
+    reached, bandwidth = topology.chip.devices, 0.0
+    for size in sorted(topology.shape, reverse=True):
+        if bandwidth and reached >= group:
+            break
+        reached *= size
+        bandwidth += rates.links / topology.chip.dims * (1.0 if size % wrap == 0 else 0.5)
+    return bandwidth
+
+
+def step_time(schedule: Schedule, topology: Topology, flops: float) -> StepTime:
+    """The estimate for a schedule with `flops` of work on each device."""
+    rates = Rates.of(topology)
+    operations = math.fsum(w.times * work_seconds(w, rates) for w in schedule.work)
+    kernels = math.fsum(
+        k.times * max((k.flops or 0.0) / rates.flops, (k.bytes or 0.0) / rates.hbm)
+        for k in schedule.kernels
+    )
+    roofline = max(flops / rates.flops, hbm_bytes(schedule) / rates.hbm)
+    # Without the compiler's cycles (GPU) the products are in the roofline alone.
+    operations = max(operations, roofline - kernels)
+    waiting, beside = (
+        math.fsum(
+            c.times * collective_seconds(c, topology)
+            for c in schedule.collectives
+            if c.asynchronous == asynchronous
+        )
+        for asynchronous in (False, True)
+    )
+    exposed = waiting + max(0.0, beside - operations - kernels)
+    return StepTime(
+        step=operations + kernels + exposed,
+        operations=operations,
+        kernels=kernels,
+        exposed=exposed,
+        collectives=waiting + beside,
+        roofline=roofline,
+    )
+
+
+def hbm_bytes(schedule: Schedule) -> float:
+    """HBM traffic of a step on each device: what its operations and kernels read and write."""
+    return float(
+        sum(w.times * w.bytes for w in schedule.work)
+        + sum(k.times * (k.bytes or 0.0) for k in schedule.kernels)
+    )
+
+
+def loop_factor(schedule: Schedule) -> float:
+    """Work of a step over that of one pass through every loop, which is what XLA's totals count."""
+    weigh = [(w.cycles if w.matrix and w.cycles else w.bytes, w.times, w.matrix) for w in
+             schedule.work]  # fmt: skip
+    matrices = [one for one in weigh if one[2]] or weigh
+    once = sum(weight for weight, _, _ in matrices)
+    return sum(weight * times for weight, times, _ in matrices) / once if once else 1.0
+
+
+def plausible(seconds: object, roofline: float, peak_seconds: float) -> bool:
+    """Whether the compiler's `optimal_seconds` may be believed.
+
+    It comes out negative where collectives are asynchronous, and small where loops or kernels
+    hide work: it must not beat the FLOPs at peak, nor be far beyond what the traffic explains.
+    """
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return False
+    return peak_seconds <= seconds <= 10 * max(roofline, peak_seconds)
+
+
+def collective_table(schedule: Schedule, topology: Topology) -> list[dict]:
+    """One row for each kind, group size and manner: times and bytes in a step, seconds."""
+    rows: dict[tuple, dict] = collections.OrderedDict()
+    for c in schedule.collectives:
+        row = rows.setdefault(
+            (c.kind, c.group, c.islands, c.asynchronous, c.in_loop),
+            {"kind": c.kind, "group": c.group, "islands": c.islands, "asynchronous": c.asynchronous,
+             "in_loop": c.in_loop, "count": 0, "bytes": 0, "seconds": 0.0},
+        )  # fmt: skip
+        row["count"] += c.times
+        row["bytes"] += c.times * c.bytes
+        row["seconds"] += c.times * collective_seconds(c, topology)
+    return sorted(rows.values(), key=lambda row: -row["seconds"])

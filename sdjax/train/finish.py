@@ -1,0 +1,222 @@
+"""Pictures while training, and at the end: what came out, where it is, and what to run next."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax import paths
+from sdjax.config import Config
+from sdjax.data import pipeline, transforms
+from sdjax.data.shape_reader import score
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.eval.grids import grid, save_png
+from sdjax.models import weights
+from sdjax.models.vae import VAE, sample_moments
+from sdjax.parallel.sharding import to_host
+from sdjax.train.networks import Assembled
+from sdjax.train.optim import eval_params
+from sdjax.train.pretrained import Pretrained, write_diffusers
+from sdjax.train.startup import write_config
+from sdjax.train.state import Params, State, component
+from sdjax.train.task import Examples, Task
+from sdjax.train.telemetry import Telemetry
+
+
+def evaluated_params(state: State) -> Params:
+    """The parameters to judge a run by: its first EMA, else what its optimizer evaluates with."""
+    if state["ema"]:
+        return state["ema"][next(iter(state["ema"]))]
+    return eval_params(state["opt_state"], state["params"])
+
+
+def read_examples(config: Config, tokenizer: Tokenizer | None, count: int) -> Examples:
+    """The first `count` examples of the evaluation split."""
+    source = pipeline.open_source(config.data, config.data.eval_split)
+    rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
+    captions, images = [], []
+    for i in range(min(count, len(source))):
+        example = source[i]
+        captions.append(example["text"])
+        images.append(
+            transforms.prepare(
+                example["image"], rng, resolution=config.data.resolution, crop="center", flip=False
+            )
+        )
+    tokens = tokenizer.encode(captions) if tokenizer else np.zeros((len(captions), 0), np.int32)
+    return Examples(tuple(captions), np.stack(images), tokens)
+
+
+class Gallery:
+    """The same prompts (or pictures) and noise every time, so that grids can be compared."""
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        tokenizer: Tokenizer | None,
+        telemetry: Telemetry,
+        folder: paths.Path,
+    ):
+        self._config, self._task, self._tokenizer = config, task, tokenizer
+        self._telemetry, self._folder = telemetry, folder / "samples"
+        self._examples = self._get_examples()  # now: a wrong split is no news for step 1000
+
+    def _get_examples(self) -> Examples:
+        prompts = self._config.sample.prompts
+        if prompts and self._tokenizer is not None:
+            side = self._config.data.resolution
+            images = np.zeros((len(prompts), side, side, 3), np.float32)
+            return Examples(prompts, images, self._tokenizer.encode(list(prompts)))
+        return read_examples(self._config, self._tokenizer, self._config.sample.count)
+
+    def show(self, step: int, state: State, frozen: Params) -> paths.Path:
+        """Draw with the evaluated parameters, write DIR/samples/STEP.png and TensorBoard images."""
+        params = {**frozen, **evaluated_params(state)}
+        images = self._task.pictures(params, self._examples, self._config.seed)
+        path = self._folder / f"{step:08d}.png"
+        if jax.process_index() == 0:
+            captions = self._examples.captions
+            save_png(path, grid(images, captions), {"step": step, "prompts": "\n".join(captions)})
+            self._telemetry.images(step, "samples", images, captions)
+        return path
+
+
+def finish(
+    config: Config,
+    task: Task,
+    assembled: Assembled,
+    state: State,
+    frozen: Params,
+    gallery: Gallery,
+    telemetry: Telemetry,
+    folder: paths.Path,
+) -> None:
+    """Last pictures, score, diffusers folder, and the last screen."""
+    step = int(state["step"])
+    picture = gallery.show(step, state, frozen)
+    params = {**frozen, **evaluated_params(state)}
+    score_line = _fidelity(config, task, assembled, params, telemetry, step)
+    exported = None
+    if config.train.export:
+        exported = export(config, assembled, params, folder)
+    telemetry.close()
+    if jax.process_index() == 0:
+        print(last_screen(config, folder, picture, exported, score_line))
+
+
+def _fidelity(
+    config: Config,
+    task: Task,
+    assembled: Assembled,
+    params: Params,
+    telemetry: Telemetry,
+    step: int,
+) -> str:
+    """Held-out prompts of captioned_shapes, read back from the pictures."""
+    if not config.sample.fidelity:
+        return ""
+    examples = read_examples(config, assembled.tokenizer, config.sample.fidelity)
+    images = task.pictures(params, examples, config.seed + 1)
+    shares = score(examples.captions, images)
+    shares.pop("samples")
+    telemetry.scalars(step, {"fidelity": shares})
+    parts = ", ".join(f"{name} {100 * value:.1f} %" for name, value in shares.items())
+    return f"{len(images)} pictures of held-out prompts read back: {parts}"
+
+
+def export(config: Config, assembled: Assembled, params: Params, folder: paths.Path) -> paths.Path:
+    """Write DIR/diffusers: a pipeline, or the one folder of a VAE."""
+    path = folder / "diffusers"
+    model = config.model
+    host = _on_first(params)
+    if config.task == "autoencoder":
+        scale = _scaling(config, params)
+        model = dataclasses.replace(model, vae=dataclasses.replace(model.vae, scaling_factor=scale))
+        # Who names this workdir in `vae_from` needs the factor too.
+        write_config(folder, dataclasses.replace(config, model=model))
+        bundle = Pretrained(vae=model.vae, params=host)
+    else:
+        bundle = Pretrained(
+            unet=model.unet,
+            vae=model.vae,
+            text_encoder=model.text_encoder,
+            schedule=config.schedule,
+            prediction_type=config.objective.prediction_type,
+            sampler=config.sample.sampler,
+            params=host,
+            tokenizer=assembled.tokenizer,
+        )
+    if jax.process_index() == 0:
+        write_diffusers(path, bundle, overwrite=True)
+    return path
+
+
+def _on_first(params: Params) -> dict[str, np.ndarray]:
+    """Whole parameters on process 0, which writes them; the others keep nothing."""
+    kept = {}
+    for path, value in params.items():
+        whole = to_host(value)
+        if jax.process_index() == 0:
+            kept[path] = whole
+    return kept
+
+
+def _scaling(config: Config, params: Params) -> float:
+    """1 / standard deviation of the latents of the evaluation split (LDM, appendix G)."""
+    graph, _ = weights.abstract(VAE, config.model.vae)
+    examples = read_examples(config, None, 256)
+
+    @jax.jit
+    def latents(params: Params, images: jax.Array) -> jax.Array:
+        moments = weights.merge(graph, component(params, "vae")).encode(images)
+        noise = jax.random.normal(jax.random.key(0), jnp.split(moments, 2, axis=-1)[0].shape)
+        return sample_moments(moments, noise)
+
+    parts = [
+        to_host(latents(params, examples.images[i : i + 32]))
+        for i in range(0, len(examples.images), 32)
+    ]
+    return float(f"{1 / np.std(np.concatenate(parts)):.5g}")
+
+
+def last_screen(
+    config: Config,
+    folder: paths.Path,
+    picture: paths.Path,
+    exported: paths.Path | None,
+    score_line: str,
+) -> str:
+    """Where everything is and what to run next."""
+    here = Path(sys.executable)
+    inside = here.is_relative_to(Path.cwd())  # a virtual environment that need not be activated
+    python = str(here.relative_to(Path.cwd())) if inside else "python"
+    rows: list[tuple[str, Any]] = [
+        ("pictures", picture),
+        ("metrics", folder / "metrics.jsonl"),
+        ("TensorBoard", f"{python} -m tensorboard.main --logdir={folder}"),
+        ("checkpoints", folder / "checkpoints"),
+    ]
+    if exported is not None:
+        rows.append(("diffusers", exported))
+    if config.task == "text_to_image":
+        prompt = "a large red circle above a small blue square"
+        if config.data.name != "captioned_shapes":
+            prompt = "..."
+        rows.append(
+            ("draw", f'{python} -m sdjax.sample --model={folder} --output=out --prompts="{prompt}"')
+        )
+        rows.append(
+            ("convert", f"{python} -m sdjax.convert --input={folder} --output=diffusers_folder")
+        )
+    else:
+        rows.append(("use it", f"--config.vae_from={folder}"))
+    lines = [f"  {name:12} {value}" for name, value in rows]
+    head = [f"\n{score_line}"] if score_line else []
+    return "\n".join([*head, f"\ntrained to step {config.train.steps}", *lines])

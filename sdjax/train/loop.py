@@ -1,0 +1,146 @@
+"""The training loop, in chapters. Resuming is calling `run` again with the same arguments."""
+
+from __future__ import annotations
+
+import jax
+
+from sdjax import paths
+from sdjax.config import Config, to_dict
+from sdjax.data.pipeline import make_iterator
+from sdjax.parallel.batches import check_batch, global_batch, shares
+from sdjax.parallel.mesh import make_mesh
+from sdjax.train import agreement, report, startup
+from sdjax.train import ema as ema_lib
+from sdjax.train.checkpoint import Checkpoints
+from sdjax.train.finish import Gallery, finish
+from sdjax.train.health import Diverged
+from sdjax.train.model_flops import mfu_flops
+from sdjax.train.monitor import Watch
+from sdjax.train.optim import make_lr_schedule
+from sdjax.train.preemption import StopSignal
+from sdjax.train.program import build, compile_step
+from sdjax.train.task import make_task
+from sdjax.train.telemetry import Telemetry
+
+DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL, "try again later"
+
+
+def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
+    """Train to `config.train.steps` and write everything into `workdir`.
+
+    Returns:
+        An exit code: 0 finished, 3 diverged, 75 stopped by SIGTERM after saving.
+
+    Raises:
+        UserError: configuration or input cannot work; the message says what to change.
+    """
+    # 1. Devices.
+    agreement.check_config(config)
+    startup.enable_compilation_cache(config.compilation_cache)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.data.batch_size, config.train.accumulation, mesh)
+    if dry_run:
+        return report.describe(config, mesh)
+    folder = paths.to_path(workdir)
+    saved = startup.open_workdir(folder, config)
+    agreement.check_shared(folder)
+
+    # 2. Networks, their weights, the tokenizer; what is trained and what is not.
+    assembled = startup.load(config, folder, saved)
+    config, tokenizer = assembled.config, assembled.tokenizer
+    task = make_task(config, tokenizer)
+    steps, batch_size = config.train.steps, config.data.batch_size
+
+    # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
+    program = build(config, task, mesh)
+    split = program.split
+    checkpoints = Checkpoints(
+        folder, keep_last=config.train.keep_last, keep_every=config.train.keep_every
+    )
+    share = shares(mesh)[jax.process_index()]
+    data = make_iterator(
+        config.data,
+        tokenizer,
+        split=config.data.split,
+        seed=config.seed,
+        process_index=share.index,
+        process_count=share.count,
+    )
+    frozen = startup.place_frozen(config, folder, assembled, split, mesh, resumed=saved is not None)
+    if checkpoints.latest_step() is not None:
+        start, state, data_state, _ = checkpoints.restore(program.state)
+        data.set_state(data_state["iterator"])
+    else:
+        start = 0
+        params = startup.initial_params(config, task, assembled, split, mesh)
+        state = jax.jit(program.fresh, out_shardings=program.state_shardings)(params)
+        del params
+
+    # 4. The step, compiled before the first batch is asked for.
+    compiled = compile_step(program, config)
+    train_step = compiled.step
+    report.announce(config, assembled, split, mesh, folder, start, compiled)
+
+    telemetry = Telemetry(
+        folder,
+        total_steps=steps,
+        batch_size=batch_size,
+        start_step=start,
+        flops_per_image=mfu_flops(config),
+    )
+    gallery = Gallery(config, task, tokenizer, telemetry, folder)
+    learning_rate = make_lr_schedule(config.optim, steps)
+    watch = Watch(config, telemetry, folder, tokenizer, learning_rate, data.examples_per_epoch)
+    if start:
+        watch.resume(data_state["watch"], state["health"])
+
+    def save(done: int) -> None:
+        watch.flush()
+        with telemetry.pause():
+            telemetry.flush()  # a kill after the save must not lose lines from before it
+            position = {"iterator": data.get_state(), "watch": watch.get_state()}
+            checkpoints.save(done, state, position, to_dict(config))
+
+    # 5. The loop.
+    try:
+        with StopSignal() as stop, telemetry, checkpoints:
+            if start == 0:
+                telemetry.hparams(to_dict(config))
+            for done in range(start + 1, steps + 1):
+                with watch.waiting():
+                    batch = global_batch(next(data), mesh)
+                state, metrics = train_step(state, frozen, batch)
+                watch.push(done, batch, metrics)
+                checkpoints.check()
+                every = config.train.sample_every
+                if every and done % every == 0 and done < steps:
+                    watch.flush()
+                    with telemetry.pause():
+                        gallery.show(done, state, frozen)
+                if config.ema.snapshot_every and done % config.ema.snapshot_every == 0:
+                    watch.flush()
+                    with telemetry.pause():
+                        ema_lib.save_snapshots(
+                            folder, done, state["ema"], dtype=config.ema.snapshot_dtype
+                        )
+                if done % config.train.checkpoint_every == 0 and done < steps:
+                    save(done)
+                if stop.requested(done) and done < steps:
+                    save(done)
+                    checkpoints.wait()
+                    telemetry.message(
+                        f"stopped by a signal after step {done} and saved; run the same command "
+                        "again to go on"
+                    )
+                    return STOPPED
+
+            # 6. The end: last checkpoint, pictures, a diffusers folder, and where it all is.
+            if start < steps:
+                save(steps)
+            checkpoints.wait()
+            finish(config, task, assembled, state, frozen, gallery, telemetry, folder)
+            return DONE
+    except Diverged:
+        return DIVERGED
+    finally:
+        data.close()

@@ -1,0 +1,182 @@
+"""What is gathered between two lines of the log, and what is kept when a run goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdjax import paths
+from sdjax.config import Config
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.train.health import Diverged, NonFiniteCounter, SpikeDetector
+from sdjax.train.telemetry import DelayedMetrics, Telemetry, bucket_scalars
+
+
+class Watch:
+    """Looks at the metrics of every step as they arrive from the device, two steps late.
+
+    It logs their means, tells of spikes, and stops a run whose steps are no longer finite.
+
+    Args:
+        tokenizer: whose count of captions that were too long is logged, if there is one.
+        learning_rate: of an optimizer step, counted from 0.
+        examples_per_epoch: of the training data.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        telemetry: Telemetry,
+        folder: paths.Path,
+        tokenizer: Tokenizer | None,
+        learning_rate: Callable[[int], Any],
+        examples_per_epoch: int,
+    ):
+        self._train, self._batch_size = config.train, config.data.batch_size
+        self._telemetry, self._folder = telemetry, folder
+        self._tokenizer = tokenizer
+        self._learning_rate, self._examples_per_epoch = learning_rate, examples_per_epoch
+        self._spikes = SpikeDetector(config.train.spike_factor)
+        self._nonfinite = NonFiniteCounter(config.train.max_nonfinite)
+        self._interval = Interval(config.schedule.num_train_timesteps)
+        self._queue = DelayedMetrics()
+        self._batches: dict[int, Mapping[str, jax.Array]] = {}  # of the steps in the queue
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able, for the checkpoint."""
+        return {"spikes": self._spikes.get_state()}
+
+    def resume(self, state: Mapping[str, Any], health: Mapping[str, jax.Array]) -> None:
+        """Judge as the run that was saved would have."""
+        self._spikes.set_state(state["spikes"])
+        self._nonfinite = NonFiniteCounter(
+            self._train.max_nonfinite,
+            in_a_row=int(health["in_a_row"]),
+            total=int(health["skipped"]),
+        )
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Time in here is spent waiting for data."""
+        return self._interval.waiting()
+
+    def push(self, done: int, batch: Mapping[str, jax.Array], metrics: Any) -> None:
+        """Step `done` was dispatched. Looks at earlier ones; raises Diverged."""
+        self._batches[done] = batch
+        self._look(self._queue.push(done, metrics))
+
+    def flush(self) -> None:
+        """Look at all that is under way, waiting for it; raises Diverged."""
+        self._look(self._queue.flush())
+
+    def _look(self, arrived: list[tuple[int, Any]]) -> None:
+        for done, metrics in arrived:
+            self._telemetry.done(done)
+            self._interval.add(metrics)
+            self._judge(done, metrics, self._batches.pop(done))
+            if done % self._train.log_every == 0 or done == self._train.steps:
+                scalars = self._interval.summary()
+                updates = done - self._nonfinite.total  # a skipped step does not move the schedule
+                scalars["learning_rate"] = float(self._learning_rate(max(updates - 1, 0)))
+                scalars["epoch"] = done * self._batch_size / self._examples_per_epoch
+                if self._tokenizer is not None:  # since the start of this process
+                    scalars["truncated_captions"] = self._tokenizer.truncated
+                self._telemetry.log(done, scalars)
+
+    def _judge(self, done: int, metrics: Any, batch: Mapping[str, jax.Array]) -> None:
+        norm, finite = float(metrics["grad_norm"]), bool(metrics["finite"])
+        if self._spikes.observe(norm) and finite:
+            self._interval.spikes += 1
+            self._telemetry.message(
+                f"step {done}: gradient norm {norm:.3g} stands out of its running mean "
+                f"{self._spikes.mean:.3g}"
+            )
+        if not finite:
+            self._telemetry.message(f"step {done}: loss or gradient not finite, update skipped")
+        try:
+            self._nonfinite.observe(done, not finite)
+        except Diverged as error:
+            path = dump_batch(self._folder, done, batch)
+            self._telemetry.message(f"{error}\nthe batch of step {done} is in {path}")
+            raise
+
+
+class Interval:
+    """Means over the steps since the last line: the loss of one batch is mostly noise."""
+
+    def __init__(self, num_timesteps: int):
+        self._num_timesteps = num_timesteps
+        self._start()
+
+    def _start(self) -> None:
+        self._metrics: list[dict[str, Any]] = []
+        self._waited = 0.0
+        self._began = time.monotonic()
+        self.spikes = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is spent waiting for data."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - begin
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """The metrics of one step, on the host."""
+        self._metrics.append(metrics)
+
+    def summary(self) -> dict[str, Any]:
+        """Nested scalars for the log; starts the next interval.
+
+        Losses and the gradient norm are means over the steps with finite ones (NaN if there was
+        none); norms per module group are those of the last step.
+        """
+        last = self._metrics[-1]
+        good = [m for m in self._metrics if m["finite"]]
+        scalars = {
+            "loss": _mean([m["loss"] for m in good]),
+            "grad_norm": _mean([m["grad_norm"] for m in good]),
+            "update_norm": _mean([m["update_norm"] for m in good]),
+            "spikes": self.spikes,
+            "skipped_steps": int(last["health"]["skipped"]),
+            "data_wait": self._waited / max(time.monotonic() - self._began, 1e-9),
+            "grad_norms": last["grad_norms"],
+            "param_norms": last["param_norms"],
+        }
+        scalars |= {
+            f"{name}_unweighted" if name == "loss" else name: _mean([m["aux"][name] for m in good])
+            for name in last["aux"]
+        }
+        if "buckets" in last and good:
+            total = {k: sum(m["buckets"][k] for m in good) for k in ("sum", "count")}
+            scalars["loss_at"] = bucket_scalars(total, self._num_timesteps)
+        self._start()
+        return scalars
+
+
+def _mean(values: list) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def dump_batch(folder: paths.Path, step: int, batch: Mapping[str, jax.Array]) -> paths.Path:
+    """Write this host's part of a batch to `DIR/bad_batch_STEP_hostN.npz` and give its path."""
+    path = folder / f"bad_batch_{step:08d}_host{jax.process_index()}.npz"
+    arrays = {
+        name: np.concatenate([np.asarray(shard.data) for shard in _distinct(value)])
+        for name, value in batch.items()
+    }
+    with paths.writing(path) as local, open(local, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return path
+
+
+def _distinct(array: jax.Array) -> list[Any]:
+    """This host's shards in order, one of each where the mesh repeats them."""
+    shards = {str(s.index): s for s in array.addressable_shards}
+    return sorted(shards.values(), key=lambda s: s.index[0].start or 0)

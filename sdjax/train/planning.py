@@ -1,0 +1,325 @@
+"""A plan: the real train step compiled for hardware that is not there, and what follows from it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sdjax.config import Config, to_dict
+from sdjax.errors import UserError
+from sdjax.eval.generate import latent_shape
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.topologies import Topology
+from sdjax.train import estimate, hlo, plan_cache
+from sdjax.train.model_flops import count_flops, train_flops, unet_flops
+from sdjax.train.program import Program, build, compiler_options
+from sdjax.train.report import memory_classes
+from sdjax.train.task import BlankTokenizer, make_task
+
+SCHEMA = 2  # of the result; raise it when its meaning changes
+LISTED = 10  # temporaries in a plan
+# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise:
+# docs.jax.dev/en/latest/gpu_memory_allocation.html
+GPU_FRACTION = 0.75
+# XLA on CPU otherwise orders operations for concurrency, at the cost of memory.
+_CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+# "in memory space hbm", "on HBM"; on CPU no space is named.
+_OUT_OF_HBM = re.compile(r"out of memory(?! (?:in memory space|on) (?!hbm))", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+Plan = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the compiler answers, which takes it minutes. error: of running out of memory."""
+
+    seconds: float
+    text: str = ""
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)
+    error: str = ""
+
+
+class Planner:
+    """Plans for one topology; compiles nothing that it or an earlier run has compiled before."""
+
+    def __init__(self, topology: Topology, devices: Sequence[Any], cache: Path):
+        self.topology, self.devices, self.cache = topology, list(devices), cache
+        self.compiled = 0  # how many times the compiler was asked
+
+    def program(self, config: Config) -> Program:
+        """The step of `config` over the devices.
+
+        Raises:
+            UserError: the mesh or the batch does not fit them.
+        """
+        length = config.model.text_encoder.max_position_embeddings
+        return build(
+            config, make_task(config, BlankTokenizer(length)), make_mesh(config.mesh, self.devices)
+        )
+
+    def plan(self, config: Config) -> Plan:
+        """Everything that is known of a step of `config`; see docs/scaling.md for the fields.
+
+        Raises:
+            UserError: the mesh or the batch does not fit the devices.
+                Or the compiler failed for another reason than lack of HBM.
+        """
+        program = self.program(config)
+        lowered = program.step.lower(program.state, program.frozen, program.batch)
+        is_tpu = self.topology.chip.is_tpu
+        options = compiler_options(program.mesh) if is_tpu else _CPU_OPTIONS
+        order = [device.id for device in program.mesh.devices.flat]
+        key = _digest(lowered.as_text(), order, self.topology.name, versions(), options)
+        with plan_cache.entry(self.cache / "plans", _digest(SCHEMA, key, to_dict(config))) as kept:
+            if kept.value is None:
+                outcome = self._compile(lowered, key, options)
+                kept.value = make_plan(config, program, self.topology, outcome)
+            return kept.value
+
+    def _compile(self, lowered: Any, key: str, options: dict[str, Any]) -> Outcome:
+        with plan_cache.entry(self.cache / "compiled", key) as kept:
+            if kept.value is None:
+                self.compiled += 1
+                kept.value = dataclasses.asdict(compile_lowered(lowered, options))
+            return Outcome(**kept.value)
+
+
+def _digest(*parts: Any) -> str:
+    """A key of all that an answer depends on."""
+    text = json.dumps(parts, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def compile_lowered(lowered: Any, options: dict[str, Any]) -> Outcome:
+    """Ask the compiler; running out of HBM is an answer.
+
+    Raises:
+        UserError: it fails for another reason; a kernel that wants too much VMEM is one.
+    """
+    begin = time.monotonic()
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if not _OUT_OF_HBM.search(str(error)):
+            raise UserError(
+                f"the compiler fails on this step, and not for lack of HBM: {str(error)[:2000]}"
+            ) from error
+        return Outcome(time.monotonic() - begin, error=str(error))
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    sizes = ("argument", "output", "alias", "temp", "generated_code")
+    return Outcome(
+        time.monotonic() - begin,
+        text=compiled.as_text(),
+        memory={name: int(getattr(memory, f"{name}_size_in_bytes", 0)) for name in sizes},
+        cost={
+            name: float(value)
+            for name, value in (cost if isinstance(cost, dict) else {}).items()
+            if name in ("flops", "bytes accessed", "optimal_seconds")
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of all that takes part in compiling."""
+    found = {}
+    for package in ("jax", "jaxlib", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def memory_limit(topology: Topology) -> int:
+    """Bytes that a program may use of each device."""
+    chip = topology.chip
+    return int(chip.hbm / chip.devices * (1.0 if chip.is_tpu else GPU_FRACTION))
+
+
+def make_plan(config: Config, program: Program, topology: Topology, outcome: Outcome) -> Plan:
+    """The compiler's answer in the terms of somebody who has to rent the machine."""
+    batch, chip = config.data.batch_size, topology.chip
+    known = {k: v for k, v in memory_classes(program).items() if k != "gradients"}
+    limit = memory_limit(topology)
+    plan: Plan = {
+        "schema": SCHEMA,
+        "topology": topology.name,
+        "chip": chip.name,
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "basis": f"compiled for {chip.name} by libtpu" if chip.is_tpu else "estimate",
+        "versions": versions(),
+        "mesh": {axis: int(size) for axis, size in program.mesh.shape.items()},
+        "batch": {
+            "global": batch,
+            "per_chip": batch / topology.chips,
+            "accumulation": config.train.accumulation,
+        },
+        "compile_seconds": round(outcome.seconds, 1),
+        "fits": not outcome.error,
+        "warnings": [],
+    }
+    if outcome.error:
+        needed, plan["temporaries"] = read_out_of_memory(outcome.error)
+        plan["memory"] = {"limit": limit, "classes": known, "total": None, "needed": needed}
+        plan["error"] = outcome.error.splitlines()[0]
+    else:
+        plan["memory"] = _memory(known, outcome.memory, limit)
+        plan["fits"] = plan["memory"]["total"] <= limit
+        plan |= _performance(config, program, topology, outcome)
+    plan["advice"] = [] if plan["fits"] else advice(config, plan, known)
+    return plan
+
+
+def _memory(known: dict[str, int], sizes: dict[str, int], limit: int) -> dict[str, Any]:
+    classes = {
+        **known,
+        "padding of arguments": max(0, sizes["argument"] - sum(known.values())),
+        "outputs not in place of arguments": max(0, sizes["output"] - sizes["alias"]),
+        "temporaries": sizes["temp"],
+        "program": sizes["generated_code"],
+    }
+    return {"limit": limit, "classes": classes, "total": sum(classes.values()), "needed": None}
+
+
+def _performance(
+    config: Config, program: Program, topology: Topology, outcome: Outcome
+) -> dict[str, Any]:
+    """FLOPs, bytes, time, images per second, MFU, collectives, temporaries."""
+    schedule = hlo.read(outcome.text, topology.devices, topology.island)
+    chip, rates = topology.chip, estimate.Rates.of(topology)
+    if chip.is_tpu:
+        flops = outcome.cost.get("flops", 0.0) * estimate.loop_factor(schedule)
+        silent = [kernel for kernel in schedule.kernels if not kernel.declared]
+        flops += sum(kernel.times * (kernel.flops or 0.0) for kernel in silent)
+    else:  # XLA on CPU hides products in library calls
+        arguments = (program.state, program.frozen, program.batch)
+        flops = count_flops(program.step, *arguments) / topology.devices
+    took = estimate.step_time(schedule, topology, flops)
+    optimal = outcome.cost.get("optimal_seconds")
+    believed = estimate.plausible(optimal, took.roofline, flops / rates.flops)
+    traffic = estimate.hbm_bytes(schedule)
+    images = config.data.batch_size / took.step
+    model = train_flops(config)
+    return {
+        "flops": flops,
+        "hbm_bytes": traffic,
+        "xla_bytes_accessed": outcome.cost.get("bytes accessed"),
+        "intensity": flops / traffic if traffic else None,
+        "balance": chip.flops / chip.hbm_bandwidth,
+        "model_flops_per_image": model,
+        "unet_flops_per_image": _unet(config),
+        "time": {
+            **dataclasses.asdict(took),
+            "optimal_seconds": optimal if chip.is_tpu else None,
+            "optimal_seconds_plausible": believed if chip.is_tpu else None,
+        },
+        "images_per_second": images,
+        "images_per_second_per_chip": images / topology.chips,
+        "mfu": model * images / (topology.chips * chip.flops),
+        "collectives": estimate.collective_table(schedule, topology),
+        "temporaries": [dataclasses.asdict(buffer) for buffer in schedule.buffers[:LISTED]],
+        "kernels": [dataclasses.asdict(kernel) for kernel in schedule.kernels],
+        "warnings": warnings(schedule, topology),
+    }
+
+
+def _unet(config: Config) -> float | None:
+    if config.task != "text_to_image":
+        return None
+    side, model = config.data.resolution, config.model
+    return unet_flops(
+        config,
+        latent_shape(model.unet, model.vae, side, side),
+        model.text_encoder.max_position_embeddings,
+    )
+
+
+def warnings(schedule: hlo.Schedule, topology: Topology) -> list[str]:
+    """What the estimate lacks, or rests on."""
+    found = []
+    silent = sorted({k.name for k in schedule.kernels if k.flops is None})
+    if silent:
+        found.append(
+            f"THE ESTIMATE LACKS THE TIME OF {len(silent)} KERNEL(S): {', '.join(silent)}. XLA "
+            "does not see into them; give their pallas_call a cost_estimate=pl.CostEstimate(...)"
+        )
+    declared = sorted({k.name for k in schedule.kernels if k.flops is not None})
+    if declared:
+        found.append(f"time of kernels by their analytic cost: {', '.join(declared)}")
+    if schedule.unknown_loops:
+        found.append(
+            f"{schedule.unknown_loops} loop(s) of unknown length count as one pass, so time and "
+            "FLOPs are lower bounds"
+        )
+    if not topology.chip.is_tpu:
+        found.append(
+            "AN ESTIMATE, without a compiler for GPUs: memory is that of the same program compiled "
+            "for CPU (which computes bfloat16 products in float32 and fuses otherwise: expect less "
+            "on a GPU), time is a roofline, which no GPU reaches; trainers get 30 to 50 % of peak"
+        )
+        found.append(
+            f"of a GPU's memory {GPU_FRACTION:.0%} is counted on, which is what JAX takes; "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION changes it"
+        )
+    return found
+
+
+def read_out_of_memory(message: str) -> tuple[int | None, list[dict[str, Any]]]:
+    """Bytes the compiler says are needed, and the largest allocations if it lists them."""
+    needed = None
+    found = re.search(
+        r"\(([\d.]+)([KMGT]?)\) exceeds available|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]?", message
+    )
+    if found:
+        number, unit = (g for g in found.groups() if g is not None)
+        needed = int(float(number) * _UNITS[unit])
+    listed = []
+    for block in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        size = re.match(r"([\d.]+)([KMGT]?)", block)
+        shape = re.search(r"Shape: (\w+\[[\d,]*\])", block)
+        name = re.search(r'op_name="([^"]*)"', block)
+        if size and shape:
+            bytes_ = int(float(size.group(1)) * _UNITS[size.group(2)])
+            listed.append({"shape": shape.group(1), "op_name": name.group(1) if name else "",
+                           "bytes": bytes_, "count": 1})  # fmt: skip
+    return needed, listed[:LISTED]
+
+
+def advice(config: Config, plan: Plan, known: dict[str, int]) -> list[str]:
+    """What to change so that it fits, dearest last."""
+    limit, mesh = plan["memory"]["limit"], plan["mesh"]
+    found = []
+    rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.train.accumulation
+    if config.model.remat == "none":
+        found.append("--config.model.remat=block recomputes activations instead of keeping them")
+    sharded = sum(known[name] for name in ("parameters", "optimizer", "EMA"))
+    ways = math.gcd(mesh["data"], 8) if mesh["data"] < 8 else 8
+    if mesh["fsdp"] == 1 and ways > 1 and sharded > limit / 10:
+        found.append(
+            f"--config.mesh.fsdp={ways} splits parameters, optimizer and EMA, "
+            f"{sharded / 2**30:.1f} GiB a device, to {sharded / ways / 2**30:.1f} GiB"
+        )
+    if rows > 1:
+        half = config.data.batch_size // 2
+        found.append(
+            f"--config.train.accumulation={2 * config.train.accumulation} keeps the batch of "
+            f"{config.data.batch_size} and halves the images a device holds at once, now {rows}"
+        )
+        found.append(f"--config.data.batch_size={half}: activations grow with the batch")
+    if config.model.remat == "block":
+        found.append("--config.model.remat=full keeps less still, and computes more")
+    if not found:
+        found.append("more chips with --config.mesh.fsdp over all of them, or chips with more HBM")
+    return found

@@ -1,0 +1,175 @@
+"""What a configuration compiles to: shapes, shardings and the jitted step, before any array exists.
+
+The loop fills it with arrays, `--dry_run` prints it, and `sdjax.plan` compiles it for hardware that
+is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sdjax.config import Config
+from sdjax.models import placement
+from sdjax.models.config import ConfigError
+from sdjax.parallel.activations import Activations
+from sdjax.parallel.batches import batch_sharding, check_batch, positions
+from sdjax.parallel.sharding import placed, state_shardings
+from sdjax.train.optim import OptimConfig, make_optimizer, trainable_paths
+from sdjax.train.state import Params, State, init_state
+from sdjax.train.step import make_train_step
+from sdjax.train.task import Task, trainable_networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """{path: ShapeDtypeStruct} of what is trained and of what is not."""
+
+    trained: dict[str, jax.ShapeDtypeStruct]
+    frozen: dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training step bound to a mesh.
+
+    state, frozen, batch: its arguments as `jax.ShapeDtypeStruct` with shardings.
+    fresh: trained parameters -> the state at step 0 (jittable).
+    step: `(state, frozen, batch) -> (state, metrics)`, jitted; it donates the state.
+    """
+
+    mesh: Mesh
+    split: Split
+    optimizer: optax.GradientTransformation
+    fresh: Callable[[Params], State]
+    state: State
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any
+
+    @property
+    def state_shardings(self) -> Any:
+        """Of every leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def build(config: Config, task: Task, mesh: Mesh) -> Program:
+    """Everything about the step that is known without an array.
+
+    Raises:
+        UserError: the batch does not spread over the mesh, or nothing is left to train.
+    """
+    check_batch(config.data.batch_size, config.train.accumulation, mesh)
+    split = split_trainable(config, task.abstract, trainable_networks(config))
+    optimizer = make_optimizer(trained_groups(config.optim), config.train.steps, split.trained)
+
+    def fresh(params: Params) -> State:
+        return init_state(params, optimizer, config.ema)
+
+    abstract = jax.eval_shape(fresh, split.trained)
+    shardings = state_shardings(abstract, split.trained, mesh)
+    train_step = make_train_step(
+        task.loss,
+        optimizer,
+        positions=positions(mesh, config.data.batch_size),
+        seed=config.seed,
+        accumulation=config.train.accumulation,
+        buckets=config.train.timestep_buckets,
+        num_timesteps=config.schedule.num_train_timesteps,
+    )
+
+    kernels = mesh.devices.flat[0].platform if config.model.attention == "auto" else ""
+    activations = Activations(mesh, kernels)
+
+    def on_mesh(state: State, frozen: Params, batch: dict) -> tuple[State, dict]:
+        with placement.placed(activations):
+            return train_step(state, frozen, batch)
+
+    step = jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    return Program(
+        mesh=mesh,
+        split=split,
+        optimizer=optimizer,
+        fresh=fresh,
+        state=placed(abstract, shardings),
+        frozen=placed(split.frozen, state_shardings(split.frozen, split.frozen, mesh)),
+        batch={
+            name: jax.ShapeDtypeStruct(
+                (config.data.batch_size, *one.shape), one.dtype, sharding=batch_sharding(mesh)
+            )
+            for name, one in task.example.items()
+        },
+        step=step,
+    )
+
+
+def split_trainable(
+    config: Config, abstract: Mapping[str, jax.ShapeDtypeStruct], trainable: tuple[str, ...]
+) -> Split:
+    """Trained: of the `trainable` networks, all whose group has a learning rate above 0.
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
+    candidates = [p for p in abstract if p.split(".")[0] in trainable]
+    chosen = trainable_paths(config.optim, candidates)
+    trained = {p: abstract[p] for p in candidates if p in chosen}
+    if not trained:
+        raise ConfigError(f"config.optim.groups = {config.optim.groups!r} freezes every parameter")
+    frozen = {p: v for p, v in abstract.items() if p not in trained}
+    return Split(trained, frozen)
+
+
+def trained_groups(optim: OptimConfig) -> OptimConfig:
+    """Without the groups that freeze: what they match is not in the train state at all."""
+    groups = tuple((pattern, rate) for pattern, rate in optim.groups if rate > 0)
+    return dataclasses.replace(optim, groups=groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The compiled step and what the compiler says of it."""
+
+    step: Any
+    seconds: float
+    flops_per_image: float | None
+    temporary_bytes: int | None
+    argument_bytes: int | None
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What XLA is told for the devices of a mesh; the planner tells it the same.
+
+    On TPUs XLA turns the gather of a split weight and the product after it into a loop of
+    collective-permutes and partial products. That suits large weights split over few chips; here it
+    made programs several times as long, with more traffic, so gathers stay gathers.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": str(10**6)}
+
+
+def compile_step(program: Program, config: Config) -> Compiled:
+    """Compile ahead of the first batch, for the devices of the program's mesh."""
+    begin = time.monotonic()
+    lowered = program.step.lower(program.state, program.frozen, program.batch)
+    compiled = lowered.compile(compiler_options=compiler_options(program.mesh))
+    seconds = time.monotonic() - begin
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops = cost.get("flops") if isinstance(cost, dict) else None
+    # XLA counts the loop over micro-batches once, and per device.
+    scale = config.train.accumulation * program.mesh.size / config.data.batch_size
+    return Compiled(
+        compiled,
+        seconds,
+        flops * scale if flops else None,
+        getattr(memory, "temp_size_in_bytes", None),
+        getattr(memory, "argument_size_in_bytes", None),
+    )

@@ -1,0 +1,203 @@
+"""From a configuration to arrays on devices: the workdir, what is trained, where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from safetensors.numpy import save_file
+
+from sdjax import paths
+from sdjax.config import Config, resolve, to_dict
+from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.errors import UserError
+from sdjax.models.config import ConfigError
+from sdjax.parallel.sharding import param_spec, placed
+from sdjax.train.checkpoint import compare_configs, latest_step
+from sdjax.train.frozen import read_frozen
+from sdjax.train.networks import Assembled, assemble, check_complete
+from sdjax.train.program import Split
+from sdjax.train.state import Params
+from sdjax.train.task import Task
+from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE, TOKENIZER_FOLDER
+
+
+def enable_compilation_cache(folder: str) -> None:
+    """XLA's persistent cache: the second start of a run compiles nothing."""
+    path = paths.to_path(folder or "~/.cache/sdjax/xla")
+    if paths.is_remote(path):
+        paths.make_folder(path)  # JAX makes local ones
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def open_workdir(folder: paths.Path, config: Config) -> Config | None:
+    """Make the folder, or read what ran in it before.
+
+    Returns:
+        The resolved configuration of the run to resume, None for a fresh workdir.
+
+    Raises:
+        ConfigError: the folder cannot be made, or has checkpoints and no readable config.json.
+    """
+    file = folder / CONFIG_FILE
+    if not paths.exists(folder) or latest_step(folder) is None:
+        try:
+            paths.make_folder(folder)  # nothing to resume, whatever else an early end has left
+        except UserError as error:
+            raise ConfigError(f"--workdir={error}") from error
+        return None
+    try:
+        return resolve(json.loads(file.read_text()))
+    except paths.storage_errors(ValueError) as error:
+        raise ConfigError(
+            f"{folder} has checkpoints, but {file} cannot be read ({error}): choose another "
+            "--workdir, or mend the file"
+        ) from error
+
+
+def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
+    """Weights, tokenizer and the configuration that results; to resume, those of the workdir.
+
+    Raises:
+        ConfigError: the configuration differs from the workdir's in a field that breaks the run.
+    """
+    if saved is None:
+        return assemble(config)
+    config = _decided_then(config, saved)
+    differences = compare_configs(to_dict(saved), to_dict(config))
+    breaking = [d for d in differences if d.breaks]
+    if breaking:
+        lines = "\n  ".join(str(d) for d in breaking)
+        raise ConfigError(
+            f"{folder} holds a run with another configuration, which this one cannot continue:\n"
+            f"  {lines}\nuse the same values, or another --workdir"
+        )
+    notes = [f"changed since the last start: {d}" for d in differences]
+    tokenizer = None
+    if config.task == "text_to_image":
+        length = config.model.text_encoder.max_position_embeddings
+        try:
+            tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER, context_length=length)
+        except (TokenizerError, OSError) as error:
+            raise ConfigError(
+                f"{folder} holds a run whose tokenizer cannot be read: {error}\nRestore "
+                f"{folder / TOKENIZER_FOLDER} from a copy, or start in another --workdir"
+            ) from error
+    return Assembled(config, {}, tokenizer, tuple(notes))
+
+
+def _decided_then(config: Config, saved: Config) -> Config:
+    """What loaded folders, the tokenizer and the end of a VAE's run decided still holds."""
+    replace = dataclasses.replace
+    model = config.model
+    if saved.init_from:
+        objective = replace(config.objective, prediction_type=saved.objective.prediction_type)
+        config = replace(config, schedule=saved.schedule, objective=objective)
+        model = replace(model, unet=saved.model.unet)
+    if saved.init_from or saved.vae_from:
+        model = replace(model, vae=saved.model.vae)
+    elif saved.task == "autoencoder":
+        model = replace(
+            model, vae=replace(model.vae, scaling_factor=saved.model.vae.scaling_factor)
+        )
+    if saved.init_from or saved.text_encoder_from:
+        model = replace(model, text_encoder=saved.model.text_encoder)
+    else:
+        encoder = saved.model.text_encoder
+        model = replace(
+            model,
+            text_encoder=replace(
+                model.text_encoder,
+                vocab_size=encoder.vocab_size,
+                bos_token_id=encoder.bos_token_id,
+                eos_token_id=encoder.eos_token_id,
+                pad_token_id=encoder.pad_token_id,
+            ),
+        )
+    return replace(config, model=model)
+
+
+def write_workdir(
+    folder: paths.Path,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    frozen: Mapping[str, np.ndarray],
+) -> None:
+    """What a workdir needs besides checkpoints to be read by itself; the config comes last."""
+    if jax.process_index() != 0:
+        return
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+    if frozen:
+        with paths.writing(folder / FROZEN_FILE) as local:
+            save_file(dict(frozen), local)
+    write_config(folder, config)
+
+
+def write_config(folder: paths.Path, config: Config) -> None:
+    """DIR/config.json, whole or not at all."""
+    if jax.process_index() != 0:
+        return
+    paths.write_text(folder / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def place_frozen(
+    config: Config,
+    folder: paths.Path,
+    assembled: Assembled,
+    split: Split,
+    mesh: Mesh,
+    *,
+    resumed: bool,
+) -> Params:
+    """Everything that is not trained, on the devices."""
+    if resumed:
+        if not split.frozen:
+            return {}
+        shardings = {p: _sharding(p, v.shape, mesh) for p, v in split.frozen.items()}
+        return read_frozen(folder / FROZEN_FILE, placed(dict(split.frozen), shardings))
+    check_complete(assembled.params, split.frozen)
+    arrays = {path: np.asarray(assembled.params[path]) for path in split.frozen}
+    write_workdir(folder, config, assembled.tokenizer, arrays)
+    return {path: _put(path, value, mesh) for path, value in arrays.items()}
+
+
+def initial_params(
+    config: Config, task: Task, assembled: Assembled, split: Split, mesh: Mesh
+) -> Params:
+    """Trained parameters before the first step: loaded, or drawn from the seed where not."""
+    loaded = {p: v for p, v in assembled.params.items() if p in split.trained}
+    missing = [p for p in split.trained if p not in loaded]
+    drawn: Params = {}
+    if missing:
+        # Under jit, so that each device draws only its shards and unused networks cost nothing.
+        shardings = {p: _sharding(p, split.trained[p].shape, mesh) for p in missing}
+
+        def draw(key: jax.Array) -> Params:
+            every = task.init(key)
+            return {p: every[p] for p in missing}
+
+        # It runs once: LLVM's optimisations take longer than they save.
+        once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        drawn = jax.jit(draw, out_shardings=shardings, compiler_options=once)(
+            jax.random.key(config.seed)
+        )
+    return {
+        p: drawn[p] if p in drawn else _put(p, np.asarray(loaded[p]), mesh) for p in split.trained
+    }
+
+
+def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, param_spec(path, shape, mesh))
+
+
+def _put(path: str, value: np.ndarray, mesh: Mesh) -> jax.Array:
+    value = np.asarray(value, np.float32)
+    return jax.make_array_from_callback(
+        value.shape, _sharding(path, value.shape, mesh), lambda index: value[index]
+    )

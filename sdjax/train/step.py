@@ -1,0 +1,136 @@
+"""One optimizer step: loss -> gradients -> optax -> EMA, as one jittable function.
+
+Everything random in it is a function of (seed, step, position of the example in the global batch),
+so neither the mesh, nor the number of hosts, nor gradient accumulation changes the loss, and a
+resumed run repeats an unbroken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdjax.diffusion.losses import example_keys
+from sdjax.train import ema as ema_lib
+from sdjax.train.state import Params, State
+from sdjax.train.telemetry import bucket_means, group_norms
+
+# loss_fn(params, frozen, batch, key=, keys=[b], positions=[b], batch_size=)
+#   -> per-example loss [b] float32, aux {name: [b] float32}
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    positions: np.ndarray,
+    seed: int,
+    accumulation: int,
+    buckets: int,
+    num_timesteps: int,
+) -> Callable[[State, Params, dict[str, jax.Array]], tuple[State, dict[str, Any]]]:
+    """Build `train_step(state, frozen, batch) -> (state, metrics)`.
+
+    Args:
+        loss_fn: see `LossFn`; its mean over the global batch is minimised.
+        positions: int32 [B], for each row of the batch its place in the stream of examples.
+        accumulation: micro-batches computed one after the other; the result is that of the whole
+        batch.
+        buckets: the loss is reported for so many ranges of the timestep.
+
+    Metrics are scalars on the device: loss, grad_norm, param_norm, their norms per module group,
+    loss per timestep bucket, and `finite`. A step whose loss or gradient has a NaN or Inf changes
+    nothing but the counters.
+    """
+
+    def train_step(
+        state: State, frozen: Params, batch: dict[str, jax.Array]
+    ) -> tuple[State, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        batch_size = len(positions)
+
+        def mean_loss(params: Params, part: dict[str, jax.Array], positions: jax.Array):
+            per_example, aux = loss_fn(
+                params,
+                frozen,
+                part,
+                key=key,
+                keys=example_keys(key, positions),
+                positions=positions,
+                batch_size=batch_size,
+            )
+            return jnp.mean(per_example), aux
+
+        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+        if accumulation == 1:
+            (loss, aux), grads = value_and_grad(state["params"], batch, jnp.asarray(positions))
+        else:
+            loss, aux, grads = _accumulate(
+                value_and_grad, state["params"], batch, jnp.asarray(positions), accumulation
+            )
+
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates_done = state["step"] - state["health"]["skipped"]
+        done = {
+            "params": params,
+            "opt_state": opt_state,
+            "ema": ema_lib.update(state["ema"], params, updates_done + 1),
+        }
+        kept = {name: state[name] for name in done}
+        new_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), done, kept)
+        skipped = 1 - finite.astype(jnp.int32)
+        new_state["step"] = state["step"] + 1
+        new_state["health"] = {
+            "skipped": state["health"]["skipped"] + skipped,
+            "in_a_row": (state["health"]["in_a_row"] + 1) * skipped,
+        }
+        metrics = {
+            "loss": loss,
+            "finite": finite,
+            "grad_norm": grad_norm,
+            "update_norm": optax.tree.norm(updates),
+            "health": new_state["health"],
+            "grad_norms": group_norms(grads),
+            "param_norms": group_norms(new_state["params"]),
+            "aux": {name: jnp.mean(value) for name, value in aux.items() if name != "timesteps"},
+        }
+        if "timesteps" in aux:
+            metrics["buckets"] = bucket_means(aux["loss"], aux["timesteps"], buckets, num_timesteps)
+        return new_state, metrics
+
+    return train_step
+
+
+def _accumulate(
+    value_and_grad: Callable,
+    params: Params,
+    batch: dict[str, jax.Array],
+    positions: jax.Array,
+    parts: int,
+) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+    """Loss, aux and gradients of the whole batch, one micro-batch in memory at a time.
+
+    Micro-batch j takes examples j, j + parts, ...: each device then cuts its own block and nothing
+    moves between devices.
+    """
+
+    def split(x: jax.Array) -> jax.Array:  # [B, ...] -> [parts, B / parts, ...]
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    def body(carry, part):
+        (loss, aux), grads = value_and_grad(params, *part)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), aux
+
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    (loss, grads), aux = jax.lax.scan(body, zero, jax.tree.map(split, (batch, positions)))
+    aux = {name: value.reshape(-1) for name, value in aux.items()}
+    return loss / parts, aux, jax.tree.map(lambda g: g / parts, grads)

@@ -1,0 +1,230 @@
+"""What a run optimises: networks, their parameters, a loss and a way to look at the result.
+
+Two tasks share the loop and the step. A new objective is a function in `diffusion/losses.py` and a
+config field; only a new kind of network needs a new task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.config import Config
+from sdjax.diffusion.losses import (
+    CALLER_STREAM,
+    denoising_loss,
+    drop_captions,
+    fold_keys,
+    normal_like,
+)
+from sdjax.diffusion.schedules import make_schedule
+from sdjax.errors import UserError
+from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator, to_uint8
+from sdjax.models import weights
+from sdjax.models.clip import CLIPText
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE, sample_moments, scale_latents
+from sdjax.parallel.sharding import to_host
+from sdjax.train.state import component, prefixed
+
+LATENTS, DROPOUT = CALLER_STREAM, CALLER_STREAM + 1  # streams of randomness
+
+
+class Encoder(Protocol):
+    """What a task needs of a tokenizer."""
+
+    context_length: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens int32 [len(texts), context_length]."""
+
+
+class BlankTokenizer:
+    """Stands in for a tokenizer where only shapes matter: no vocabulary has to be read or made."""
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Zeros int32 [len(texts), context_length]."""
+        return np.zeros((len(texts), self.context_length), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Fixed examples to look at while training."""
+
+    captions: tuple[str, ...]
+    images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
+    tokens: np.ndarray  # [N, L] int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One objective, bound to its networks.
+
+    abstract: {path: ShapeDtypeStruct} of every network; paths start with the network's name.
+    loss: see `sdjax.train.step.LossFn`.
+    pictures: (params of every network, examples, seed) -> uint8 [N, H, W, 3].
+    init: key -> parameters of every network, untrained (jittable).
+    example: {name: ShapeDtypeStruct} of one example of a batch.
+    """
+
+    abstract: dict[str, jax.ShapeDtypeStruct]
+    loss: Callable[..., Any]
+    pictures: Callable[[Mapping[str, jax.Array], Examples, int], np.ndarray]
+    init: Callable[[jax.Array], dict[str, jax.Array]]
+    example: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_task(config: Config, tokenizer: Encoder | None) -> Task:
+    """The task that `config.task` names."""
+    if config.task == "autoencoder":
+        return _autoencoder(config)
+    assert tokenizer is not None
+    return _text_to_image(config, tokenizer)
+
+
+def _network(config: Config, name: str) -> tuple[Any, Any]:
+    """Class and config of a network."""
+    classes = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
+    return classes[name], getattr(config.model, name)
+
+
+def trainable_networks(config: Config) -> tuple[str, ...]:
+    """Whose parameters the loss of `config.task` may train."""
+    return ("vae",) if config.task == "autoencoder" else ("unet", "text_encoder")
+
+
+def abstract_networks(config: Config, names: tuple[str, ...]) -> tuple[dict, dict, Callable]:
+    """Graphs by name, {path: ShapeDtypeStruct} of all, and a function key -> fresh parameters."""
+    graphs: dict[str, Any] = {}
+    abstract: dict[str, jax.ShapeDtypeStruct] = {}
+    for name in names:
+        cls, net = _network(config, name)
+        graphs[name], params = weights.abstract(
+            cls, net, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+        )
+        abstract |= prefixed(params, name)
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        params: dict[str, jax.Array] = {}
+        for i, name in enumerate(names):
+            cls, net = _network(config, name)
+            params |= prefixed(weights.init(cls, net, jax.random.fold_in(key, i)), name)
+        return params
+
+    return graphs, abstract, init
+
+
+def _text_to_image(config: Config, tokenizer: Encoder) -> Task:
+    """Latent diffusion: frozen VAE, text encoder (trained or frozen), UNet."""
+    unet_config, vae_config = config.model.unet, config.model.vae
+    if unet_config.in_channels != vae_config.latent_channels:
+        raise UserError(
+            f"model.unet.in_channels is {unet_config.in_channels} and model.vae.latent_channels is "
+            f"{vae_config.latent_channels}: training takes equal numbers (an inpainting UNet of 9 "
+            "can be loaded and converted, not trained)"
+        )
+    if unet_config.cross_attention_dim != config.model.text_encoder.hidden_size:
+        raise UserError(
+            f"model.unet.cross_attention_dim is {unet_config.cross_attention_dim}, but "
+            f"model.text_encoder.hidden_size is {config.model.text_encoder.hidden_size}"
+        )
+    graphs, abstract, init = abstract_networks(config, ("unet", "text_encoder", "vae"))
+    schedule = make_schedule(config.schedule)
+    null_tokens = tokenizer.encode([""])[0]
+
+    def loss(params, frozen, batch, *, key, keys, positions, batch_size):
+        every = {**frozen, **params}
+        unet, text_encoder, vae = (
+            weights.merge(graphs[name], component(every, name))
+            for name in ("unet", "text_encoder", "vae")
+        )
+        dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
+        moments = vae.encode(batch["image"])  # [b, h, w, 2C]
+        noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
+        x0 = scale_latents(sample_moments(moments, noise), vae_config)
+        tokens = drop_captions(keys, batch["tokens"], null_tokens, config.objective.caption_dropout)
+        context = text_encoder(tokens, key=jax.random.fold_in(dropout, 0))
+        return denoising_loss(
+            lambda xt, t: unet(xt, t, context, key=jax.random.fold_in(dropout, 1)),
+            jax.lax.stop_gradient(x0),
+            keys=keys,
+            positions=positions,
+            batch_size=batch_size,
+            batch_key=key,
+            schedule=schedule,
+            objective=config.objective,
+        )
+
+    sample = config.sample
+    generate = make_generator(
+        unet=unet_config,
+        vae=vae_config,
+        text_encoder=config.model.text_encoder,
+        schedule=config.schedule,
+        prediction_type=config.objective.prediction_type,
+        drawing=Drawing(
+            sampler=sample.sampler,
+            guidance=sample.guidance,
+            guidance_rescale=sample.guidance_rescale,
+        ),
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    side = config.data.resolution
+    shape = latent_shape(unet_config, vae_config, side, side)
+    negative = tokenizer.encode([sample.negative_prompt])[0]
+
+    def pictures(params, examples: Examples, seed: int) -> np.ndarray:
+        return draw(
+            generate, params, examples.tokens, negative, shape=shape, seed=seed, batch_size=64
+        )
+
+    tokens = jax.ShapeDtypeStruct((tokenizer.context_length,), jnp.int32)
+    return Task(abstract, loss, pictures, init, {"image": _image(config), "tokens": tokens})
+
+
+def _image(config: Config) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((config.data.resolution, config.data.resolution, 3), jnp.float32)
+
+
+def _autoencoder(config: Config) -> Task:
+    """VAE: reconstruction plus KL divergence, mean over examples."""
+    graphs, abstract, init = abstract_networks(config, ("vae",))
+
+    def loss(params, frozen, batch, *, key, keys, positions, batch_size):
+        vae = weights.merge(graphs["vae"], component({**frozen, **params}, "vae"))
+        images = batch["image"]
+        moments = vae.encode(images)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        z = sample_moments(moments, normal_like(fold_keys(keys, LATENTS), mean))
+        error = vae.decode(z) - images
+        error = jnp.abs(error) if config.autoencoder.loss == "l1" else jnp.square(error)
+        reconstruction = jnp.mean(error, axis=(1, 2, 3))
+        # KL(N(mean, var) || N(0, 1)), summed over the latent (LDM distributions.py).
+        kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
+        aux = {
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "latent_std": jnp.std(mean, axis=(1, 2, 3)),
+        }
+        return reconstruction + config.autoencoder.kl_weight * kl, aux
+
+    @jax.jit
+    def reconstruct(params, images):
+        vae = weights.merge(graphs["vae"], component(params, "vae"))
+        mean, _ = jnp.split(vae.encode(images), 2, axis=-1)
+        return jnp.clip(vae.decode(mean) / 2 + 0.5, 0.0, 1.0)
+
+    def pictures(params, examples: Examples, seed: int) -> np.ndarray:
+        """Originals on the left, reconstructions on the right."""
+        both = [examples.images / 2 + 0.5, to_host(reconstruct(params, examples.images))]
+        return to_uint8(np.concatenate(both, axis=2))
+
+    return Task(abstract, loss, pictures, init, {"image": _image(config)})

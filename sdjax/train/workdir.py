@@ -1,0 +1,183 @@
+"""The workdir of a training run, or of a conversion: what is in it besides checkpoints.
+
+config.json          the resolved configuration
+tokenizer/           in CLIP's layout
+frozen.safetensors   {path: array} of what is not trained, under sdjax's own names
+checkpoints/STEP/    see `sdjax.train.checkpoint`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdjax import paths
+from sdjax.config import Config, resolve, to_dict
+from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.models.config import ConfigError
+from sdjax.models.weights import WeightsError, abstract, load_file
+from sdjax.train.bundle import (
+    NETWORKS,
+    Pretrained,
+    PretrainedError,
+    check_components,
+    read_json,
+    replaced_folder,
+    write_json,
+)
+from sdjax.train.checkpoint import Checkpoints, restore_params
+
+CONFIG_FILE, TOKENIZER_FOLDER, FROZEN_FILE = "config.json", "tokenizer", "frozen.safetensors"
+
+
+def read_workdir(
+    workdir: paths.PathLike,
+    *,
+    components: Sequence[str] = tuple(NETWORKS),
+    weights: str = "ema",
+    step: int | None = None,
+) -> Pretrained:
+    """Reads the networks of a training run.
+
+    Args:
+        workdir: of the run.
+        components: which networks to read, if the run has them.
+        weights: "ema" for the first of `config.ema.profiles` (the parameters themselves if the run
+            keeps no average), "raw" for the parameters themselves, or the name of a profile.
+        step: of the checkpoint, the newest by default.
+
+    Raises:
+        PretrainedError: the workdir's files do not make whole networks, or `weights` is none.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    folder = paths.to_path(workdir)
+    check_components(components)
+    file = folder / CONFIG_FILE
+    try:
+        config = resolve(read_json(file))
+    except ConfigError as error:
+        raise PretrainedError(f"{file}: {error}") from error
+    profiles = config.ema.profiles
+    if weights not in ("ema", "raw", *profiles):
+        raise PretrainedError(
+            f"weights is {weights!r}; the run in {folder} has: ema, raw, {', '.join(profiles)}"
+        )
+    if weights == "ema" and not profiles and config.optim.name == "schedule_free":
+        raise PretrainedError(
+            f"{folder}: the run's average is in the state of its optimizer, schedule_free, where "
+            f"it cannot be read alone. Use what the run wrote at its end ({folder / 'diffusers'}), "
+            "weights 'raw' for where gradients were taken, or train with an EMA profile"
+        )
+    profile = profiles[0] if weights == "ema" and profiles else weights
+    which = f"ema:{profile}" if profile in profiles else "params"
+    params = restore_params(folder, which, step)
+    if (folder / FROZEN_FILE).is_file():
+        try:
+            params = load_file(folder / FROZEN_FILE) | params
+        except WeightsError as error:
+            raise PretrainedError(str(error)) from error
+    latent = config.task == "text_to_image"
+    names = [n for n in NETWORKS if n in components and (latent or n == "vae")]
+    networks = {name: getattr(config.model, name) for name in names}
+    parts: dict[str, Any] = {**networks, "params": _complete(folder, networks, params)}
+    if latent and "unet" in names:
+        parts["schedule"] = config.schedule
+        parts["prediction_type"] = config.objective.prediction_type
+        parts["sampler"] = config.sample.sampler
+    if "text_encoder" in names:
+        length = config.model.text_encoder.max_position_embeddings
+        try:
+            tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER, context_length=length)
+        except TokenizerError as error:
+            raise PretrainedError(str(error)) from error
+        parts["tokenizer"] = tokenizer
+    return Pretrained(**parts)
+
+
+def _complete(
+    folder: paths.Path, networks: Mapping[str, Any], params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The parameters of `networks`, float32, after a look that all are there."""
+    chosen, problems = {}, []
+    for name, config in networks.items():
+        _, shapes = abstract(NETWORKS[name][0], config)
+        for path, want in shapes.items():
+            path = f"{name}.{path}"
+            if path not in params:
+                problems.append(f"missing: {path}")
+            elif np.shape(params[path]) != want.shape:
+                have = np.shape(params[path])
+                problems.append(f"mis-shaped: {path} is {have}, the model has {want.shape}")
+            else:
+                chosen[path] = np.asarray(params[path], np.float32)
+    if problems:
+        raise PretrainedError(
+            f"{folder}: the parameters are not those of its {CONFIG_FILE}:\n  "
+            + "\n  ".join(problems)
+        )
+    return chosen
+
+
+def save_workdir(
+    folder: paths.PathLike, pretrained: Pretrained, *, overwrite: bool = False
+) -> paths.Path:
+    """Writes networks as a workdir with one checkpoint, of step 0 and without moments.
+
+    It can be drawn from, converted back and started from (`init_from`, `vae_from`); it is not a run
+    to resume.
+
+    Args:
+        folder: to write; appears under its name only once it is complete.
+        pretrained: a VAE, or all three networks with tokenizer and schedule.
+        overwrite: replace a folder of networks that is there.
+
+    Raises:
+        PretrainedError: something is missing, or `folder` is not empty.
+        CheckpointError, OSError: the disk's own error; nothing is left behind.
+    """
+    folder = paths.to_path(folder)
+    config = _config_of(folder, pretrained)
+    with replaced_folder(folder, overwrite=overwrite) as partial:
+        if pretrained.tokenizer is not None:
+            pretrained.tokenizer.save(partial / TOKENIZER_FOLDER)
+        state = {"params": dict(pretrained.params), "step": np.zeros((), np.int32)}
+        with Checkpoints(partial) as checkpoints:
+            checkpoints.save(0, state, {}, to_dict(config))
+        write_json(partial / CONFIG_FILE, to_dict(config))
+    return folder
+
+
+def _config_of(folder: paths.Path, pretrained: Pretrained) -> Config:
+    """The configuration of a run that would have ended with these networks."""
+    networks = pretrained.networks
+    whole = set(networks) != {"vae"}
+    wanted = (*NETWORKS, "schedule", "tokenizer") if whole else ("vae",)
+    missing = [name for name in wanted if getattr(pretrained, name) is None]
+    if missing:
+        raise PretrainedError(
+            f"{folder}: a workdir holds a VAE or a whole pipeline; {', '.join(missing)} missing"
+        )
+    default = Config()
+    replace = dataclasses.replace
+    config = replace(
+        default,
+        task="text_to_image" if whole else "autoencoder",
+        model=replace(default.model, **networks),
+        ema=replace(default.ema, profiles=()),
+    )
+    if pretrained.schedule is None:
+        return config
+    objective = replace(default.objective, prediction_type=pretrained.prediction_type)
+    sampler = pretrained.sampler or default.sample.sampler
+    try:
+        return replace(
+            config,
+            schedule=pretrained.schedule,
+            objective=objective,
+            sample=replace(default.sample, sampler=sampler),
+        )
+    except ValueError as error:
+        raise PretrainedError(f"{folder}: {error}") from error

@@ -1,0 +1,181 @@
+"""What several rooms' tests need: a tiny Stable Diffusion of torch, with random weights."""
+
+import signal
+
+import pytest
+
+# A shell ignores Ctrl-C in what it starts in the background, and whoever that starts does too: the
+# tests that send it need the usual answer.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def torch_pipeline(tmp_path_factory):
+    """`StableDiffusionPipeline` small enough for tests, all parameters random. Do not change it."""
+    pytest.importorskip("torch")
+    import diffusers
+    import transformers
+
+    from sdjax.data.tokenizer import Tokenizer
+
+    words = ["a red circle", "a blue square", "a green star and a small red circle"]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer.train(words * 4, 560, context_length=16)
+    tokenizer.save(folder)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        attention_head_dim=2,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 16),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+    )
+    for seed, model in enumerate((unet, vae, text_encoder)):
+        _randomise(model, seed)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(str(folder)),
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(torch_pipeline, tmp_path_factory):
+    """The folder that diffusers writes of `torch_pipeline`. Do not write into it."""
+    folder = tmp_path_factory.mktemp("pipeline") / "diffusers"
+    torch_pipeline.save_pretrained(folder)
+    return folder
+
+
+def _randomise(model, seed):
+    """Biases and norm scales too: at their defaults they hide mistakes."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                one = "norm" in name and name.endswith("weight")
+                parameter.copy_(float(one) + 0.1 * noise)
+            elif "embedding" in name and parameter.ndim == 2 and "linear" not in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """A diffusers folder of a VAE with random weights: 16 px pictures, 8x8x4 latents."""
+    import jax
+    import numpy as np
+
+    from sdjax.models import weights
+    from sdjax.models.vae import VAE, VAEConfig
+    from sdjax.train.pretrained import Pretrained, write_diffusers
+
+    config = VAEConfig(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    params = weights.init(VAE, config, jax.random.key(1))
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    write_diffusers(
+        folder,
+        Pretrained(vae=config, params={f"vae.{p}": np.asarray(v) for p, v in params.items()}),
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_dir(tmp_path_factory):
+    """Where the tests' small captioned_shapes is prepared, once."""
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture
+def tiny_config(tiny_vae, shapes_dir):
+    """A text-to-image recipe that takes a step in milliseconds: change it, then `resolve` it."""
+    return make_tiny_config(tiny_vae, shapes_dir)
+
+
+def make_tiny_config(tiny_vae, shapes_dir):
+    """For fixtures of a wider scope than `tiny_config`."""
+    from sdjax.config import default
+
+    c = default()
+    c.vae_from = str(tiny_vae)
+    c.data.update(
+        data_dir=str(shapes_dir),
+        resolution=16,
+        batch_size=8,
+        shapes_train=40,
+        shapes_test=8,
+        threads=1,
+    )
+    c.model.text_encoder.update(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+    )
+    c.model.unet.update(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    c.tokenizer.vocab_size = 560
+    c.optim.learning_rate = 1e-3
+    c.ema.profiles = ("warmup-0.9", "power-0.05")
+    c.train.update(steps=6, log_every=1, checkpoint_every=3, sample_every=0, export=False)
+    c.sample.count = 2
+    c.sample.sampler.steps = 2
+    c.compilation_cache = str(shapes_dir / "xla")
+    return c

@@ -1,0 +1,250 @@
+"""image_text_folder: splits, what is skipped and why, a changed folder imported anew."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax.data.builders import folder_metadata
+from sdjax.data.builders.folder_metadata import Record, scan_folder, split_by_hash
+from sdjax.data.sources import DataConfig, DataError, captions, open_source, prepared_builder
+
+SHARED = os.environ.get("SDJAX_TEST_DATA", "")
+needs_shared = pytest.mark.skipif(not SHARED, reason="SDJAX_TEST_DATA is not set")
+
+
+def write_images(folder, count, *, first=0, size=(24, 20)):
+    """Writes solid PNGs and their metadata; image n is of grey n and is called "number n"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(first, first + count):
+        Image.new("RGB", size, (number, number, number)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"number {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def folder_config(path, tmp_path, **fields):
+    return DataConfig(
+        name="image_text_folder", path=str(path), data_dir=str(tmp_path / "tfds"), **fields
+    )
+
+
+def skipped(config):
+    report = json.loads((Path(prepared_builder(config).data_dir) / "skipped.json").read_text())
+    return {entry["name"]: entry["reason"] for entry in report}
+
+
+def test_split_folders(tmp_path):
+    write_images(tmp_path / "d" / "train", 5)
+    write_images(tmp_path / "d" / "test", 2, first=100)
+    write_images(tmp_path / "d" / "val", 1, first=200)
+    config = folder_config(tmp_path / "d", tmp_path)
+    assert captions(config, "train") == [f"number {n}" for n in range(5)]
+    assert captions(config, "test") == ["number 100", "number 101"]
+    assert captions(config, "validation") == ["number 200"]
+    source = open_source(config, "test")
+    assert source[1]["text"] == "number 101"
+    assert source[1]["image"].shape == (20, 24, 3) and (source[1]["image"] == 101).all()
+
+
+def test_flat_folder_is_split_by_a_hash_of_the_names(tmp_path):
+    config = folder_config(write_images(tmp_path / "d", 40), tmp_path)
+    train, test = captions(config, "train"), captions(config, "test")
+    assert sorted(train + test) == sorted(f"number {n}" for n in range(40))
+    assert 1 <= len(test) <= 5
+    # Growing the folder moves nothing that was in test to train, or the other way round.
+    before = split_by_hash([Record(f"{n}.png", "") for n in range(1000)])
+    after = split_by_hash([Record(f"{n}.png", "") for n in range(2000)])
+    assert set(before["test"]) <= set(after["test"])
+    assert 15 <= len(before["test"]) <= 45
+    again = split_by_hash([Record("0.png", "a"), Record("1.png", "b"), Record("0.png", "c")])
+    assert sorted(map(len, again.values())) == [1, 2]
+    assert split_by_hash([Record("0.png", "a")]) == {"train": [Record("0.png", "a")]}
+
+
+def test_a_changed_folder_is_imported_anew(tmp_path):
+    folder = write_images(tmp_path / "d" / "train", 3)
+    config = folder_config(folder.parent, tmp_path)
+    first = prepared_builder(config).data_dir
+    stamp = os.stat(first).st_mtime_ns
+    assert prepared_builder(config).data_dir == first
+    assert os.stat(first).st_mtime_ns == stamp  # reused
+    Image.new("RGB", (24, 20), (250, 250, 250)).save(folder / "1.png")
+    os.utime(folder / "1.png", ns=(1, 1))
+    second = prepared_builder(config).data_dir
+    assert second != first
+    values = {open_source(config, s)[i]["image"][0, 0, 0]
+              for s in ("train", "test") for i in range(len(open_source(config, s)))}  # fmt: skip
+    assert values == {0, 250, 2}
+    with (folder / "metadata.jsonl").open("a") as metadata:
+        metadata.write('{"file_name": "0.png", "text": "nought"}\n')
+    assert "nought" in captions(config, "train") + captions(config, "test")
+    assert prepared_builder(folder_config(folder.parent, tmp_path, min_side=8)).data_dir not in (
+        first, second)  # fmt: skip
+
+
+def test_bad_examples_are_left_out_and_reported(tmp_path):
+    folder = write_images(tmp_path / "d" / "train", 4)
+    write_images(tmp_path / "d" / "test", 1, first=9)
+    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "0.png")
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:9999])
+    (folder / "2.png").write_bytes(b"")
+    with (folder / "metadata.jsonl").open("a") as metadata:
+        metadata.write('{"file_name": "3.png"}\n\n{"file_name": "../x.png", "text": "x"}\n{oops\n')
+        metadata.write('{"file_name": "gone.png", "text": "x"}\n')
+    config = folder_config(tmp_path / "d", tmp_path)
+    assert captions(config, "train") == ["number 1", "number 3"]
+    assert skipped(config) == {
+        "train/0.png": "truncated",
+        "train/2.png": "empty_file",
+        "train/metadata.jsonl line 5 (3.png)": "no_caption",
+        "train/metadata.jsonl line 7 (../x.png)": "unsafe_path",
+        "train/metadata.jsonl line 8": "bad_json",
+        "train/metadata.jsonl line 9 (train/gone.png)": "missing_file",
+    }
+    with pytest.raises(DataError, match=r"6 skipped .*max_bad_examples = 5") as caught:
+        open_source(folder_config(tmp_path / "d", tmp_path, max_bad_examples=5), "train")
+    assert "train/0.png: truncated" in str(caught.value)
+    open_source(folder_config(tmp_path / "d", tmp_path, max_bad_examples=6), "train")
+
+
+def test_bad_bytes_and_marks(tmp_path):
+    folder = write_images(tmp_path / "d", 2)
+    (folder / "metadata.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b'{"file_name": "0.png", "text": "  a\\n boat \\u200b"}\r\n\r\n'
+        b'{"file_name": "1.png", "text": "caf\xe9"}\r\n'
+        b'{"file_name": "1.png", "text": "\\ud83d"}\r\n'
+        b'{"file_name": "1.png", "text": 42}\n"line"\n{"text": "x"}\n'
+        b'{"file_name": "1.png", "text": "b"}'
+    )
+    scan = scan_folder(str(folder))
+    records = [record for split in scan.splits.values() for record in split]
+    assert sorted(records, key=lambda r: r.text) == [
+        Record("0.png", "a boat"),
+        Record("1.png", "b"),
+    ]
+    reasons = "bad_encoding bad_encoding caption_not_text bad_record no_file_name".split()
+    assert [skip.reason for skip in scan.skipped] == reasons
+
+
+def test_caption_field_can_be_chosen(tmp_path):
+    folder = write_images(tmp_path / "d", 2)
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "prompt": "zero"}\n{"file_name": "1.png", "prompt": "one"}\n'
+    )
+    config = folder_config(folder, tmp_path, text_key="prompt")
+    assert {*captions(config, "train"), *captions(config, "test")} == {"zero", "one"}
+    with pytest.raises(DataError, match="no usable line .*no_caption"):
+        open_source(folder_config(folder, tmp_path), "train")
+
+
+def test_plain_files_are_stored_as_they_are_and_others_as_png(tmp_path):
+    folder = write_images(tmp_path / "d" / "train", 1)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "0.png", "JPEG")  # named wrongly: content decides
+    Image.fromarray(noise).convert("CMYK").save(folder / "1.png", "TIFF")
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "0"}\n{"file_name": "1.png", "text": "1"}\n'
+    )
+    write_images(tmp_path / "d" / "test", 1)
+    records = open_source(folder_config(tmp_path / "d", tmp_path), "train")._records
+    assert records[0]["image"] == (folder / "0.png").read_bytes()
+    assert records[1]["image"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "not there; expected a folder of images with metadata.jsonl"),
+        (lambda path: path.write_text(""), "no folder"),
+        (lambda path: path.mkdir(), "no metadata.jsonl, nor has a subfolder train"),
+        (lambda path: (path.mkdir(), (path / "metadata.jsonl").touch()), "no usable line"),
+        (lambda path: (path.mkdir(), (path / "metadata.csv").touch()), "metadata.csv is not read"),
+    ],
+)
+def test_missing_or_empty_folder(tmp_path, make, message):
+    make(tmp_path / "d")
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(folder_config(tmp_path / "d", tmp_path), "train")
+    assert str(tmp_path / "d") in str(caught.value)
+
+
+def test_a_folder_without_one_usable_image(tmp_path):
+    folder = write_images(tmp_path / "d", 3, size=(4, 4))
+    with pytest.raises(DataError, match=r"not one image can be used: 3 skipped \(3 too_small\)"):
+        open_source(folder_config(folder, tmp_path), "train")
+    assert not list((tmp_path / "tfds").rglob("dataset_info.json"))
+
+
+def test_path_is_required():
+    with pytest.raises(ValueError, match="data.path is empty"):
+        DataConfig(name="image_text_folder")
+
+
+def test_unknown_split_is_named(tmp_path):
+    config = folder_config(write_images(tmp_path / "d", 4), tmp_path)
+    with pytest.raises(DataError, match=r"split 'validation' is not in .*\['test', 'train'\]"):
+        open_source(config, "validation")
+    assert len(open_source(config, "train[:2]")) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_data_dir(tmp_path):
+    folder = write_images(tmp_path / "d", 3)
+    (tmp_path / "tfds").mkdir(mode=0o500)
+    with pytest.raises(DataError, match="cannot prepare .*data.data_dir"):
+        open_source(folder_config(folder, tmp_path), "train")
+
+
+def test_data_dir_that_is_a_file(tmp_path):
+    folder = write_images(tmp_path / "d", 3)
+    (tmp_path / "tfds").write_text("")
+    with pytest.raises(DataError, match="cannot prepare .*data.data_dir"):
+        open_source(folder_config(folder, tmp_path), "train")
+
+
+@needs_shared
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_dirty_folder(tmp_path):
+    """Each case of the manifest is used or skipped as it says, and reads as it should."""
+    manifest = json.loads((Path(SHARED) / "dirty" / "manifest.json").read_text())
+    config = folder_config(Path(SHARED) / "dirty", tmp_path)
+    used: dict[str, list] = {}
+    for split in ("train", "test"):
+        source = open_source(config, split)
+        for index in range(len(source)):
+            name = source._records[index]["file_name"].decode()
+            used.setdefault(name, []).append(source[index])
+    left_out = skipped(config)
+    reasons = {name.split(" (")[-1].rstrip(")"): reason for name, reason in left_out.items()}
+    reasons |= {name.split(" (")[0]: reason for name, reason in left_out.items()}
+    for case in manifest["cases"]:
+        if case["expect"] == "skip" and case.get("also_ok") != "use":
+            line = f"metadata.jsonl line {case['metadata_line']}"
+            reason = reasons.get(case["file_name"], reasons.get(line))
+            assert reason == (None if case["reason"] == "blank_line" else case["reason"]), case
+        if case["expect"] == "use" and case["file_name"] not in used:
+            assert case.get("also_ok") == "skip", case
+        if case["expect"] == "use" and case["file_name"] in used:
+            example = used[case["file_name"]][0]
+            height, width = example["image"].shape[:2]
+            assert [width, height] == case.get("expected_size", [width, height]), case
+            mean = example["image"].mean((0, 1))
+            tolerance = case.get("mean_tolerance", manifest["mean_tolerance"])
+            assert np.abs(mean - case.get("expected_mean_rgb", mean)).max() <= tolerance, case
+            assert example["text"] == case.get("expected_caption", example["text"])
+
+
+@needs_shared
+def test_metadata_with_a_byte_order_mark(tmp_path):
+    shutil.copytree(Path(SHARED) / "dirty", tmp_path / "d", ignore=shutil.ignore_patterns("*.tar"))
+    source = tmp_path / "d" / "metadata_bom_crlf.jsonl"
+    source.replace(tmp_path / "d" / folder_metadata.METADATA)
+    scan = scan_folder(str(tmp_path / "d"))
+    assert sum(map(len, scan.splits.values())) == 3 and not scan.skipped

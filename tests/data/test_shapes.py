@@ -1,0 +1,194 @@
+"""captioned_shapes: what is drawn, what is said of it, and that the reader reads it back."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from sdjax.data import shapes
+from sdjax.data.shape_reader import judge, read_shapes, score
+from sdjax.data.shapes import Wanted, is_held_out, make_example, parse_caption
+from sdjax.data.sources import DataConfig, DataError, captions, open_source
+
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return [make_example(0, ("train", "test")[index % 2], index) for index in range(COUNT)]
+
+
+def test_examples_are_a_function_of_seed_split_and_index():
+    image, text, scene = make_example(3, "train", 17)
+    again, text_again, scene_again = make_example(3, "train", 17)
+    assert (image == again).all() and text == text_again and scene == scene_again
+    others = [
+        make_example(4, "train", 17),
+        make_example(3, "test", 17),
+        make_example(3, "train", 18),
+    ]
+    assert all((image != other[0]).any() for other in others)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+
+
+def test_captions_say_what_was_drawn(examples):
+    for _, text, scene in examples:
+        wanted = parse_caption(text)
+        assert len(wanted) == len(scene.objects)
+        for want, placed in zip(wanted, scene.objects, strict=True):
+            assert (want.colour, want.shape) == (placed.colour, placed.shape)
+            assert want.size in ("", placed.size)
+            assert want.position in ("", placed.position)
+        assert wanted[0].relation in ("", scene.relation)
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("a red circle", [Wanted("red", "circle")]),
+        (
+            "A picture of an orange cross on the left",
+            [Wanted("orange", "cross", "", "on the left")],
+        ),
+        (
+            "a large red circle at the top left",
+            [Wanted("red", "circle", "large", "at the top left")],
+        ),
+        (
+            "a drawing of a small blue square to the left of a green triangle",
+            [
+                Wanted("blue", "square", "small", relation="to the left of"),
+                Wanted("green", "triangle"),
+            ],
+        ),
+        ("a black cross and a cyan circle", [Wanted("black", "cross"), Wanted("cyan", "circle")]),
+    ],
+)
+def test_parse_caption(text, wanted):
+    assert parse_caption(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "a red dog", "red circle", "a circle", "a red circle above"])
+def test_parse_caption_refuses_other_texts(text):
+    with pytest.raises(ValueError, match="not a caption of captioned_shapes"):
+        parse_caption(text)
+
+
+def test_test_prompts_are_held_out_but_their_words_are_not():
+    test = [make_example(0, "test", index)[1:] for index in range(200)]
+    train = [make_example(0, "train", index)[1:] for index in range(3000)]
+    train_texts = {text for text, _ in train}
+    assert all(is_held_out(tuple(parse_caption(text))) for text, _ in test)
+    assert not any(is_held_out(scene.objects) for _, scene in train)
+    assert not train_texts & {text for text, _ in test}
+    words = {word for text in train_texts for word in text.split()}
+    assert {word for text, _ in test for word in text.split()} <= words
+
+
+def test_reader_reads_clean_pictures(examples):
+    result = score([text for _, text, _ in examples], np.stack([image for image, *_ in examples]))
+    assert result == {**dict.fromkeys(("colour", "shape", "size", "place", "exact"), 1.0),
+                      "samples": COUNT}  # fmt: skip
+
+
+def test_found_objects_are_where_they_were_drawn(examples):
+    for image, _, scene in examples[:40]:
+        found = read_shapes(image)
+        assert len(found) == len(scene.objects)
+        for one in found:
+            placed = next(p for p in scene.objects if p.colour == one.colour)
+            assert abs(one.x - placed.x) < 1
+            assert abs(one.box[2] - one.box[0] - placed.width) < 2
+            top, bottom = placed.y - placed.width / 2, placed.y + placed.width / 2
+            assert abs(one.box[1] - top) < 2 and abs(one.box[3] - bottom) < 2
+
+
+def degraded(image, *, sigma, noise, quality, rng):
+    picture = Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=quality)
+    noisy = np.asarray(Image.open(jpeg)) + rng.normal(0, noise, image.shape)
+    return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("sigma, noise, quality", [(1.0, 8.0, 95), (1.0, 8.0, 30)])
+def test_reader_survives_blur_noise_and_jpeg(examples, sigma, noise, quality):
+    rng = np.random.default_rng(0)
+    images = [degraded(image, sigma=sigma, noise=noise, quality=quality, rng=rng)
+              for image, *_ in examples]  # fmt: skip
+    result = score([text for _, text, _ in examples], images)
+    assert min(result["colour"], result["shape"], result["exact"]) >= 0.99
+
+
+def test_reader_reads_other_sizes(examples):
+    images = [np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.BICUBIC))
+              for image, *_ in examples[:40]]  # fmt: skip
+    assert score([text for _, text, _ in examples[:40]], images)["exact"] == 1.0
+
+
+def test_score_of_the_wrong_pictures_is_low(examples):
+    images = [image for image, *_ in examples]
+    result = score([text for _, text, _ in examples], images[1:] + images[:1])
+    assert result["colour"] < 0.3 and result["shape"] < 0.1
+    nothing = np.full((4, 64, 64, 3), 240, np.uint8)
+    assert score(["a red circle"] * 4, nothing)["colour"] == 0
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    assert score(["a red circle"] * 4, noise)["shape"] == 0
+
+
+def place(colour, shape, x, y, width=19.0):
+    return shapes.Placed(colour, shape, "small", "", x, y, width, shapes.PALETTE[colour])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a red circle to the left of a blue square", "colour shape size place exact"),
+        ("a small blue square to the right of a red circle", "colour shape size place exact"),
+        ("a large red circle and a blue square", "colour shape place"),
+        ("a red circle to the right of a blue square", "colour shape size"),
+        ("a red square and a blue circle", "colour"),
+        ("a red circle", "colour shape size place"),  # but the square is not wanted
+        ("a red circle and a green square", ""),
+        ("a red circle and a red circle", ""),  # one circle does not count twice
+    ],
+)
+def test_judge(text, expected):
+    objects = (place("red", "circle", 16, 30), place("blue", "square", 46, 34))
+    picture = shapes.draw(shapes.Scene(objects, "", (240, 240, 240)))
+    verdict = judge(parse_caption(text), read_shapes(picture), 64)
+    assert {name for name, right in verdict.items() if right} == set(expected.split())
+
+
+def test_reader_separates_touching_objects():
+    objects = (place("red", "circle", 22, 32, 20.0), place("blue", "square", 42, 32, 20.0))
+    picture = shapes.draw(shapes.Scene(objects, "", (240, 240, 240)))
+    assert {(f.colour, f.shape) for f in read_shapes(picture)} == {
+        ("red", "circle"), ("blue", "square")}  # fmt: skip
+
+
+def test_reader_refuses_floats():
+    with pytest.raises(ValueError, match="expected uint8"):
+        read_shapes(np.zeros((64, 64, 3), np.float32))
+
+
+def test_builder_stores_what_is_generated(tmp_path):
+    config = DataConfig(data_dir=str(tmp_path), shapes_train=12, shapes_test=3, shapes_pairs=0.5)
+    source = open_source(config, "train")
+    assert len(source) == 12 and len(open_source(config, "test")) == 3
+    for index in range(12):
+        image, text, scene = make_example(0, "train", index, pair_fraction=0.5)
+        example = source[index]
+        assert (example["image"] == image).all() and example["text"] == text
+        stored = json.loads(source._records[index]["objects"])
+        assert [one["shape"] for one in stored] == [one.shape for one in scene.objects]
+    assert captions(config, "test") == [make_example(0, "test", i, pair_fraction=0.5)[1]
+                                        for i in range(3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"shapes_train": 0}, {"shapes_pairs": 1.5}])
+def test_builder_refuses_impossible_sizes(tmp_path, wrong):
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        open_source(DataConfig(data_dir=str(tmp_path), **wrong), "train")

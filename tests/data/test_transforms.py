@@ -1,0 +1,155 @@
+"""Decoding of every kind of image file, and the geometry of what follows."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax.data import transforms
+from sdjax.data.transforms import ImageError, decode
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_png_is_lossless(picture):
+    assert (decode(encode(picture)) == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "I"])
+def test_every_mode_becomes_rgb(mode):
+    grey = Image.fromarray(np.full((8, 8), 255, np.uint8))
+    if mode.startswith("I"):
+        kind = np.uint16 if mode == "I;16" else np.int32
+        image = Image.fromarray((np.asarray(grey).astype(kind) * 257).astype(kind))
+    else:
+        image = grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert("LA")
+    rgb = decode(encode(image, "TIFF" if mode in ("CMYK", "I") else "PNG"))
+    assert rgb.shape == (8, 8, 3) and rgb.dtype == np.uint8
+    assert (rgb == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    image = Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], np.uint16))
+    assert decode(encode(image))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_floating_point_is_refused():
+    with pytest.raises(ImageError, match="unsupported_mode"):
+        decode(encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
+
+
+def test_alpha_is_composited_on_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 0] = 255  # red, also where it is transparent
+    rgba[0, :, 3] = 255
+    rgba[1, 0, 3] = 128
+    decoded = decode(encode(Image.fromarray(rgba)))
+    assert decoded[0, 0].tolist() == [255, 0, 0]
+    assert decoded[1, 1].tolist() == [255, 255, 255]
+    assert abs(int(decoded[1, 0, 1]) - 127) <= 1
+
+
+def test_transparent_palette_index_and_rgb_key_are_white():
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    assert (decode(encode(palette, transparency=0)) == 255).all()
+    key = Image.new("RGB", (2, 2), (1, 2, 3))
+    assert (decode(encode(key, transparency=(1, 2, 3))) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :8] = 255  # a white corner at the top left
+    undo = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1],
+            4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+            6: lambda a: np.rot90(a, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+            8: lambda a: np.rot90(a, -1)}  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+    for kind, options in (("JPEG", {"quality": 100}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        decoded = decode(encode(stored, kind, exif=exif, **options))
+        assert decoded.shape == (16, 32, 3)
+        assert np.abs(decoded.astype(int) - upright).max() < 12
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_broken_exif_is_ignored(picture, exif):
+    assert decode(encode(picture, "JPEG", exif=exif)).shape == (12, 20, 3)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    gif = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(gif)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_unusable_files_say_why(picture):
+    png, jpeg = encode(picture), encode(picture.resize((200, 200)), "JPEG")
+    broken = bytearray(encode(picture.resize((200, 200))))
+    broken[len(broken) // 2] ^= 0xFF
+    cases = {
+        "empty_file": b"",
+        "not_an_image": b"<html>404</html>",
+        "unsupported_format": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "truncated": jpeg[: len(jpeg) // 2],
+        "corrupt": bytes(broken),
+    }
+    for reason, encoded in cases.items():
+        with pytest.raises(ImageError) as caught:
+            decode(encoded)
+        assert caught.value.reason == reason, (reason, str(caught.value))
+    with pytest.raises(ImageError, match="too_many_pixels: 20x12; at most 100"):
+        decode(png, max_pixels=100)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 100), (100, 64), (48, 36), (333, 97)])
+def test_short_side_becomes_the_resolution(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    resized = transforms.resize_short_side(image, 64)
+    assert min(resized.shape[:2]) == 64
+    assert max(resized.shape[:2]) == round(64 * max(shape) / min(shape))
+    assert (resized is image) == (min(shape) == 64)
+
+
+def test_resizing_is_antialiased():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(transforms.resize_short_side(stripes, 64).astype(int) - 127)[:, 4:-4].max() < 4
+
+
+def test_crops():
+    image = np.arange(10 * 7, dtype=np.uint8).reshape(10, 7, 1).repeat(3, -1)
+    assert (transforms.crop_square(image, 4) == image[3:7, 1:5]).all()
+    rng = np.random.default_rng(0)
+    corners = {int(transforms.crop_square(image, 4, rng)[0, 0, 0]) for _ in range(400)}
+    assert corners == {7 * top + left for top in range(7) for left in range(4)}
+
+
+def test_normalise_spans_minus_one_to_one():
+    assert transforms.normalise(np.array([0, 255], np.uint8)).tolist() == [-1.0, 1.0]
+    assert transforms.normalise(np.zeros((1,), np.uint8)).dtype == np.float32
+
+
+def test_prepare_flips_half_of_the_time():
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4] = 255
+    rng = np.random.default_rng(0)
+    flipped = [transforms.prepare(image, rng, resolution=8, crop="center", flip=True)[0, 0, 0] < 0
+               for _ in range(300)]  # fmt: skip
+    assert 110 < sum(flipped) < 190
+    still = transforms.prepare(image, rng, resolution=8, crop="center", flip=False)
+    assert still.shape == (8, 8, 3) and still[0, 0, 0] == 1

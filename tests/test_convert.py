@@ -1,0 +1,214 @@
+"""Conversion there and back: the same bits, the right weights, and errors that say the remedy."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sdjax.config import Config, resolve, to_dict
+from sdjax.convert import convert
+from sdjax.models import weights
+from sdjax.train.checkpoint import CheckpointError, Checkpoints
+from sdjax.train.pretrained import PretrainedError, read_any, read_diffusers, read_workdir
+
+NETWORKS = ("unet", "vae", "text_encoder")
+FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(pipeline_folder, tmp_path_factory):
+    """The pipeline as a workdir. Do not write into it."""
+    folder = tmp_path_factory.mktemp("convert") / "workdir"
+    convert(pipeline_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pipeline_folder, tmp_path_factory):
+    """The workdir of a run that trained the UNet, kept two averages and saved twice."""
+    read = read_diffusers(pipeline_folder)
+    folder = tmp_path_factory.mktemp("run") / "workdir"
+    default = Config()
+    config = dataclasses.replace(
+        default,
+        model=dataclasses.replace(default.model, **read.networks),
+        ema=dataclasses.replace(default.ema, profiles=("0.9", "0.99")),
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    read.tokenizer.save(folder / "tokenizer")
+    trained = {k: v for k, v in read.params.items() if k.startswith("unet.")}
+    frozen = {k: v for k, v in read.params.items() if k not in trained}
+    weights.save_file(frozen, folder / "frozen.safetensors")
+    with Checkpoints(folder, keep_last=2) as checkpoints:
+        for step in (1, 2):
+            state = {
+                "params": {k: v + step for k, v in trained.items()},
+                "ema": {
+                    "0.9": {k: v + 10 * step for k, v in trained.items()},
+                    "0.99": {k: v + 100 * step for k, v in trained.items()},
+                },
+                "opt_state": {"mu": np.zeros(3, np.float32)},
+                "step": np.int32(step),
+            }
+            checkpoints.save(step, state, {}, to_dict(config))
+    return folder
+
+
+def assert_same_weights(a, b):
+    for name in NETWORKS:
+        ours, theirs = (weights.load_file(folder / name / FILES[name]) for folder in (a, b))
+        theirs = {_with_prefix(name, key): value for key, value in theirs.items()}
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key].dtype == value.dtype and np.array_equal(ours[key], value), key
+
+
+def _with_prefix(name, key):
+    """transformers 5 writes the text encoder without it, 4 with it."""
+    return f"text_model.{key.removeprefix('text_model.')}" if name == "text_encoder" else key
+
+
+def test_there_and_back_gives_the_same_bits(pipeline_folder, workdir, tmp_path):
+    convert(workdir, tmp_path / "back")
+    assert_same_weights(tmp_path / "back", pipeline_folder)
+    before, after = read_diffusers(pipeline_folder), read_diffusers(tmp_path / "back")
+    for field in (*NETWORKS, "schedule", "prediction_type", "sampler"):
+        assert getattr(before, field) == getattr(after, field), field
+    captions = ["a red circle", "A  Blue Square!", "日本"]
+    np.testing.assert_array_equal(
+        before.tokenizer.encode(captions), after.tokenizer.encode(captions)
+    )
+    convert(tmp_path / "back", tmp_path / "workdir")
+    convert(tmp_path / "workdir", tmp_path / "again")
+    files = [p.relative_to(tmp_path / "back") for p in (tmp_path / "back").rglob("*.*")]
+    assert len(files) >= 9
+    for file in files:
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_converted_workdir_is_a_workdir(pipeline_folder, workdir):
+    config = resolve(json.loads((workdir / "config.json").read_text()))
+    read = read_diffusers(pipeline_folder)
+    assert config.task == "text_to_image" and config.model.unet == read.unet
+    assert config.schedule == read.schedule and config.ema.profiles == ()
+    again = read_any(workdir)
+    assert again.params.keys() == read.params.keys()
+    for path, value in read.params.items():
+        np.testing.assert_array_equal(again.params[path], value)
+    assert read_any(workdir / "checkpoints" / "0").unet == read.unet
+    vae = read_any(workdir, components=("vae",))
+    assert list(vae.networks) == ["vae"] and vae.tokenizer is None and vae.schedule is None
+    assert all(path.startswith("vae.") for path in vae.params)
+
+
+@pytest.mark.parametrize("asked, shift", [("ema", 20), ("raw", 2), ("0.9", 20), ("0.99", 200)])
+def test_weights_of_a_run_are_chosen(run, pipeline_folder, tmp_path, asked, shift):
+    convert(run, tmp_path / "out", weights=asked)
+    before, after = read_diffusers(pipeline_folder), read_diffusers(tmp_path / "out")
+    for path, value in before.params.items():
+        expected = value + np.float32(shift) if path.startswith("unet.") else value
+        np.testing.assert_array_equal(after.params[path], expected, err_msg=path)
+
+
+def test_an_earlier_step_can_be_read(run, pipeline_folder):
+    exact = read_diffusers(pipeline_folder).params["unet.conv_in.bias"]
+    raw, average = read_workdir(run, weights="raw", step=1), read_any(run / "checkpoints" / "1")
+    np.testing.assert_array_equal(raw.params["unet.conv_in.bias"], exact + np.float32(1))
+    np.testing.assert_array_equal(average.params["unet.conv_in.bias"], exact + np.float32(10))
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        read_workdir(run, step=7)
+
+
+def test_unknown_weights_are_named(run):
+    with pytest.raises(PretrainedError, match="'0.5'; the run in .* has: ema, raw, 0.9, 0.99"):
+        read_workdir(run, weights="0.5")
+
+
+def test_average_within_the_optimizer_is_not_mistaken_for_the_parameters(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    config["optim"]["name"], config["ema"]["profiles"] = "schedule_free", []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("checkpoints", "tokenizer", "frozen.safetensors"):
+        (tmp_path / name).symlink_to(run / name)
+    with pytest.raises(PretrainedError, match="schedule_free.*weights 'raw'"):
+        read_workdir(tmp_path)
+    assert read_workdir(tmp_path, weights="raw").params
+
+
+def test_vae_alone(pipeline_folder, tmp_path):
+    convert(pipeline_folder / "vae", tmp_path / "workdir")
+    config = resolve(json.loads((tmp_path / "workdir" / "config.json").read_text()))
+    assert config.task == "autoencoder"
+    convert(tmp_path / "workdir", tmp_path / "back")
+    ours = weights.load_file(tmp_path / "back" / FILES["vae"])
+    theirs = weights.load_file(pipeline_folder / "vae" / FILES["vae"])
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(PretrainedError, match="a VAE or a whole pipeline; vae, .* missing"):
+        convert(pipeline_folder / "unet", tmp_path / "unet")
+
+
+def test_half_precision(workdir, tmp_path):
+    convert(workdir, tmp_path / "out", dtype="bfloat16")
+    tensors = weights.load_file(tmp_path / "out" / "unet" / FILES["unet"])
+    assert {str(value.dtype) for value in tensors.values()} == {"bfloat16"}
+
+
+def test_output_is_not_overwritten_without_force(workdir, pipeline_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    convert(workdir, tmp_path / "out")
+    with pytest.raises(PretrainedError, match="not empty.*--force"):
+        convert(workdir, tmp_path / "out")
+    convert(workdir, tmp_path / "out", force=True)
+    assert_same_weights(tmp_path / "out", pipeline_folder)
+
+
+def test_impossible_requests_are_explained(workdir, pipeline_folder, tmp_path):
+    for target in (workdir, workdir.parent):
+        with pytest.raises(PretrainedError, match="is --input, or holds it"):
+            convert(workdir, target, force=True)
+    with pytest.raises(PretrainedError, match="--dtype=float16.*holds float32"):
+        convert(pipeline_folder, tmp_path / "out", dtype="float16")
+    with pytest.raises(PretrainedError, match="no such folder"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_workdir_with_other_parameters_is_explained(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["unet"]["block_out_channels"] = [16, 64]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    (tmp_path / "tokenizer").symlink_to(run / "tokenizer")
+    with pytest.raises(PretrainedError) as caught:
+        read_workdir(tmp_path)
+    message = str(caught.value)
+    assert "mis-shaped: unet.conv_norm_out" not in message
+    assert "mis-shaped: unet.mid_block" in message and "missing: vae.encoder" in message
+    (tmp_path / "config.json").write_text(json.dumps({**config, "oops": 1}))
+    with pytest.raises(PretrainedError, match=r"config.json: (?s:.)*config.oops"):
+        read_workdir(tmp_path)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "sdjax.convert", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command(pipeline_folder, tmp_path):
+    done = command(f"--input={pipeline_folder}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "vae: force_upcast" in done.stdout and not done.stderr.strip()
+    assert f"--config.init_from={tmp_path / 'out'}" in done.stdout
+    done = command(f"--input={tmp_path}", f"--output={tmp_path / 'new'}")
+    assert done.returncode == 2 and "neither a diffusers folder" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,91 @@
+"""The command line of `main`: every mistake is one message that names it, and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(*options, timeout=300):
+    return subprocess.run(
+        [sys.executable, "-m", "sdjax.main", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["--config is missing"]),
+        (["--config=configs/base.py"], ["--workdir is missing"]),
+        (["--config=configs/none.py", "--workdir=x"], ["configs/none.py"]),
+        (["--config=configs/base.py", "--workdir=x", "--config.train.stepz=3"], ["stepz"]),
+        (["--config=configs/base.py", "--workdir=x", "--config.train.steps=many"], ["many"]),
+        (["--config=configs/base.py", "--workdir=x", "--nonsense=1"], ["nonsense"]),
+        (["--config=configs/emoji.py", "--workdir=x"], ["data.path is empty"]),
+        (["--config=configs/base.py", "--workdir=x", "extra"], ["extra"]),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(options, words):
+    run = main(*options)
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr, run.stderr
+    for word in words:
+        assert word in run.stderr + run.stdout, run.stderr
+    assert not (ROOT / "x").exists()
+
+
+def test_an_empty_or_missing_dataset_is_named(tmp_path):
+    for folder in (tmp_path / "missing", tmp_path):
+        run = main(
+            "--config=configs/emoji.py",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.data.path={folder}",
+        )
+        assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+        assert str(folder) in run.stderr
+
+
+def test_dry_run_of_a_full_size_model():
+    run = main("--config=configs/sd15.py", "--dry_run", "--config.data.path=images",
+               "--config.mesh.fsdp=1")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "859,520,964" in run.stdout and "123,060,480" in run.stdout
+    assert "83,653,863" in run.stdout
+    text = run.stdout
+    resolved = json.loads(text[: text.index("\n}\n") + 2])
+    assert resolved["data"]["batch_size"] == 2048
+
+
+def test_a_run_from_the_command_line(tiny_config, tmp_path):
+    """The whole way, with overrides, from a recipe file."""
+    from sdjax.config import resolve, to_dict
+
+    recipe = tmp_path / "recipe.py"
+    values = to_dict(resolve(tiny_config))
+    recipe.write_text(
+        "from sdjax.config import default\n\n\ndef get_config():\n    c = default()\n"
+        f"    c.update({values!r})\n    return c\n"
+    )
+    run = main(
+        f"--config={recipe}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps=2",
+        "--config.train.export=True",
+        "--config.sample.fidelity=4",
+    )
+    assert run.returncode == 0, run.stderr + run.stdout
+    assert "Traceback" not in run.stderr
+    for words in ("trained to step 2", "sdjax.sample", "sdjax.convert", "tensorboard", "read back"):
+        assert words in run.stdout
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2] and all("train/loss" in x for x in lines)
+    assert {"fidelity/colour", "fidelity/shape"} <= lines[-1].keys()
+    assert (tmp_path / "run" / "diffusers" / "model_index.json").exists()

@@ -1,0 +1,403 @@
+"""The planner: chips, slices by name, arithmetic, memory, search, cache, one real compilation."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from sdjax import plan as verb
+from sdjax.config import default, resolve
+from sdjax.errors import UserError
+from sdjax.parallel import chips, topologies
+from sdjax.parallel.mesh import MeshConfig
+from sdjax.train import estimate, plan_cache, plan_search, planning
+from sdjax.train.hlo import Collective, Schedule, Work
+
+GIB = 2**30
+
+# ---- chips and slices --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chip", chips.TPUS + chips.GPUS, ids=lambda chip: chip.name)
+def test_chips_are_told_apart_by_their_device_kind(chip):
+    for kind in chip.kinds:
+        assert chips.peak_flops(kind) == chip.flops / chip.devices
+    # Peak over bandwidth: a slip of a unit would show here.
+    assert 100 < chip.flops / chip.hbm_bandwidth < 700 or chip.name in ("v2", "v3")
+    assert chip.network < chip.links < chip.hbm_bandwidth
+    assert bool(chip.clock) == chip.is_tpu
+
+
+@pytest.mark.parametrize(
+    "text, name, count, devices, island",
+    [
+        ("v5p:4x4x4", "v5p:4x4x4", 64, 64, 64),
+        ("v5litepod-256", "v5e:16x16", 256, 256, 256),
+        ("v5p-8", "v5p:2x2x1", 4, 4, 4),  # counts cores
+        ("v6e-8", "v6e:2x4", 8, 8, 8),
+        ("2*v5e:16x16", "2*v5e:16x16", 512, 512, 256),
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", 4, 8, 8),
+        ("gpu:h100:8", "gpu:h100:1x8", 8, 8, 8),
+        ("gpu:a100-80:4x8", "gpu:a100-80:4x8", 32, 32, 8),
+    ],
+)
+def test_names_of_slices_and_hosts(text, name, count, devices, island):
+    topology = topologies.parse(text)
+    assert (topology.name, topology.chips, topology.devices) == (name, count, devices)
+    assert topology.island == island
+    assert topologies.parse(topology.name) == topology
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("v9:2x2", "no chip is called 'v9'"),
+        ("v5p:2x4", "3 dimensions, not 2"),
+        ("v5litepod-7", "known are v5e-1, v5e-4"),
+        ("v5p-7", "no such size"),
+        ("tpu7x-8", "by its shape"),
+        ("gpu:h900:8", "no GPU is called 'h900'"),
+        ("gpu:h100:2x4x8", "neither GPUS nor HOSTSxGPUS"),
+        ("gpu:v5e:2x4", "no GPU is called"),
+        ("v5e:0x4", "'0x4' is not a shape"),
+        ("0*v5e:2x4", "no slices"),
+        ("eight", "not of the form"),
+    ],
+)
+def test_names_that_mean_nothing(text, reason):
+    with pytest.raises(UserError, match="--topology=") as error:
+        topologies.parse(text)
+    assert reason in str(error.value)
+    assert "v5p" in str(error.value) and "h200" in str(error.value)  # what is known
+
+
+def test_without_libtpu_the_remedy_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
+        topologies.devices(topologies.parse("v5e:2x4"))
+
+
+# ---- time --------------------------------------------------------------------------------------
+
+
+def collective(kind="all-reduce", size=10**9, group=8, islands=1, asynchronous=False):
+    return Collective(kind, size, group, islands, 1, asynchronous, False)
+
+
+def test_collectives_take_what_their_links_allow():
+    torus, mesh = topologies.parse("v5p:4x4x4"), topologies.parse("v5p:2x2x2")
+    seconds = estimate.collective_seconds
+    assert seconds(collective(group=64), torus) == pytest.approx(2 * 1e9 * 63 / 64 / 600e9)
+    assert seconds(collective(), mesh) == pytest.approx(2 * 1e9 * 7 / 8 / 300e9)  # no wrap-around
+    assert seconds(collective("all-gather", group=4), torus) == pytest.approx(1e9 * 3 / 4 / 200e9)
+    assert seconds(collective("reduce-scatter", group=4), torus) == seconds(
+        collective("all-gather", group=4), torus
+    )
+    assert seconds(collective("collective-permute", group=2), torus) == pytest.approx(1e9 / 200e9)
+    assert seconds(collective(group=1), torus) == 0
+    nodes = topologies.parse("gpu:h100:4x8")
+    inside = 2 * 1e9 * 7 / 8 / 450e9
+    between = 2 * 1e9 / 8 * 3 / 4 / 50e9
+    assert seconds(collective(group=32, islands=4), nodes) == pytest.approx(inside + between)
+    assert seconds(collective(group=4, islands=4), nodes) == pytest.approx(2 * 1e9 * 3 / 4 / 50e9)
+
+
+def test_a_step_is_its_operations_and_the_collectives_that_nothing_hides():
+    topology = topologies.parse("v5e:16x16")
+    work = (
+        Work("fusion", "product", 1_500_000, 819_000, True, 2),  # 1 ms in cycles, 1 us of traffic
+        Work("fusion", "sum", 1_500_000, 81_900_000, False, 1),  # 1 ms in cycles, 0.1 ms of traffic
+        Work("fusion", "unsaid", 0, 819_000_000, False, 1),
+    )
+    hidden = collective(group=256, asynchronous=True, size=10**8)
+    schedule = Schedule(work, (collective(group=256), hidden), (), (), 0)
+    took = estimate.step_time(schedule, topology, flops=197e12 * 1e-3)
+    assert took.operations == pytest.approx(2e-3 + 0.1e-3 + 1e-3)
+    assert took.exposed == pytest.approx(2 * 1e9 * 255 / 256 / 200e9)
+    assert took.collectives == pytest.approx(1.1 * took.exposed)
+    assert took.step == pytest.approx(took.operations + took.exposed)
+    assert took.roofline == pytest.approx(max(1e-3, (2 * 819e3 + 81.9e6 + 819e6) / 819e9))
+
+
+@pytest.mark.parametrize(
+    "seconds, believed",
+    [
+        (0.24, True),
+        (-28.99, False),
+        (0.05, False),
+        (float("nan"), False),
+        (None, False),
+        (9, False),
+    ],
+)
+def test_the_compilers_own_estimate_is_not_believed_blindly(seconds, believed):
+    assert estimate.plausible(seconds, roofline=0.125, peak_seconds=0.07) is believed
+
+
+# ---- out of memory -----------------------------------------------------------------------------
+
+LONG = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory \
+space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+
+Total hbm usage >= 20.75G:
+    reserved        256.00M
+    program          20.50G
+
+Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_type="dot_general" op_name="jit(step)/bhlm/dot_general"
+     Shape: f32[8,8,4096,4096]{3,2,1,0:T(8,128)}
+     Unpadded size: 4.00G
+     ==========================
+
+  2. Size: 512.00M
+     Shape: bf16[8,512,512,128]{3,2,1,0:T(8,128)(2,1)}
+     ==========================
+"""
+SHORT = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(129.00G) exceeds available HBM (15.75G)."
+)
+
+
+def test_the_compilers_refusal_is_read():
+    needed, arrays = planning.read_out_of_memory(LONG)
+    assert needed == int(20.5 * GIB)
+    assert arrays == [
+        {"shape": "f32[8,8,4096,4096]", "op_name": "jit(step)/bhlm/dot_general",
+         "bytes": 4 * GIB, "count": 1},
+        {"shape": "bf16[8,512,512,128]", "op_name": "", "bytes": GIB // 2, "count": 1},
+    ]  # fmt: skip
+    assert planning.read_out_of_memory(SHORT) == (129 * GIB, [])
+    assert planning.read_out_of_memory("out of memory, somehow") == (None, [])
+
+
+VMEM = """RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:
+Ran out of memory in memory space vmem while allocating on stack for %splash_mha_fwd.1"""
+
+
+class Refusing:
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self, compiler_options):
+        import jax
+
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_only_running_out_of_hbm_is_an_answer():
+    for message in (SHORT, LONG, "RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes."):
+        assert planning.compile_lowered(Refusing(message), {}).error == message
+    for message in ("INTERNAL: a bug", VMEM):
+        with pytest.raises(UserError, match="not for lack of HBM") as error:
+            planning.compile_lowered(Refusing(message), {})
+        assert message in str(error.value)
+
+
+def test_what_does_not_fit_comes_with_advice(tiny_config):
+    config = resolve(tiny_config)
+    topology = topologies.parse("v5e:2x4")
+    known = {"parameters": 4 * GIB, "optimizer": 8 * GIB, "EMA": 4 * GIB}
+    program = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 8, "fsdp": 1,
+                                                                      "tensor": 1}))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "memory_classes", lambda _: {**known, "gradients": GIB})
+        plan = planning.make_plan(config, program, topology, planning.Outcome(1.0, error=LONG))
+    assert plan["fits"] is False and plan["memory"]["needed"] == int(20.5 * GIB)
+    advice = "\n".join(plan["advice"])
+    assert "config.model.remat=block" in advice
+    assert "config.mesh.fsdp=8 splits parameters, optimizer and EMA, 16.0 GiB a device, to 2.0" in (
+        advice
+    )
+    json.dumps(plan)
+
+
+def test_advice_names_the_batch_where_a_device_holds_several(tiny_config):
+    tiny_config.data.batch_size = 64
+    plan = {"memory": {"limit": 16 * GIB}, "mesh": {"data": 1, "fsdp": 8, "tensor": 1}}
+    known = dict.fromkeys(("parameters", "optimizer", "EMA"), GIB)
+    advice = "\n".join(planning.advice(resolve(tiny_config), plan, known))
+    assert "train.accumulation=2" in advice and "data.batch_size=32" in advice
+    assert "mesh.fsdp" not in advice  # it is split already
+
+
+# ---- search, on a compiler that is a formula ----------------------------------------------------
+
+
+class FormulaPlanner:
+    """State of 12 GiB split over fsdp, 1 GiB of temporaries an image; fsdp slows the step."""
+
+    def __init__(self, topology, state=12.0, per_row=1.0):
+        self.topology = topologies.parse(topology)
+        self.state, self.per_row, self.asked = state, per_row, []
+
+    def program(self, config):
+        return config
+
+    def plan(self, config):
+        mesh = config.mesh
+        ways = self.topology.devices // mesh.tensor
+        rows = config.data.batch_size // ways
+        self.asked.append((mesh.fsdp, mesh.tensor, rows))
+        limit = planning.memory_limit(self.topology)
+        total = int((self.state / (mesh.fsdp * mesh.tensor) + self.per_row * rows) * GIB)
+        return {
+            "fits": total <= limit,
+            "memory": {"total": total, "limit": limit},
+            "mesh": {"data": ways // mesh.fsdp, "fsdp": mesh.fsdp, "tensor": mesh.tensor},
+            "batch": {"global": config.data.batch_size},
+            "images_per_second_per_chip": rows / (rows + 1) * (0.9 if mesh.fsdp > 1 else 1.0),
+            "mfu": 0.3,
+        }
+
+    def memory_classes(self, config):
+        split = self.state / (config.mesh.fsdp * config.mesh.tensor)
+        return {"parameters": int(split * GIB), "gradients": 1000 * GIB}
+
+
+def run_search(planner, monkeypatch, config):
+    monkeypatch.setattr(plan_search, "memory_classes", planner.memory_classes)
+    said = []
+    return plan_search.search(planner, config, said.append), said
+
+
+def test_search_finds_the_largest_batch_and_the_best_mesh(tiny_config, monkeypatch):
+    planner = FormulaPlanner("v5e:2x4")
+    found, said = run_search(planner, monkeypatch, resolve(tiny_config))
+    # fsdp=8: 1.5 GiB of state leave room for 14 images: 8 as a power of two. fsdp=1: for 3: 2.
+    assert found.best["mesh"]["fsdp"] == 8 and found.best["batch"]["global"] == 64
+    assert {rows for fsdp, _, rows in planner.asked if fsdp == 1} == {8, 4, 2}
+    assert any("at most 10 compilations" in line for line in said)
+    assert len(planner.asked) == len(set(planner.asked)) <= 10
+    assert all(tensor == 1 for _, tensor, _ in planner.asked)
+
+
+def test_search_follows_the_slope_of_memory(tiny_config, monkeypatch):
+    planner = FormulaPlanner("v5p:2x2x2", per_row=0.2)
+    found, _ = run_search(planner, monkeypatch, resolve(tiny_config))
+    plain = [rows for fsdp, _, rows in planner.asked if fsdp == 1]
+    assert plain == [8, 16, 256]  # 83.7 GiB of room at 0.2 an image: 418, no need to try 512
+    assert found.best["mesh"]["fsdp"] == 1 and found.best["batch"]["global"] == 256 * 8
+
+
+def test_search_splits_over_tensor_where_nothing_else_fits(tiny_config, monkeypatch):
+    planner = FormulaPlanner("2*v5e:2x4", state=1000.0)
+    with pytest.raises(UserError, match="fits no mesh"):
+        run_search(planner, monkeypatch, resolve(tiny_config))
+    assert planner.asked == []
+    huge = [mesh for mesh in plan_search.candidates(planner.topology) if mesh.tensor > 1]
+    assert huge == [MeshConfig(data=-1, fsdp=1, tensor=8, slices=2)]
+
+
+def test_search_says_when_nothing_fits(tiny_config, monkeypatch):
+    planner = FormulaPlanner("v5e:2x4", per_row=100.0)
+    found, _ = run_search(planner, monkeypatch, resolve(tiny_config))
+    assert found.best is None and found.tried[-1]["batch"]["global"] == 8
+
+
+# ---- the cache ---------------------------------------------------------------------------------
+
+
+def test_the_cache_keeps_values_and_survives_damage(tmp_path):
+    def get(key, value):
+        with plan_cache.entry(tmp_path / "plans", key) as kept:
+            kept.value = kept.value or value
+            return kept.value
+
+    assert get("a", {"x": 1}) == {"x": 1}
+    assert get("a", {"x": 2}) == {"x": 1}
+    (file,) = (tmp_path / "plans").iterdir()
+    file.write_bytes(file.read_bytes()[:10])
+    assert get("a", {"x": 3}) == {"x": 3}
+    with pytest.raises(KeyboardInterrupt):
+        with plan_cache.entry(tmp_path / "plans", "b") as kept:
+            kept.value = 1
+            raise KeyboardInterrupt
+    assert len(list((tmp_path / "plans").iterdir())) == 1
+
+
+# ---- the verb ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--topology=v5e:2x4"], "--config is missing"),
+        (["--config=configs/base.py"], "--topology is missing"),
+        (["--config=configs/none.py", "--topology=v5e:2x4"], "no such file"),
+        (["--config=configs/base.py", "--topology=v9:2x4"], "no chip is called"),
+        (["--config=configs/base.py", "--topology=v5e:2x4", "--format=xml"], "format"),
+        (["--config=configs/base.py", "--topology=v5e:2x4", "--workdir=x"], "workdir"),
+        (["--config=configs/base.py", "--topology=v5e:2x4", "--output=no/where"], "no/where"),
+        (["--config=configs/base.py", "--topology=v5e:2x4", "what"], "unexpected"),
+    ],
+)
+def test_mistakes_of_the_command_line(arguments, reason, monkeypatch, capsys):
+    argv = ["sdjax.plan", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    verb.FLAGS.unparse_flags()
+    for flag in ("config", "topology", "output"):
+        verb.FLAGS[flag].unparse()
+    assert verb.main(argv) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_to_come():
+    c = default()
+    c.data.name, c.tokenizer.vocab_size = "captioned_shapes", 600
+    assert verb._config(c).model.text_encoder.vocab_size == 600
+    c.optim.groups = ((r"^text_encoder\.", 0.0),)  # frozen, so loaded, with its own
+    assert verb._config(c).model.text_encoder.vocab_size == 49408
+
+
+RECIPE = """
+from sdjax.config import default
+
+
+def get_config():
+    c = default()
+    c.model.unet.update(
+        sample_size=8, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1, cross_attention_dim=8,
+        attention_head_dim=1, norm_num_groups=4)
+    c.model.vae.update(
+        sample_size=8, block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), layers_per_block=1, norm_num_groups=4)
+    c.model.text_encoder.update(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=8)
+    c.tokenizer.vocab_size = 320
+    c.data.resolution = 8
+    c.data.batch_size = 16
+    return c
+"""
+
+
+def test_a_small_step_compiled_for_a_slice(tmp_path):
+    """Compiled by libtpu for eight TPU v5e, without one."""
+    pytest.importorskip("libtpu")
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    command = [sys.executable, "-m", "sdjax.plan", f"--config={tmp_path}/tiny.py",
+               "--topology=v5e:2x4", f"--cache={tmp_path}/cache", "--format=json"]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    plan = json.loads(run.stdout)
+    assert plan["fits"] and plan["chips"] == 8 and plan["basis"] == "compiled for v5e by libtpu"
+    classes = plan["memory"]["classes"]
+    assert classes["optimizer"] == pytest.approx(2 * classes["parameters"], abs=100)
+    assert classes["temporaries"] > 0 and classes["program"] > 0
+    assert plan["memory"]["total"] == sum(classes.values()) < plan["memory"]["limit"] == 15.75 * GIB
+    # The sum of the gradients over the devices: equal ones (of biases that add up) are summed once.
+    sums = [row for row in plan["collectives"] if row["kind"] == "all-reduce"]
+    assert {row["group"] for row in sums} == {8}
+    assert sum(row["bytes"] for row in sums) == pytest.approx(classes["parameters"], rel=0.02)
+    assert plan["time"]["step"] >= plan["time"]["roofline"] > 0
+    assert plan["images_per_second"] == pytest.approx(16 / plan["time"]["step"])
+    assert plan["temporaries"] and plan["flops"] > 2 * plan["model_flops_per_image"] * 0.5
+    assert len(os.listdir(tmp_path / "cache" / "compiled")) == 1

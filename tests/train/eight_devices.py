@@ -1,0 +1,134 @@
+"""Run by test_mesh.py in a process with 8 virtual devices: 5 steps on each mesh, as JSON.
+
+    python eight_devices.py CONFIG.json OUT.npz
+
+What is compared is the step as the loop runs it: compiled ahead of time from abstract arrays, with
+batches from the pipeline, and the state placed by the rules.
+"""
+
+import functools
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+
+from sdjax.config import resolve
+from sdjax.data.pipeline import make_iterator
+from sdjax.models.attention import attention
+from sdjax.models.flash import flash_attention
+from sdjax.parallel import batches, sharding
+from sdjax.parallel.activations import Activations
+from sdjax.parallel.mesh import MeshConfig, make_mesh
+from sdjax.train import program
+from sdjax.train.networks import assemble
+from sdjax.train.task import make_task
+
+STEPS = 5
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
+sharding.MIN_FSDP_SIZE = 64  # the model is tiny
+
+compiled_modules = 0
+
+
+def count_compilations(event: str, *args, **kwargs) -> None:
+    global compiled_modules
+    compiled_modules += event == "/jax/core/compile/backend_compile_duration"
+
+
+def bytes_per_device(tree) -> list[int]:
+    totals = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            totals[shard.device] += shard.data.nbytes
+    return [size for size in totals.values() if size]
+
+
+def left_whole(tree, ways: int) -> list[str]:
+    """Arrays worth splitting of which every device has all, or more than its part of `fsdp`."""
+    return [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf.size >= sharding.MIN_FSDP_SIZE
+        and leaf.addressable_shards[0].data.size * ways > leaf.size
+    ]
+
+
+def run(config, assembled, sizes):
+    count = int(np.prod(sizes))
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
+    task = make_task(config, assembled.tokenizer)
+    built = program.build(config, task, mesh)
+    step = program.compile_step(built, config).step
+    place = lambda host, abstract: jax.device_put(host, abstract.sharding)  # noqa: E731
+    key = jax.random.key(config.seed)
+    # Drawn once, on one device: what is compared is the step. (The draw is compared below.)
+    drawn = {p: v for p, v in run.drawn.items() if p in built.split.trained}
+    every = {**run.drawn, **assembled.params}
+    state = jax.jit(built.fresh, out_shardings=built.state_shardings)(
+        {p: place(v, built.state["params"][p]) for p, v in drawn.items()}
+    )
+    frozen = {p: place(np.asarray(every[p], np.float32), built.frozen[p]) for p in built.frozen}
+    sizes_of = {name: bytes_per_device(state[name]) for name in ("params", "opt_state", "ema")}
+    whole = left_whole([state["params"], state["opt_state"], state["ema"]], sizes[1])
+    redrawn = jax.jit(
+        lambda k: {p: v for p, v in task.init(k).items() if p in drawn},
+        out_shardings={p: built.state["params"][p].sharding for p in drawn},
+    )(key) if sizes == (2, 2, 2) else drawn  # fmt: skip
+    data = make_iterator(config.data, assembled.tokenizer, split="train", seed=config.seed)
+    losses, after_first = [], None
+    for _ in range(STEPS):
+        state, metrics = step(state, frozen, batches.global_batch(next(data), mesh))
+        losses.append(float(metrics["loss"]))
+        after_first = compiled_modules if after_first is None else after_first
+    data.close()
+    flat = {p: np.asarray(v) for p, v in state["params"].items()}
+    return {
+        "losses": losses,
+        "grad_norm": float(metrics["grad_norm"]),
+        "buckets": np.asarray(metrics["buckets"]["count"]).tolist(),
+        "bytes": sizes_of,
+        "whole": whole,
+        "recompiled": compiled_modules - after_first,
+        "redrawn": all(
+            np.allclose(np.asarray(redrawn[p]), drawn[p], rtol=1e-6, atol=1e-7) for p in drawn
+        ),
+    }, flat
+
+
+def kernel_error() -> float:
+    """Of attention by the kernel on each device's examples and heads, gradients included."""
+    placement = Activations(make_mesh(MeshConfig(2, 2, 2)), kernels="tpu")
+    kernel = functools.partial(flash_attention, interpret=True)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, cotangent = (jax.random.normal(key, (4, 128, 2, 8)) for key in keys)
+
+    def both(function):
+        out, pullback = jax.vjp(function, q, k, v)
+        return out, *pullback(cotangent)
+
+    ours = jax.jit(lambda: both(lambda *x: placement.per_device(kernel, *x)))()
+    return max(float(abs(a - b).max()) for a, b in zip(ours, both(attention), strict=True))
+
+
+def main():
+    jax.monitoring.register_event_duration_secs_listener(count_compilations)
+    config = resolve(json.loads(open(sys.argv[1]).read()))
+    assembled = assemble(config)
+    config = assembled.config
+    task = make_task(config, assembled.tokenizer)
+    run.drawn = {p: np.asarray(v) for p, v in jax.jit(task.init)(jax.random.key(0)).items()}
+    results, params = [], {}
+    for sizes in MESHES:
+        begin = time.monotonic()
+        result, flat = run(config, assembled, sizes)
+        results.append({"mesh": sizes, **result})
+        params |= {f"{sizes}:{path}": value for path, value in flat.items()}
+        print(f"{sizes}: {time.monotonic() - begin:.1f} s", file=sys.stderr)
+    np.savez(sys.argv[2], **params)
+    print(json.dumps({"runs": results, "kernel_error": kernel_error()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The train step: accumulation equals the big batch, randomness is of (seed, step, position)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdjax.config import resolve
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.train.ema import EMAConfig
+from sdjax.train.networks import assemble
+from sdjax.train.state import init_state
+from sdjax.train.step import make_train_step
+from sdjax.train.task import make_task
+
+EMA = EMAConfig(profiles=("0.5",))
+
+
+def quadratic(params, frozen, batch, *, key, keys, positions, batch_size):
+    """A loss with noise of its own: |w x + b + noise|^2 per example."""
+    noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
+    out = batch["x"] @ params["m.w.kernel"] * frozen["scale"] + params["m.b.bias"] + noise
+    loss = jnp.sum(out**2, axis=-1)
+    t = positions.astype(jnp.float32) * 100
+    return loss, {"loss": loss, "timesteps": t}
+
+
+def setup(accumulation=1, seed=0, loss=quadratic):
+    optimizer = optax.adam(0.1)
+    step = make_train_step(
+        loss,
+        optimizer,
+        positions=np.arange(8, dtype=np.int32),
+        seed=seed,
+        accumulation=accumulation,
+        buckets=2,
+        num_timesteps=1000,
+    )
+    params = {"m.w.kernel": jnp.ones((4, 3)), "m.b.bias": jnp.zeros(3)}
+    batch = {"x": jax.random.normal(jax.random.key(9), (8, 4))}
+    return jax.jit(step), init_state(params, optimizer, EMA), {"scale": jnp.float32(2.0)}, batch
+
+
+def test_accumulation_equals_the_big_batch():
+    results = []
+    for parts in (1, 2, 4):
+        step, state, frozen, batch = setup(parts)
+        for _ in range(3):
+            state, metrics = step(state, frozen, batch)
+        results.append((state, metrics))
+    for other in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other
+        )
+
+
+def test_the_update_is_optax_on_the_mean_gradient():
+    step, state, frozen, batch = setup()
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    from sdjax.diffusion.losses import example_keys
+
+    positions = jnp.arange(8)
+    mean = lambda p: jnp.mean(  # noqa: E731
+        quadratic(p, frozen, batch, key=key, keys=example_keys(key, positions),
+                  positions=positions, batch_size=8)[0]
+    )  # fmt: skip
+    loss, grads = jax.value_and_grad(mean)(state["params"])
+    optimizer = optax.adam(0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(state["params"]))
+    want = optax.apply_updates(state["params"], updates)
+    new, metrics = step(state, frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-6)
+    for path, value in want.items():
+        np.testing.assert_allclose(new["params"][path], value, rtol=1e-6)
+        average = (state["params"][path] + value) / 2
+        np.testing.assert_allclose(new["ema"]["0.5"][path], average, rtol=1e-6)
+
+
+def test_noise_depends_on_seed_and_step_alone():
+    step, state, frozen, batch = setup()
+    _, first = step(state, frozen, batch)
+    _, again = step(state, frozen, batch)
+    assert first["loss"] == again["loss"]
+    _, later = step(state | {"step": jnp.int32(1)}, frozen, batch)
+    step, *_ = setup(seed=1)
+    _, other = step(state, frozen, batch)
+    assert len({float(m["loss"]) for m in (first, later, other)}) == 3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_only_counters(where):
+    def loss(params, *args, **kwargs):
+        values, aux = quadratic(params, *args, **kwargs)
+        if where == "loss":
+            return values * jnp.nan, aux
+        # sqrt has an infinite slope at 0: a finite loss with a NaN gradient
+        return values + jnp.sqrt(params["m.b.bias"][0] * 0.0), aux
+
+    step, state, frozen, batch = setup(loss=loss)
+    new, metrics = step(state, frozen, batch)
+    assert not metrics["finite"]
+    for part in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, new[part], state[part])
+    assert new["step"] == 1
+    assert new["health"] == {"skipped": 1, "in_a_row": 1}
+    step, *_ = setup()
+    new, metrics = step(new, frozen, batch)
+    assert metrics["finite"] and new["health"] == {"skipped": 1, "in_a_row": 0}
+
+
+def test_buckets_add_up_to_the_batch():
+    step, state, frozen, batch = setup(2)
+    _, metrics = step(state, frozen, batch)
+    assert metrics["buckets"]["count"].tolist() == [5, 3]
+    np.testing.assert_allclose(metrics["buckets"]["sum"].sum() / 8, metrics["loss"], rtol=1e-5)
+
+
+@pytest.fixture
+def text_to_image(tiny_config):
+    config = resolve(tiny_config)
+    assembled = assemble(config)
+    return assembled.config, assembled
+
+
+def loss_of(config, assembled, batch, tokenizer=None):
+    task = make_task(config, tokenizer or assembled.tokenizer)
+    params = dict(task.init(jax.random.key(3))) | assembled.params
+    step = jax.jit(functools.partial(task.loss, params, {}, batch_size=4))
+    from sdjax.diffusion.losses import example_keys
+
+    key = jax.random.key(1)
+    positions = jnp.arange(4)
+    return step(batch, key=key, keys=example_keys(key, positions), positions=positions)
+
+
+def test_caption_dropout_is_the_prompt_that_sampling_negates(text_to_image):
+    config, assembled = text_to_image
+    tokenizer: Tokenizer = assembled.tokenizer
+    image = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
+    tokens = tokenizer.encode(["a red circle"] * 4)
+    empty = np.tile(tokenizer.encode([""]), (4, 1))
+    # Zero-initialised outputs would hide the context: move every parameter.
+    rate = lambda r: dataclasses.replace(  # noqa: E731
+        config, objective=dataclasses.replace(config.objective, caption_dropout=r)
+    )
+    dropped, _ = loss_of(rate(1.0), assembled, {"image": image, "tokens": tokens})
+    kept, _ = loss_of(rate(0.0), assembled, {"image": image, "tokens": empty})
+    np.testing.assert_array_equal(dropped, kept)
+
+
+def test_networks_that_do_not_fit_together_are_refused(text_to_image):
+    config, assembled = text_to_image
+    for field, value in (("in_channels", 9), ("cross_attention_dim", 32)):
+        unet = dataclasses.replace(config.model.unet, **{field: value})
+        bad = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
+        with pytest.raises(ValueError, match=field):
+            make_task(bad, assembled.tokenizer)
