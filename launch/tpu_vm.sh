@@ -30,7 +30,8 @@ SLICES=${SLICES:-1}
 POLL=${POLL:-30}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 
-# What the workers run. They keep sdjax/ (the repository), sdjax.log, sdjax.pid and sdjax.exit at home.
+# What the workers run. They keep at home: sdjax/ (the repository), sdjax.log, sdjax.job (the process that
+# waits for the run), sdjax.pid (the run), sdjax.exit (its exit code, written before sdjax.job ends).
 # A Python of its own, since the image's may be older than sdjax needs.
 INSTALL=$(
   cat <<'END'
@@ -47,19 +48,20 @@ END
 )
 CLEAR=$(
   cat <<'END'
-if [ ! -e sdjax.exit ] && [ -e sdjax.pid ] && kill -0 "$(cat sdjax.pid)" 2>/dev/null; then
+if [ ! -e sdjax.exit ] && [ -e sdjax.job ] && kill -0 "$(cat sdjax.job)" 2>/dev/null; then
   echo 'already running; launch/tpu_vm.sh stop ends it' >&2
   exit 1
 fi
-rm -f sdjax.exit sdjax.pid
+rm -f sdjax.exit sdjax.job sdjax.pid
 END
 )
 # One word per worker: new, installed, running, exit:CODE, or lost (the machine went down meanwhile).
 PROBE=$(
   cat <<'END'
 if [ -e sdjax.exit ]; then echo "sdjax:exit:$(cat sdjax.exit)"
-elif [ -e sdjax.pid ] && kill -0 "$(cat sdjax.pid)" 2>/dev/null; then echo sdjax:running
-elif [ -e sdjax.pid ]; then echo sdjax:lost
+elif [ -e sdjax.job ] && kill -0 "$(cat sdjax.job)" 2>/dev/null; then echo sdjax:running
+elif [ -e sdjax.exit ]; then echo "sdjax:exit:$(cat sdjax.exit)" # it ended just now
+elif [ -e sdjax.job ]; then echo sdjax:lost
 elif [ -e sdjax.installed ]; then echo sdjax:installed
 else echo sdjax:new
 fi
@@ -196,9 +198,11 @@ check_workdir() {
 run() { # start sdjax.main on all workers, in the background there
   local job
   check_workdir "$@"
-  job="cd sdjax; .venv/bin/python -u -m sdjax.main --cluster=tpu$(printf ' %q' "$@") >../sdjax.log 2>&1 & "
-  job+='echo $! >../sdjax.pid; wait $!; echo $? >../sdjax.exit'
-  on_all_workers "$CLEAR; setsid nohup bash -c $(printf %q "$job") >/dev/null 2>&1 </dev/null & "
+  job='echo $$ >sdjax.job; (cd sdjax; echo $BASHPID >../sdjax.pid; exec '
+  job+=".venv/bin/python -u -m sdjax.main --cluster=tpu$(printf ' %q' "$@")) >sdjax.log 2>&1; "
+  job+='echo $? >sdjax.exit.new; mv sdjax.exit.new sdjax.exit'
+  job="setsid nohup bash -c $(printf %q "$job") >/dev/null 2>&1 </dev/null &"
+  on_all_workers "$CLEAR"$'\n'"$job"$'\n''until [ -s sdjax.pid ]; do sleep 0.1; done'
 }
 
 probe() { # nothing and false if a worker does not answer
