@@ -9,7 +9,7 @@ or threads, and the state of an iterator is the number of steps it has taken.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,18 +40,23 @@ class Encoder(Protocol):
 class Transform:
     """One example -> what a batch holds of it. A class, so that worker processes can receive it."""
 
-    tokenizer: Encoder | None
+    tokenizers: dict[str, Encoder]  # by the field of the batch that each one fills
     resolution: int
     crop: str
     flip: bool
+    with_size: bool
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image = transforms.prepare(
-            example["image"], rng, resolution=self.resolution, crop=self.crop, flip=self.flip
+        side = self.resolution
+        prepared = transforms.prepare(
+            example["image"], rng, height=side, width=side, crop=self.crop, flip=self.flip
         )
-        if self.tokenizer is None:
-            return {"image": image}
-        return {"image": image, "tokens": self.tokenizer.encode([example["text"]])[0]}
+        fields = {"image": prepared.image}
+        if self.with_size:
+            fields["size"] = prepared.size
+        for name, tokenizer in self.tokenizers.items():
+            fields[name] = tokenizer.encode([example["text"]])[0]
+        return fields
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
@@ -140,17 +145,19 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
 def make_iterator(
     config: DataConfig,
-    tokenizer: Encoder | None,
+    tokenizers: Mapping[str, Encoder],
     *,
     split: str,
     seed: int,
+    with_size: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     shuffle: bool = True,
 ) -> BatchIterator:
-    """Endless batches {"image": float32 [b, R, R, 3] in [-1, 1], "tokens": int32 [b, L]}.
+    """Endless batches {"image": float32 [b, R, R, 3] in [-1, 1], "tokens": int32 [b, L], ...}.
 
-    b is config.batch_size / process_count. Without a tokenizer there are no tokens.
+    b is config.batch_size / process_count. Each of `tokenizers` fills the field it is named by;
+    `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
     import grain.python as grain
@@ -172,7 +179,7 @@ def make_iterator(
             "%s has %d examples, fewer than data.batch_size = %d: a batch repeats them",
             source.name, len(source), config.batch_size,
         )  # fmt: skip
-    transform = Transform(tokenizer, config.resolution, config.crop, config.flip)
+    transform = Transform(dict(tokenizers), config.resolution, config.crop, config.flip, with_size)
     dataset = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()

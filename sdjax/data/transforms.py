@@ -5,6 +5,7 @@ Images stay uint8 [H, W, 3] until the last step, which makes them float32 in [-1
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -106,25 +107,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_short_side(image: np.ndarray, side: int) -> np.ndarray:
-    """Scales so that the short side is `side`, antialiased (Lanczos); no copy if it is already."""
-    height, width = image.shape[:2]
-    if min(height, width) == side:
+def resize_to_cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scales, keeping the aspect, until it just covers height x width; antialiased (Lanczos).
+
+    No copy if it is that size already.
+    """
+    scale = max(height / image.shape[0], width / image.shape[1])
+    size = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
+    if size == (image.shape[1], image.shape[0]):
         return image
-    scale = side / min(height, width)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
-def crop_square(image: np.ndarray, side: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Cuts [side, side, 3] out of the middle, or with rng from anywhere, evenly likely."""
-    height, width = image.shape[:2]
+def crop_corner(
+    image: np.ndarray, height: int, width: int, rng: np.random.Generator | None = None
+) -> tuple[int, int]:
+    """Top and left of a crop out of the middle, or with rng from anywhere, evenly likely."""
+    spare = image.shape[0] - height, image.shape[1] - width
     if rng is None:
-        top, left = (height - side) // 2, (width - side) // 2
-    else:
-        top = int(rng.integers(height - side + 1))
-        left = int(rng.integers(width - side + 1))
-    return image[top : top + side, left : left + side]
+        return spare[0] // 2, spare[1] // 2
+    return int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
@@ -132,15 +134,31 @@ def normalise(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def prepare(
-    image: np.ndarray, rng: np.random.Generator, *, resolution: int, crop: str, flip: bool
-) -> np.ndarray:
-    """uint8 [H, W, 3] -> float32 [resolution, resolution, 3] in [-1, 1].
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An image as a network sees it, and what SDXL is told of how it came to be.
 
-    All randomness is rng's, which the pipeline seeds by the element's place in the epoch.
+    image: float32 [H, W, 3] in [-1, 1].
+    size: int32 [4], height and width of the original, then top and left of the crop in pixels of
+    the resized picture as it is shown: mirrored, if it was.
     """
-    image = resize_short_side(image, resolution)
-    image = crop_square(image, resolution, rng if crop == "random" else None)
+
+    image: np.ndarray
+    size: np.ndarray
+
+
+def prepare(
+    image: np.ndarray, rng: np.random.Generator, *, height: int, width: int, crop: str, flip: bool
+) -> Prepared:
+    """uint8 [H, W, 3] -> the same picture resized to cover height x width, cropped, maybe mirrored.
+
+    All randomness is rng's, which the pipeline seeds by the element's place in the stream.
+    """
+    original = image.shape[:2]
+    image = resize_to_cover(image, height, width)
+    top, left = crop_corner(image, height, width, rng if crop == "random" else None)
+    cut = image[top : top + height, left : left + width]
     if flip and rng.random() < 0.5:
-        image = image[:, ::-1]
-    return normalise(image)
+        cut = cut[:, ::-1]
+        left = image.shape[1] - width - left  # where the crop lies in the mirrored picture
+    return Prepared(normalise(cut), np.array([*original, top, left], np.int32))

@@ -39,6 +39,7 @@ def evaluated_params(state: State) -> Params:
 def read_examples(config: Config, tokenizer: Tokenizer | None, count: int) -> Examples:
     """The first `count` examples of the evaluation split."""
     source = pipeline.open_source(config.data, config.data.eval_split)
+    side = config.data.resolution
     rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
     captions, images = [], []
     for i in range(min(count, len(source))):
@@ -46,8 +47,8 @@ def read_examples(config: Config, tokenizer: Tokenizer | None, count: int) -> Ex
         captions.append(example["text"])
         images.append(
             transforms.prepare(
-                example["image"], rng, resolution=config.data.resolution, crop="center", flip=False
-            )
+                example["image"], rng, height=side, width=side, crop="center", flip=False
+            ).image
         )
     tokens = tokenizer.encode(captions) if tokenizer else np.zeros((len(captions), 0), np.int32)
     return Examples(tuple(captions), np.stack(images), tokens)

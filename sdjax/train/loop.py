@@ -60,7 +60,7 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     share = shares(mesh)[jax.process_index()]
     data = make_iterator(
         config.data,
-        tokenizer,
+        {"tokens": tokenizer} if tokenizer else {},
         split=config.data.split,
         seed=config.seed,
         process_index=share.index,

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import grain.python as grain
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,8 +86,8 @@ def assert_equal(left, right):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def start(config, tokenizer=None, **options):
-    return make_iterator(config, tokenizer or Letters(), **{"split": "train", "seed": 1} | options)
+def start(config, **options):
+    return make_iterator(config, {"tokens": Letters()}, **{"split": "train", "seed": 1} | options)
 
 
 def test_batches_have_the_promised_form(config):
@@ -94,8 +95,13 @@ def test_batches_have_the_promised_form(config):
     assert batch["image"].shape == (8, 32, 32, 3) and batch["image"].dtype == np.float32
     assert -1 <= batch["image"].min() < -0.5 and 0.7 < batch["image"].max() <= 1
     assert batch["tokens"].shape == (8, 80) and batch["tokens"].dtype == np.int32
-    (batch,) = take(make_iterator(config, None, split="test", seed=1), 1)
+    (batch,) = take(make_iterator(config, {}, split="test", seed=1), 1)
     assert batch.keys() == {"image"}
+    both = {"tokens": Letters(), "tokens_2": Letters()}
+    (batch,) = take(make_iterator(config, both, split="test", seed=1, with_size=True), 1)
+    assert batch.keys() == {"image", "size", "tokens", "tokens_2"}
+    assert batch["size"].shape == (8, 4) and batch["size"].dtype == np.int32
+    assert (batch["size"] == [64, 64, 0, 0]).all()
 
 
 def test_batches_depend_on_the_seed_alone(config):
@@ -104,6 +110,28 @@ def test_batches_depend_on_the_seed_alone(config):
         assert_equal(take(start(dataclasses.replace(config, **changes)), 14), reference)
     other = take(start(config, seed=2), 1)
     assert not (other[0]["image"] == reference[0]["image"]).all()
+
+
+def test_batches_are_those_that_checkpoints_of_old_runs_continue(data_dir):
+    """The stream of a single dataset, spelled out with Grain and Pillow."""
+    config = DataConfig(name="tiny_labels", data_dir=data_dir, image_key="picture", batch_size=4,
+                        text_key="note", resolution=8, crop="random", flip=True)  # fmt: skip
+    source = open_source(config, "train")
+
+    def transform(example, rng):
+        image = Image.fromarray(example["image"]).resize((8, round(12 * 8 / 10)), 1)  # Lanczos
+        top, left = rng.integers(image.height - 8 + 1), rng.integers(1)
+        pixels = np.asarray(image)[top : top + 8, left : left + 8]
+        if rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return {
+            "image": pixels.astype(np.float32) / np.float32(127.5) - np.float32(1),
+            "tokens": Letters().encode([example["text"]])[0],
+        }
+
+    stream = grain.MapDataset.source(source).seed(5).shuffle().repeat().random_map(transform)
+    stream = stream.batch(4, drop_remainder=True)
+    assert_equal(take(start(config, seed=5), 7), [stream[i] for i in range(7)])
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -237,7 +265,7 @@ def test_other_dataset_with_labels(data_dir):
     texts = {int(source[i]["image"][0, 0, 0]) // 20: source[i]["text"] for i in range(10)}
     assert texts == {i: f"a sketch of a {('ice cream', 'dog')[i % 2]}" for i in range(10)}
     assert source[0]["image"].shape == (12, 10, 3)
-    (batch,) = take(make_iterator(config, Letters(), split="validation", seed=0), 1)
+    (batch,) = take(make_iterator(config, {"tokens": Letters()}, split="validation", seed=0), 1)
     assert batch["image"].shape == (4, 8, 8, 3)
 
 

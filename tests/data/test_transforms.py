@@ -119,7 +119,7 @@ def test_unusable_files_say_why(picture):
 @pytest.mark.parametrize("shape", [(64, 64), (64, 100), (100, 64), (48, 36), (333, 97)])
 def test_short_side_becomes_the_resolution(shape):
     image = np.zeros((*shape, 3), np.uint8)
-    resized = transforms.resize_short_side(image, 64)
+    resized = transforms.resize_to_cover(image, 64, 64)
     assert min(resized.shape[:2]) == 64
     assert max(resized.shape[:2]) == round(64 * max(shape) / min(shape))
     assert (resized is image) == (min(shape) == 64)
@@ -128,15 +128,24 @@ def test_short_side_becomes_the_resolution(shape):
 def test_resizing_is_antialiased():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(transforms.resize_short_side(stripes, 64).astype(int) - 127)[:, 4:-4].max() < 4
+    assert np.abs(transforms.resize_to_cover(stripes, 64, 64).astype(int) - 127)[:, 4:-4].max() < 4
+
+
+@pytest.mark.parametrize(
+    "shape, wanted, covers",
+    [((100, 200), (64, 96), (64, 128)), ((200, 100), (64, 96), (192, 96)), ((30, 90), (64, 192),
+     (64, 192)), ((101, 67), (64, 48), (72, 48))],
+)  # fmt: skip
+def test_a_picture_covers_its_rectangle_and_keeps_its_aspect(shape, wanted, covers):
+    assert transforms.resize_to_cover(np.zeros((*shape, 3), np.uint8), *wanted).shape[:2] == covers
 
 
 def test_crops():
-    image = np.arange(10 * 7, dtype=np.uint8).reshape(10, 7, 1).repeat(3, -1)
-    assert (transforms.crop_square(image, 4) == image[3:7, 1:5]).all()
+    image = np.zeros((10, 7, 3), np.uint8)
+    assert transforms.crop_corner(image, 4, 4) == (3, 1)
     rng = np.random.default_rng(0)
-    corners = {int(transforms.crop_square(image, 4, rng)[0, 0, 0]) for _ in range(400)}
-    assert corners == {7 * top + left for top in range(7) for left in range(4)}
+    corners = {transforms.crop_corner(image, 4, 4, rng) for _ in range(400)}
+    assert corners == {(top, left) for top in range(7) for left in range(4)}
 
 
 def test_normalise_spans_minus_one_to_one():
@@ -148,8 +157,35 @@ def test_prepare_flips_half_of_the_time():
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, :4] = 255
     rng = np.random.default_rng(0)
-    flipped = [transforms.prepare(image, rng, resolution=8, crop="center", flip=True)[0, 0, 0] < 0
+    square = {"height": 8, "width": 8, "crop": "center"}
+    flipped = [transforms.prepare(image, rng, **square, flip=True).image[0, 0, 0] < 0
                for _ in range(300)]  # fmt: skip
     assert 110 < sum(flipped) < 190
-    still = transforms.prepare(image, rng, resolution=8, crop="center", flip=False)
+    still = transforms.prepare(image, rng, **square, flip=False).image
     assert still.shape == (8, 8, 3) and still[0, 0, 0] == 1
+
+
+def test_sizes_and_crops_by_hand():
+    """40 x 90 halved is 20 x 45; a crop of 16 x 16 out of its middle begins at (2, 14)."""
+    image = np.zeros((40, 90, 3), np.uint8)
+    half = {"height": 20, "width": 16, "crop": "center"}
+    sizes = {tuple(transforms.prepare(image, np.random.default_rng(i), **half, flip=True).size)
+             for i in range(20)}  # fmt: skip
+    assert sizes == {(40, 90, 0, 14), (40, 90, 0, 45 - 16 - 14)}
+
+
+def test_the_recorded_crop_is_the_crop_of_the_mirrored_picture():
+    """Cutting there out of the whole resized picture, mirrored or not, gives the same pixels."""
+    image = np.random.default_rng(0).integers(0, 256, (33, 70, 3), np.uint8)
+    whole = np.asarray(Image.fromarray(image).resize((51, 24), Image.Resampling.LANCZOS))
+    mirrored = set()
+    for i in range(30):
+        rng = np.random.default_rng(i)
+        made = transforms.prepare(image, rng, height=24, width=16, crop="random", flip=True)
+        assert made.size.dtype == np.int32 and tuple(made.size[:3]) == (33, 70, 0)
+        left = made.size[3]
+        plain, other = (transforms.normalise(p[:, left : left + 16]) for p in
+                        (whole, whole[:, ::-1]))  # fmt: skip
+        assert (made.image == plain).all() or (made.image == other).all()
+        mirrored.add(bool((made.image == other).all()))
+    assert mirrored == {True, False}

@@ -76,7 +76,9 @@ def run(config, assembled, sizes):
         lambda k: {p: v for p, v in task.init(k).items() if p in drawn},
         out_shardings={p: built.state["params"][p].sharding for p in drawn},
     )(key) if sizes == (2, 2, 2) else drawn  # fmt: skip
-    data = make_iterator(config.data, assembled.tokenizer, split="train", seed=config.seed)
+    data = make_iterator(
+        config.data, {"tokens": assembled.tokenizer}, split="train", seed=config.seed
+    )
     losses, after_first = [], None
     for _ in range(STEPS):
         state, metrics = step(state, frozen, batches.global_batch(next(data), mesh))
