@@ -7,14 +7,17 @@ For TPU the real train step is compiled by the real compiler (pip install -e '.[
 needed); a step of Stable Diffusion takes it ten minutes on two cores and 13 GB of memory. For GPUs
 the answer is an estimate. Results are kept in --cache. Nothing is read of `data.path`.
 
-Exit codes: 0 it fits; 1 it does not; 2 the configuration or an option is wrong.
+Exit codes: 0 it fits; 1 it does not; 2 wrong configuration or option, or the compiler died.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +59,7 @@ _SEARCH = flags.DEFINE_bool(
 _CACHE = flags.DEFINE_string(
     "cache", "~/.cache/sdjax/plan", "Folder where results are kept.", flag_values=FLAGS
 )
+_CHILD = "SDJAX_PLAN_CHILD"  # set in the process that compiles
 _EMBEDDING = "text_encoder.embeddings.token_embedding.embedding"
 _HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
 
@@ -70,6 +74,30 @@ def main(argv: Sequence[str]) -> int:
         return _run(rest[1:])
     except (UserError, flags.Error) as error:
         return explain(error)
+
+
+def in_a_child(argv: Sequence[str]) -> int:
+    """`main` in a process of its own, since a compiler that dies takes its process with it."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "sdjax.plan", *argv[1:]], env={**os.environ, _CHILD: "1"}
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ctrl-C reaches the child by itself
+        signal.signal(number, lambda *_: child.terminate())
+    code = child.wait()
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    hint = ""
+    if name == "SIGKILL":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        hint = (
+            f", most likely for want of memory: this machine has {memory:.0f} GiB, and a step of "
+            "Stable Diffusion takes the compiler 13 GB, more where the state is split over fsdp. "
+            "Close other programs or plan on a larger machine"
+        )
+    elif name != "SIGTERM":
+        hint = "; the compiler (libtpu) crashed, and its last words are above"
+    return explain(UserError(f"the plan was ended by {name}{hint}"))
 
 
 def _run(rest: list[str]) -> int:
@@ -159,4 +187,4 @@ def _search(planner: Planner, config: Config, console: Console) -> tuple:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv) if _CHILD in os.environ else in_a_child(sys.argv))

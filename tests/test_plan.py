@@ -348,6 +348,17 @@ def test_mistakes_of_the_command_line(arguments, reason, monkeypatch, capsys):
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "reason"), [(9, "want of memory"), (11, "libtpu")])
+def test_a_compiler_that_dies_is_an_error_with_a_reason(tmp_path, number, reason):
+    """The configuration stands in for the compiler: reading it kills the process."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"import os\n\n\ndef get_config():\n    os.kill(os.getpid(), {number})\n")
+    command = [sys.executable, "-m", "sdjax.plan", f"--config={recipe}", "--topology=v5e:2x4"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2, run.stderr
+    assert "error: the plan was ended by SIG" in run.stderr and reason in run.stderr
+
+
 def test_the_vocabulary_is_that_of_the_tokenizer_to_come():
     c = default()
     c.data.name, c.tokenizer.vocab_size = "captioned_shapes", 600
