@@ -15,7 +15,8 @@ from sdjax import paths
 from sdjax.config import Config, to_dict
 from sdjax.errors import UserError
 from sdjax.parallel import hosts
-from sdjax.train.checkpoint import compare_configs, latest_step
+from sdjax.train.changes import compare_configs
+from sdjax.train.checkpoint import latest_step
 
 # Where a host reads its data and keeps its cache, and how many threads it has, is its own matter.
 OWN = ("compilation_cache", "data.data_dir", "data.path", "data.threads", "data.workers",

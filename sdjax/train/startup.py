@@ -17,7 +17,8 @@ from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.parallel.sharding import param_spec, placed
-from sdjax.train.checkpoint import compare_configs, latest_step
+from sdjax.train.changes import compare_configs
+from sdjax.train.checkpoint import latest_step
 from sdjax.train.frozen import read_frozen
 from sdjax.train.networks import Assembled, assemble, check_complete
 from sdjax.train.program import Split

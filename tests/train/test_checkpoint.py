@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import os
 import signal
 import subprocess
@@ -393,51 +392,3 @@ def test_one_device_to_eight_and_back(tmp_path):
     assert_same(restored, {"params": {k: 2 * v for k, v in params.items()}})
     assert_same(checkpoint.restore_params(tmp_path / "eight"),
                 {k: 2 * np.asarray(v) for k, v in params.items()})  # fmt: skip
-
-
-# ---- another configuration -------------------------------------------------------------------
-
-
-def test_differences_of_configurations():
-    saved = {
-        "seed": 1,
-        "model": {"unet": {"channels": [32, 64]}, "dtype": "float32"},
-        "optim": {"name": "adamw", "learning_rate": 1e-4},
-        "train": {"steps": 100},
-        "gone": 1,
-    }
-    current = {
-        "seed": 1,
-        "model": {"unet": {"channels": (32, 128)}, "dtype": "bfloat16"},
-        "optim": {"name": "lion", "learning_rate": 1e-4},
-        "train": {"steps": 200, "log_every": 5},
-    }
-    found = checkpoint.compare_configs(saved, current)
-    assert [(d.field, d.breaks) for d in found] == [
-        ("gone", False),
-        ("model.dtype", False),
-        ("model.unet.channels", True),
-        ("optim.name", True),
-        ("train.log_every", False),
-        ("train.steps", False),
-    ]
-    assert (found[2].saved, found[2].current) == ([32, 64], [32, 128])
-    assert found[4].saved == checkpoint.MISSING
-    assert str(found[3]) == "optim.name: was 'adamw', is 'lion'"
-    assert [d.breaks for d in checkpoint.compare_configs(saved, current, ("train.*",))][-2:] == [
-        True
-    ] * 2
-
-
-def test_every_breaking_pattern_is_of_a_field_there_is():
-    from sdjax.config import Config, to_dict
-
-    changed = checkpoint.compare_configs({}, to_dict(Config()))
-    for pattern in checkpoint.BREAKING:
-        assert any(fnmatch.fnmatchcase(d.field, pattern) for d in changed), pattern
-    for field in ("train.steps", "optim.learning_rate", "model.dtype", "mesh.data"):
-        assert [d.breaks for d in changed if d.field == field] == [False], field
-
-
-def test_tuples_and_lists_are_the_same():
-    assert checkpoint.compare_configs({"a": {"b": [1, [2]]}}, {"a": {"b": (1, (2,))}}) == []

@@ -1,0 +1,80 @@
+"""Resuming with another configuration: which fields differ, and which of them a run cannot change."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
+# the data would no longer mean the same. Shell patterns on dotted names. What else changes the
+# structure of the state (say, a group of parameters that is no longer frozen) `restore` reports.
+BREAKING = (
+    "task",
+    "seed",
+    "*_from",
+    "model.unet.*",
+    "model.vae.*",
+    "model.text_encoder.*",
+    "tokenizer.*",
+    "schedule.*",
+    "objective.prediction_type",
+    "data.name",
+    "data.path",
+    "data.split",
+    "data.image_key",
+    "data.text_key",
+    "data.label_template",
+    "data.resolution",
+    "data.batch_size",
+    "data.shapes_*",
+    "optim.name",
+    "ema.profiles",
+)
+
+MISSING = "(not set)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field of the configuration that is not what it was when the checkpoint was saved."""
+
+    field: str
+    saved: Any
+    current: Any
+    breaks: bool
+
+    def __str__(self) -> str:
+        return f"{self.field}: was {self.saved!r}, is {self.current!r}"
+
+
+def compare_configs(
+    saved: Mapping[str, Any], current: Mapping[str, Any], breaking: Sequence[str] = BREAKING
+) -> list[Difference]:
+    """The fields that differ, by name; `breaks` tells those that match a pattern of `breaking`.
+
+    Tuples equal lists of the same items, as JSON has only lists.
+    """
+    before, now = _fields(saved), _fields(current)
+    return [
+        Difference(
+            field=name,
+            saved=before.get(name, MISSING),
+            current=now.get(name, MISSING),
+            breaks=any(fnmatch.fnmatchcase(name, pattern) for pattern in breaking),
+        )
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, MISSING) != now.get(name, MISSING)
+    ]
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields.update(_fields(value, f"{prefix}{name}."))
+        else:
+            fields[prefix + name] = json.loads(json.dumps(value))
+    return fields
