@@ -1,4 +1,4 @@
-"""Resuming with another configuration: which fields differ, and which of them a run cannot change."""
+"""Resuming with another configuration: the fields that differ, and those that must not."""
 
 from __future__ import annotations
 
