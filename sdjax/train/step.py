@@ -75,30 +75,9 @@ def make_train_step(
                 value_and_grad, state["params"], batch, jnp.asarray(positions), accumulation
             )
 
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates_done = state["step"] - state["health"]["skipped"]
-        done = {
-            "params": params,
-            "opt_state": opt_state,
-            "ema": ema_lib.update(state["ema"], params, updates_done + 1),
-        }
-        kept = {name: state[name] for name in done}
-        new_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), done, kept)
-        skipped = 1 - finite.astype(jnp.int32)
-        new_state["step"] = state["step"] + 1
-        new_state["health"] = {
-            "skipped": state["health"]["skipped"] + skipped,
-            "in_a_row": (state["health"]["in_a_row"] + 1) * skipped,
-        }
-        metrics = {
+        new_state, metrics = _advance(state, loss, grads, optimizer)
+        metrics |= {
             "loss": loss,
-            "finite": finite,
-            "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            "health": new_state["health"],
             "grad_norms": group_norms(grads),
             "param_norms": group_norms(new_state["params"]),
             "aux": {name: jnp.mean(value) for name, value in aux.items() if name != "timesteps"},
@@ -108,6 +87,37 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _advance(
+    state: State, loss: jax.Array, grads: Params, optimizer: optax.GradientTransformation
+) -> tuple[State, dict[str, Any]]:
+    """The next state, which a NaN or Inf leaves as it was but for the counters; and its metrics."""
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates_done = state["step"] - state["health"]["skipped"]
+    done = {
+        "params": params,
+        "opt_state": opt_state,
+        "ema": ema_lib.update(state["ema"], params, updates_done + 1),
+    }
+    kept = {name: state[name] for name in done}
+    new_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), done, kept)
+    skipped = 1 - finite.astype(jnp.int32)
+    new_state["step"] = state["step"] + 1
+    new_state["health"] = {
+        "skipped": state["health"]["skipped"] + skipped,
+        "in_a_row": (state["health"]["in_a_row"] + 1) * skipped,
+    }
+    metrics = {
+        "finite": finite,
+        "grad_norm": grad_norm,
+        "update_norm": optax.tree.norm(updates),
+        "health": new_state["health"],
+    }
+    return new_state, metrics
 
 
 def _accumulate(
