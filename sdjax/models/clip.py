@@ -1,8 +1,8 @@
-"""CLIP's text encoder: OpenAI's CLIP-L as in SD1, OpenCLIP-H as in SD2.
+"""CLIP's text encoder: OpenAI's CLIP-L as in SD1, OpenCLIP-H as in SD2, OpenCLIP-bigG in SDXL.
 
 A causal pre-norm transformer over the tokens. Padding is not masked: the checkpoints expect that.
-Attribute names are those of transformers 5 (models/clip/modeling_clip.py, `CLIPTextModel`), fields
-those of its `config.json`.
+Attribute names are those of transformers 5 (models/clip/modeling_clip.py, `CLIPTextModel`
+and `CLIPTextModelWithProjection`), fields those of its `config.json`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _ABSENT = {
     "bos_token_id": 49406,
     "eos_token_id": 49407,
 }
-# How to draw new weights, a head this model does not have, dropout that CLIP never had, software.
+# How to draw new weights, dropout that CLIP never had, software.
 _IGNORED = frozenset(
-    "initializer_range initializer_factor projection_dim dropout transformers_version torch_dtype "
+    "initializer_range initializer_factor dropout transformers_version torch_dtype "
     "dtype use_cache return_dict torchscript tie_word_embeddings output_attentions "
     "output_hidden_states _attn_implementation_autoset _commit_hash".split()
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "architectures": ("CLIPTextModel", "CLIPModel", None),
+    "architectures": ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel", None),
     "model_type": ("clip_text_model",),
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
@@ -69,6 +69,8 @@ class CLIPTextConfig:
     num_hidden_layers: SD2 takes the last but one of OpenCLIP-H's 24 layers: 23 here.
     eos_token_id: where `pooled` reads. 2 means the highest id of the caption, the convention of
       checkpoints with a wrong id in their config.
+    projection_dim: width of the pooled caption, for a `CLIPTextModelWithProjection`; None for a
+      `CLIPTextModel`, whose files name one for a head that they lack.
     bos_token_id, pad_token_id: for the reader of the written file; the network does not use them.
     """
 
@@ -84,6 +86,7 @@ class CLIPTextConfig:
     bos_token_id: int = 0
     eos_token_id: int = 2
     pad_token_id: int = 1
+    projection_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -99,6 +102,12 @@ class CLIPTextConfig:
         check(
             self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, " or ".join(ACTIVATIONS)
         )
+        check(
+            self.projection_dim is None or self.projection_dim >= 1,
+            "projection_dim",
+            self.projection_dim,
+            "at least 1, or None",
+        )
         check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "a positive number")
         check(
             0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "[0, 1)"
@@ -113,24 +122,35 @@ class CLIPTextConfig:
         Raises:
             ConfigError: listing the fields that are unknown or not supported.
         """
-        return read_config(
+        values, absent = dict(data), dict(_ABSENT)
+        if "CLIPTextModelWithProjection" in (data.get("architectures") or ()):
+            absent["projection_dim"] = 512
+        else:
+            values.pop("projection_dim", None)
+        config, ignored = read_config(
             cls,
-            data,
+            values,
             where=where,
             ignored=_IGNORED,
             neutral=_NEUTRAL,
-            absent=_ABSENT,
+            absent=absent,
             null={"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1},
         )
+        return config, sorted({*ignored, *(data.keys() - values.keys())})
 
     def to_json(self) -> dict[str, Any]:
-        """What transformers 4 and 5 need to load the weights as a `CLIPTextModel`."""
+        """What transformers 4 and 5 need to load the weights as the class of `architectures`."""
         return {
-            "architectures": ["CLIPTextModel"],
+            "architectures": [self.architecture],
             "model_type": "clip_text_model",
             **json_values(self),
-            "projection_dim": self.hidden_size,
+            "projection_dim": self.projection_dim or self.hidden_size,
         }
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers."""
+        return "CLIPTextModelWithProjection" if self.projection_dim else "CLIPTextModel"
 
 
 class CLIPText(nnx.Module):
@@ -151,6 +171,11 @@ class CLIPText(nnx.Module):
         self.embeddings = Embeddings(config, **kw)
         self.encoder = Encoder(config, **kw)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
+        self.text_projection = (
+            _linear(config, config.hidden_size, config.projection_dim, bias=False, **kw)
+            if config.projection_dim
+            else None
+        )
 
     def __call__(self, tokens: Array, *, key: Array | None = None) -> Array:
         """Last hidden state after the final norm, float32 [B, L, D].
@@ -160,6 +185,20 @@ class CLIPText(nnx.Module):
             key: of dropout in the attention; None for none.
         """
         return self.normed(self.hidden_states(tokens, key=key)[-1])
+
+    def penultimate(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, Array | None]:
+        """What SDXL takes of an encoder, in float32.
+
+        Returns:
+            The last but one hidden state, which no norm follows, [B, L, D]; and the projection of
+            the normed last state at each caption's end, [B, projection_dim], or None.
+        """
+        states = self.hidden_states(tokens, key=key)
+        context = states[-2].astype(jnp.float32)
+        if self.text_projection is None:
+            return context, None
+        pooled = self.pooled(self.final_layer_norm(states[-1]), tokens)
+        return context, self.text_projection(pooled).astype(jnp.float32)
 
     def hidden_states(self, tokens: Array, *, key: Array | None = None) -> list[Array]:
         """The embeddings and the output of every layer, each [B, L, D], without the final norm."""

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1 and 2 (diffusers `UNet2DConditionModel`).
+"""The denoising UNet of Stable Diffusion 1, 2 and XL (diffusers `UNet2DConditionModel`).
 
 The config has the field names of diffusers, the modules its attribute names. The network sees
 latents, timesteps and a text context; it knows of no noise schedule.
@@ -7,6 +7,7 @@ latents, timesteps and a text context; it knows of no noise schedule.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -214,6 +215,8 @@ class UNet(nnx.Module):
         levels = range(len(widths))
         self.conv_in = conv(config.in_channels, widths[0], **kw)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kw)
+        added = config.projection_class_embeddings_input_dim
+        self.add_embedding = TimestepEmbedding(added, 4 * widths[0], **kw) if added else None
         self.down_blocks = nnx.List(DownStage(config, i, remat=remat, **kw) for i in levels)
         self.mid_block = MidStage(config, remat=remat, **kw)
         self.up_blocks = nnx.List(UpStage(config, i, remat=remat, **kw) for i in reversed(levels))
@@ -221,32 +224,60 @@ class UNet(nnx.Module):
         self.conv_out = conv(widths[0], config.out_channels, zero=True, **kw)
         self.config, self.dtype, self.remat = config, dtype, remat
 
-    def embed(self, timesteps: Array) -> Array:
-        """[B] timesteps -> [B, 4 C] conditioning of every residual block."""
+    def embed(self, timesteps: Array, added: Mapping[str, Array] | None = None) -> Array:
+        """Conditioning of every residual block, [B, 4 C].
+
+        Args:
+            timesteps: [B].
+            added: of "text_time", "pooled" [B, P] and "time_ids" [B, N].
+        """
+        waves = self._waves(timesteps, self.config.block_out_channels[0])
+        temb = self.time_embedding(activation(waves.astype(self.dtype)))
+        if self.add_embedding is not None:
+            if added is None:
+                raise ValueError(
+                    "this UNet's addition_embed_type is 'text_time': expected a context of "
+                    "{'context', 'pooled', 'time_ids'}, got an array"
+                )
+            ids = added["time_ids"]
+            waves = self._waves(ids.reshape(-1), self.config.addition_time_embed_dim or 0)
+            waves = waves.reshape(ids.shape[0], -1)  # [B, N addition_time_embed_dim]
+            both = jnp.concatenate([added["pooled"].astype(jnp.float32), waves], axis=-1)
+            temb = temb + self.add_embedding(activation(both.astype(self.dtype)))
+        return activation(temb)
+
+    def _waves(self, numbers: Array, channels: int) -> Array:
         config = self.config
-        waves = timestep_embedding(
-            timesteps,
-            config.block_out_channels[0],
+        return timestep_embedding(
+            numbers,
+            channels,
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        return activation(self.time_embedding(activation(waves.astype(self.dtype))))
 
     def __call__(
-        self, xt: Array, timesteps: Array, context: Array, *, key: Array | None = None
+        self,
+        xt: Array,
+        timesteps: Array,
+        context: Array | Mapping[str, Array],
+        *,
+        key: Array | None = None,
     ) -> Array:
         """Runs the network.
 
         Args:
             xt: noisy latents [B, H, W, in_channels], any H and W.
             timesteps: [B], in steps (0 to 999 for Stable Diffusion), fractions allowed.
-            context: text features [B, L, cross_attention_dim].
+            context: text features [B, L, cross_attention_dim]; for "text_time" (SDXL) a mapping of
+                "context", these features, "pooled" [B, P] and "time_ids" [B, N].
             key: dropout key, None for no dropout. Fold the training step into it.
 
         Returns:
             [B, H, W, out_channels] in float32.
         """
-        temb = self.embed(timesteps)
+        added = context if isinstance(context, Mapping) else None
+        temb = self.embed(timesteps, added)
+        context = context["context"] if isinstance(context, Mapping) else context
         context = activation(context.astype(self.dtype))
         x = activation(self.conv_in(xt.astype(self.dtype)))
         skips = [x]

@@ -16,8 +16,6 @@ UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 # which it does nothing (unet_2d_condition.py).
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -35,7 +33,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_attention_heads": (None,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -46,7 +43,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
-# Without an added embedding its number of heads means nothing.
+# Heads of an added embedding of a kind ("text") that this network does not have.
 _IGNORED = frozenset({"addition_embed_type_num_heads"})
 
 
@@ -76,6 +73,11 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
+    # SDXL: "text_time" adds an embedding of the pooled caption, and of numbers about the picture
+    # ("time ids": its sizes and its crop), to that of the timestep.
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None  # width of the sinusoids of each time id
+    projection_class_embeddings_input_dim: int | None = None  # of the pooled caption and all ids
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -115,6 +117,51 @@ class UNetConfig:
             self.attention_head_dim,
             f"numbers of heads that divide block_out_channels = {channels}",
         )
+        self._check_addition()
+
+    def _check_addition(self) -> None:
+        kind, sinusoids = self.addition_embed_type, self.addition_time_embed_dim
+        width = self.projection_class_embeddings_input_dim
+        check(kind in (None, "text_time"), "addition_embed_type", kind, "None or 'text_time'")
+        fields = {
+            "addition_time_embed_dim": sinusoids,
+            "projection_class_embeddings_input_dim": width,
+        }
+        for field, value in fields.items():
+            if kind is None:
+                check(value is None, field, value, "None without addition_embed_type 'text_time'")
+            else:
+                check(value is not None and value >= 1, field, value, "at least 1")
+        if sinusoids and width:
+            check(sinusoids % 2 == 0, "addition_time_embed_dim", sinusoids, "an even number")
+            expected = f"more than addition_time_embed_dim = {sinusoids}"
+            check(width > sinusoids, "projection_class_embeddings_input_dim", width, expected)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it wants pooled text and time ids besides the context."""
+        return self.addition_embed_type == "text_time"
+
+    def time_ids(self, pooled: int) -> int:
+        """How many numbers describe the picture, beside a pooled caption of `pooled` channels.
+
+        6 for SDXL (original size, corner of the crop, target size), 5 for its refiner (the last two
+        give way to an aesthetic score).
+
+        Raises:
+            ValueError: the widths leave room for neither.
+        """
+        width, sinusoids = self.projection_class_embeddings_input_dim, self.addition_time_embed_dim
+        if not (width and sinusoids):
+            return 0
+        count, rest = divmod(width - pooled, sinusoids)
+        check(
+            rest == 0 and count in (5, 6),
+            "projection_class_embeddings_input_dim",
+            width,
+            f"pooled text of {pooled} + 5 or 6 times addition_time_embed_dim = {sinusoids}",
+        )
+        return count
 
     def heads(self, level: int) -> int:
         """Attention heads at `level`, 0 being the finest."""

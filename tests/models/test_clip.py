@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sdjax.models import weights
+from sdjax.models import presets, weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.config import ConfigError
 
@@ -26,6 +26,10 @@ CASES = {
         vocab_size=31, hidden_size=30, intermediate_size=44, num_hidden_layers=1,
         num_attention_heads=3, max_position_embeddings=7, layer_norm_eps=1e-3,
     ),
+    "openclip_bigg_like": CLIPTextConfig(
+        vocab_size=99, hidden_size=40, intermediate_size=160, num_hidden_layers=3,
+        num_attention_heads=5, max_position_embeddings=20, hidden_act="gelu", projection_dim=28,
+    ),
 }  # fmt: skip
 # Published configs: SD1.5's and SD2.1's text_encoder/config.json on the hub.
 SD1 = {
@@ -41,13 +45,20 @@ SD2 = SD1 | {
     "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096,
     "num_attention_heads": 16, "num_hidden_layers": 23, "projection_dim": 512,
 }  # fmt: skip
+# text_encoder_2/config.json of SDXL
+BIGG = SD1 | {
+    "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 1280,
+    "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}  # fmt: skip
 
 
 def torch_model(config):
-    """`CLIPTextModel` with every parameter random, biases and norm scales too."""
+    """The class of `config.architecture`, every parameter random, biases and norm scales too."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config.to_json())).eval()
+    cls = getattr(transformers, config.architecture)
+    model = cls(transformers.CLIPTextConfig(**config.to_json())).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,7 +101,7 @@ def test_output_and_every_gradient_match_transformers(name):
     cotangent = np.random.default_rng(2).normal(size=(*tokens.shape, config.hidden_size))
     cotangent = cotangent.astype(np.float32)
 
-    output = reference(torch.from_numpy(tokens).long())
+    output = getattr(reference, "text_model", reference)(torch.from_numpy(tokens).long())
     (output.last_hidden_state * torch.from_numpy(cotangent)).sum().backward()
 
     @jax.jit
@@ -104,8 +115,13 @@ def test_output_and_every_gradient_match_transformers(name):
     assert_close(hidden, output.last_hidden_state.detach(), "last hidden state")
     assert_close(pooled, output.pooler_output.detach(), "pooled")
     ours = weights.to_diffusers(grads)
-    theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+    theirs = {name: p.grad for name, p in reference.named_parameters()}
     assert ours.keys() == {name.removeprefix("text_model.") for name in theirs}
+    if config.projection_dim:  # not in this output; its gradient is compared below
+        assert not np.any(ours["text_projection.weight"]) and not theirs.pop(
+            "text_projection.weight"
+        )
+    theirs = {name: gradient.numpy() for name, gradient in theirs.items()}
     for name, gradient in theirs.items():
         # A key's bias moves all logits of a row alike: its gradient is zero but for rounding.
         if name.endswith("k_proj.bias"):
@@ -113,6 +129,43 @@ def test_output_and_every_gradient_match_transformers(name):
             assert np.abs(ours[name.removeprefix("text_model.")]).max() <= 1e-5 * weight
         else:
             assert_close(ours[name.removeprefix("text_model.")], gradient, name)
+
+
+@pytest.mark.parametrize("name", ["clip_l_like", "openclip_bigg_like"])
+def test_what_sdxl_takes_matches_transformers_with_every_gradient(name):
+    """hidden_states[-2] and the projection of the last state at the EOS."""
+    torch = pytest.importorskip("torch")
+    config = CASES[name]
+    reference = torch_model(config)
+    graphdef, shapes = weights.abstract(CLIPText, config)
+    params = weights.from_diffusers(numpy_state(reference), shapes)
+    tokens = tokens_for(config)
+    output = reference(torch.from_numpy(tokens).long(), output_hidden_states=True)
+    rng = np.random.default_rng(2)
+    wanted = {"context": output.hidden_states[-2]}
+    if config.projection_dim:
+        wanted["pooled"] = output.text_embeds
+    cotangents = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in wanted.items()}
+    sum((v * torch.from_numpy(cotangents[k])).sum() for k, v in wanted.items()).backward()
+
+    @jax.jit
+    def run(params):
+        context, pooled = weights.merge(graphdef, params).penultimate(jnp.asarray(tokens))
+        found = {"context": context} | ({} if pooled is None else {"pooled": pooled})
+        return sum(jnp.sum(v * cotangents[k]) for k, v in found.items()), found
+
+    (_, found), grads = jax.value_and_grad(run, has_aux=True)(params)
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        assert value.dtype == jnp.float32
+        assert_close(value, wanted[key].detach(), key)
+    ours = weights.to_diffusers(grads)
+    for path, parameter in reference.named_parameters():
+        gradient = ours[path.removeprefix("text_model.")]
+        if parameter.grad is None:  # of the last layer and the norm, where nothing is projected
+            assert not np.any(gradient)
+        elif not path.endswith("k_proj.bias"):  # zero but for rounding
+            assert_close(gradient, parameter.grad.numpy(), path)
 
 
 def test_every_hidden_state_matches_transformers():
@@ -141,16 +194,19 @@ def test_weights_are_read_with_and_without_prefix_and_position_ids():
             np.testing.assert_array_equal(again[path], value)
 
 
-@pytest.mark.parametrize("data, count", [(SD1, 123_060_480), (SD2, 340_387_840)])
+@pytest.mark.parametrize(
+    "data, count", [(SD1, 123_060_480), (SD2, 340_387_840), (BIGG, 694_659_840)]
+)
 def test_full_size_has_the_parameters_of_transformers(data, count):
     config, ignored = CLIPTextConfig.from_json(data)
     _, shapes = weights.abstract(CLIPText, config)
     assert sum(int(np.prod(p.shape)) for p in shapes.values()) == count
-    assert "projection_dim" in ignored and "dropout" in ignored
+    assert ("projection_dim" in ignored) == (data is not BIGG) and "dropout" in ignored
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
-        reference = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config.to_json()))
+        cls = getattr(transformers, config.architecture)
+        reference = cls(transformers.CLIPTextConfig(**config.to_json()))
     assert sum(p.numel() for p in reference.parameters()) == count
 
 
@@ -158,12 +214,19 @@ def test_defaults_are_those_of_sd1():
     assert CLIPTextConfig.from_json(SD1)[0] == CLIPTextConfig()
 
 
+def test_presets_are_the_published_configs():
+    assert CLIPTextConfig.from_json(SD2)[0] == presets.CLIP_H
+    assert CLIPTextConfig.from_json(BIGG)[0] == presets.CLIP_BIGG
+    assert CLIPTextConfig.from_json(presets.CLIP_BIGG.to_json())[0] == presets.CLIP_BIGG
+
+
 def test_fields_left_out_are_transformers_defaults():
     transformers = pytest.importorskip("transformers")
-    config, _ = CLIPTextConfig.from_json({})
+    config, _ = CLIPTextConfig.from_json({"architectures": ["CLIPTextModelWithProjection"]})
     reference = transformers.CLIPTextConfig()
     for name, value in vars(config).items():
         assert getattr(reference, name) == value, name
+    assert CLIPTextConfig.from_json({})[0].projection_dim is None
 
 
 def test_config_written_by_transformers_is_read_and_goes_there_and_back(tmp_path):
@@ -185,13 +248,18 @@ def test_unsupported_fields_are_all_named():
     assert "frobnicate = 3" in message and "model_type = 'clip'" in message
     with pytest.raises(ConfigError, match="relu6.*quick_gelu or gelu"):
         CLIPTextConfig.from_json(SD1 | {"hidden_act": "relu6"})
-    with pytest.raises(ConfigError, match="CLIPTextModelWithProjection"):
-        CLIPTextConfig.from_json(SD1 | {"architectures": ["CLIPTextModelWithProjection"]})
+    with pytest.raises(ConfigError, match="CLIPForImageClassification"):
+        CLIPTextConfig.from_json(SD1 | {"architectures": ["CLIPForImageClassification"]})
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("num_attention_heads", 5), ("num_hidden_layers", 0), ("attention_dropout", 1.0)],
+    [
+        ("num_attention_heads", 5),
+        ("num_hidden_layers", 0),
+        ("attention_dropout", 1.0),
+        ("projection_dim", 0),
+    ],
 )
 def test_impossible_values_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} = {value}"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models import blocks, weights
+from sdjax.models import blocks, presets, weights
 from sdjax.models.config import ConfigError
 from sdjax.models.unet import UNet, UNetConfig
 
@@ -97,6 +97,40 @@ CASES = {
         (12, 9),
     ),
 }
+CASES["sdxl_like"] = (
+    UNetConfig(
+        block_out_channels=(16, 32, 48),
+        down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
+        up_block_types=(CROSS_UP, CROSS_UP, UP),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=(1, 2, 3),
+        transformer_layers_per_block=(1, 2, 3),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=10 + 6 * 8,
+    ),
+    (8, 6),
+)
+CASES["refiner_like"] = (
+    UNetConfig(
+        block_out_channels=(16, 24, 32, 32),
+        down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP, CROSS_UP, UP),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=(2, 3, 4, 4),
+        transformer_layers_per_block=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=10 + 5 * 6,
+    ),
+    (12, 9),
+)
 # Published configs: unet/config.json of SD1.5, SD2.1 (768, v) and the SD1.5 inpainting model.
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -130,12 +164,45 @@ SD21 = SD15 | {
     "use_linear_projection": True,
 }
 INPAINTING = SD15 | {"in_channels": 9}
+# unet/config.json of stable-diffusion-xl-base-1.0 and -refiner-1.0
+SDXL = SD15 | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "conv_in_kernel": 3,
+    "cross_attention_dim": 2048,
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": [CROSS_UP, CROSS_UP, UP],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+REFINER = SDXL | {
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "cross_attention_dim": 1280,
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN, DOWN],
+    "projection_class_embeddings_input_dim": 2560,
+    "transformer_layers_per_block": 4,
+    "up_block_types": [UP, CROSS_UP, CROSS_UP, UP],
+}
 
 
 def inputs(reference, config, size=(8, 8), batch=2):
-    """(latents, timesteps, context) as numpy."""
+    """(latents, timesteps, context) as numpy; the context of SDXL is a mapping."""
     latents = reference.normal(1, batch, *size, config.in_channels)
     context = reference.normal(2, batch, 5, config.cross_attention_dim)
+    if config.is_xl:
+        rng = np.random.default_rng(4)
+        time_ids = rng.integers(0, 1500, (batch, config.time_ids(10))).astype(np.float32)
+        pooled = reference.normal(5, batch, 10)
+        context = {"context": context, "pooled": pooled, "time_ids": time_ids}
     return latents, np.linspace(3.0, 990.5, batch, dtype=np.float32), context
 
 
@@ -162,7 +229,12 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
     torch_unet = reference.randomised(torch_unet)
     xt, timesteps, context = inputs(reference, config, size)
     cotangent = reference.normal(3, 2, *size, config.out_channels)
-    want = torch_unet(*(reference.to_torch(x) for x in (xt, timesteps, context))).sample
+    text, extra = context, {}
+    if config.is_xl:
+        text = context["context"]
+        extra = {"text_embeds": context["pooled"], "time_ids": context["time_ids"]}
+        extra = {"added_cond_kwargs": {k: reference.to_torch(v) for k, v in extra.items()}}
+    want = torch_unet(*(reference.to_torch(x) for x in (xt, timesteps, text)), **extra).sample
     (want * reference.to_torch(cotangent)).sum().backward()
 
     graphdef, abstract = weights.abstract(UNet, config)
@@ -190,23 +262,31 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
 
 @pytest.mark.parametrize(
     "published, count",
-    [(SD15, 859_520_964), (SD21, 865_910_724), (INPAINTING, 859_520_964 + 5 * 9 * 320)],
+    [
+        (SD15, 859_520_964),
+        (SD21, 865_910_724),
+        (INPAINTING, 859_520_964 + 5 * 9 * 320),
+        (SDXL, 2_567_463_684),
+        (REFINER, 2_259_526_660),
+    ],
 )
-def test_parameter_counts_of_published_models(published, count):
-    config, ignored = UNetConfig.from_json(published)
-    assert ignored == ["_class_name", "_diffusers_version"]
-    _, params = weights.abstract(UNet, config)
-    assert sum(math.prod(p.shape) for p in params.values()) == count
-
-
-def test_parameter_names_of_sd15_are_those_of_diffusers():
+def test_parameters_of_published_models_are_those_of_diffusers(published, count):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
+    config, ignored = UNetConfig.from_json(published)
+    assert {"_class_name", "_diffusers_version"} <= set(ignored)
+    assert set(ignored) <= {"_class_name", "_diffusers_version", "addition_embed_type_num_heads"}
+    _, params = weights.abstract(UNet, config)
+    sizes = {weights.weight_name(path): math.prod(p.shape) for path, p in params.items()}
+    assert sum(sizes.values()) == count
     with torch.device("meta"):
-        torch_unet = diffusers.UNet2DConditionModel.from_config(SD15)
-    _, params = weights.abstract(UNet, UNetConfig())
-    names = {weights.weight_name(path) for path in params}
-    assert names == set(torch_unet.state_dict())
+        torch_unet = diffusers.UNet2DConditionModel.from_config(published)
+    assert sizes == {name: value.numel() for name, value in torch_unet.state_dict().items()}
+
+
+def test_presets_are_the_published_configs():
+    assert UNetConfig.from_json(SDXL)[0] == presets.UNET_SDXL
+    assert UNetConfig.from_json(REFINER)[0] == presets.UNET_SDXL_REFINER
 
 
 def test_bfloat16_stays_close_to_float32(reference):
@@ -326,24 +406,21 @@ def test_absent_fields_take_the_defaults_of_diffusers():
 
 
 def test_every_unsupported_field_is_named_with_its_value():
-    sdxl = SD15 | {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
+    odd = SD15 | {
         "class_embed_type": "projection",
         "dual_cross_attention": True,
         "invented": [1, 2],
         "layers_per_block": "two",
         "only_cross_attention": [True, False, False, False],
-        "projection_class_embeddings_input_dim": 2816,
         "resnet_time_scale_shift": "scale_shift",
         "use_linear_projection": None,
     }
     with pytest.raises(ConfigError) as error:
-        UNetConfig.from_json(sdxl, "some/unet/config.json")
+        UNetConfig.from_json(odd, "some/unet/config.json")
     message = str(error.value)
     assert message.startswith("some/unet/config.json")
-    for field in sdxl.keys() - SD15.keys() | {"layers_per_block"}:
-        assert f"{field} = {sdxl[field]!r}" in message
+    for field in odd.keys() - SD15.keys() | {"layers_per_block"}:
+        assert f"{field} = {odd[field]!r}" in message
     assert "in_channels" not in message
     UNetConfig.from_json(SD15 | {"only_cross_attention": [False] * 4})
 
@@ -366,6 +443,9 @@ def test_every_unsupported_field_is_named_with_its_value():
         ("attention_head_dim", 7),
         ("transformer_layers_per_block", (1, 1, 1)),
         ("transformer_layers_per_block", 0),
+        ("addition_embed_type", "text"),
+        ("addition_time_embed_dim", 256),
+        ("projection_class_embeddings_input_dim", 2816),
     ],
 )
 def test_invalid_fields_are_named(field, value):
@@ -374,6 +454,35 @@ def test_invalid_fields_are_named(field, value):
     if isinstance(value, (int, float)):
         with pytest.raises(ConfigError, match=f"config.json: .*\n  {field} = "):
             UNetConfig.from_json({field: value})
+
+
+@pytest.mark.parametrize("widths", [(None, 2816), (256, None), (255, 2816), (256, 256)])
+def test_added_embeddings_need_both_of_their_widths(widths):
+    with pytest.raises(ValueError, match="_dim = .*: expected"):
+        dataclasses.replace(
+            SMALL,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=widths[0],
+            projection_class_embeddings_input_dim=widths[1],
+        )
+
+
+def test_time_ids_are_what_the_pooled_text_leaves_room_for():
+    assert presets.UNET_SDXL.time_ids(1280) == 6
+    assert presets.UNET_SDXL_REFINER.time_ids(1280) == 5
+    assert UNetConfig().time_ids(1280) == 0
+    with pytest.raises(ValueError, match="projection_class_embeddings_input_dim = 2816.*1000"):
+        presets.UNET_SDXL.time_ids(1000)
+
+
+def test_context_without_time_ids_is_refused(reference):
+    config, size = CASES["sdxl_like"]
+    graphdef, abstract = weights.abstract(UNet, config)
+    xt, timesteps, context = inputs(reference, config, size)
+    with pytest.raises(ValueError, match="text_time.*pooled.*got an array"):
+        jax.eval_shape(
+            lambda p: weights.merge(graphdef, p)(xt, timesteps, context["context"]), abstract
+        )
 
 
 def test_odd_first_width_is_refused():
