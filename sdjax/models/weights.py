@@ -37,6 +37,22 @@ class WeightsError(UserError):
     """Weights that do not fit the model, or a weights file that cannot be read."""
 
 
+class Keys:
+    """The keys of `nnx.Rngs(key)`, one after the other, counted in Python.
+
+    `nnx.Rngs` counts in an array. Under tracing each look at it walks all that was traced before,
+    which for SDXL takes a minute.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
 def split(model: nnx.Module) -> tuple[Any, Params]:
     """A model as (graphdef, {path: array}). The graphdef is hashable and holds no arrays."""
     graphdef, state = nnx.split(model)
@@ -58,12 +74,12 @@ def merge(graphdef: Any, params: Mapping[str, Any]) -> Any:
 
 def abstract(model_cls: Any, config: Any, **kw: Any) -> tuple[Any, Params]:
     """(graphdef, {path: jax.ShapeDtypeStruct}) of `model_cls(config, **kw)`, without memory."""
-    return split(nnx.eval_shape(lambda: model_cls(config, rngs=nnx.Rngs(0), **kw)))
+    return split(nnx.eval_shape(lambda: model_cls(config, rngs=Keys(jax.random.key(0)), **kw)))
 
 
 def init(model_cls: Any, config: Any, key: jax.Array, **kw: Any) -> Params:
     """Freshly drawn parameters of `model_cls(config, **kw)`; may run inside jit."""
-    return split(model_cls(config, rngs=nnx.Rngs(key), **kw))[1]
+    return split(model_cls(config, rngs=Keys(key), **kw))[1]
 
 
 def to_diffusers(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.ndarray]:
