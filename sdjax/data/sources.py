@@ -15,9 +15,12 @@ import numpy as np
 from absl import logging
 
 from sdjax.data import transforms
+from sdjax import paths
 from sdjax.errors import UserError
 
 FORMAT = "array_record"
+RAW_NAMES = ("image_text_folder", "webdataset", "parquet")  # imported from data.path
+WITH_PATH = (*RAW_NAMES, "prepared")
 
 
 class DataError(UserError):
@@ -28,8 +31,8 @@ class DataError(UserError):
 class DataConfig:
     """Which dataset, and how it becomes batches."""
 
-    name: str = "captioned_shapes"  # or "image_text_folder", or TFDS "name[/config][:version]"
-    path: str = ""  # the folder, for image_text_folder
+    name: str = "captioned_shapes"  # or one of WITH_PATH, or TFDS "name[/config][:version]"
+    path: str = ""  # the folder or files, for those of WITH_PATH
     data_dir: str = ""  # where prepared datasets lie; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
     split: str = "train"
     eval_split: str = "test"
@@ -44,7 +47,7 @@ class DataConfig:
     threads: int = 4
     prefetch: int = 4  # batches kept ready (per worker); 0 makes each when it is asked for
     max_pixels: int = transforms.MAX_PIXELS  # larger images are refused before decoding
-    # image_text_folder: what is skipped (and reported), and how much of that is an error
+    # Raw data: what is skipped (and reported), and how much of that is an error
     min_side: int = 16
     max_aspect: float = 8.0  # long side over short side; 0 for any
     max_bad_examples: int = -1  # more skipped than this is an error; -1 for any number
@@ -70,9 +73,9 @@ class DataConfig:
         if not self.name:
             raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
                              "or a TFDS dataset name")  # fmt: skip
-        if self.name == "image_text_folder" and not self.path:
-            raise UserError("data.path is empty; data.name = 'image_text_folder' needs the "
-                             "folder, as in --config.data.path=DIR")  # fmt: skip
+        if self.name in WITH_PATH and not self.path:
+            raise UserError(f"data.path is empty; data.name = {self.name!r} needs the folder, "
+                             "as in --config.data.path=DIR")  # fmt: skip
 
 
 class Source:
@@ -170,10 +173,12 @@ def prepared_builder(config: DataConfig) -> Any:
     Raises DataError for an unknown name, an empty or missing folder, or a dataset that was stored
     in a format without random access.
     """
-    if config.name == "image_text_folder":
-        from sdjax.data.builders import image_text_folder
+    if config.name in RAW_NAMES:
+        from sdjax.data.builders import raw_import
 
-        return image_text_folder.prepare(config)
+        return raw_import.prepare(config)
+    if config.name == "prepared":
+        return _prepared_folder(config)
     if config.name == "captioned_shapes":
         from sdjax.data.builders import captioned_shapes
 
@@ -214,6 +219,19 @@ def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
         builder.info.read_from_directory(builder.data_path)
 
 
+def _prepared_folder(config: DataConfig) -> Any:
+    """The dataset that `sdjax.prepare` wrote, read where it lies."""
+    from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
+
+    if not (paths.to_path(config.path) / "dataset_info.json").exists():
+        raise DataError(
+            f"data.path is {config.path!r}, where there is no dataset_info.json; expected the "
+            "--output of a run of sdjax.prepare that is finished"
+        )
+    with quiet_tfds():
+        return tfds.builder_from_directory(str(paths.to_path(config.path)))
+
+
 def _named_builder(config: DataConfig) -> Any:
     from sdjax.data.tfds_on_cpu import tfds
 
@@ -222,7 +240,7 @@ def _named_builder(config: DataConfig) -> Any:
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
         raise DataError(
             f"data.name is {config.name!r}, which TFDS cannot open: {str(error)[:500]}\nexpected "
-            "'captioned_shapes', 'image_text_folder' (with data.path), or a name of "
+            f"'captioned_shapes', one of {WITH_PATH} (with data.path), or a name of "
             "https://www.tensorflow.org/datasets/catalog, or of a dataset in data.data_dir"
         ) from error
 
@@ -235,6 +253,8 @@ def open_source(config: DataConfig, split: str) -> Source:
     from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 
     builder = prepared_builder(config)
+    if config.name in WITH_PATH:  # which store them under names of their own
+        config = dataclasses.replace(config, image_key="image", text_key="text")
     _check_format(builder)
     base = split.split("[")[0]
     if base not in builder.info.splits:

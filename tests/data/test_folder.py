@@ -1,5 +1,6 @@
 """image_text_folder: splits, what is skipped and why, a changed folder imported anew."""
 
+import csv
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.data.builders import folder_metadata
-from sdjax.data.builders.folder_metadata import Record, scan_folder, split_by_hash
+from sdjax.data.builders.raw_import import limit_of_test
+from sdjax.data.raw import formats
+from sdjax.data.raw.clean import Rules, clean
+from sdjax.data.raw.rows import Fields, Row, fraction
 from sdjax.data.sources import DataConfig, DataError, captions, open_source, prepared_builder
 
 SHARED = os.environ.get("SDJAX_TEST_DATA", "")
@@ -32,6 +35,19 @@ def folder_config(path, tmp_path, **fields):
     return DataConfig(
         name="image_text_folder", path=str(path), data_dir=str(tmp_path / "tfds"), **fields
     )
+
+
+def read_all(folder):
+    """([(name, caption)], skips) of a folder, as every way in cleans it."""
+    used, left_out = [], []
+    for shard in formats.list_shards(str(folder), "image_text_folder", Fields()):
+        for item in formats.read(shard, Fields()):
+            item = clean(item, Rules()) if isinstance(item, Row) else item
+            if hasattr(item, "reason"):
+                left_out.append(item)
+            else:
+                used.append((item.name, item.text))
+    return used, left_out
 
 
 def skipped(config):
@@ -58,13 +74,13 @@ def test_flat_folder_is_split_by_a_hash_of_the_names(tmp_path):
     assert sorted(train + test) == sorted(f"number {n}" for n in range(40))
     assert 1 <= len(test) <= 5
     # Growing the folder moves nothing that was in test to train, or the other way round.
-    before = split_by_hash([Record(f"{n}.png", "") for n in range(1000)])
-    after = split_by_hash([Record(f"{n}.png", "") for n in range(2000)])
-    assert set(before["test"]) <= set(after["test"])
-    assert 15 <= len(before["test"]) <= 45
-    again = split_by_hash([Record("0.png", "a"), Record("1.png", "b"), Record("0.png", "c")])
-    assert sorted(map(len, again.values())) == [1, 2]
-    assert split_by_hash([Record("0.png", "a")]) == {"train": [Record("0.png", "a")]}
+    names = [f"{n}.png" for n in range(2000)]
+    limit, later = limit_of_test(set(names[:1000])), limit_of_test(set(names))
+    assert limit <= later == 0.03
+    assert 15 <= sum(fraction(name) <= limit for name in names[:1000]) <= 45
+    assert limit_of_test({"0.png"}) == -1
+    high = [name for name in names if fraction(name) > 0.5][:2]
+    assert limit_of_test(set(high)) == min(map(fraction, high))  # one of them, at least
 
 
 def test_a_changed_folder_is_imported_anew(tmp_path):
@@ -103,7 +119,7 @@ def test_bad_examples_are_left_out_and_reported(tmp_path):
     assert skipped(config) == {
         "train/0.png": "truncated",
         "train/2.png": "empty_file",
-        "train/metadata.jsonl line 5 (3.png)": "no_caption",
+        "train/metadata.jsonl line 5 (train/3.png)": "no_caption",
         "train/metadata.jsonl line 7 (../x.png)": "unsafe_path",
         "train/metadata.jsonl line 8": "bad_json",
         "train/metadata.jsonl line 9 (train/gone.png)": "missing_file",
@@ -123,14 +139,10 @@ def test_bad_bytes_and_marks(tmp_path):
         b'{"file_name": "1.png", "text": 42}\n"line"\n{"text": "x"}\n'
         b'{"file_name": "1.png", "text": "b"}'
     )
-    scan = scan_folder(str(folder))
-    records = [record for split in scan.splits.values() for record in split]
-    assert sorted(records, key=lambda r: r.text) == [
-        Record("0.png", "a boat"),
-        Record("1.png", "b"),
-    ]
+    used, left_out = read_all(folder)
+    assert used == [("0.png", "a boat"), ("1.png", "b")]
     reasons = "bad_encoding bad_encoding caption_not_text bad_record no_file_name".split()
-    assert [skip.reason for skip in scan.skipped] == reasons
+    assert [skip.reason for skip in left_out] == reasons
 
 
 def test_caption_field_can_be_chosen(tmp_path):
@@ -140,7 +152,7 @@ def test_caption_field_can_be_chosen(tmp_path):
     )
     config = folder_config(folder, tmp_path, text_key="prompt")
     assert {*captions(config, "train"), *captions(config, "test")} == {"zero", "one"}
-    with pytest.raises(DataError, match="no usable line .*no_caption"):
+    with pytest.raises(DataError, match="not one image can be used: .*no_caption.*'text'"):
         open_source(folder_config(folder, tmp_path), "train")
 
 
@@ -158,14 +170,62 @@ def test_plain_files_are_stored_as_they_are_and_others_as_png(tmp_path):
     assert records[1]["image"].startswith(b"\x89PNG")
 
 
+def test_long_metadata_is_cut_into_shards_that_lose_nothing(tmp_path):
+    folder = write_images(tmp_path / "d", 3)
+    rows = [(f"{n % 3}.png", f"caption {n}\n, of {n}") for n in range(1203)]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *rows])
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows)
+    )
+    expected = [(name, " ".join(text.split())) for name, text in rows]
+    for _ in range(2):
+        shards = formats.list_shards(str(folder), "image_text_folder", Fields())
+        assert len(shards) == 3
+        used, left_out = read_all(folder)
+        assert used == expected and not left_out
+        (folder / "metadata.jsonl").unlink(missing_ok=True)  # then the CSV is read
+
+
+def test_captions_in_files_beside_the_images(tmp_path):
+    for folder, count in (("train/a", 3), ("train/b", 2), ("test", 1)):
+        write_images(tmp_path / "d" / folder, count)
+        for image in (tmp_path / "d" / folder).glob("*.png"):
+            image.with_suffix(".txt").write_text(f"{folder} {image.stem}\n")
+        (tmp_path / "d" / folder / "metadata.jsonl").unlink()
+    (tmp_path / "d" / "train" / "a" / "1.txt").unlink()
+    config = folder_config(tmp_path / "d", tmp_path)
+    assert captions(config, "train") == ["train/a 0", "train/a 2", "train/b 0", "train/b 1"]
+    assert captions(config, "test") == ["test 0"]
+    assert skipped(config) == {"train/a/1.png": "no_caption"}
+    (tmp_path / "d" / "train" / "a" / "1.txt").write_text("it is back")
+    assert "it is back" in captions(config, "train")
+
+
+def test_several_captions_and_the_size_are_stored(tmp_path):
+    folder = write_images(tmp_path / "d" / "train", 2)
+    write_images(tmp_path / "d" / "test", 1)
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "zero", "captions": ["nought", " ", "zero", 4, "nil"]}\n'
+        '{"file_name": "1.png", "text": ["one", "eins"]}\n'
+    )
+    records = open_source(folder_config(tmp_path / "d", tmp_path), "train")._records
+    assert [list(record["captions"]) for record in records] == [[b"nought", b"nil"], [b"eins"]]
+    assert [(record["width"], record["height"]) for record in records] == [(24, 20)] * 2
+    assert records[1]["text"] == b"one"
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda path: None, "not there; expected a folder of images with metadata.jsonl"),
         (lambda path: path.write_text(""), "no folder"),
         (lambda path: path.mkdir(), "no metadata.jsonl, nor has a subfolder train"),
-        (lambda path: (path.mkdir(), (path / "metadata.jsonl").touch()), "no usable line"),
-        (lambda path: (path.mkdir(), (path / "metadata.csv").touch()), "metadata.csv is not read"),
+        (lambda path: (path.mkdir(), (path / "metadata.jsonl").touch()), "not one image can be"),
+        (
+            lambda path: (path.mkdir(), (path / "metadata.csv").write_text("a,b\n1,2\n")),
+            r"has the columns \['a', 'b'\]; expected file_name",
+        ),
     ],
 )
 def test_missing_or_empty_folder(tmp_path, make, message):
@@ -245,6 +305,18 @@ def test_dirty_folder(tmp_path):
 def test_metadata_with_a_byte_order_mark(tmp_path):
     shutil.copytree(Path(SHARED) / "dirty", tmp_path / "d", ignore=shutil.ignore_patterns("*.tar"))
     source = tmp_path / "d" / "metadata_bom_crlf.jsonl"
-    source.replace(tmp_path / "d" / folder_metadata.METADATA)
-    scan = scan_folder(str(tmp_path / "d"))
-    assert sum(map(len, scan.splits.values())) == 3 and not scan.skipped
+    source.replace(tmp_path / "d" / "metadata.jsonl")
+    used, left_out = read_all(tmp_path / "d")
+    assert len(used) == 3 and not left_out
+
+
+@needs_shared
+def test_metadata_csv_of_the_dirty_set(tmp_path):
+    shutil.copytree(Path(SHARED) / "dirty", tmp_path / "d", ignore=shutil.ignore_patterns("*.tar"))
+    (tmp_path / "d" / "metadata.jsonl").unlink()
+    used, left_out = read_all(tmp_path / "d")
+    assert used == [
+        ("good.jpg", "two parrots, side by side"),
+        ("good.png", 'caps with a "quoted" word and a line break'),
+    ]
+    assert [skip.reason for skip in left_out] == ["no_caption"]

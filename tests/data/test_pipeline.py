@@ -329,7 +329,7 @@ def test_damaged_record_is_named(tmp_path):
 
     source._records = Damaged()
     assert source[0]["image"].shape == (32, 32, 3)
-    with pytest.raises(DataError, match=r"image_text_folder/d-\w+/1.0.0, split train, example 1: "
+    with pytest.raises(DataError, match=r"image_text_folder/d-\w+/1.1.0, split train, example 1: "
                                         r".*truncated.*; delete /"):  # fmt: skip
         source[1]
 

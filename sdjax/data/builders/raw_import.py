@@ -1,0 +1,247 @@
+"""TFDS builders that import raw data on first use: an image folder, tar shards, parquet files.
+
+The stored dataset is keyed by a fingerprint of the files (names, sizes and times, and a folder's
+metadata), so data that changed is imported anew. Whatever cannot be used is left out and listed
+with the reason in `skipped.json` beside the dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from sdjax.data.raw import clean, folder, formats, parquet, webdataset
+from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, fraction
+from sdjax.data.sources import FORMAT, DataConfig, DataError, prepare_builder
+from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
+
+SKIP_REPORT = "skipped.json"
+TEST_SHARE = 0.03
+
+
+@dataclasses.dataclass(eq=False)
+class ImportConfig(tfds.core.BuilderConfig):
+    """The shards of a source, and what of them is good enough."""
+
+    path: str = ""
+    shards: list[Shard] = dataclasses.field(default_factory=list, repr=False)
+    fields: Fields = Fields()
+    rules: clean.Rules = clean.Rules()
+
+
+def import_config(path: str, format: str, fields: Fields, rules: clean.Rules) -> ImportConfig:
+    """Names the import by the folder and by a fingerprint of all that its content depends on.
+
+    Raises DataError when there is nothing to read.
+    """
+    shards = formats.list_shards(path, format, fields)
+    identity = f"{formats.fingerprint(shards, fields)} {rules}"
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    stem = Path(path).expanduser().resolve().name
+    base = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "folder"
+    return ImportConfig(
+        name=f"{base}-{fingerprint}", path=path, shards=shards, fields=fields, rules=rules
+    )
+
+
+def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The features of every dataset that is made of raw data; scores become float32 ones."""
+    return {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "text": tfds.features.Text(),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+        "file_name": tfds.features.Text(),
+        "width": tfds.features.Scalar(np.int32),
+        "height": tfds.features.Scalar(np.int32),
+        **{score: tfds.features.Scalar(np.float32) for score in scores},
+    }
+
+
+def feature_values(example: clean.Example) -> dict[str, Any]:
+    """An example as `feature_types` encodes it."""
+    height, width = example.pixels.shape[:2]
+    return {
+        "image": io.BytesIO(example.image),
+        "text": example.text,
+        "captions": list(example.captions),
+        "file_name": example.name,
+        "width": width,
+        "height": height,
+        **example.scores,
+    }
+
+
+def limit_of_test(names: set[str]) -> float:
+    """Names whose `fraction` is at most this become the test split: about 3 %, and at least one.
+
+    -1, for none, when there are fewer than two; so images keep their side as a folder grows.
+    """
+    fractions = sorted(fraction(name) for name in names)
+    if len(fractions) < 2:
+        return -1.0
+    limit = max(TEST_SHARE, fractions[0])
+    return limit if fractions[-1] > limit else -1.0
+
+
+class RawImport(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Images and captions imported from raw files.
+
+    Features: image (the file's own bytes where they are a plain RGB PNG, JPEG or WebP, a PNG of
+    what was decoded where they are not), text (the main caption), captions (alternatives),
+    file_name, and the size in pixels, upright. Raise VERSION whenever an image would be chosen or
+    stored in another way.
+    """
+
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "PNG, JPEG and WebP as they are, everything else as PNG.",
+        "1.1.0": "Captions, width and height; lists of captions are used.",
+    }
+    url_infos = None  # nothing is downloaded
+
+    def _info(self) -> Any:
+        return self.dataset_info_from_configs(
+            description=__doc__,
+            features=tfds.features.FeaturesDict(feature_types()),
+            supervised_keys=None,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        config = self.builder_config
+        self._skipped: list[Skip] = []
+        generators = {}
+        for split, shards, chosen in _splits(config.shards):
+            # A split without a single usable image must not be written: look for the first.
+            examples = self._examples(shards, chosen)
+            first = next(examples, None)
+            if first is None:
+                logging.warning("%s: no usable image for the split %s", config.path, split)
+            else:
+                generators[split] = self._generate_examples(first, examples)
+        if not generators:
+            first_of_them = f"; first of them: {_line(self._skipped[0])}" if self._skipped else ""
+            raise DataError(
+                f"data.path is {config.path!r}, of which not one image can be used: "
+                f"{summary(self._skipped)}{first_of_them}; expected images, each with a caption "
+                f"(data.text_key is {config.fields.text!r})"
+            )
+        return generators
+
+    def _generate_examples(
+        self, first: clean.Example, others: Iterator[clean.Example]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, example in enumerate(itertools.chain([first], others)):
+            yield index, feature_values(example)
+        # data_path is the unfinished dataset here, so the report appears together with it.
+        report = [dataclasses.asdict(skip) for skip in self._skipped]
+        (self.data_path / SKIP_REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False))
+
+    def _examples(self, shards: list[Shard], chosen: Chosen) -> Iterator[clean.Example]:
+        config = self.builder_config
+        for shard in shards:
+            for item in formats.read(shard, config.fields, chosen):
+                if isinstance(item, Row):
+                    item = clean.clean(item, config.rules)
+                if isinstance(item, Skip):
+                    self._skipped.append(item)
+                else:
+                    yield item
+
+
+class ImageTextFolder(RawImport):
+    """An image folder: metadata.jsonl, metadata.csv, or a .txt beside each image."""
+
+
+class Webdataset(RawImport):
+    """Tar shards as img2dataset writes them."""
+
+
+class Parquet(RawImport):
+    """Parquet files with image bytes and captions."""
+
+
+_BUILDERS = {
+    folder.FORMAT: ImageTextFolder, webdataset.FORMAT: Webdataset, parquet.FORMAT: Parquet
+}  # fmt: skip
+
+
+def _splits(shards: list[Shard]) -> Iterator[tuple[str, list[Shard], Chosen]]:
+    """(split, its shards, which of their rows); a source that is all train is split by name.
+
+    Every row, and every skip, is in exactly one split.
+    """
+    by_split: dict[str, list[Shard]] = {}
+    for shard in shards:
+        by_split.setdefault(shard.split, []).append(shard)
+    if set(by_split) != {"train"}:
+        yield from ((split, group, formats.all_rows) for split, group in by_split.items())
+        return
+    limit = limit_of_test({name for shard in shards for name in formats.names(shard)})
+    yield "train", shards, lambda name: fraction(name) > limit
+    if limit >= 0:
+        yield "test", shards, lambda name: fraction(name) <= limit
+
+
+def summary(skipped: list[Skip]) -> str:
+    """Counts by reason, as in "3 skipped (2 truncated, 1 no_caption)"."""
+    reasons = Counter(skip.reason for skip in skipped).most_common()
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    return f"{len(skipped)} skipped" + (f" ({counts})" if counts else "")
+
+
+def _line(skip: Skip) -> str:
+    return f"{skip.name}: {skip.reason}" + (f" ({skip.detail})" if skip.detail else "")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.warning(message)
+
+
+def read_skipped(builder: Any) -> list[Skip]:
+    """What the import left out, from its report."""
+    report = json.loads((builder.data_path / SKIP_REPORT).read_text())
+    return [Skip(**entry) for entry in report]
+
+
+def prepare(config: DataConfig) -> Any:
+    """Imports config.path unless that very content is there already; reports what is left out.
+
+    Raises DataError when nothing is usable, or more is skipped than config.max_bad_examples.
+    """
+    fields = Fields(image=config.image_key, text=config.text_key)
+    rules = clean.Rules(
+        min_side=config.min_side, max_aspect=config.max_aspect, max_pixels=config.max_pixels
+    )
+    with quiet_tfds():
+        builder = _BUILDERS[config.name](
+            config=import_config(config.path, config.name, fields, rules),
+            data_dir=config.data_dir or None,
+            file_format=FORMAT,
+        )
+    prepare_builder(builder)
+    skipped = read_skipped(builder)
+    report = Path(builder.data_path) / SKIP_REPORT
+    if skipped:
+        _warn_once(f"{config.path}: {summary(skipped)}, listed in {report}")
+    if 0 <= config.max_bad_examples < len(skipped):
+        some = "\n  ".join(_line(skip) for skip in skipped[:10])
+        raise DataError(
+            f"{config.path}: {summary(skipped)}, more than data.max_bad_examples = "
+            f"{config.max_bad_examples}; mend them or raise the limit. All are in {report}:\n"
+            f"  {some}"
+        )
+    return builder

@@ -1,0 +1,102 @@
+"""Reads parquet files with image bytes and captions, as Hugging Face `datasets` writes them.
+
+The image column is a struct {"bytes", "path"} (docs: huggingface.co/docs/datasets/image_dataset)
+or plain binary; images that are only a path are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sdjax import paths
+from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, find_shards
+from sdjax.data.sources import DataError
+
+FORMAT = "parquet"
+SUFFIXES = (".parquet",)
+_ROWS = 64  # read at a time
+
+
+def shards(path: str) -> list[Shard]:
+    """The parquet files of a folder or a pattern. Raises DataError when there is none."""
+    return find_shards(path, SUFFIXES, FORMAT)
+
+
+def check_fields(shard: Shard, fields: Fields) -> bool:
+    """Whether a file can be opened at all. Raises DataError when it lacks image or captions."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with paths.to_path(shard.path).open("rb") as file:
+            columns = pyarrow.parquet.ParquetFile(file).schema_arrow.names
+    except (pyarrow.ArrowException, *paths.storage_errors()):
+        return False
+    for what, name in (("image", fields.image), ("text", fields.text)):
+        if name not in columns:
+            raise DataError(
+                f"{shard.path} has the columns {columns}, but data.{what}_key is {name!r}; set it "
+                f"to the column of the {'images' if what == 'image' else 'captions'} "
+                f"(--{what}_key of sdjax.prepare)"
+            )
+    return True
+
+
+def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
+    """The rows of a file in order; one that cannot be read to its end ends in a skip."""
+    wanted = [fields.image, fields.text, fields.captions, *fields.columns]
+    for name, entry in _entries(shard, wanted, chosen):
+        if isinstance(entry, Skip):
+            yield entry
+            continue
+        image = entry.get(fields.image)
+        if isinstance(image, dict):
+            image = image.get("bytes")
+        if not isinstance(image, bytes):
+            yield Skip(name, "missing_image", "no bytes in the column")
+            continue
+        columns = {column: entry.get(column) for column in fields.columns}
+        yield Row(
+            name, shard.split, image, entry.get(fields.text), entry.get(fields.captions), columns
+        )
+
+
+def names(shard: Shard) -> Iterator[str]:
+    """The names of a file's rows: its path and their number."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with paths.to_path(shard.path).open("rb") as file:
+            count = pyarrow.parquet.ParquetFile(file).metadata.num_rows
+    except (pyarrow.ArrowException, *paths.storage_errors()):
+        return
+    yield from (f"{shard.name}/{index}" for index in range(count))
+
+
+def _entries(
+    shard: Shard, wanted: list[str], chosen: Chosen
+) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    index = 0
+    try:
+        with paths.to_path(shard.path).open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = [name for name in table.schema_arrow.names if name in wanted]
+            for batch in table.iter_batches(_ROWS, columns=columns):
+                for position in range(batch.num_rows):
+                    name = f"{shard.name}/{index}"
+                    index += 1
+                    if not chosen(name):
+                        continue
+                    try:
+                        yield name, {c: batch.column(c)[position].as_py() for c in columns}
+                    except UnicodeDecodeError:
+                        yield name, Skip(name, "bad_encoding", "not UTF-8")
+    except (pyarrow.ArrowException, *paths.storage_errors()) as error:
+        if chosen(shard.name):
+            detail = f"not read beyond row {index}: {str(error)[:200]}"
+            yield shard.name, Skip(shard.name, "bad_shard", detail)
