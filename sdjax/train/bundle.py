@@ -24,7 +24,10 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
     "unet": (UNet, UNetConfig),
     "vae": (VAE, VAEConfig),
     "text_encoder": (CLIPText, CLIPTextConfig),
+    "text_encoder_2": (CLIPText, CLIPTextConfig),
 }
+# {text encoder: its tokenizer}, in the folders of diffusers and in `Pretrained`.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 # In a folder of a bucket from before its first file is written until after its last.
@@ -39,19 +42,25 @@ class PretrainedError(UserError):
 class Pretrained:
     """Networks and what they were trained with; None for what the folder does not have.
 
+    text_encoder_2: SDXL's second encoder, and the only one of its refiner.
     params: {path: float32 array}, paths start with the network, as in `unet.conv_in.bias`.
     sampler: how the folder says to sample.
+    zero_empty_prompt: an empty negative prompt is zeros and not the encoding of "" (SDXL's
+        `force_zeros_for_empty_prompt`).
     ignored: fields and parts of the folder that were not used, for the log.
     """
 
     unet: UNetConfig | None = None
     vae: VAEConfig | None = None
     text_encoder: CLIPTextConfig | None = None
+    text_encoder_2: CLIPTextConfig | None = None
     schedule: ScheduleConfig | None = None
     prediction_type: str = "epsilon"
     sampler: SamplerConfig | None = None
     params: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    tokenizer_2: Tokenizer | None = None
+    zero_empty_prompt: bool = False
     ignored: tuple[str, ...] = ()
 
     @property
@@ -63,6 +72,13 @@ class Pretrained:
         """The parameters of one network, without its prefix."""
         prefix = name + "."
         return {p[len(prefix) :]: v for p, v in self.params.items() if p.startswith(prefix)}
+
+    def missing(self) -> list[str]:
+        """What a pipeline has and these do not: each encoder comes with its tokenizer."""
+        encoders = [name for name in TOKENIZERS if getattr(self, name) is not None]
+        wanted = ["unet", "vae", *(encoders or ["text_encoder"]), "schedule"]
+        wanted += [TOKENIZERS[name] for name in encoders] or ["tokenizer"]
+        return [name for name in wanted if getattr(self, name) is None]
 
 
 def check_components(components: Sequence[str]) -> None:
