@@ -142,9 +142,10 @@ class Config:
                 f"data.batch_size is {self.data.batch_size}, not divisible by "
                 f"train.accumulation = {self.train.accumulation}"
             )
-        if self.sample.fidelity and self.data.name != "captioned_shapes":
+        if self.sample.fidelity and (self.data.mixture or self.data.name != "captioned_shapes"):
             raise ValueError(
-                f"sample.fidelity is {self.sample.fidelity} with data.name {self.data.name!r}; "
+                f"sample.fidelity is {self.sample.fidelity} with data.name {self.data.name!r}"
+                f"{' and a mixture' if self.data.mixture else ''}; "
                 "pictures of captioned_shapes alone can be read back, set it to 0"
             )
         if self.task == "text_to_image":
@@ -162,6 +163,8 @@ def to_dict(config: Any) -> Any:
     """Nested dataclasses -> nested dicts with the same leaves (tuples stay tuples)."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return tuple(to_dict(item) for item in config)
     return config
 
 
@@ -196,8 +199,14 @@ def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None
     kwargs = {}
     for name in known & set(values):
         field = f"{where}.{name}"
+        group = _group_in_tuple(hints[name])
         if dataclasses.is_dataclass(hints[name]):
             kwargs[name] = _build(hints[name], values[name], field, errors)
+        elif group and isinstance(values[name], tuple | list):
+            kwargs[name] = tuple(
+                _build(group, value, f"{field}[{i}]", errors)
+                for i, value in enumerate(values[name])
+            )
         else:
             try:
                 kwargs[name] = _cast(hints[name], values[name])
@@ -213,6 +222,12 @@ def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None
     except ValueError as error:
         errors.append(f"{where}: {error}")
         return None
+
+
+def _group_in_tuple(hint: Any) -> Any:
+    """The dataclass of `tuple[Dataclass, ...]`, else None."""
+    first, *_ = typing.get_args(hint) or (None,)
+    return first if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(first) else None
 
 
 def _cast(hint: Any, value: Any) -> Any:

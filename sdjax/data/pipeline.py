@@ -1,7 +1,8 @@
-"""Batches from a dataset, through Grain: deterministic in (seed, step), for any number of hosts.
+"""Batches from datasets, through Grain: deterministic in (seed, step), for any number of hosts.
 
 The stream is source -> shuffle (anew each epoch) -> repeat -> transform -> batches of one host's
-size, dealt out to the hosts in turn. Element i of the stream and the randomness spent on it depend
+size, dealt out to the hosts in turn. Mixtures and buckets put a `Stream` in the place of the first
+three. Element i of the stream and the randomness spent on it depend
 on seed and i alone, so the global batch of a step does not change with the number of hosts, workers
 or threads, and the state of an iterator is the number of steps it has taken.
 """
@@ -9,24 +10,22 @@ or threads, and the state of an iterator is the number of steps it has taken.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import flags, logging
 
 from sdjax.data import transforms
-from sdjax.data.sources import (
-    DataConfig,
-    DataError,
-    Source,
-    captions,
-    open_source,
-    prepared_builder,
-)
+from sdjax.data.buckets import Buckets
+from sdjax.data.caption_choice import CaptionConfig, choose
+from sdjax.data.config import DataConfig, DataError, parts
+from sdjax.data.sources import Source, captions, open_parts, open_source
+from sdjax.data.stream import make_stream
+from sdjax.data.summary import Summary, summarise
 
-__all__ = ["BatchIterator", "DataConfig", "DataError", "Source", "captions", "describe",
-           "make_iterator", "open_source"]  # fmt: skip
+__all__ = ["BatchIterator", "DataConfig", "DataError", "Source", "captions", "make_iterator",
+           "open_parts", "open_source"]  # fmt: skip
 
 
 class Encoder(Protocol):
@@ -41,21 +40,22 @@ class Transform:
     """One example -> what a batch holds of it. A class, so that worker processes can receive it."""
 
     tokenizers: dict[str, Encoder]  # by the field of the batch that each one fills
-    resolution: int
     crop: str
     flip: bool
+    captions: CaptionConfig
     with_size: bool
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        side = self.resolution
+        height, width = example["target"]
         prepared = transforms.prepare(
-            example["image"], rng, height=side, width=side, crop=self.crop, flip=self.flip
+            example["image"], rng, height=height, width=width, crop=self.crop, flip=self.flip
         )
         fields = {"image": prepared.image}
         if self.with_size:
             fields["size"] = prepared.size
+        text = choose(example["caption"], self.captions, rng)
         for name, tokenizer in self.tokenizers.items():
-            fields[name] = tokenizer.encode([example["text"]])[0]
+            fields[name] = tokenizer.encode([text])[0]
         return fields
 
 
@@ -64,8 +64,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     def __init__(
         self, dataset: Any, config: DataConfig, identity: dict[str, Any], *,
-        process_index: int, process_count: int,
+        process_index: int, process_count: int, shape_at: Callable[[int], tuple[int, int]],
+        summary: Summary,
     ):  # fmt: skip
+        self.summary = summary
+        self._shape_at = shape_at
         self._dataset = dataset  # host-sized batches of all hosts, in the order of the stream
         self._config = config
         self._identity = identity
@@ -129,6 +132,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self._iterator = None
 
     @property
+    def next_shape(self) -> tuple[int, int]:
+        """Height and width of the pictures of the next batch; the same on every host."""
+        return self._shape_at(self.step)
+
+    @property
     def examples_per_epoch(self) -> int:
         return self._identity["examples"]
 
@@ -154,10 +162,11 @@ def make_iterator(
     process_count: int = 1,
     shuffle: bool = True,
 ) -> BatchIterator:
-    """Endless batches {"image": float32 [b, R, R, 3] in [-1, 1], "tokens": int32 [b, L], ...}.
+    """Endless batches {"image": float32 [b, H, W, 3] in [-1, 1], "tokens": int32 [b, L], ...}.
 
     b is config.batch_size / process_count. Each of `tokenizers` fills the field it is named by;
-    `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`.
+    `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`. H and W are data.resolution, or
+    those of the batch's bucket.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
     import grain.python as grain
@@ -171,45 +180,54 @@ def make_iterator(
         raise DataError(f"process_index is {process_index}; expected 0 to {process_count - 1}")
     if not 0 <= seed < 2**32:
         raise DataError(f"seed is {seed}; expected 0 to 2**32 - 1")
-    source = open_source(config, split)
-    if config.flip and config.name == "captioned_shapes":
-        logging.warning("data.flip mirrors pictures whose captions say left and right")
-    if len(source) < config.batch_size:
-        logging.warning(
-            "%s has %d examples, fewer than data.batch_size = %d: a batch repeats them",
-            source.name, len(source), config.batch_size,
-        )  # fmt: skip
-    transform = Transform(dict(tokenizers), config.resolution, config.crop, config.flip, with_size)
-    dataset = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
+    sources = open_parts(config, split)
+    _warn(config, sources)
+    transform = Transform(dict(tokenizers), config.crop, config.flip, config.captions, with_size)
+    buckets: list[Buckets] = []
+    if config.mixture or config.buckets.step:
+        stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)
+        dataset = grain.MapDataset.source(stream).seed(seed)
+        shape_at = lambda step: stream.locate(step * config.batch_size)[2]  # noqa: E731
+    else:
+        dataset = grain.MapDataset.source(sources[0]).seed(seed)
+        if shuffle:
+            dataset = dataset.shuffle()
+        dataset = dataset.repeat()
+        shape_at = lambda step: (config.resolution, config.resolution)  # noqa: E731
     # No remainder, or Grain rounds the endless length up past the largest integer.
     per_host = config.batch_size // process_count
-    dataset = dataset.repeat().random_map(transform).batch(per_host, drop_remainder=True)
+    dataset = dataset.random_map(transform).batch(per_host, drop_remainder=True)
+    examples = sum(found.images for found in buckets) if buckets else sum(map(len, sources))
     identity = {
-        "dataset": source.name,
+        "dataset": " + ".join(source.name for source in sources),
         "split": split,
-        "examples": len(source),
+        "examples": examples,
         "batch_size": config.batch_size,
         "seed": seed,
         "shuffle": shuffle,
     }
+    # Not there in the states of the time before there were any.
+    if config.mixture:
+        identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
+    if config.buckets.step:
+        identity["buckets"] = dataclasses.asdict(config.buckets)
     return BatchIterator(
-        dataset, config, identity, process_index=process_index, process_count=process_count
+        dataset,
+        config,
+        identity,
+        process_index=process_index,
+        process_count=process_count,
+        shape_at=shape_at,
+        summary=summarise(sources, buckets, config.batch_size),
     )
 
 
-def describe(config: DataConfig) -> dict[str, Any]:
-    """What the start-up log says of the data: where it lies, and how much there is."""
-    builder = prepared_builder(config)
-    sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
-    examples = len(open_source(config, config.split))
-    return {
-        "dataset": builder.info.full_name,
-        "directory": str(builder.data_dir),
-        "splits": sizes,
-        "train_examples": examples,
-        "batch_size": config.batch_size,
-        "steps_per_epoch": examples / config.batch_size,
-        "resolution": config.resolution,
-    }
+def _warn(config: DataConfig, sources: Sequence[Source]) -> None:
+    if config.flip and any(part.name == "captioned_shapes" for part in parts(config)):
+        logging.warning("data.flip mirrors pictures whose captions say left and right")
+    for source in sources:
+        if len(source) < config.batch_size:
+            logging.warning(
+                "%s has %d examples, fewer than data.batch_size = %d: a batch repeats them",
+                source.name, len(source), config.batch_size,
+            )  # fmt: skip

@@ -14,83 +14,29 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sdjax.data import transforms
 from sdjax import paths
-from sdjax.errors import UserError
-
-FORMAT = "array_record"
-RAW_NAMES = ("image_text_folder", "webdataset", "parquet")  # imported from data.path
-WITH_PATH = (*RAW_NAMES, "prepared")
-
-
-class DataError(UserError):
-    """A dataset that cannot be used as asked for; the message says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which dataset, and how it becomes batches."""
-
-    name: str = "captioned_shapes"  # or one of WITH_PATH, or TFDS "name[/config][:version]"
-    path: str = ""  # the folder or files, for those of WITH_PATH
-    data_dir: str = ""  # where prepared datasets lie; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
-    split: str = "train"
-    eval_split: str = "test"
-    image_key: str = "image"  # names of the TFDS features; a class label becomes text by template
-    text_key: str = "text"
-    label_template: str = "a photo of a {}"
-    resolution: int = 64  # of the square crop, after the short side is resized to it
-    crop: str = "center"  # or "random"
-    flip: bool = False  # mirror at random; wrong where captions say left and right
-    batch_size: int = 64  # global: over all hosts and devices
-    workers: int = 0  # processes that decode; 0 decodes in `threads` of this process
-    threads: int = 4
-    prefetch: int = 4  # batches kept ready (per worker); 0 makes each when it is asked for
-    max_pixels: int = transforms.MAX_PIXELS  # larger images are refused before decoding
-    # Raw data: what is skipped (and reported), and how much of that is an error
-    min_side: int = 16
-    max_aspect: float = 8.0  # long side over short side; 0 for any
-    max_bad_examples: int = -1  # more skipped than this is an error; -1 for any number
-    # captioned_shapes
-    shapes_train: int = 20_000
-    shapes_test: int = 512
-    shapes_pairs: float = 0.35  # share of pictures with two objects
-
-    def __post_init__(self) -> None:
-        for field in ("resolution", "batch_size", "max_pixels"):
-            if getattr(self, field) < 1:
-                raise UserError(f"data.{field} is {getattr(self, field)}; expected at least 1")
-        for field in ("workers", "threads", "prefetch", "min_side", "max_aspect"):
-            if getattr(self, field) < 0:
-                raise UserError(f"data.{field} is {getattr(self, field)}; expected 0 or more")
-        if self.crop not in transforms.CROPS:
-            raise UserError(f"data.crop is {self.crop!r}; expected one of {transforms.CROPS}")
-        if "{}" not in self.label_template:
-            raise UserError(
-                f"data.label_template is {self.label_template!r}; expected a '{{}}' in it, where "
-                "the name of the class goes"
-            )
-        if not self.name:
-            raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
-                             "or a TFDS dataset name")  # fmt: skip
-        if self.name in WITH_PATH and not self.path:
-            raise UserError(f"data.path is empty; data.name = {self.name!r} needs the folder, "
-                             "as in --config.data.path=DIR")  # fmt: skip
+from sdjax.data import columns, splits, transforms
+from sdjax.data.caption_choice import Caption
+from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
+from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
 
 
 class Source:
-    """Random access to one split: len(), and source[i] -> {"image": uint8 [H, W, 3], "text": str}.
+    """Random access to one split: len(), and source[i] -> one example.
 
+    An example is {"image": uint8 [H, W, 3], "text": the main caption, "caption": all of them,
+    "target": (height, width) of the picture to be made of it}.
     Raises DataError, naming dataset, split and index, when a record cannot be read or decoded.
     """
 
     def __init__(
         self, records: Any, *, name: str, directory: str, split: str, config: DataConfig,
-        to_text: Callable[[Any], str],
+        to_text: Callable[[Any], Caption], table: columns.Columns | None = None,
     ):  # fmt: skip
         self._records = records
         self._to_text = to_text
         self._config = config
+        self._table = table
         self.name = name
         self.directory = directory
         self.split = split
@@ -110,11 +56,71 @@ class Source:
             image = _three_channels(np.asarray(image))
         except transforms.ImageError as error:
             raise self._error(index, f"the image cannot be decoded ({error})") from error
-        return {"image": image, "text": self._to_text(record[self._config.text_key])}
+        caption = self._caption(record)
+        if self._config.captions.empty == "error" and not caption.main.strip():
+            raise DataError(
+                f"{self.name}, split {self.split}, example {index} has no caption; "
+                "data.captions.empty = 'skip' leaves such examples out, 'keep' takes them"
+            )
+        side = self._config.resolution
+        return {"image": image, "text": caption.main, "caption": caption, "target": (side, side)}
 
     def text(self, index: int) -> str:
         """The caption alone, without decoding the image."""
-        return self._to_text(self._record(index)[self._config.text_key])
+        return self._caption(self._record(index)).main
+
+    def _caption(self, record: dict[str, Any]) -> Caption:
+        caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
+        if not choice.others_key:
+            return caption
+        texts = (as_text(value).strip() for value in record[choice.others_key])
+        others = caption.others + tuple(text for text in texts if text)
+        if not caption.main.strip() and others:
+            return Caption(others[0], others[1:], choice.main_share)
+        return Caption(caption.main, others, choice.main_share)
+
+    @property
+    def table(self) -> columns.Columns:
+        """What is known of every example without decoding it; the first time reads them all."""
+        if self._table is None:
+            config = self._config
+            self._table = columns.load(
+                len(self),
+                self._row,
+                directory=self.directory,
+                identity=f"{self.name} {self.split} {config.image_key} {config.text_key} "
+                f"{config.captions.others_key} {config.split_key} {config.max_pixels}",
+                threads=config.threads,
+            )
+        return self._table
+
+    def _row(self, index: int) -> columns.Row:
+        record = self._record(index)
+        image = record[self._config.image_key]
+        if "height" in record and "width" in record:
+            height, width = int(record["height"]), int(record["width"])
+        elif isinstance(image, bytes):
+            try:
+                height, width = transforms.upright_size(image, max_pixels=self._config.max_pixels)
+            except transforms.ImageError:
+                height = width = 0
+        else:
+            height, width = np.shape(image)[:2]
+        key = self._config.split_key or ("file_name" if "file_name" in record else "")
+        share, fold = splits.hashes(as_text(record[key]) if key else str(index))
+        return height, width, share, fold, not self._caption(record).main.strip()
+
+    def take(self, numbers: np.ndarray, *, split: str) -> Source:
+        """A source of some of the examples."""
+        return Source(
+            splits.Subset(self._records, numbers),
+            name=self.name,
+            directory=self.directory,
+            split=split,
+            config=self._config,
+            to_text=self._to_text,
+            table=self.table.take(numbers),
+        )
 
     def _record(self, index: int) -> dict[str, Any]:
         try:
@@ -146,25 +152,6 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
     if image.shape[-1] == 1:
         return np.repeat(image, 3, -1)
     raise transforms.ImageError("unsupported_mode", f"{image.shape[-1]} channels")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextFeature:
-    """Turns a text feature's bytes into a caption."""
-
-    def __call__(self, value: Any) -> str:
-        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelFeature:
-    """Turns a class label into a caption by the template."""
-
-    names: tuple[str, ...]
-    template: str
-
-    def __call__(self, value: Any) -> str:
-        return self.template.replace("{}", self.names[int(value)].replace("_", " "))
 
 
 def prepared_builder(config: DataConfig) -> Any:
@@ -255,70 +242,76 @@ def open_source(config: DataConfig, split: str) -> Source:
     builder = prepared_builder(config)
     if config.name in WITH_PATH:  # which store them under names of their own
         config = dataclasses.replace(config, image_key="image", text_key="text")
-    _check_format(builder)
-    base = split.split("[")[0]
-    if base not in builder.info.splits:
+    check_format(builder)
+    stored_split, cut = splits.plan(
+        split,
+        builder.info.splits,
+        validation=config.validation_share,
+        test=config.test_share,
+        fold=config.fold,
+    )
+    if stored_split.split("[")[0] not in builder.info.splits:
         raise DataError(
             f"split {split!r} is not in {builder.info.full_name}; it has "
-            f"{sorted(builder.info.splits)} (set data.split and data.eval_split)"
+            f"{sorted(builder.info.splits)} (set data.split and data.eval_split, or "
+            "data.validation_share and data.test_share to have them made of train)"
         )
-    decoders, to_text = _features(builder, config)
+    decoders, to_text = decoders_and_text(builder, config)
     # Read from the files alone: worker processes then need neither our builder nor TensorFlow.
     with quiet_tfds():
         stored = tfds.builder_from_directory(builder.data_path)
-    records = stored.as_data_source(split, decoders=decoders)
+    records = stored.as_data_source(stored_split, decoders=decoders)
     if not len(records):
         raise DataError(f"{builder.info.full_name}, split {split!r}: no examples at all")
-    return Source(
+    source = Source(
         records,
         name=builder.info.full_name,
         directory=str(builder.data_dir),
-        split=split,
+        split=stored_split,
         config=config,
         to_text=to_text,
     )
+    return _chosen(source, split, cut, config)
 
 
-def _check_format(builder: Any) -> None:
-    formats = sorted(kind.value for kind in builder.info.available_file_formats())
-    if FORMAT in formats:
-        return
-    raise DataError(
-        f"{builder.info.full_name} in {builder.data_dir} is stored as {' and '.join(formats)}, "
-        f"which has no random access; set data.data_dir to another folder to have it prepared "
-        f"there as {FORMAT}, or add that format where it is:\n"
-        f"  pip install apache-beam\n"
-        f"  tfds convert_format --dataset_version_dir={builder.data_dir} "
-        f"--out_file_format={FORMAT}"
-    )
+def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConfig) -> Source:
+    """What the split and `data.captions.empty` leave of a source."""
+    keep = np.ones(len(source), bool)
+    if cut is not None:
+        keep &= cut.keep(source.table.share, source.table.fold)
+    belongs = int(keep.sum())
+    if config.captions.empty == "skip":
+        keep &= ~source.table.empty
+    if keep.all():
+        source.split = split
+        return source
+    if not keep.any():
+        raise DataError(
+            f"{source.name}, split {split!r}: no example belongs to it (of {len(source)} in the "
+            f"stored split {source.split}, {belongs} do by hash, and those have no caption)"
+        )
+    if belongs > keep.sum():
+        logging.warning("%s, split %s: %d examples without a caption are left out",
+                        source.name, split, belongs - keep.sum())  # fmt: skip
+    return source.take(np.flatnonzero(keep), split=split)
 
 
-def _features(builder: Any, config: DataConfig) -> tuple[dict[str, Any], Callable[[Any], str]]:
-    """Decoders for the image, and what makes a caption of the text feature or label."""
-    from sdjax.data.tfds_on_cpu import tfds
+def open_parts(config: DataConfig, split: str) -> list[Source]:
+    """The sources of a mixture; without one, the source itself.
 
-    features = builder.info.features
-    for field, key in (("image_key", config.image_key), ("text_key", config.text_key)):
-        if key not in features:
-            raise DataError(
-                f"data.{field} is {key!r}, but {builder.info.full_name} has the features "
-                f"{sorted(features)}; set --config.data.{field} to one of them"
-            )
-    encoded = isinstance(features[config.image_key], tfds.features.Image)
-    # Pillow decodes the bytes in `transforms`, with its checks, rather than TFDS.
-    decoders = {config.image_key: tfds.decode.SkipDecoding()} if encoded else {}
-    text = features[config.text_key]
-    if isinstance(text, tfds.features.ClassLabel):
-        return decoders, LabelFeature(tuple(text.names), config.label_template)
-    if isinstance(text, tfds.features.Text) or text.np_dtype in (np.object_, np.str_):
-        return decoders, TextFeature()
-    raise DataError(
-        f"data.text_key is {config.text_key!r}, but that feature of {builder.info.full_name} is "
-        f"{text}; expected a text or a class label"
-    )
+    split: data.split or data.eval_split; a part of a mixture may have another in its place.
+    """
+    if not config.mixture:
+        return [open_source(config, split)]
+    if split not in (config.split, config.eval_split):
+        raise DataError(
+            f"split {split!r} is neither data.split = {config.split!r} nor data.eval_split = "
+            f"{config.eval_split!r}, and data.mixture has no other"
+        )
+    train = split == config.split
+    return [open_source(part, part.split if train else part.eval_split) for part in parts(config)]
 
 
 def captions(config: DataConfig, split: str) -> list[str]:
     """All captions of a split, in stored order, without decoding a single image."""
-    source = open_source(config, split)
-    return [source.text(index) for index in range(len(source))]
+    return [source.text(i) for source in open_parts(config, split) for i in range(len(source))]

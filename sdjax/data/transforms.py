@@ -11,7 +11,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 CROPS = ("center", "random")
@@ -67,6 +67,13 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
+def upright_size(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width as `decode` will give them, from the header alone. Raises ImageError."""
+    image = open_image(encoded, max_pixels=max_pixels)
+    width, height = image.size
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
 def is_plain_rgb(image: Image.Image) -> bool:
     """Whether the stored pixels are what training should see: RGB, upright, a single frame."""
     return (
@@ -76,6 +83,16 @@ def is_plain_rgb(image: Image.Image) -> bool:
         and "exif" not in image.info
         and getattr(image, "n_frames", 1) == 1
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none that can be read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ def evaluated_params(state: State) -> Params:
 
 
 def read_examples(config: Config, tokenizer: Tokenizer | None, count: int) -> Examples:
-    """The first `count` examples of the evaluation split."""
-    source = pipeline.open_source(config.data, config.data.eval_split)
+    """The first `count` examples of the evaluation split; of a mixture, its parts' in turn."""
+    sources = pipeline.open_parts(config.data, config.data.eval_split)
+    turns = itertools.zip_longest(*(((s, i) for i in range(min(count, len(s)))) for s in sources))
     side = config.data.resolution
     rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
     captions, images = [], []
-    for i in range(min(count, len(source))):
+    for source, i in itertools.islice((turn for row in turns for turn in row if turn), count):
         example = source[i]
         captions.append(example["text"])
         images.append(

@@ -18,7 +18,7 @@ from sdjax.train.model_flops import mfu_flops
 from sdjax.train.monitor import Watch
 from sdjax.train.optim import make_lr_schedule
 from sdjax.train.preemption import StopSignal
-from sdjax.train.program import build, compile_step
+from sdjax.train.program import Steps, build, with_pictures
 from sdjax.train.task import make_task
 from sdjax.train.telemetry import Telemetry
 
@@ -76,9 +76,9 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
         state = jax.jit(program.fresh, out_shardings=program.state_shardings)(params)
         del params
 
-    # 4. The step, compiled before the first batch is asked for.
-    compiled = compile_step(program, config)
-    train_step = compiled.step
+    # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
+    train_step = Steps(program, config)
+    compiled = train_step.compile(with_pictures(program.batch, data.next_shape))
     report.announce(config, assembled, split, mesh, folder, start, compiled)
 
     telemetry = Telemetry(
@@ -88,6 +88,7 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
         start_step=start,
         flops_per_image=mfu_flops(config),
     )
+    report.announce_data(data.summary, telemetry, start)
     gallery = Gallery(config, task, tokenizer, telemetry, folder)
     learning_rate = make_lr_schedule(config.optim, steps)
     watch = Watch(config, telemetry, folder, tokenizer, learning_rate, data.examples_per_epoch)
@@ -109,6 +110,10 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
             for done in range(start + 1, steps + 1):
                 with watch.waiting():
                     batch = global_batch(next(data), mesh)
+                if not train_step.has(batch):
+                    watch.flush()
+                    with telemetry.pause():
+                        report.announce_shape(batch, train_step.compile(batch), telemetry)
                 state, metrics = train_step(state, frozen, batch)
                 watch.push(done, batch, metrics)
                 checkpoints.check()

@@ -67,6 +67,7 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
         UserError: the batch does not spread over the mesh, or nothing is left to train.
     """
     check_batch(config.data.batch_size, config.train.accumulation, mesh)
+    check_shapes(config)
     split = split_trainable(config, task.abstract, trainable_networks(config))
     optimizer = make_optimizer(trained_groups(config.optim), config.train.steps, split.trained)
 
@@ -154,6 +155,66 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     if mesh.devices.flat[0].platform != "tpu":
         return {}
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": str(10**6)}
+
+
+def check_shapes(config: Config) -> None:
+    """All pictures can be halved as often as the networks do.
+
+    Raises:
+        UserError: naming the field of the side that cannot, and what it has to be a multiple of.
+    """
+    levels = len(config.model.vae.block_out_channels) - 1
+    if config.task == "text_to_image":
+        levels += len(config.model.unet.block_out_channels) - 1
+    sides = {"data.buckets.step": config.data.buckets.step}
+    sides |= {
+        f"data.mixture[{i}].resolution": p.resolution for i, p in enumerate(config.data.mixture)
+    }
+    for field, side in sides.items():
+        if side % 2**levels:
+            raise ConfigError(
+                f"{field} is {side}, but the networks halve a picture {levels} times; set it to a "
+                f"multiple of {2**levels}"
+            )
+
+
+Batch = Mapping[str, Any]  # of arrays or of jax.ShapeDtypeStruct
+
+
+class Steps:
+    """The step, compiled once for each shape of a batch, when the first such batch comes."""
+
+    def __init__(self, program: Program, config: Config):
+        self._program, self._config = program, config
+        self._compiled: dict[Any, Compiled] = {}
+
+    def has(self, batch: Batch) -> bool:
+        """Whether calling it with such a batch compiles nothing."""
+        return _shapes(batch) in self._compiled
+
+    def compile(self, batch: Batch) -> Compiled:
+        """Compile for batches such as this one."""
+        abstract = {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+            for name, value in batch.items()
+        }
+        compiled = compile_step(dataclasses.replace(self._program, batch=abstract), self._config)
+        self._compiled[_shapes(batch)] = compiled
+        return compiled
+
+    def __call__(self, state: State, frozen: Params, batch: Batch) -> tuple[State, dict]:
+        return self._compiled[_shapes(batch)].step(state, frozen, batch)
+
+
+def _shapes(batch: Batch) -> tuple:
+    return tuple(sorted((name, value.shape) for name, value in batch.items()))
+
+
+def with_pictures(batch: Batch, shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """An abstract batch with pictures of another (height, width)."""
+    image = batch["image"]
+    other = (image.shape[0], *shape, image.shape[-1])
+    return {**batch, "image": jax.ShapeDtypeStruct(other, image.dtype, sharding=image.sharding)}
 
 
 def compile_step(program: Program, config: Config) -> Compiled:

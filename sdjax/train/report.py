@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sdjax.config import Config, to_dict
+from sdjax.data.summary import Summary
 from sdjax.parallel.batches import shares
 from sdjax.parallel.sharding import param_spec
 from sdjax.train.networks import Assembled, assemble
 from sdjax.train.program import Compiled, Program, Split, build
 from sdjax.train.speed import device_memory
 from sdjax.train.task import BlankTokenizer, make_task
+from sdjax.train.telemetry import Telemetry
 
 
 def announce(
@@ -49,6 +51,22 @@ def announce(
         f"step compiled in {compiled.seconds:.1f} s{_costs(compiled)}",
     ]
     print("\n".join([*lines, *assembled.notes]), flush=True)
+
+
+def announce_data(summary: Summary, telemetry: Telemetry, start: int) -> None:
+    """The datasets and buckets, what is left out and why; once a run also as scalars."""
+    telemetry.message("\n".join(summary.lines))
+    if start == 0:
+        telemetry.scalars(0, {"data": summary.scalars})
+
+
+def announce_shape(batch: Mapping[str, Any], compiled: Compiled, telemetry: Telemetry) -> None:
+    """A bucket's first batch has come."""
+    height, width = batch["image"].shape[1:3]
+    telemetry.message(
+        f"step for pictures of {width}x{height} compiled in {compiled.seconds:.1f} s"
+        f"{_costs(compiled)}"
+    )
 
 
 def _axes(mesh: Mesh) -> str:

@@ -1,0 +1,76 @@
+"""Which words an example is shown with, where there is a choice: captions, tags, templates.
+
+All chance comes from the generator of the example's place in the stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sdjax.errors import UserError
+
+EMPTY = ("keep", "skip", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionConfig:
+    """How the text of an example is chosen and varied."""
+
+    others_key: str = ""  # a feature of more captions, a sequence of texts; "" for none
+    main_share: float = 0.5  # how often data.text_key is taken where there are others
+    templates: tuple[str, ...] = ()  # for labels, besides data.label_template: each as often
+    separator: str = ", "  # between tags: split there, and joined with it again
+    shuffle_tags: bool = False
+    keep_tags: int = 0  # the first so many stay in front, and are never dropped
+    tag_dropout: float = 0.0  # each other tag is left out so often
+    empty: str = "keep"  # examples without caption: "keep", "skip" (and count) or "error"
+
+    def __post_init__(self) -> None:
+        for field in ("main_share", "tag_dropout"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UserError(f"data.captions.{field} is {getattr(self, field)}; expected 0 to 1")
+        if self.keep_tags < 0:
+            raise UserError(f"data.captions.keep_tags is {self.keep_tags}; expected 0 or more")
+        if not self.separator.strip():
+            raise UserError(f"data.captions.separator is {self.separator!r}; expected a sign "
+                            "between tags, such as ', '")  # fmt: skip
+        if self.empty not in EMPTY:
+            raise UserError(f"data.captions.empty is {self.empty!r}; expected one of {EMPTY}")
+        for template in self.templates:
+            if "{}" not in template:
+                raise UserError(f"data.captions.templates has {template!r}; expected a '{{}}' in "
+                                "it, where the name of the class goes")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """The texts of one example, and how often the main one is to be taken."""
+
+    main: str
+    others: tuple[str, ...] = ()
+    main_share: float = 1.0
+
+
+def choose(caption: Caption, config: CaptionConfig, rng: np.random.Generator) -> str:
+    """One of the captions, with its tags varied. Nothing is drawn where there is no choice."""
+    text = caption.main
+    if caption.others and rng.random() >= caption.main_share:
+        text = caption.others[int(rng.integers(len(caption.others)))]
+    if config.shuffle_tags or config.tag_dropout:
+        text = vary_tags(text, config, rng)
+    return text
+
+
+def vary_tags(text: str, config: CaptionConfig, rng: np.random.Generator) -> str:
+    """Tags dropped and shuffled, the first `keep_tags` as they are."""
+    tags = [tag.strip() for tag in text.split(config.separator.strip())]
+    tags = [tag for tag in tags if tag]
+    front, rest = tags[: config.keep_tags], tags[config.keep_tags :]
+    if config.tag_dropout:
+        kept = rng.random(len(rest)) >= config.tag_dropout
+        rest = [tag for tag, keep in zip(rest, kept, strict=True) if keep]
+    if config.shuffle_tags:
+        rest = [rest[i] for i in rng.permutation(len(rest))]
+    return config.separator.join(front + rest)

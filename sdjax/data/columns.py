@@ -1,0 +1,91 @@
+"""What is known of every record without decoding it: size, hashes of its key, whether it has words.
+
+It takes one pass over the records, and is kept beside the dataset.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import uuid
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+from absl import logging
+
+from sdjax import paths
+
+CHUNK = 4096  # records a thread reads at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """One entry for each record.
+
+    height, width: int32 of the upright picture, 0 where its header cannot be read.
+    share, fold: uint64, see `splits.hashes`.
+    empty: bool, there is no caption.
+    """
+
+    height: np.ndarray
+    width: np.ndarray
+    share: np.ndarray
+    fold: np.ndarray
+    empty: np.ndarray
+
+    def take(self, numbers: np.ndarray) -> Columns:
+        """Those of some records."""
+        return Columns(*(getattr(self, f.name)[numbers] for f in dataclasses.fields(self)))
+
+
+TYPES = (np.int32, np.int32, np.uint64, np.uint64, np.bool_)
+Row = tuple[int, int, int, int, bool]
+
+
+def load(
+    count: int, read: Callable[[int], Row], *, directory: str, identity: str, threads: int
+) -> Columns:
+    """The columns of a dataset: those kept in its directory, or read by `read`, and kept.
+
+    read: number of a record -> its row. identity: tells datasets and settings apart.
+    """
+    key = hashlib.sha256(f"{identity} {count}".encode()).hexdigest()[:16]
+    path = paths.to_path(directory) / f"columns-{key}.npz"
+    found = _read(path, count)
+    if found is not None:
+        return found
+    logging.info("reading the sizes and keys of the %d records of %s, once", count, directory)
+
+    def rows(first: int) -> list[Row]:
+        return [read(number) for number in range(first, min(first + CHUNK, count))]
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
+        every = [row for chunk in pool.map(rows, range(0, count, CHUNK)) for row in chunk]
+    columns = Columns(*(np.array([row[i] for row in every], kind) for i, kind in enumerate(TYPES)))
+    _write(path, columns)
+    return columns
+
+
+def _read(path: paths.Path, count: int) -> Columns | None:
+    """A damaged file counts as none and is written anew."""
+    try:
+        with paths.reading(path) as local, np.load(local, allow_pickle=False) as arrays:
+            columns = Columns(*(arrays[f.name] for f in dataclasses.fields(Columns)))
+    except paths.storage_errors(ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return columns if len(columns.height) == count else None
+
+
+def _write(path: paths.Path, columns: Columns) -> None:
+    # Hosts that share the disk may all do it at once: each writes a file of its own first.
+    own = path.parent / f"{path.stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}.npz"
+    try:
+        with paths.writing(own) as local, open(local, "wb") as file:
+            np.savez(file, **dataclasses.asdict(columns))
+        own.replace(path)
+    except paths.storage_errors() as error:
+        logging.warning("%s cannot be written (%s): sizes and keys are read at each start",
+                        path, error)  # fmt: skip

@@ -1,0 +1,109 @@
+"""The `data` group of the configuration: which dataset, and how it becomes batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sdjax.data import mixture, transforms
+from sdjax.data.buckets import BucketConfig
+from sdjax.data.caption_choice import CaptionConfig
+from sdjax.data.mixture import Part
+from sdjax.data.splits import parse_fold
+from sdjax.errors import UserError
+
+RAW_NAMES = ("image_text_folder", "webdataset", "parquet")  # imported from data.path
+WITH_PATH = (*RAW_NAMES, "prepared")
+
+
+class DataError(UserError):
+    """A dataset that cannot be used as asked for; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which dataset, and how it becomes batches."""
+
+    name: str = "captioned_shapes"  # or one of WITH_PATH, or TFDS "name[/config][:version]"
+    path: str = ""  # the folder or files, for those of WITH_PATH
+    data_dir: str = ""  # where prepared datasets lie; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+    split: str = "train"
+    eval_split: str = "test"
+    image_key: str = "image"  # names of the TFDS features; a class label becomes text by template
+    text_key: str = "text"
+    label_template: str = "a photo of a {}"
+    # Splits by hash, where a dataset stores `train` and not these
+    validation_share: float = 0.0  # of all examples, as the split "validation"
+    test_share: float = 0.0  # the same for "test"
+    fold: str = ""  # "2/5": a fifth of `train` is "validation", and `train` is the rest
+    split_key: str = ""  # the feature hashed; "" is file_name, or else the number of the record
+    captions: CaptionConfig = CaptionConfig()
+    mixture: tuple[Part, ...] = ()  # several sources at once; () is the one that `name` says
+    resolution: int = 64  # of the square crop, after the short side is resized to it
+    crop: str = "center"  # or "random"
+    buckets: BucketConfig = BucketConfig()
+    flip: bool = False  # mirror at random; wrong where captions say left and right
+    batch_size: int = 64  # global: over all hosts and devices
+    workers: int = 0  # processes that decode; 0 decodes in `threads` of this process
+    threads: int = 4
+    prefetch: int = 4  # batches kept ready (per worker); 0 makes each when it is asked for
+    max_pixels: int = transforms.MAX_PIXELS  # larger images are refused before decoding
+    # Raw data: what is skipped (and reported), and how much of that is an error
+    min_side: int = 16
+    max_aspect: float = 8.0  # long side over short side; 0 for any
+    max_bad_examples: int = -1  # more skipped than this is an error; -1 for any number
+    # captioned_shapes
+    shapes_train: int = 20_000
+    shapes_test: int = 512
+    shapes_pairs: float = 0.35  # share of pictures with two objects
+
+    def __post_init__(self) -> None:
+        for field in ("resolution", "batch_size", "max_pixels"):
+            if getattr(self, field) < 1:
+                raise UserError(f"data.{field} is {getattr(self, field)}; expected at least 1")
+        for field in ("workers", "threads", "prefetch", "min_side", "max_aspect"):
+            if getattr(self, field) < 0:
+                raise UserError(f"data.{field} is {getattr(self, field)}; expected 0 or more")
+        if self.crop not in transforms.CROPS:
+            raise UserError(f"data.crop is {self.crop!r}; expected one of {transforms.CROPS}")
+        if "{}" not in self.label_template:
+            raise UserError(
+                f"data.label_template is {self.label_template!r}; expected a '{{}}' in it, where "
+                "the name of the class goes"
+            )
+        for field in ("validation_share", "test_share"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"data.{field} is {getattr(self, field)}; expected 0 to below 1")
+        if self.validation_share + self.test_share >= 1:
+            raise UserError(
+                f"data.validation_share and data.test_share are {self.validation_share} and "
+                f"{self.test_share}, which leaves nothing to train on; expected less than 1 in all"
+            )
+        if parse_fold(self.fold)[1] and self.validation_share:
+            raise UserError(
+                f"data.fold = {self.fold!r} and data.validation_share = {self.validation_share} "
+                "both make a validation split; set one of them"
+            )
+        if self.mixture:
+            mixture.check(self.mixture)
+        if not self.name:
+            raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
+                             "or a TFDS dataset name")  # fmt: skip
+        if self.name in WITH_PATH and not self.path:
+            raise UserError(f"data.path is empty; data.name = {self.name!r} needs the folder, "
+                             "as in --config.data.path=DIR")  # fmt: skip
+
+
+def parts(config: DataConfig) -> list[DataConfig]:
+    """The configuration of each part of a mixture; of the one dataset without a mixture."""
+    fields = ("name", "path", "data_dir", "split", "eval_split", "image_key", "text_key",
+              "resolution")  # fmt: skip
+    if not config.mixture:
+        return [config]
+    return [
+        dataclasses.replace(
+            config,
+            mixture=(),
+            **{name: getattr(part, name) for name in fields if getattr(part, name)},
+        )
+        for part in config.mixture
+    ]

@@ -1,0 +1,191 @@
+"""The endless stream of examples as a closed form: (seed, place) -> source, example, shape.
+
+Each part of a mixture is a sequence without end: its epochs, each in an order of its own, one
+after the other. With buckets the sequence is made of whole batches of one bucket. A part's sequence
+says which example stands where; the mixture says whose turn it is. Nothing is carried from place to
+place, so to resume is to set a number, and all hosts agree without a word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from sdjax.data.buckets import Buckets, assign, bucket_shapes
+from sdjax.data.config import DataConfig, DataError
+from sdjax.data.mixture import Part, Schedule
+from sdjax.data.sources import Source
+
+Shape = tuple[int, int]  # height, width
+
+
+Words = tuple[int, ...]  # what randomness is a function of: the seed, the part, ...
+
+
+def shuffled(index: int, count: int, words: Words) -> int:
+    """A permutation of range(count) for all words, in closed form."""
+    return index_shuffle(index, max_index=count - 1, seed=_seed(words), rounds=4)
+
+
+@functools.lru_cache(maxsize=1024)
+def _seed(words: Words) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+class Epochs(Protocol):
+    """The sequence of one part."""
+
+    def locate(self, place: int) -> tuple[int, Shape]:
+        """The number of the example that stands there, and the shape it is to have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """All examples, each epoch in an order of its own; as they are stored without words."""
+
+    count: int
+    resolution: int
+    words: Words | None
+
+    def locate(self, place: int) -> tuple[int, Shape]:
+        """See Epochs."""
+        epoch, index = divmod(place, self.count)
+        if self.words is not None:
+            index = shuffled(index, self.count, (*self.words, epoch))
+        return index, (self.resolution, self.resolution)
+
+
+class Bucketed:
+    """Batches of one bucket each, in an order that differs from epoch to epoch.
+
+    A bucket is shuffled anew each time it has been through, and its batches are cut out of that
+    endless row, in order. What does not fill a batch by the end of an epoch comes first in the
+    next: nothing is dropped, and no picture comes twice before every other of its bucket has come.
+    """
+
+    def __init__(self, buckets: Buckets, batch_size: int, words: Words | None):
+        self.buckets = buckets
+        self._batch_size = batch_size
+        self._words = words
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the last epochs
+
+    def batches_before(self, epoch: int) -> list[int]:
+        """How many batches each bucket gives in all the epochs before one."""
+        return [epoch * len(members) // self._batch_size for members in self.buckets.members]
+
+    def locate(self, place: int) -> tuple[int, Shape]:
+        """See Epochs."""
+        number, row = divmod(place, self._batch_size)
+        bucket, done = self._batch(number)
+        members = self.buckets.members[bucket]
+        epoch, index = divmod(done * self._batch_size + row, len(members))
+        if self._words is not None:
+            index = shuffled(index, len(members), (*self._words, 1 + bucket, epoch))
+        return int(members[index]), self.buckets.shapes[bucket]
+
+    def _batch(self, number: int) -> tuple[int, int]:
+        """The bucket of a batch, and how many that bucket gave before."""
+        # All buckets together are behind by less than one batch each, so this is near, and below.
+        epoch = number * self._batch_size // self.buckets.images
+        while sum(self.batches_before(epoch + 1)) <= number:
+            epoch += 1
+        before = self.batches_before(epoch)
+        which, rank = self._order(epoch)
+        index = number - sum(before)
+        bucket = int(which[index])
+        return bucket, before[bucket] + int(rank[index])
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each batch of an epoch its bucket, and how many of that bucket come before it."""
+        found = self._orders.get(epoch)
+        if found is None:
+            counts = np.diff([self.batches_before(epoch), self.batches_before(epoch + 1)], axis=0)
+            which = np.repeat(np.arange(len(counts[0])), counts[0])
+            if self._words is not None:
+                which = np.random.default_rng((*self._words, 0, epoch)).permutation(which)
+            rank = np.empty_like(which)
+            for bucket, count in enumerate(counts[0]):
+                rank[which == bucket] = np.arange(count)
+            found = which, rank
+            # Threads may be here at once: a new dictionary each time, never one that changes.
+            recent = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
+            self._orders = recent | {epoch: found}
+        return found
+
+
+class Stream:
+    """Random access to the examples of one or several sources, in the order of training.
+
+    What stream[i] gives is an example of a Source, its target that of its bucket. In a mixture of
+    more than one shape, whole batches are dealt out to the parts, and single examples otherwise.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], parts: Sequence[Part], epochs: Sequence[Epochs], *,
+        batch_size: int, whole_batches: bool,
+    ):  # fmt: skip
+        self._sources = list(sources)
+        self._epochs = list(epochs)
+        self._unit = batch_size if whole_batches else 1
+        self._schedule = Schedule(parts, batch_size // self._unit)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def locate(self, place: int) -> tuple[int, int, Shape]:
+        """The source, the number of its example, and the shape, at a place of the stream."""
+        unit, row = divmod(place, self._unit)
+        part, before = self._schedule.locate(unit)
+        return part, *self._epochs[part].locate(before * self._unit + row)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        part, index, shape = self.locate(place)
+        return {**self._sources[part][index], "target": shape}
+
+
+def make_stream(
+    config: DataConfig, configs: Sequence[DataConfig], sources: Sequence[Source], *,
+    seed: int, shuffle: bool,
+) -> tuple[Stream, list[Buckets]]:  # fmt: skip
+    """The stream of a mixture or of buckets, and the buckets of each source ([] without).
+
+    configs: of each source, see `config.parts`.
+    Raises DataError when the buckets refuse every picture of a source.
+    """
+    buckets = []
+    epochs: list[Epochs] = []
+    for i, (own, source) in enumerate(zip(configs, sources, strict=True)):
+        words = (seed, i) if shuffle else None
+        if own.buckets.step:
+            found = _sorted_in(own, source)
+            buckets.append(found)
+            epochs.append(Bucketed(found, config.batch_size, words))
+        else:
+            epochs.append(Squares(len(source), own.resolution, words))
+    whole = bool(buckets) or len({own.resolution for own in configs}) > 1
+    parts = config.mixture or (Part(),)
+    stream = Stream(sources, parts, epochs, batch_size=config.batch_size, whole_batches=whole)
+    return stream, buckets
+
+
+def _sorted_in(config: DataConfig, source: Source) -> Buckets:
+    table = source.table
+    found = assign(
+        table.height,
+        table.width,
+        bucket_shapes(config.resolution, config.buckets),
+        batch_size=config.batch_size,
+        max_upscale=config.buckets.max_upscale,
+    )
+    if not found.images:
+        raise DataError(
+            f"{source.name}, split {source.split}: the buckets refuse each of {len(source)} "
+            f"pictures ({found.refused}); lower data.resolution or raise data.buckets.max_upscale"
+        )
+    return found

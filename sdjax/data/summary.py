@@ -1,0 +1,70 @@
+"""What a run says of its data before it starts: how much, in which buckets, what is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from sdjax.data.buckets import Buckets
+from sdjax.data.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """lines: for people. scalars: for the log; {} for one dataset of squares."""
+
+    lines: tuple[str, ...]
+    scalars: dict[str, float]
+
+
+def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size: int) -> Summary:
+    """buckets: of each source, or none."""
+    lines: list[str] = []
+    scalars: dict[str, float] = {}
+    for i, source in enumerate(sources):
+        line = f"data: {source.name}, split {source.split}, {len(source):,} examples"
+        prefix = f"{i}/" if len(sources) > 1 else ""
+        if len(sources) > 1:
+            scalars[f"{prefix}examples"] = len(source)
+        if buckets:
+            line += f", {buckets[i].images:,} in {len(buckets[i].shapes)} bucket(s)"
+            lines += [line, *_lines(buckets[i], batch_size)]
+            scalars |= {f"{prefix}{k}": v for k, v in _scalars(buckets[i]).items()}
+        else:
+            lines.append(line)
+    return Summary(tuple(lines), scalars)
+
+
+def _name(shape: tuple[int, int]) -> str:
+    return f"{shape[1]}x{shape[0]}"  # width x height, as people say it
+
+
+def _lines(buckets: Buckets, batch_size: int) -> list[str]:
+    sizes = [len(members) for members in buckets.members]
+    lines = ["  " + ", ".join(
+        f"{_name(shape)}: {size:,}" for shape, size in zip(buckets.shapes, sizes, strict=True)
+    )]  # fmt: skip
+    waiting = sum(size % batch_size for size in sizes)
+    lines.append(
+        f"  the crop takes {100 * buckets.cropped:.1f} % of the area; {waiting:,} pictures do not "
+        "fill a batch of their bucket in the first epoch and come first in the next"
+    )
+    if buckets.closed:
+        closed = ", ".join(f"{_name(shape)}: {size}" for shape, size in buckets.closed.items())
+        lines.append(f"  closed for want of a batch, pictures moved to the nearest: {closed}")
+    for reason, count in buckets.refused.items():
+        lines.append(f"  {count:,} not used: {reason}")
+    return lines
+
+
+def _scalars(buckets: Buckets) -> dict[str, float]:
+    scalars = {
+        f"bucket_{_name(shape)}": float(len(members))
+        for shape, members in zip(buckets.shapes, buckets.members, strict=True)
+    }
+    scalars["cropped_share"] = buckets.cropped
+    scalars["refused"] = float(sum(buckets.refused.values()))
+    return scalars | {
+        f"refused_{reason.replace(',', '').replace(' ', '_')}": float(count)
+        for reason, count in buckets.refused.items()
+    }

@@ -1,0 +1,63 @@
+"""Captions: alternatives, tags, and the share each is chosen with."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from sdjax.data.caption_choice import Caption, CaptionConfig, choose, vary_tags
+from sdjax.errors import UserError
+
+
+class NoChance:
+    """A generator that must not be asked."""
+
+    def __getattr__(self, name):
+        raise AssertionError("randomness was drawn where there is no choice")
+
+
+def test_without_a_choice_nothing_is_drawn():
+    assert choose(Caption("a, b"), CaptionConfig(), NoChance()) == "a, b"
+
+
+def test_shares_of_main_and_others():
+    rng = np.random.default_rng(0)
+    caption = Caption("m", ("x", "y"), 0.6)
+    found = collections.Counter(choose(caption, CaptionConfig(), rng) for _ in range(5000))
+    assert abs(found["m"] - 3000) < 150 and abs(found["x"] - 1000) < 120
+    assert found["m"] + found["x"] + found["y"] == 5000
+
+
+def test_tags_keep_their_front_and_lose_their_share():
+    rng = np.random.default_rng(0)
+    config = CaptionConfig(shuffle_tags=True, keep_tags=2, tag_dropout=0.25)
+    text = "one girl,  garden , a,b,, c, d"
+    made = [vary_tags(text, config, rng).split(", ") for _ in range(2000)]
+    assert all(tags[:2] == ["one girl", "garden"] for tags in made)
+    assert all(set(tags[2:]) <= set("abcd") and len(set(tags)) == len(tags) for tags in made)
+    dropped = 1 - sum(len(tags) - 2 for tags in made) / (4 * 2000)
+    assert abs(dropped - 0.25) < 0.02
+    whole = collections.Counter(tuple(tags[2:]) for tags in made if len(tags) == 6)
+    assert len(whole) == 24  # every order comes
+    assert max(whole.values()) < 3 * min(whole.values())
+
+
+def test_the_separator_is_what_is_split_at_and_joined_with():
+    config = CaptionConfig(separator=" | ", tag_dropout=1.0, keep_tags=2)
+    assert vary_tags("a, b| c |d", config, np.random.default_rng(0)) == "a, b | c"
+    shuffle = CaptionConfig(separator=" | ", shuffle_tags=True)
+    assert sorted(vary_tags("a|b", shuffle, np.random.default_rng(0)).split(" | ")) == ["a", "b"]
+
+
+def test_all_tags_may_drop():
+    assert vary_tags("a, b", CaptionConfig(tag_dropout=1.0), np.random.default_rng(0)) == ""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"main_share": 1.5}, {"tag_dropout": -0.1}, {"keep_tags": -1}, {"separator": " "},
+     {"empty": "drop"}, {"templates": ("a photo",)}],
+)  # fmt: skip
+def test_wrong_fields_are_named(fields):
+    with pytest.raises(UserError, match=f"data.captions.{next(iter(fields))}"):
+        CaptionConfig(**fields)
