@@ -111,10 +111,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
         Raises DataError listing what differs when the state is of another stream.
         """
+        names = [*self._identity, *(state.keys() - self._identity.keys() - {"step"})]
         differences = [
-            f"{name}: {state.get(name)!r} in the state, {value!r} here"
-            for name, value in self._identity.items()
-            if state.get(name) != value
+            f"{name}: {state.get(name)!r} in the state, {self._identity.get(name)!r} here"
+            for name in names
+            if state.get(name) != self._identity.get(name)
         ]
         if differences or not isinstance(state.get("step"), int) or state["step"] < 0:
             raise DataError(
