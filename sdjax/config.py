@@ -37,7 +37,13 @@ class ModelConfig:
 
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
-    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    text_encoder: CLIPTextConfig | None = CLIPTextConfig()  # None for SDXL's refiner
+    text_encoder_2: CLIPTextConfig | None = None  # of SDXL and its refiner, with a projection
+    # SDXL: an empty caption is zeros, in training and drawing, and not the encoding of "".
+    zero_empty_prompt: bool = False
+    # What a refiner is told of every picture, and of what guidance leads away from.
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
     dtype: str = "float32"  # of matmuls and convolutions; parameters stay in float32
     remat: str = "none"  # "none", "block", "full" or the name of a jax.checkpoint policy
     attention: str = "auto"  # "dense" never takes a kernel; "auto" does where one is faster
@@ -48,12 +54,19 @@ class ModelConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
 
+    @property
+    def text_encoders(self) -> dict[str, CLIPTextConfig]:
+        """{name: config} of those that are there."""
+        both = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: encoder for name, encoder in both.items() if encoder is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Which tokenizer; one that comes with loaded weights wins over this."""
 
     path: str = ""  # a folder with vocab.json and merges.txt; "" trains one on the captions
+    path_2: str = ""  # the same for text_encoder_2, which pads otherwise; "" takes that of `path`
     vocab_size: int = 1024  # upper bound, for a trained one
 
 
@@ -120,7 +133,7 @@ class Config:
     seed: int = 0
     init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
     vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax
-    text_encoder_from: str = ""
+    text_encoder_from: str = ""  # brings SDXL's second encoder too
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -199,12 +212,15 @@ def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None
     kwargs = {}
     for name in known & set(values):
         field = f"{where}.{name}"
-        group = _group_in_tuple(hints[name])
-        if dataclasses.is_dataclass(hints[name]):
-            kwargs[name] = _build(hints[name], values[name], field, errors)
-        elif group and isinstance(values[name], tuple | list):
+        group, optional = _group(hints[name])
+        several = _group_in_tuple(hints[name])
+        if optional and values[name] is None:
+            kwargs[name] = None
+        elif group is not None:
+            kwargs[name] = _build(group, values[name], field, errors)
+        elif several and isinstance(values[name], tuple | list):
             kwargs[name] = tuple(
-                _build(group, value, f"{field}[{i}]", errors)
+                _build(several, value, f"{field}[{i}]", errors)
                 for i, value in enumerate(values[name])
             )
         else:
@@ -228,6 +244,13 @@ def _group_in_tuple(hint: Any) -> Any:
     """The dataclass of `tuple[Dataclass, ...]`, else None."""
     first, *_ = typing.get_args(hint) or (None,)
     return first if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(first) else None
+
+
+def _group(hint: Any) -> tuple[Any, bool]:
+    """(dataclass of a field or None, whether the field may be None instead)."""
+    options = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    groups = [option for option in options if dataclasses.is_dataclass(option)]
+    return (groups[0] if groups else None), bool(groups) and type(None) in options
 
 
 def _cast(hint: Any, value: Any) -> Any:

@@ -60,7 +60,7 @@ _CACHE = flags.DEFINE_string(
     "cache", "~/.cache/sdjax/plan", "Folder where results are kept.", flag_values=FLAGS
 )
 _CHILD = "SDJAX_PLAN_CHILD"  # set in the process that compiles
-_EMBEDDING = "text_encoder.embeddings.token_embedding.embedding"
+_EMBEDDING = "embeddings.token_embedding.embedding"  # of a text encoder
 _HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
 
 
@@ -165,18 +165,17 @@ def _config(raw: ConfigDict) -> Config:
     config = resolve(raw)
     if config.init_from or config.vae_from or config.text_encoder_from:
         config = assemble(config, with_tokenizer=False).config
-    encoder, largest = config.model.text_encoder, config.tokenizer.vocab_size
-    loaded = config.init_from or config.text_encoder_from or config.tokenizer.path
-    rates = (rate for pattern, rate in config.optim.groups if re.search(pattern, _EMBEDDING))
-    frozen = next(rates, 1.0) == 0  # what is not trained has to be loaded, with its own size
-    if loaded or frozen or config.task != "text_to_image" or encoder.vocab_size <= largest:
+    largest = config.tokenizer.vocab_size
+    if config.task != "text_to_image" or config.init_from or config.text_encoder_from:
         return config
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model, text_encoder=dataclasses.replace(encoder, vocab_size=largest)
-        ),
-    )
+    fitted = {}
+    for name, encoder in config.model.text_encoders.items():
+        table = f"{name}.{_EMBEDDING}"
+        rates = (rate for pattern, rate in config.optim.groups if re.search(pattern, table))
+        frozen = next(rates, 1.0) == 0  # what is not trained has to be loaded, with its own size
+        if not (frozen or config.tokenizer.path or encoder.vocab_size <= largest):
+            fitted[name] = dataclasses.replace(encoder, vocab_size=largest)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fitted))
 
 
 def _search(planner: Planner, config: Config, console: Console) -> tuple:

@@ -21,7 +21,12 @@ from absl import logging
 from sdjax import paths
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from sdjax.config import ModelConfig
+    from sdjax.data.tokenizer import Tokenizer
     from sdjax.diffusion.samplers import SamplerConfig
+    from sdjax.diffusion.schedules import ScheduleConfig
     from sdjax.train.pretrained import Pretrained
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
@@ -65,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--negative_prompt", default="", help="what guidance steers away from")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
     p.add_argument("--width", type=int, help=f"in pixels; {own}")
+    p.add_argument(
+        "--original_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        help="SDXL: the size that the picture is to look as if it had been; its own by default",
+    )  # fmt: skip
+    p.add_argument(
+        "--crop", nargs=2, type=int, metavar=("TOP", "LEFT"), default=(0, 0),
+        help="SDXL: the corner it is to look cropped at (0 0)",
+    )  # fmt: skip
     p.add_argument("--batch_size", type=int, default=16, help="drawn at once (%(default)s)")
     p.add_argument(
         "--latents", metavar="FILE",
@@ -161,6 +174,58 @@ def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
     return dataclasses.replace(own, **changes)
 
 
+def _whole(
+    found: Pretrained, args: argparse.Namespace
+) -> tuple[ModelConfig, dict[str, Tokenizer], ScheduleConfig]:
+    """Networks, tokenizers and schedule of what was read.
+
+    Raises:
+        UserError: something that drawing takes is missing, or an option is not for this model.
+    """
+    from sdjax.config import ModelConfig
+    from sdjax.errors import UserError
+    from sdjax.train.bundle import TOKENIZERS
+    from sdjax.train.conditioning import TOKENS
+
+    unet, vae, schedule = found.unet, found.vae, found.schedule
+    names = [name for name in TOKENS if getattr(found, name) is not None]
+    tokenizers = {TOKENS[name]: getattr(found, TOKENIZERS[name]) for name in names}
+    if not (unet and vae and schedule and tokenizers and all(tokenizers.values())):
+        raise UserError(
+            f"--model={args.model} has {', '.join(found.networks) or 'no network'} only; drawing "
+            "takes unet, vae, and a text_encoder with its tokenizer"
+        )
+    if not unet.is_xl and (args.original_size or tuple(args.crop) != (0, 0)):
+        raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
+    model = ModelConfig(
+        unet=unet,
+        vae=vae,
+        text_encoder=found.text_encoder,
+        text_encoder_2=found.text_encoder_2,
+        zero_empty_prompt=found.zero_empty_prompt,
+        dtype=args.dtype,
+    )
+    return model, tokenizers, schedule
+
+
+def _tell_truncated(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = next(iter(tokenizers.values()))
+    if tokenizer.truncated:
+        print(
+            f"note: {tokenizer.truncated} of the prompts are longer than "
+            f"{tokenizer.context_length - 2} tokens and were cut",
+            file=sys.stderr,
+        )
+
+
+def _size(args: argparse.Namespace, count: int, height: int, width: int) -> np.ndarray:
+    """What SDXL is told of the original: [count, 4]."""
+    import numpy as np
+
+    original = args.original_size or (height, width)
+    return np.tile(np.array([*original, *args.crop], np.int32), (count, 1))
+
+
 def sample(args: argparse.Namespace) -> str:
     """Draw what the options of `parser` say.
 
@@ -176,6 +241,7 @@ def sample(args: argparse.Namespace) -> str:
     from sdjax.errors import UserError
     from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator
     from sdjax.eval.grids import grid, save_png
+    from sdjax.train.conditioning import encode_text
     from sdjax.train.pretrained import read_any
 
     if args.seed < 0 or args.batch_size < 1:
@@ -185,48 +251,38 @@ def sample(args: argparse.Namespace) -> str:
     prompts = read_prompts(args.prompts, args.prompts_file)
     output = paths.to_path(args.output)
     paths.make_folder(output)
-    model = read_any(args.model, weights=args.weights)
-    unet, vae, text_encoder = model.unet, model.vae, model.text_encoder
-    schedule, tokenizer = model.schedule, model.tokenizer
-    if not (unet and vae and text_encoder and schedule and tokenizer):
-        raise UserError(
-            f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
-            "takes unet, vae, text_encoder and tokenizer"
-        )
-
-    drawing = Drawing(_sampler(model, args), args.guidance, args.guidance_rescale)
-    factor = 2 ** (len(vae.block_out_channels) - 1)
+    found = read_any(args.model, weights=args.weights)
+    model, tokenizers, schedule = _whole(found, args)
+    unet = model.unet
+    drawing = Drawing(_sampler(found, args), args.guidance, args.guidance_rescale)
+    factor = model.vae.downscale
     native = unet.sample_size
     rows, columns = native if isinstance(native, tuple) else (native, native)
     height, width = args.height or rows * factor, args.width or columns * factor
-    shape = latent_shape(unet, vae, height, width)
+    shape = latent_shape(unet, model.vae, height, width)
     latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
-    tokens = tokenizer.encode([*prompts, args.negative_prompt])
-    if tokenizer.truncated:
-        print(
-            f"note: {tokenizer.truncated} of the prompts are longer than "
-            f"{tokenizer.context_length - 2} tokens and were cut",
-            file=sys.stderr,
-        )
+    tokens = encode_text(tokenizers, [*prompts, args.negative_prompt])
+    _tell_truncated(tokenizers)
+    batch = {field: rows[:-1] for field, rows in tokens.items()}
+    if unet.is_xl:
+        batch["size"] = _size(args, len(prompts), height, width)
     generate = make_generator(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
+        model=model,
+        tokenizers=tokenizers,
         schedule=schedule,
-        prediction_type=model.prediction_type,
+        prediction_type=found.prediction_type,
         drawing=drawing,
-        dtype=jnp.dtype(args.dtype),
     )
     images = draw(
         generate,
-        {path: jnp.asarray(value) for path, value in model.params.items()},
-        tokens[:-1],
-        tokens[-1],
+        {path: jnp.asarray(value) for path, value in found.params.items()},
+        batch,
+        {field: rows[-1] for field, rows in tokens.items()},
         shape=shape,
         seed=args.seed,
         batch_size=args.batch_size,
         latents=latents,
-        prompts=prompts,
+        texts=prompts,
     )
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         settings = {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sdjax.config import ModelConfig
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.losses import example_keys
 from sdjax.diffusion.samplers import SamplerConfig, sample
@@ -19,11 +20,12 @@ from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
 from sdjax.models import weights
-from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
+from sdjax.train.conditioning import Encoder, make_conditioner
+from sdjax.train.state import component
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,41 +40,43 @@ class Drawing:
 
 def make_generator(
     *,
-    unet: UNetConfig,
-    vae: VAEConfig,
-    text_encoder: CLIPTextConfig,
+    model: ModelConfig,
+    tokenizers: Mapping[str, Encoder],
     schedule: ScheduleConfig,
     prediction_type: str,
     drawing: Drawing,
-    dtype: Any = jnp.float32,
 ) -> Callable[..., jax.Array]:
-    """Build `generate(params, tokens, null_tokens, latents, keys) -> images`, jitted.
+    """Build `generate(params, prompts, negative, latents, keys) -> images`, jitted.
 
-    The function takes flat parameters of `unet.`, `vae.` and `text_encoder.`, tokens and null
-    (negative) tokens `[B, L]` int32, standard normal latents `[B, h, w, C]` float32 and keys `[B]`
-    for the samplers that add noise. It gives float32 images `[B, H, W, 3]` in [0, 1].
+    The function takes flat parameters of all networks of `model`; prompts {field: [B, ...]}, the
+    tokens of each text encoder and, if SDXL is to be told of another original than the picture
+    itself, "size"; negative {field: [B, L]}, tokens; standard normal latents `[B, h, w, C]` float32
+    and keys `[B]` for the samplers that add noise. It gives float32 images `[B, H, W, 3]` in
+    [0, 1].
     """
+    dtype, vae = jnp.dtype(model.dtype), model.vae
     graphs = {
-        "unet": weights.abstract(UNet, unet, dtype=dtype)[0],
+        "unet": weights.abstract(UNet, model.unet, dtype=dtype)[0],
         "vae": weights.abstract(VAE, vae, dtype=dtype)[0],
-        "text_encoder": weights.abstract(CLIPText, text_encoder, dtype=dtype)[0],
     }
+    conditioner = make_conditioner(model, tokenizers)
     tables = make_schedule(schedule)
     make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
 
     @jax.jit
     def generate(
         params: Mapping[str, jax.Array],
-        tokens: jax.Array,
-        null_tokens: jax.Array,
+        prompts: Mapping[str, jax.Array],
+        negative: Mapping[str, jax.Array],
         latents: jax.Array,
         keys: jax.Array,
     ) -> jax.Array:
-        net = {name: _merge(graph, params, name) for name, graph in graphs.items()}
+        net = {name: weights.merge(g, component(params, name)) for name, g in graphs.items()}
+        target = latents.shape[1] * vae.downscale, latents.shape[2] * vae.downscale
         denoise = guided(
             lambda xt, t, context: net["unet"](xt, t, context),
-            net["text_encoder"](tokens),
-            net["text_encoder"](null_tokens),
+            conditioner(params, prompts, target=target),
+            conditioner(params, {**prompts, **negative}, target=target, negative=True),
             scale=drawing.guidance,
             rescale=drawing.guidance_rescale,
             interval=drawing.guidance_interval,
@@ -90,13 +94,6 @@ def make_generator(
         return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
     return generate
-
-
-def _merge(graph: Any, params: Mapping[str, jax.Array], name: str) -> Any:
-    prefix = name + "."
-    return weights.merge(
-        graph, {p[len(prefix) :]: v for p, v in params.items() if p.startswith(prefix)}
-    )
 
 
 @partial(jax.jit, static_argnames=("shape",))
@@ -117,7 +114,7 @@ def latent_shape(unet: UNetConfig, vae: VAEConfig, height: int, width: int) -> t
     Raises:
         UserError: the size is not a multiple of the VAE's downsampling factor.
     """
-    factor = 2 ** (len(vae.block_out_channels) - 1)
+    factor = vae.downscale
     for name, size in (("height", height), ("width", width)):
         if size < factor or size % factor:
             raise UserError(
@@ -129,14 +126,14 @@ def latent_shape(unet: UNetConfig, vae: VAEConfig, height: int, width: int) -> t
 def draw(
     generate: Callable[..., jax.Array],
     params: Mapping[str, jax.Array],
-    tokens: np.ndarray,
-    null_tokens: np.ndarray,
+    prompts: Mapping[str, np.ndarray],
+    negative: Mapping[str, np.ndarray],
     *,
     shape: tuple[int, int, int],
     seed: int,
     batch_size: int,
     latents: np.ndarray | None = None,
-    prompts: Sequence[str] = (),
+    texts: Sequence[str] = (),
 ) -> np.ndarray:
     """Draw any number of pictures in batches of one shape (one compilation).
 
@@ -144,9 +141,9 @@ def draw(
     call it, with the same arguments, and all get every picture.
 
     Args:
-        tokens: [N, L] int32; null_tokens: [L] int32, of the negative prompt.
+        prompts: {field: [N, ...]}, see `make_generator`; negative: {field: [L]}, of one prompt.
         shape: (h, w, C) of the latents; latents: [N, h, w, C] to start from instead of `seed`.
-        prompts: what the tokens say, for the message of an error.
+        texts: what the tokens say, for the message of an error.
 
     Returns:
         uint8 images [N, H, W, 3].
@@ -155,7 +152,7 @@ def draw(
         FloatingPointError: a picture has NaN pixels, and would be black.
     """
     images: list[np.ndarray] = []
-    total = len(tokens)
+    total = len(next(iter(prompts.values())))
     mesh = _mesh_of(params)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     batch_size = -(-min(batch_size, total) // ways) * ways
@@ -170,13 +167,16 @@ def draw(
         )
         out = generate(
             params,
-            _spread(tokens[rows], mesh),
-            _spread(np.tile(null_tokens, (batch_size, 1)), mesh),
+            {field: _spread(values[rows], mesh) for field, values in prompts.items()},
+            {
+                field: _spread(np.tile(tokens, (batch_size, 1)), mesh)
+                for field, tokens in negative.items()
+            },
             noise,
             _sampler_keys(seed + 1, positions),
         )
         found = to_host(out)[: total - start]
-        _check_finite(found, start, prompts)
+        _check_finite(found, start, texts)
         images.append(to_uint8(found))
     return np.concatenate(images)
 
@@ -202,10 +202,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return (np.asarray(images) * 255).round().astype(np.uint8)
 
 
-def _check_finite(images: np.ndarray, start: int, prompts: Sequence[str]) -> None:
+def _check_finite(images: np.ndarray, start: int, texts: Sequence[str]) -> None:
     bad = [start + i for i, image in enumerate(images) if not np.isfinite(image).all()]
     if bad:
-        name = f" ({prompts[bad[0]]!r})" if prompts else ""
+        name = f" ({texts[bad[0]]!r})" if texts else ""
         raise FloatingPointError(
             f"pictures {bad}{name} have NaN pixels: the weights are broken, or overflow in this "
             "dtype; try float32"

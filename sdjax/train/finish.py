@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sdjax.eval.grids import grid, save_png
 from sdjax.models import weights
 from sdjax.models.vae import VAE, sample_moments
 from sdjax.parallel.sharding import to_host
+from sdjax.train.conditioning import encode_text
 from sdjax.train.networks import Assembled
 from sdjax.train.optim import eval_params
 from sdjax.train.pretrained import Pretrained, write_diffusers
@@ -37,7 +39,7 @@ def evaluated_params(state: State) -> Params:
     return eval_params(state["opt_state"], state["params"])
 
 
-def read_examples(config: Config, tokenizer: Tokenizer | None, count: int) -> Examples:
+def read_examples(config: Config, tokenizers: Mapping[str, Tokenizer], count: int) -> Examples:
     """The first `count` examples of the evaluation split; of a mixture, its parts' in turn."""
     sources = pipeline.open_parts(config.data, config.data.eval_split)
     turns = itertools.zip_longest(*(((s, i) for i in range(min(count, len(s)))) for s in sources))
@@ -52,8 +54,7 @@ def read_examples(config: Config, tokenizer: Tokenizer | None, count: int) -> Ex
                 example["image"], rng, height=side, width=side, crop="center", flip=False
             ).image
         )
-    tokens = tokenizer.encode(captions) if tokenizer else np.zeros((len(captions), 0), np.int32)
-    return Examples(tuple(captions), np.stack(images), tokens)
+    return Examples(tuple(captions), np.stack(images), encode_text(tokenizers, captions))
 
 
 class Gallery:
@@ -63,21 +64,21 @@ class Gallery:
         self,
         config: Config,
         task: Task,
-        tokenizer: Tokenizer | None,
+        tokenizers: Mapping[str, Tokenizer],
         telemetry: Telemetry,
         folder: paths.Path,
     ):
-        self._config, self._task, self._tokenizer = config, task, tokenizer
+        self._config, self._task, self._tokenizers = config, task, tokenizers
         self._telemetry, self._folder = telemetry, folder / "samples"
         self._examples = self._get_examples()  # now: a wrong split is no news for step 1000
 
     def _get_examples(self) -> Examples:
         prompts = self._config.sample.prompts
-        if prompts and self._tokenizer is not None:
+        if prompts and self._tokenizers:
             side = self._config.data.resolution
             images = np.zeros((len(prompts), side, side, 3), np.float32)
-            return Examples(prompts, images, self._tokenizer.encode(list(prompts)))
-        return read_examples(self._config, self._tokenizer, self._config.sample.count)
+            return Examples(prompts, images, encode_text(self._tokenizers, prompts))
+        return read_examples(self._config, self._tokenizers, self._config.sample.count)
 
     def show(self, step: int, state: State, frozen: Params) -> paths.Path:
         """Draw with the evaluated parameters, write DIR/samples/STEP.png and TensorBoard images."""
@@ -125,7 +126,7 @@ def _fidelity(
     """Held-out prompts of captioned_shapes, read back from the pictures."""
     if not config.sample.fidelity:
         return ""
-    examples = read_examples(config, assembled.tokenizer, config.sample.fidelity)
+    examples = read_examples(config, assembled.tokenizers, config.sample.fidelity)
     images = task.pictures(params, examples, config.seed + 1)
     shares = score(examples.captions, images)
     shares.pop("samples")
@@ -150,11 +151,14 @@ def export(config: Config, assembled: Assembled, params: Params, folder: paths.P
             unet=model.unet,
             vae=model.vae,
             text_encoder=model.text_encoder,
+            text_encoder_2=model.text_encoder_2,
             schedule=config.schedule,
             prediction_type=config.objective.prediction_type,
             sampler=config.sample.sampler,
             params=host,
-            tokenizer=assembled.tokenizer,
+            tokenizer=assembled.tokenizers.get("tokens"),
+            tokenizer_2=assembled.tokenizers.get("tokens_2"),
+            zero_empty_prompt=model.zero_empty_prompt,
         )
     if jax.process_index() == 0:
         write_diffusers(path, bundle, overwrite=True)
@@ -174,7 +178,7 @@ def _on_first(params: Params) -> dict[str, np.ndarray]:
 def _scaling(config: Config, params: Params) -> float:
     """1 / standard deviation of the latents of the evaluation split (LDM, appendix G)."""
     graph, _ = weights.abstract(VAE, config.model.vae)
-    examples = read_examples(config, None, 256)
+    examples = read_examples(config, {}, 256)
 
     @jax.jit
     def latents(params: Params, images: jax.Array) -> jax.Array:

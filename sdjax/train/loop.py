@@ -47,8 +47,8 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
 
     # 2. Networks, their weights, the tokenizer; what is trained and what is not.
     assembled = startup.load(config, folder, saved)
-    config, tokenizer = assembled.config, assembled.tokenizer
-    task = make_task(config, tokenizer)
+    config, tokenizers = assembled.config, assembled.tokenizers
+    task = make_task(config, tokenizers)
     steps, batch_size = config.train.steps, config.data.batch_size
 
     # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
@@ -60,7 +60,8 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     share = shares(mesh)[jax.process_index()]
     data = make_iterator(
         config.data,
-        {"tokens": tokenizer} if tokenizer else {},
+        tokenizers,
+        with_size="size" in task.example,
         split=config.data.split,
         seed=config.seed,
         process_index=share.index,
@@ -89,9 +90,9 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
         flops_per_image=mfu_flops(config),
     )
     report.announce_data(data.summary, telemetry, start)
-    gallery = Gallery(config, task, tokenizer, telemetry, folder)
+    gallery = Gallery(config, task, tokenizers, telemetry, folder)
     learning_rate = make_lr_schedule(config.optim, steps)
-    watch = Watch(config, telemetry, folder, tokenizer, learning_rate, data.examples_per_epoch)
+    watch = Watch(config, telemetry, folder, tokenizers, learning_rate, data.examples_per_epoch)
     if start:
         watch.resume(data_state["watch"], state["health"])
 

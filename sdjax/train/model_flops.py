@@ -19,8 +19,9 @@ from sdjax.config import Config
 from sdjax.models import weights
 from sdjax.models.unet import UNet
 from sdjax.parallel.chips import peak_flops
+from sdjax.train.conditioning import blank_tokenizers, check_text
 from sdjax.train.program import split_trainable
-from sdjax.train.task import BlankTokenizer, make_task, trainable_networks
+from sdjax.train.task import make_task, trainable_networks
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
@@ -40,7 +41,7 @@ def mfu_flops(config: Config) -> float | None:
 def train_flops(config: Config) -> float:
     """FLOPs to train on one image: frozen networks forward, gradients, nothing computed twice."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    task = make_task(config, BlankTokenizer(config.model.text_encoder.max_position_embeddings))
+    task = make_task(config, blank_tokenizers(config.model))
     split = split_trainable(config, task.abstract, trainable_networks(config))
     batch = {
         name: jax.ShapeDtypeStruct((1, *one.shape), one.dtype) for name, one in task.example.items()
@@ -59,15 +60,26 @@ def train_flops(config: Config) -> float:
     return count_flops(jax.grad(loss), split.trained, split.frozen, batch, positions)
 
 
-def unet_flops(config: Config, latent: tuple[int, int, int], tokens: int) -> float:
+def unet_flops(config: Config, latent: tuple[int, int, int]) -> float:
     """FLOPs of the UNet forward on one latent (h, w, C), as MLPerf counts them (it takes 3 x)."""
-    graph, params = weights.abstract(UNet, config.model.unet, dtype=jnp.dtype(config.model.dtype))
+    model = config.model
+    graph, params = weights.abstract(UNet, model.unet, dtype=jnp.dtype(model.dtype))
+    tokens = max(encoder.max_position_embeddings for encoder in model.text_encoders.values())
+    context: Any = jax.ShapeDtypeStruct((1, tokens, model.unet.cross_attention_dim), jnp.float32)
+    time_ids = check_text(model)
+    if time_ids:
+        assert model.text_encoder_2 is not None
+        context = {
+            "context": context,
+            "pooled": jax.ShapeDtypeStruct((1, model.text_encoder_2.projection_dim), jnp.float32),
+            "time_ids": jax.ShapeDtypeStruct((1, time_ids), jnp.float32),
+        }
     return count_flops(
         lambda params, xt, t, context: weights.merge(graph, params)(xt, t, context),
         params,
         jax.ShapeDtypeStruct((1, *latent), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1, tokens, config.model.unet.cross_attention_dim), jnp.float32),
+        context,
     )
 
 

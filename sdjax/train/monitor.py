@@ -23,7 +23,7 @@ class Watch:
     It logs their means, tells of spikes, and stops a run whose steps are no longer finite.
 
     Args:
-        tokenizer: whose count of captions that were too long is logged, if there is one.
+        tokenizers: of which the first counts the captions that were too long, for the log.
         learning_rate: of an optimizer step, counted from 0.
         examples_per_epoch: of the training data.
     """
@@ -33,13 +33,13 @@ class Watch:
         config: Config,
         telemetry: Telemetry,
         folder: paths.Path,
-        tokenizer: Tokenizer | None,
+        tokenizers: Mapping[str, Tokenizer],
         learning_rate: Callable[[int], Any],
         examples_per_epoch: int,
     ):
         self._train, self._batch_size = config.train, config.data.batch_size
         self._telemetry, self._folder = telemetry, folder
-        self._tokenizer = tokenizer
+        self._tokenizer = next(iter(tokenizers.values()), None)
         self._learning_rate, self._examples_per_epoch = learning_rate, examples_per_epoch
         self._spikes = SpikeDetector(config.train.spike_factor)
         self._nonfinite = NonFiniteCounter(config.train.max_nonfinite)

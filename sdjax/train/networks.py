@@ -18,19 +18,28 @@ from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.models.config import ConfigError
+from sdjax.train.bundle import TOKENIZERS
+from sdjax.train.conditioning import TOKENS
 from sdjax.train.pretrained import Pretrained, read_any
 
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
-COMPONENTS = ("unet", "vae", "text_encoder")
+ENCODERS = tuple(TOKENS)
+COMPONENTS = ("unet", "vae", *ENCODERS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """config: with what loaded folders decided; params: loaded ones by path; notes: for the log."""
+    """What `assemble` found.
+
+    config: with what loaded folders decided.
+    params: loaded ones by path.
+    tokenizers: by the field of the batch that each fills, one for each text encoder.
+    notes: for the log.
+    """
 
     config: Config
     params: dict[str, np.ndarray]
-    tokenizer: Tokenizer | None
+    tokenizers: dict[str, Tokenizer]
     notes: tuple[str, ...]
 
 
@@ -45,11 +54,11 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     """
     params: dict[str, np.ndarray] = {}
     notes: list[str] = []
-    tokenizer = None
-    sources = (
+    tokenizers: dict[str, Tokenizer] = {}
+    sources: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("init_from", config.init_from, COMPONENTS),
         ("vae_from", config.vae_from, ("vae",)),
-        ("text_encoder_from", config.text_encoder_from, ("text_encoder",)),
+        ("text_encoder_from", config.text_encoder_from, tuple(config.model.text_encoders)),
     )
     for field, folder, wanted in sources:
         if not folder:
@@ -61,13 +70,19 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         config, adopted = _adopt(config, loaded, wanted, whole=field == "init_from")
         notes += [f"{field}={folder}: {note}" for note in adopted]
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
-        tokenizer = loaded.tokenizer or tokenizer
+        for name in ENCODERS:
+            tokenizer = getattr(loaded, TOKENIZERS[name])
+            if tokenizer is not None:
+                tokenizers[TOKENS[name]] = tokenizer
     if config.task == "autoencoder" or not with_tokenizer:
-        return Assembled(config, params, None, tuple(notes))
-    if tokenizer is None:
-        tokenizer = _tokenizer(config)
-    config = _fit_vocabulary(config, tokenizer, loaded="text_encoder" in _components(params))
-    return Assembled(config, params, tokenizer, tuple(notes))
+        return Assembled(config, params, {}, tuple(notes))
+    for name in config.model.text_encoders:
+        if TOKENS[name] not in tokenizers:
+            tokenizers[TOKENS[name]] = _tokenizer(config, name)
+    wanted_fields = [TOKENS[name] for name in config.model.text_encoders]
+    tokenizers = {field: tokenizers[field] for field in wanted_fields}
+    config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
+    return Assembled(config, params, tokenizers, tuple(notes))
 
 
 def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
@@ -81,7 +96,7 @@ def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None
             raise ConfigError(
                 f"the {name} has no weights and (in part) is not trained: set config.init_from (a "
                 f"whole diffusers folder or sdjax workdir)"
-                + (f" or config.{name}_from" if name != "unet" else "")
+                + (f" or config.{name.removesuffix('_2')}_from" if name != "unet" else "")
             )
 
 
@@ -94,8 +109,12 @@ def _adopt(
 ) -> tuple[Config, list[str]]:
     """The configuration with the loaded networks' own settings, and a line for each change."""
     before = to_dict(config)
-    networks = {name: getattr(loaded, name) for name in wanted if getattr(loaded, name) is not None}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **networks))
+    changes: dict[str, Any] = {n: getattr(loaded, n) for n in wanted if n in loaded.networks}
+    if whole and any(name in changes for name in ENCODERS):
+        # A refiner's folder has one encoder, whatever the recipe has.
+        changes |= {name: getattr(loaded, name) for name in ENCODERS}
+        changes["zero_empty_prompt"] = loaded.zero_empty_prompt
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     if whole and config.task == "text_to_image" and loaded.schedule is not None:
         config = dataclasses.replace(
             config,
@@ -108,17 +127,21 @@ def _adopt(
 def _changes(before: dict, after: dict, where: str = "config") -> list[str]:
     lines = []
     for name, value in after.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(before[name], dict):
             lines += _changes(before[name], value, f"{where}.{name}")
         elif value != before[name]:
             lines.append(f"{where}.{name} = {value!r} (the recipe says {before[name]!r})")
     return lines
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    length = config.model.text_encoder.max_position_embeddings
-    if config.tokenizer.path:
-        return Tokenizer.load(config.tokenizer.path, context_length=length)
+def _tokenizer(config: Config, name: str) -> Tokenizer:
+    """Of a text encoder whose folder brought none."""
+    length = config.model.text_encoders[name].max_position_embeddings
+    path = config.tokenizer.path
+    if name == "text_encoder_2":
+        path = config.tokenizer.path_2 or path
+    if path:
+        return Tokenizer.load(path, context_length=length)
     return Tokenizer.train(
         captions(config.data, config.data.split),
         vocab_size=config.tokenizer.vocab_size,
@@ -126,23 +149,24 @@ def _tokenizer(config: Config) -> Tokenizer:
     )
 
 
-def _fit_vocabulary(config: Config, tokenizer: Tokenizer, *, loaded: bool) -> Config:
+def _fit_vocabularies(
+    config: Config, tokenizers: Mapping[str, Tokenizer], *, loaded: set[str]
+) -> Config:
     """A text encoder that is trained from nothing takes its tokenizer's vocabulary."""
-    encoder = config.model.text_encoder
-    if loaded:
-        if tokenizer.vocab_size > encoder.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the text encoder's "
-                f"vocab_size is {encoder.vocab_size}: they do not belong together"
+    fitted = {}
+    for name, encoder in config.model.text_encoders.items():
+        tokenizer = tokenizers[TOKENS[name]]
+        if name not in loaded:
+            fitted[name] = dataclasses.replace(
+                encoder,
+                vocab_size=tokenizer.vocab_size,
+                bos_token_id=tokenizer.bos_id,
+                eos_token_id=tokenizer.eos_id,
+                pad_token_id=tokenizer.pad_id,
             )
-        return config
-    encoder = dataclasses.replace(
-        encoder,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-    )
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, text_encoder=encoder)
-    )
+        elif tokenizer.vocab_size > encoder.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but the vocab_size of {name} is "
+                f"{encoder.vocab_size}: they do not belong together"
+            )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fitted))

@@ -22,10 +22,11 @@ from sdjax.eval.generate import latent_shape
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.topologies import Topology
 from sdjax.train import estimate, hlo, plan_cache
+from sdjax.train.conditioning import blank_tokenizers
 from sdjax.train.model_flops import count_flops, train_flops, unet_flops
 from sdjax.train.program import Program, build, compiler_options
 from sdjax.train.report import memory_classes
-from sdjax.train.task import BlankTokenizer, make_task
+from sdjax.train.task import make_task
 
 SCHEMA = 2  # of the result; raise it when its meaning changes
 LISTED = 10  # temporaries in a plan
@@ -65,10 +66,8 @@ class Planner:
         Raises:
             UserError: the mesh or the batch does not fit them.
         """
-        length = config.model.text_encoder.max_position_embeddings
-        return build(
-            config, make_task(config, BlankTokenizer(length)), make_mesh(config.mesh, self.devices)
-        )
+        task = make_task(config, blank_tokenizers(config.model))
+        return build(config, task, make_mesh(config.mesh, self.devices))
 
     def plan(self, config: Config) -> Plan:
         """Everything that is known of a step of `config`; see docs/scaling.md for the fields.
@@ -239,11 +238,7 @@ def _unet(config: Config) -> float | None:
     if config.task != "text_to_image":
         return None
     side, model = config.data.resolution, config.model
-    return unet_flops(
-        config,
-        latent_shape(model.unet, model.vae, side, side),
-        model.text_encoder.max_position_embeddings,
-    )
+    return unet_flops(config, latent_shape(model.unet, model.vae, side, side))
 
 
 def warnings(schedule: hlo.Schedule, topology: Topology) -> list[str]:

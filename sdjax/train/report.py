@@ -18,10 +18,11 @@ from sdjax.config import Config, to_dict
 from sdjax.data.summary import Summary
 from sdjax.parallel.batches import shares
 from sdjax.parallel.sharding import param_spec
+from sdjax.train.conditioning import blank_tokenizers
 from sdjax.train.networks import Assembled, assemble
 from sdjax.train.program import Compiled, Program, Split, build
 from sdjax.train.speed import device_memory
-from sdjax.train.task import BlankTokenizer, make_task
+from sdjax.train.task import make_task
 from sdjax.train.telemetry import Telemetry
 
 
@@ -94,7 +95,7 @@ def describe(config: Config, mesh: Mesh) -> int:
     if config.init_from or config.vae_from or config.text_encoder_from:
         assembled = assemble(config, with_tokenizer=False)
         config, notes = assembled.config, assembled.notes
-    task = make_task(config, BlankTokenizer(config.model.text_encoder.max_position_embeddings))
+    task = make_task(config, blank_tokenizers(config.model))
     program = build(config, task, mesh)
     if jax.process_index() != 0:
         return 0

@@ -17,14 +17,16 @@ from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.parallel.sharding import param_spec, placed
+from sdjax.train.bundle import TOKENIZERS
 from sdjax.train.changes import compare_configs
 from sdjax.train.checkpoint import latest_step
+from sdjax.train.conditioning import TOKENS
 from sdjax.train.frozen import read_frozen
 from sdjax.train.networks import Assembled, assemble, check_complete
 from sdjax.train.program import Split
 from sdjax.train.state import Params
 from sdjax.train.task import Task
-from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE, TOKENIZER_FOLDER
+from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE
 
 
 def enable_compilation_cache(folder: str) -> None:
@@ -79,17 +81,18 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
             f"  {lines}\nuse the same values, or another --workdir"
         )
     notes = [f"changed since the last start: {d}" for d in differences]
-    tokenizer = None
+    tokenizers = {}
     if config.task == "text_to_image":
-        length = config.model.text_encoder.max_position_embeddings
-        try:
-            tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER, context_length=length)
-        except (TokenizerError, OSError) as error:
-            raise ConfigError(
-                f"{folder} holds a run whose tokenizer cannot be read: {error}\nRestore "
-                f"{folder / TOKENIZER_FOLDER} from a copy, or start in another --workdir"
-            ) from error
-    return Assembled(config, {}, tokenizer, tuple(notes))
+        for name, encoder in config.model.text_encoders.items():
+            own, length = folder / TOKENIZERS[name], encoder.max_position_embeddings
+            try:
+                tokenizers[TOKENS[name]] = Tokenizer.load(own, context_length=length)
+            except (TokenizerError, OSError) as error:
+                raise ConfigError(
+                    f"{folder} holds a run whose tokenizer cannot be read: {error}\nRestore "
+                    f"{own} from a copy, or start in another --workdir"
+                ) from error
+    return Assembled(config, {}, tokenizers, tuple(notes))
 
 
 def _decided_then(config: Config, saved: Config) -> Config:
@@ -99,26 +102,29 @@ def _decided_then(config: Config, saved: Config) -> Config:
     if saved.init_from:
         objective = replace(config.objective, prediction_type=saved.objective.prediction_type)
         config = replace(config, schedule=saved.schedule, objective=objective)
-        model = replace(model, unet=saved.model.unet)
+        model = replace(
+            model, unet=saved.model.unet, zero_empty_prompt=saved.model.zero_empty_prompt
+        )
     if saved.init_from or saved.vae_from:
         model = replace(model, vae=saved.model.vae)
     elif saved.task == "autoencoder":
         model = replace(
             model, vae=replace(model.vae, scaling_factor=saved.model.vae.scaling_factor)
         )
+    for name, encoder in saved.model.text_encoders.items():
+        given = getattr(model, name)
+        if saved.init_from or saved.text_encoder_from or given is None:
+            continue
+        vocabulary = {
+            field: getattr(encoder, field)
+            for field in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        model = replace(model, **{name: replace(given, **vocabulary)})
     if saved.init_from or saved.text_encoder_from:
-        model = replace(model, text_encoder=saved.model.text_encoder)
-    else:
-        encoder = saved.model.text_encoder
         model = replace(
             model,
-            text_encoder=replace(
-                model.text_encoder,
-                vocab_size=encoder.vocab_size,
-                bos_token_id=encoder.bos_token_id,
-                eos_token_id=encoder.eos_token_id,
-                pad_token_id=encoder.pad_token_id,
-            ),
+            text_encoder=saved.model.text_encoder,
+            text_encoder_2=saved.model.text_encoder_2,
         )
     return replace(config, model=model)
 
@@ -126,14 +132,15 @@ def _decided_then(config: Config, saved: Config) -> Config:
 def write_workdir(
     folder: paths.Path,
     config: Config,
-    tokenizer: Tokenizer | None,
+    tokenizers: Mapping[str, Tokenizer],
     frozen: Mapping[str, np.ndarray],
 ) -> None:
     """What a workdir needs besides checkpoints to be read by itself; the config comes last."""
     if jax.process_index() != 0:
         return
-    if tokenizer is not None:
-        tokenizer.save(folder / TOKENIZER_FOLDER)
+    for name, field in TOKENS.items():
+        if field in tokenizers:
+            tokenizers[field].save(folder / TOKENIZERS[name])
     if frozen:
         with paths.writing(folder / FROZEN_FILE) as local:
             save_file(dict(frozen), local)
@@ -164,7 +171,7 @@ def place_frozen(
         return read_frozen(folder / FROZEN_FILE, placed(dict(split.frozen), shardings))
     check_complete(assembled.params, split.frozen)
     arrays = {path: np.asarray(assembled.params[path]) for path in split.frozen}
-    write_workdir(folder, config, assembled.tokenizer, arrays)
+    write_workdir(folder, config, assembled.tokenizers, arrays)
     return {path: _put(path, value, mesh) for path, value in arrays.items()}
 
 

@@ -7,8 +7,8 @@ config field; only a new kind of network needs a new task.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,29 +30,10 @@ from sdjax.models.clip import CLIPText
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE, sample_moments, scale_latents
 from sdjax.parallel.sharding import to_host
+from sdjax.train.conditioning import Encoder, encode_text, make_conditioner
 from sdjax.train.state import component, prefixed
 
 LATENTS, DROPOUT = CALLER_STREAM, CALLER_STREAM + 1  # streams of randomness
-
-
-class Encoder(Protocol):
-    """What a task needs of a tokenizer."""
-
-    context_length: int
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Tokens int32 [len(texts), context_length]."""
-
-
-class BlankTokenizer:
-    """Stands in for a tokenizer where only shapes matter: no vocabulary has to be read or made."""
-
-    def __init__(self, context_length: int):
-        self.context_length = context_length
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Zeros int32 [len(texts), context_length]."""
-        return np.zeros((len(texts), self.context_length), np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +42,7 @@ class Examples:
 
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
-    tokens: np.ndarray  # [N, L] int32
+    tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +63,26 @@ class Task:
     example: dict[str, jax.ShapeDtypeStruct]
 
 
-def make_task(config: Config, tokenizer: Encoder | None) -> Task:
-    """The task that `config.task` names."""
+def make_task(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
+    """The task that `config.task` names.
+
+    Args:
+        tokenizers: by the field of the batch that each fills, one for each text encoder.
+    """
     if config.task == "autoencoder":
         return _autoencoder(config)
-    assert tokenizer is not None
-    return _text_to_image(config, tokenizer)
+    return _text_to_image(config, tokenizers)
 
 
 def _network(config: Config, name: str) -> tuple[Any, Any]:
     """Class and config of a network."""
-    classes = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
+    classes = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
     return classes[name], getattr(config.model, name)
 
 
 def trainable_networks(config: Config) -> tuple[str, ...]:
     """Whose parameters the loss of `config.task` may train."""
-    return ("vae",) if config.task == "autoencoder" else ("unet", "text_encoder")
+    return ("vae",) if config.task == "autoencoder" else ("unet", *config.model.text_encoders)
 
 
 def abstract_networks(config: Config, names: tuple[str, ...]) -> tuple[dict, dict, Callable]:
@@ -122,36 +106,40 @@ def abstract_networks(config: Config, names: tuple[str, ...]) -> tuple[dict, dic
     return graphs, abstract, init
 
 
-def _text_to_image(config: Config, tokenizer: Encoder) -> Task:
-    """Latent diffusion: frozen VAE, text encoder (trained or frozen), UNet."""
-    unet_config, vae_config = config.model.unet, config.model.vae
-    if unet_config.in_channels != vae_config.latent_channels:
+def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
+    """Latent diffusion: frozen VAE, text encoders (trained or frozen), UNet."""
+    model, vae_config = config.model, config.model.vae
+    if model.unet.in_channels != vae_config.latent_channels:
         raise UserError(
-            f"model.unet.in_channels is {unet_config.in_channels} and model.vae.latent_channels is "
+            f"model.unet.in_channels is {model.unet.in_channels} and model.vae.latent_channels is "
             f"{vae_config.latent_channels}: training takes equal numbers (an inpainting UNet of 9 "
             "can be loaded and converted, not trained)"
         )
-    if unet_config.cross_attention_dim != config.model.text_encoder.hidden_size:
-        raise UserError(
-            f"model.unet.cross_attention_dim is {unet_config.cross_attention_dim}, but "
-            f"model.text_encoder.hidden_size is {config.model.text_encoder.hidden_size}"
-        )
-    graphs, abstract, init = abstract_networks(config, ("unet", "text_encoder", "vae"))
+    conditioner = make_conditioner(model, tokenizers, remat=model.remat)
+    graphs, abstract, init = abstract_networks(config, ("unet", *model.text_encoders, "vae"))
     schedule = make_schedule(config.schedule)
-    null_tokens = tokenizer.encode([""])[0]
+    rate = config.objective.caption_dropout
 
     def loss(params, frozen, batch, *, key, keys, positions, batch_size):
         every = {**frozen, **params}
-        unet, text_encoder, vae = (
-            weights.merge(graphs[name], component(every, name))
-            for name in ("unet", "text_encoder", "vae")
+        unet, vae = (
+            weights.merge(graphs[name], component(every, name)) for name in ("unet", "vae")
         )
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
         moments = vae.encode(batch["image"])  # [b, h, w, 2C]
         noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
         x0 = scale_latents(sample_moments(moments, noise), vae_config)
-        tokens = drop_captions(keys, batch["tokens"], null_tokens, config.objective.caption_dropout)
-        context = text_encoder(tokens, key=jax.random.fold_in(dropout, 0))
+        # The same draw for every encoder: a caption is dropped from all or none.
+        tokens = {
+            field: drop_captions(keys, batch[field], null, rate)
+            for field, null in conditioner.null.items()
+        }
+        context = conditioner(
+            every,
+            {**batch, **tokens},
+            target=batch["image"].shape[1:3],
+            key=jax.random.fold_in(dropout, 0),
+        )
         return denoising_loss(
             lambda xt, t: unet(xt, t, context, key=jax.random.fold_in(dropout, 1)),
             jax.lax.stop_gradient(x0),
@@ -163,11 +151,22 @@ def _text_to_image(config: Config, tokenizer: Encoder) -> Task:
             objective=config.objective,
         )
 
-    sample = config.sample
+    example = {"image": _image(config)}
+    for field, tokenizer in tokenizers.items():
+        example[field] = jax.ShapeDtypeStruct((tokenizer.context_length,), jnp.int32)
+    if model.unet.is_xl:
+        example["size"] = jax.ShapeDtypeStruct((4,), jnp.int32)
+    return Task(abstract, loss, _pictures(config, tokenizers), init, example)
+
+
+def _pictures(
+    config: Config, tokenizers: Mapping[str, Encoder]
+) -> Callable[[Mapping[str, jax.Array], Examples, int], np.ndarray]:
+    """Drawing of captions, as `config.sample` says."""
+    sample, model, side = config.sample, config.model, config.data.resolution
     generate = make_generator(
-        unet=unet_config,
-        vae=vae_config,
-        text_encoder=config.model.text_encoder,
+        model=model,
+        tokenizers=tokenizers,
         schedule=config.schedule,
         prediction_type=config.objective.prediction_type,
         drawing=Drawing(
@@ -175,19 +174,17 @@ def _text_to_image(config: Config, tokenizer: Encoder) -> Task:
             guidance=sample.guidance,
             guidance_rescale=sample.guidance_rescale,
         ),
-        dtype=jnp.dtype(config.model.dtype),
     )
-    side = config.data.resolution
-    shape = latent_shape(unet_config, vae_config, side, side)
-    negative = tokenizer.encode([sample.negative_prompt])[0]
+    shape = latent_shape(model.unet, model.vae, side, side)
+    tokens = encode_text(tokenizers, [sample.negative_prompt])
+    negative = {field: rows[0] for field, rows in tokens.items()}
 
     def pictures(params, examples: Examples, seed: int) -> np.ndarray:
         return draw(
             generate, params, examples.tokens, negative, shape=shape, seed=seed, batch_size=64
         )
 
-    tokens = jax.ShapeDtypeStruct((tokenizer.context_length,), jnp.int32)
-    return Task(abstract, loss, pictures, init, {"image": _image(config), "tokens": tokens})
+    return pictures
 
 
 def _image(config: Config) -> jax.ShapeDtypeStruct:

@@ -58,7 +58,7 @@ def left_whole(tree, ways: int) -> list[str]:
 def run(config, assembled, sizes):
     count = int(np.prod(sizes))
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
-    task = make_task(config, assembled.tokenizer)
+    task = make_task(config, assembled.tokenizers)
     built = program.build(config, task, mesh)
     step = program.compile_step(built, config).step
     place = lambda host, abstract: jax.device_put(host, abstract.sharding)  # noqa: E731
@@ -76,9 +76,7 @@ def run(config, assembled, sizes):
         lambda k: {p: v for p, v in task.init(k).items() if p in drawn},
         out_shardings={p: built.state["params"][p].sharding for p in drawn},
     )(key) if sizes == (2, 2, 2) else drawn  # fmt: skip
-    data = make_iterator(
-        config.data, {"tokens": assembled.tokenizer}, split="train", seed=config.seed
-    )
+    data = make_iterator(config.data, assembled.tokenizers, split="train", seed=config.seed)
     losses, after_first = [], None
     for _ in range(STEPS):
         state, metrics = step(state, frozen, batches.global_batch(next(data), mesh))
@@ -119,7 +117,7 @@ def main():
     config = resolve(json.loads(open(sys.argv[1]).read()))
     assembled = assemble(config)
     config = assembled.config
-    task = make_task(config, assembled.tokenizer)
+    task = make_task(config, assembled.tokenizers)
     run.drawn = {p: np.asarray(v) for p, v in jax.jit(task.init)(jax.random.key(0)).items()}
     results, params = [], {}
     for sizes in MESHES:

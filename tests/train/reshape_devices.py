@@ -33,7 +33,7 @@ def abstract(workdir, sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     length = config.model.text_encoder.max_position_embeddings
     tokenizer = Tokenizer.load(workdir / "tokenizer", context_length=length)
-    return program.build(config, make_task(config, tokenizer), mesh)
+    return program.build(config, make_task(config, {"tokens": tokenizer}), mesh)
 
 
 def restore(workdir, sizes, step):

@@ -127,8 +127,8 @@ def text_to_image(tiny_config):
     return assembled.config, assembled
 
 
-def loss_of(config, assembled, batch, tokenizer=None):
-    task = make_task(config, tokenizer or assembled.tokenizer)
+def loss_of(config, assembled, batch):
+    task = make_task(config, assembled.tokenizers)
     params = dict(task.init(jax.random.key(3))) | assembled.params
     step = jax.jit(functools.partial(task.loss, params, {}, batch_size=4))
     from sdjax.diffusion.losses import example_keys
@@ -140,7 +140,7 @@ def loss_of(config, assembled, batch, tokenizer=None):
 
 def test_caption_dropout_is_the_prompt_that_sampling_negates(text_to_image):
     config, assembled = text_to_image
-    tokenizer: Tokenizer = assembled.tokenizer
+    tokenizer: Tokenizer = assembled.tokenizers["tokens"]
     image = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
     tokens = tokenizer.encode(["a red circle"] * 4)
     empty = np.tile(tokenizer.encode([""]), (4, 1))
@@ -159,4 +159,4 @@ def test_networks_that_do_not_fit_together_are_refused(text_to_image):
         unet = dataclasses.replace(config.model.unet, **{field: value})
         bad = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
         with pytest.raises(ValueError, match=field):
-            make_task(bad, assembled.tokenizer)
+            make_task(bad, assembled.tokenizers)
