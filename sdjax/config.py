@@ -209,7 +209,7 @@ def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {where}.{close[0]}?" if close else f"; known: {sorted(known)}"
             errors.append(f"{where}.{name} is not a field{hint}")
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     for name in known & set(values):
         field = f"{where}.{name}"
         group, optional = _group(hints[name])

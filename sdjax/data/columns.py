@@ -28,6 +28,7 @@ class Columns:
     height, width: int32 of the upright picture, 0 where its header cannot be read.
     share, fold: uint64, see `splits.hashes`.
     empty: bool, there is no caption.
+    score: float32, of data.score_key; 0 without.
     """
 
     height: np.ndarray
@@ -35,14 +36,15 @@ class Columns:
     share: np.ndarray
     fold: np.ndarray
     empty: np.ndarray
+    score: np.ndarray
 
     def take(self, numbers: np.ndarray) -> Columns:
         """Those of some records."""
         return Columns(*(getattr(self, f.name)[numbers] for f in dataclasses.fields(self)))
 
 
-TYPES = (np.int32, np.int32, np.uint64, np.uint64, np.bool_)
-Row = tuple[int, int, int, int, bool]
+TYPES = (np.int32, np.int32, np.uint64, np.uint64, np.bool_, np.float32)
+Row = tuple[int, int, int, int, bool, float]
 
 
 def load(

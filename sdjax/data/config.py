@@ -36,6 +36,8 @@ class DataConfig:
     test_share: float = 0.0  # the same for "test"
     fold: str = ""  # "2/5": a fifth of `train` is "validation", and `train` is the rest
     split_key: str = ""  # the feature hashed; "" is file_name, or else the number of the record
+    score_key: str = ""  # a number feature, such as an aesthetic score ...
+    min_score: float | None = None  # ... and examples with less of it are left out, and counted
     captions: CaptionConfig = CaptionConfig()
     mixture: tuple[Part, ...] = ()  # several sources at once; () is the one that `name` says
     resolution: int = 64  # of the square crop, after the short side is resized to it
@@ -83,6 +85,9 @@ class DataConfig:
                 f"data.fold = {self.fold!r} and data.validation_share = {self.validation_share} "
                 "both make a validation split; set one of them"
             )
+        if self.min_score is not None and not self.score_key:
+            raise UserError(f"data.min_score is {self.min_score}, but data.score_key is empty; "
+                            "expected the name of a number feature")  # fmt: skip
         if self.mixture:
             mixture.check(self.mixture)
         if not self.name:
@@ -96,14 +101,13 @@ class DataConfig:
 def parts(config: DataConfig) -> list[DataConfig]:
     """The configuration of each part of a mixture; of the one dataset without a mixture."""
     fields = ("name", "path", "data_dir", "split", "eval_split", "image_key", "text_key",
-              "resolution")  # fmt: skip
+              "resolution", "score_key")  # fmt: skip
     if not config.mixture:
         return [config]
-    return [
-        dataclasses.replace(
-            config,
-            mixture=(),
-            **{name: getattr(part, name) for name in fields if getattr(part, name)},
-        )
-        for part in config.mixture
-    ]
+    found = []
+    for part in config.mixture:
+        own = {name: getattr(part, name) for name in fields if getattr(part, name)}
+        if part.min_score is not None:
+            own["min_score"] = part.min_score
+        found.append(dataclasses.replace(config, mixture=(), **own))
+    return found

@@ -20,7 +20,7 @@ from sdjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source of `data.mixture`; what is "" or 0 here is as in `data`."""
+    """One source of `data.mixture`; what is "", 0 or None here is as in `data`."""
 
     name: str = ""
     path: str = ""
@@ -30,6 +30,8 @@ class Part:
     image_key: str = ""
     text_key: str = ""
     resolution: int = 0  # parts that differ in it are mixed batch by batch
+    score_key: str = ""
+    min_score: float | None = None
     weight: float = 1.0  # relative to the other parts that are active at the time
     start: int = 0  # the first step it takes part in ...
     end: int = 0  # ... and the first it does not, counted from 0; 0: to the end of the run

@@ -89,7 +89,8 @@ class Source:
                 self._row,
                 directory=self.directory,
                 identity=f"{self.name} {self.split} {config.image_key} {config.text_key} "
-                f"{config.captions.others_key} {config.split_key} {config.max_pixels}",
+                f"{config.captions.others_key} {config.split_key} {config.score_key} "
+                f"{config.max_pixels}",
                 threads=config.threads,
             )
         return self._table
@@ -108,7 +109,8 @@ class Source:
             height, width = np.shape(image)[:2]
         key = self._config.split_key or ("file_name" if "file_name" in record else "")
         share, fold = splits.hashes(as_text(record[key]) if key else str(index))
-        return height, width, share, fold, not self._caption(record).main.strip()
+        score = float(record[self._config.score_key]) if self._config.score_key else 0.0
+        return height, width, share, fold, not self._caption(record).main.strip(), score
 
     def take(self, numbers: np.ndarray, *, split: str) -> Source:
         """A source of some of the examples."""
@@ -275,24 +277,30 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 
 def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConfig) -> Source:
-    """What the split and `data.captions.empty` leave of a source."""
+    """What the split, `data.captions.empty` and `data.min_score` leave of a source."""
     keep = np.ones(len(source), bool)
     if cut is not None:
         keep &= cut.keep(source.table.share, source.table.fold)
     belongs = int(keep.sum())
+    left_out = {}
     if config.captions.empty == "skip":
+        left_out["no caption"] = int((keep & source.table.empty).sum())
         keep &= ~source.table.empty
+    if config.min_score is not None:
+        enough = source.table.score >= config.min_score  # no number is not enough either
+        left_out[f"{config.score_key} below {config.min_score:g}"] = int((keep & ~enough).sum())
+        keep &= enough
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     if keep.all():
         source.split = split
         return source
     if not keep.any():
         raise DataError(
             f"{source.name}, split {split!r}: no example belongs to it (of {len(source)} in the "
-            f"stored split {source.split}, {belongs} do by hash, and those have no caption)"
+            f"stored split {source.split}, {belongs} do by hash; left out: {reasons or 'none'})"
         )
-    if belongs > keep.sum():
-        logging.warning("%s, split %s: %d examples without a caption are left out",
-                        source.name, split, belongs - keep.sum())  # fmt: skip
+    if reasons:
+        logging.warning("%s, split %s: left out: %s", source.name, split, reasons)
     return source.take(np.flatnonzero(keep), split=split)
 
 

@@ -33,6 +33,8 @@ BREAKING = (
     "data.fold",
     "data.split_key",
     "data.captions.empty",
+    "data.score_key",
+    "data.min_score",
     "data.mixture",
     "data.buckets.*",
     "data.resolution",

@@ -54,6 +54,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
                     "text": tfds.features.Text(),
                     "more": tfds.features.Sequence(tfds.features.Text()),
                     "author": tfds.features.Text(),
+                    "score": tfds.features.Scalar(np.float32),
                     "kind": tfds.features.ClassLabel(names=["cat", "dog"]),
                 }
             ),
@@ -72,6 +73,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
                     "text": "" if i % 10 == 9 else f"{i} main",
                     "more": [f"{i} other {j}" for j in range(i % 3)] if i % 10 != 9 else [],
                     "author": f"author {i // 6}",
+                    "score": float("nan") if i == 50 else i / COUNT,
                     "kind": i % 2,
                 },
             )
@@ -196,7 +198,7 @@ def test_empty_captions(config, caplog):
     skipping = choice(config, empty="skip")
     source = open_source(skipping, "train")
     assert len(source) == COUNT - 6 and all(source.text(i) for i in range(len(source)))
-    assert "6 examples without a caption are left out" in caplog.text
+    assert "photos/1.0.0, split train: left out: 6 no caption" in caplog.text
     strict = open_source(choice(config, empty="error"), "train")
     with pytest.raises(DataError, match="example 9 has no caption; data.captions.empty = 'skip'"):
         strict[9]
@@ -228,6 +230,24 @@ def test_templates_of_labels(config):
     caption = open_source(config, "train")[1]["caption"]
     assert caption.main == "a photo of a dog" and caption.others == ("a dog outside", "one dog")
     assert caption.main_share == pytest.approx(1 / 3)
+
+
+# ---- scores ----------------------------------------------------------------------------------
+
+
+def test_examples_with_a_low_score_are_left_out_and_counted(config, caplog):
+    good = dataclasses.replace(config, score_key="score", min_score=0.75)
+    source = open_source(good, "train")
+    texts = [source.text(i) for i in range(len(source)) if source.text(i)]
+    assert texts == [f"{i} main" for i in range(45, COUNT) if i % 10 != 9 and i != 50]
+    assert "left out: 46 score below 0.75" in caplog.text  # 45, and the one that has none
+    with pytest.raises(DataError, match="no example belongs to it .*60 score below 2"):
+        open_source(dataclasses.replace(good, min_score=2.0), "train")
+    for key in ("none", "text"):
+        with pytest.raises(DataError, match=f"data.score_key is '{key}', which is no number"):
+            open_source(dataclasses.replace(good, score_key=key), "train")
+    with pytest.raises(ValueError, match="data.min_score is 0.5, but data.score_key is empty"):
+        DataConfig(min_score=0.5)
 
 
 # ---- buckets ---------------------------------------------------------------------------------
@@ -371,6 +391,17 @@ def test_a_curriculum_of_resolutions(mixed):
     sides = [shape[0] for shape in announced]
     assert sides[:4] == [32] * 4 and sides[8:] == [48] * 6
     assert sorted(sides[4:8]) == [32, 32, 48, 48]
+
+
+def test_a_curriculum_of_scores(mixed):
+    """Everything first, then the best alone, with its own epochs."""
+    every, best = Part(name="photos", end=5), Part(name="photos", start=5, score_key="score",
+                                                   min_score=0.9)  # fmt: skip
+    config = dataclasses.replace(mixed, mixture=(every, best))
+    batches = take(begin(config), 10)
+    rows = [[int(n) - 1 for batch in part for n in batch["tokens"][:, 0]]
+            for part in (batches[:5], batches[5:])]  # fmt: skip
+    assert min(rows[0]) < 30 and sorted(rows[1]) == sorted([*range(54, 59)] * 4)
 
 
 def test_a_mixture_of_buckets(mixed):
