@@ -90,6 +90,7 @@ class DataConfig:
                             "expected the name of a number feature")  # fmt: skip
         if self.mixture:
             mixture.check(self.mixture)
+            parts(self)  # raises what is wrong with one of them
         if not self.name:
             raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
                              "or a TFDS dataset name")  # fmt: skip

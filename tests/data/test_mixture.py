@@ -82,6 +82,11 @@ def test_wrong_fields_are_named(fields):
         Part(**fields)
 
 
+def test_a_part_is_checked_as_a_source_is():
+    with pytest.raises(UserError, match="data.path is empty; data.name = 'webdataset'"):
+        DataConfig(mixture=(Part(), Part(name="webdataset")))
+
+
 def test_what_a_part_leaves_open_is_the_datas():
     config = DataConfig(
         name="mnist", data_dir="here", resolution=32, batch_size=7,

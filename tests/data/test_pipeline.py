@@ -132,7 +132,12 @@ def test_batches_are_those_that_checkpoints_of_old_runs_continue(data_dir):
 
     stream = grain.MapDataset.source(source).seed(5).shuffle().repeat().random_map(transform)
     stream = stream.batch(4, drop_remainder=True)
-    assert_equal(take(start(config, seed=5), 7), [stream[i] for i in range(7)])
+    iterator = start(config, seed=5)
+    assert_equal(take(iterator, 7), [stream[i] for i in range(7)])
+    assert iterator.get_state() == {
+        "step": 7, "dataset": "tiny_labels/1.0.0", "split": "train", "examples": 10,
+        "batch_size": 4, "seed": 5, "shuffle": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
