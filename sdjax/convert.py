@@ -1,12 +1,15 @@
-"""Convert between the folders of diffusers and of sdjax, either way, without loss.
+"""Convert between diffusers folders, sdjax workdirs and single-file checkpoints, without loss.
 
     python -m sdjax.convert --input=DIFFUSERS_FOLDER --output=WORKDIR
     python -m sdjax.convert --input=WORKDIR --output=DIFFUSERS_FOLDER [--weights=raw]
+    python -m sdjax.convert --input=WORKDIR_OR_FOLDER --output=MODEL.safetensors --dtype=float16
+    python -m sdjax.convert --input=MODEL.safetensors --output=WORKDIR --tokenizer=FOLDER
 
---input decides the direction. A diffusers pipeline (or the folder of one network, as a VAE) becomes
-a workdir that sdjax.sample, --config.init_from and --config.vae_from accept. A workdir, or one of
-its checkpoints (WORKDIR/checkpoints/STEP), becomes a diffusers folder that torch loads. In float32,
-there and back gives the same bits.
+A diffusers pipeline (or the folder of one network, as a VAE) and a single file, as AUTOMATIC1111
+and ComfyUI read, become a workdir that sdjax.sample, --config.init_from and --config.vae_from
+accept. A workdir, or one of its checkpoints (WORKDIR/checkpoints/STEP), becomes a diffusers folder
+that torch loads. An --output that ends in .safetensors is a single file; --to says otherwise. In
+float32, there and back gives the same bits.
 
 Exit codes: 0 done; 2 the input or an option is wrong.
 """
@@ -16,10 +19,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 
 from sdjax import paths
+
+FORMATS = ("workdir", "diffusers", "single_file")
+MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
+# Options that only one kind of input, or of output, has.
+_INPUT_OPTIONS = {
+    "variant": "diffusers",
+    "step": "workdir",
+    "tokenizer": "single_file",
+    "config_from": "single_file",
+    "prediction_type": "single_file",
+    "scaling_factor": "single_file",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,23 +46,54 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--input", required=True, help="diffusers folder, or workdir of sdjax, to read")
-    p.add_argument("--output", required=True, help="folder to write; must be new, or empty")
+    p.add_argument(
+        "--input",
+        required=True,
+        help="diffusers folder, workdir of sdjax or .safetensors file to read",
+    )
+    p.add_argument("--output", required=True, help="folder or .safetensors file to write; new")
+    p.add_argument(
+        "--to", choices=FORMATS,
+        help="what to write; by default a single_file where --output ends in .safetensors, "
+        "diffusers for a workdir, and a workdir for anything else",
+    )  # fmt: skip
     p.add_argument(
         "--weights", default="ema",
         help="of a workdir: 'ema' (the first average the run keeps; the parameters themselves if "
-        "it keeps none), 'raw' (the parameters themselves), or the name of an average, as '0.9999' "
-        "(%(default)s)",
+        "it keeps none), 'raw' (the parameters themselves), or the name of an average, as "
+        "'0.9999'; of a single file, 'ema' or 'raw' (%(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of the weights in a diffusers folder to write; a workdir is float32 (%(default)s)",
+        help="of the weights to write; a workdir is float32 (%(default)s)",
     )  # fmt: skip
     p.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest by default")
     p.add_argument(
         "--variant", default="",
         help="of a diffusers folder to read: which of its weights, as 'fp16' or 'non_ema'",
     )  # fmt: skip
+    p.add_argument(
+        "--max_shard_size",
+        help="of a file of weights in a diffusers folder to write, as 5GB or 500MB; a network that "
+        f"is larger is spread over several ({MAX_SHARD_SIZE})",
+    )
+    single = p.add_argument_group("of a single file to read, which does not say everything")
+    single.add_argument(
+        "--tokenizer", default="",
+        help="folder with CLIP's vocab.json and merges.txt, as the tokenizer/ of a pipeline",
+    )  # fmt: skip
+    single.add_argument(
+        "--config_from", default="",
+        help="diffusers folder or workdir whose configs, schedule and tokenizers are also those of "
+        "the file, for models of another shape than the releases; its weights are not read",
+    )  # fmt: skip
+    single.add_argument(
+        "--prediction_type", choices=("epsilon", "v_prediction"), default="",
+        help="what the UNet predicts, for Stable Diffusion 2 and fine-tuned others",
+    )  # fmt: skip
+    single.add_argument(
+        "--scaling_factor", type=float, help="of the latents of an autoencoder that is alone"
+    )
     p.add_argument(
         "--force", action="store_true", help="replace what an earlier conversion wrote to --output"
     )
@@ -57,13 +104,19 @@ def convert(
     source: paths.PathLike,
     target: paths.PathLike,
     *,
+    to: str | None = None,
     weights: str = "ema",
     dtype: str = "float32",
     step: int | None = None,
     variant: str = "",
+    max_shard_size: str | None = None,
+    tokenizer: str = "",
+    config_from: str = "",
+    prediction_type: str = "",
+    scaling_factor: float | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Convert `source` to the other layout at `target`.
+    """Convert `source` to the layout `to` at `target`; see the options of the verb.
 
     Returns:
         What was done, as lines for the user.
@@ -72,33 +125,81 @@ def convert(
         PretrainedError, CheckpointError: `source` cannot be read or `target` not written.
         OSError: of the disk.
     """
-    from sdjax.train.pretrained import PretrainedError, folder_kind, read_any, write_diffusers
-    from sdjax.train.workdir import save_workdir
+    from sdjax.train.pretrained import Hints, PretrainedError, folder_kind, read_any
 
     source, target = paths.to_path(source), paths.to_path(target)
     kind = folder_kind(source)
-    inner, outer = paths.resolved(target), paths.resolved(source)
-    if inner == outer or inner in outer.parents:
-        raise PretrainedError(f"--output={target} is --input, or holds it; choose another folder")
-    if kind == "diffusers" and dtype != "float32":
+    to = to or default_format(kind, target)
+    _check_places(source, target, to)
+    given = {
+        "variant": variant,
+        "step": step,
+        "tokenizer": tokenizer,
+        "config_from": config_from,
+        "prediction_type": prediction_type,
+        "scaling_factor": scaling_factor,
+    }
+    for option, value in given.items():
+        if value not in ("", None) and kind != _INPUT_OPTIONS[option]:
+            raise PretrainedError(
+                f"--{option}={value} is for a {_INPUT_OPTIONS[option]} as --input, and {source} is "
+                f"a {kind}; leave it out"
+            )
+    if to == "workdir" and dtype != "float32":
         raise PretrainedError(
             f"--dtype={dtype}: {source} becomes a workdir, which holds float32; leave --dtype out"
         )
-    read = read_any(source, weights=weights, step=step, variant=variant)
-    if kind == "diffusers":
-        save_workdir(target, read, overwrite=force)
-    else:
-        write_diffusers(target, read, dtype=dtype, overwrite=force)
+    if to != "diffusers" and max_shard_size:
+        raise PretrainedError(
+            f"--max_shard_size={max_shard_size} is for a diffusers folder to write, and {target} "
+            f"becomes a {to}; leave it out"
+        )
+    like = read_any(config_from, with_weights=False) if config_from else None
+    hints = Hints(tokenizer, prediction_type, scaling_factor, like)
+    read = read_any(source, weights=weights, step=step, variant=variant, hints=hints)
     count = sum(value.size for value in read.params.values())
     lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {source}"]
     if read.ignored:
         lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
-    if kind == "diffusers":
+    options = {"dtype": dtype, "overwrite": force}
+    return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
+
+
+def default_format(kind: str, target: paths.Path) -> str:
+    """What is written where the user does not say."""
+    if target.suffix == ".safetensors":
+        return "single_file"
+    return "diffusers" if kind == "workdir" else "workdir"
+
+
+def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:
+    """PretrainedError if writing would destroy what is read, or the name and kind disagree."""
+    from sdjax.train.pretrained import PretrainedError
+
+    inner, outer = paths.resolved(target), paths.resolved(source)
+    if inner == outer or inner in outer.parents:
+        raise PretrainedError(f"--output={target} is --input, or holds it; choose another folder")
+    if to != "single_file" and target.suffix == ".safetensors":
+        raise PretrainedError(f"--output={target} is the name of a file, but a {to} is a folder")
+
+
+def _write(
+    to: str, target: paths.Path, read: Any, options: dict[str, Any], max_shard_size: str
+) -> list[str]:
+    """Write networks in the layout `to`; what was done, as lines."""
+    from sdjax.train.pretrained import write_diffusers
+    from sdjax.train.single_file_writer import write_single_file
+    from sdjax.train.workdir import save_workdir
+
+    if to == "workdir":
+        save_workdir(target, read, overwrite=options["overwrite"])
         field = "init_from" if len(read.networks) > 1 else "vae_from"
-        lines.append(f"wrote the workdir {target}; train from it with --config.{field}={target}")
-    else:
-        lines.append(f"wrote the diffusers folder {target}, {dtype}, weights {weights!r}")
-    return lines
+        return [f"wrote the workdir {target}; train from it with --config.{field}={target}"]
+    if to == "diffusers":
+        write_diffusers(target, read, max_shard_size=max_shard_size, **options)
+        return [f"wrote the diffusers folder {target}, {options['dtype']}"]
+    notes = write_single_file(target, read, **options)
+    return [f"wrote the single file {target}, {options['dtype']}", *notes]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,15 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.set_verbosity(logging.WARNING)  # Orbax narrates
     try:
-        lines = convert(
-            args.input,
-            args.output,
-            weights=args.weights,
-            dtype=args.dtype,
-            step=args.step,
-            variant=args.variant,
-            force=args.force,
-        )
+        options = vars(args)
+        lines = convert(options.pop("input"), options.pop("output"), **options)
     except paths.storage_errors(ValueError, CheckpointError) as error:
         return explain(error)
     print("\n".join(lines))

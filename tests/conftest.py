@@ -84,6 +84,75 @@ def pipeline_folder(torch_pipeline, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def torch_xl_pipeline(torch_pipeline, tmp_path_factory):
+    """`StableDiffusionXLPipeline`, likewise: its shape, with three levels and two encoders."""
+    import diffusers
+    import transformers
+
+    from sdjax.data.tokenizer import Tokenizer
+
+    first = torch_pipeline.tokenizer
+    folder = tmp_path_factory.mktemp("tokenizer_2")
+    first.save_pretrained(folder)
+    # OpenCLIP pads with the first token.
+    Tokenizer.load(folder, context_length=16, pad_token="!").save(folder)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=56,
+        attention_head_dim=(1, 2, 4),
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    words = {
+        "vocab_size": len(first),
+        "max_position_embeddings": 16,
+        "bos_token_id": first.bos_token_id,
+        "eos_token_id": first.eos_token_id,
+        "num_attention_heads": 2,
+    }
+    second = transformers.CLIPTextConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=3, hidden_act="gelu",
+        projection_dim=20, pad_token_id=0, **words,
+    )  # fmt: skip
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=2, pad_token_id=1, **words
+        )
+    )
+    text_encoder_2 = transformers.CLIPTextModelWithProjection(second)
+    for seed, model in enumerate((unet, text_encoder, text_encoder_2)):
+        _randomise(model, 10 + seed)
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=torch_pipeline.vae,
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=first,
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(str(folder)),
+        unet=unet.eval(),
+        scheduler=torch_pipeline.scheduler,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def xl_folder(torch_xl_pipeline, tmp_path_factory):
+    """The folder that diffusers writes of `torch_xl_pipeline`. Do not write into it."""
+    folder = tmp_path_factory.mktemp("xl_pipeline") / "diffusers"
+    torch_xl_pipeline.save_pretrained(folder)
+    return folder
+
+
 def _randomise(model, seed):
     """Biases and norm scales too: at their defaults they hide mistakes."""
     import torch

@@ -103,9 +103,15 @@ class Tokenizer:
         return tokens, lengths
 
     @classmethod
-    def load(cls, folder: paths.PathLike, context_length: int | None = None) -> Tokenizer:
+    def load(
+        cls,
+        folder: paths.PathLike,
+        context_length: int | None = None,
+        pad_token: str | None = None,
+    ) -> Tokenizer:
         """Reads a `CLIPTokenizer` folder: vocab.json and merges.txt (transformers 4, the hub), or
-        tokenizer.json (transformers 5). `context_length` defaults to the folder's own."""
+        tokenizer.json (transformers 5). `context_length` and `pad_token` default to the folder's
+        own."""
         folder = paths.to_path(folder)
         config = _read_json(folder / "tokenizer_config.json", default={})
         special = {key: config[key] for key in DEFAULT_SPECIAL if config.get(key) is not None}
@@ -121,6 +127,8 @@ class Tokenizer:
                 flags = {"normalized": not is_special, "special": is_special}
                 tokens.setdefault(index, {"content": text, **flags})
         added = {int(index): _token_arguments(token) for index, token in tokens.items()}
+        if pad_token is not None:
+            special["pad_token"] = pad_token
         length = context_length or config.get("model_max_length", DEFAULT_CONTEXT_LENGTH)
         if length > 1e6:  # transformers writes 1e30 for "not known"
             length = DEFAULT_CONTEXT_LENGTH

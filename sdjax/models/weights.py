@@ -12,7 +12,7 @@ converts every model, with no table of names:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -141,23 +141,37 @@ def from_diffusers(tensors: Mapping[str, Any], abstract_params: Mapping[str, Any
     return {path: _to_jax(path, found[path], want) for path, want in abstract_params.items()}
 
 
-def save_file(tensors: Mapping[str, Any], path: paths.PathLike) -> None:
+def save_file(
+    tensors: Mapping[str, Any],
+    path: paths.PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes one safetensors file, complete or not at all.
+
+    Args:
+        metadata: into its header; by default the "format" that transformers insists on. One entry:
+            safetensors writes several in any order.
 
     Raises:
         OSError: the disk's own error, with nothing left behind under `path`.
     """
     try:
-        # transformers refuses files without a "format".
         arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
         with paths.writing(path) as local:
-            _save_safetensors(arrays, local, metadata={"format": "pt"})
+            _save_safetensors(arrays, local, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
 
 
-def load_file(path: paths.PathLike) -> dict[str, np.ndarray]:
+def load_file(
+    path: paths.PathLike, *, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
     """Reads a safetensors file, or all the shards that a `*.safetensors.index.json` names.
+
+    Args:
+        path: the file.
+        wanted: which tensors to read, by name; all by default.
 
     Returns:
         `{name: array}`; bfloat16 as ml_dtypes.bfloat16.
@@ -183,12 +197,34 @@ def load_file(path: paths.PathLike) -> dict[str, np.ndarray]:
     for file in files:
         try:
             with paths.reading(file) as local, safe_open(local, framework="numpy") as opened:
-                tensors.update({key: opened.get_tensor(key) for key in opened.keys()})
+                names = [key for key in opened.keys() if wanted(key)]
+                tensors.update({key: opened.get_tensor(key) for key in names})
         except SafetensorError as error:
-            raise WeightsError(
-                f"{file}: not a whole safetensors file ({error}). Download or export it again."
-            ) from error
+            raise _not_whole(file, error) from error
     return tensors
+
+
+def read_header(path: paths.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """({name: shape}, metadata) of one safetensors file, without reading its tensors.
+
+    Raises:
+        WeightsError: the file is absent or cannot be read.
+    """
+    path = paths.to_path(path)
+    if not path.is_file():
+        raise WeightsError(f"no such weights file: {path}: download it, or fix the path")
+    try:
+        with paths.reading(path) as local, safe_open(local, framework="numpy") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+            return shapes, opened.metadata() or {}
+    except SafetensorError as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(file: Any, error: SafetensorError) -> WeightsError:
+    return WeightsError(
+        f"{file}: not a whole safetensors file ({error}). Download or export it again."
+    )
 
 
 def weight_name(path: str) -> str:

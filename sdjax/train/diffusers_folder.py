@@ -2,8 +2,9 @@
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-What is written loads in torch's `StableDiffusionPipeline.from_pretrained`, with transformers 4
-and 5.
+and, of SDXL, text_encoder_2/ and tokenizer_2/, which are all that its refiner has. What is written
+loads in torch's `StableDiffusionPipeline.from_pretrained` (`StableDiffusionXLPipeline`, ...), with
+transformers 4 and 5.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from sdjax.models.weights import (
     abstract,
     from_diffusers,
     load_file,
-    save_file,
-    to_diffusers,
 )
 from sdjax.train.bundle import (
     NETWORKS,
+    TOKENIZERS,
     Pretrained,
     PretrainedError,
     check_components,
@@ -36,12 +36,10 @@ from sdjax.train.bundle import (
     replaced_folder,
     write_json,
 )
-from sdjax.train.weight_files import STEMS, find_weights
+from sdjax.train.weight_files import MAX_SHARD_SIZE, find_weights, parse_size, write_weights
 
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
+PIPELINES = tuple(
+    f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")
 )
 DTYPES = ("float32", "bfloat16", "float16")
 # Parts of a pipeline that have no part in training or drawing.
@@ -53,10 +51,12 @@ def read_diffusers(
     *,
     components: Sequence[str] = tuple(NETWORKS),
     variant: str = "",
+    with_weights: bool = True,
 ) -> Pretrained:
     """Reads a pipeline folder, or the folder of one network (its config.json and weights).
 
-    The tokenizer comes with the text encoder, the schedule with the UNet.
+    A tokenizer comes with its text encoder, the schedule with the UNet. Without weights, `params`
+    is empty and the folder need not have any.
 
     Raises:
         PretrainedError: listing everything wrong in any part: fields that are not supported,
@@ -72,7 +72,7 @@ def read_diffusers(
     for name, part in folders.items():
         if name in components:
             try:
-                config, skipped, params = _read_network(name, part, variant)
+                config, skipped, params = _read_network(name, part, variant, with_weights)
             except (ConfigError, WeightsError, PretrainedError) as error:
                 problems.append(str(error))
                 continue
@@ -86,13 +86,17 @@ def read_diffusers(
             parts["schedule"], parts["prediction_type"], parts["sampler"] = read
         except ValueError as error:
             problems.append(str(error))
-    if "text_encoder" in components and "tokenizer" in folders:
-        try:
-            parts["tokenizer"] = _read_tokenizer(
-                folders["tokenizer"], parts.get("text_encoder"), ignored
-            )
-        except TokenizerError as error:
-            problems.append(str(error))
+    for encoder, name in TOKENIZERS.items():
+        if encoder in components and name in folders:
+            try:
+                parts[name] = _read_tokenizer(folders[name], parts.get(encoder), ignored)
+            except TokenizerError as error:
+                problems.append(str(error))
+    if whole and set(TOKENIZERS) & set(components):
+        index = read_json(folder / "model_index.json")
+        if "XL" in index["_class_name"]:
+            # The default of the pipelines, which their files may leave out.
+            parts["zero_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
     if problems:
         raise PretrainedError("\n".join(problems))
     return Pretrained(**parts, ignored=tuple(ignored))
@@ -102,7 +106,7 @@ def _parts(folder: paths.Path, ignored: list[str]) -> dict[str, paths.Path]:
     """{part: folder} of a pipeline, from its model_index.json."""
     index = read_json(folder / "model_index.json")
     cls = index.get("_class_name")
-    known = (*NETWORKS, "scheduler", "tokenizer", *_IGNORED_PARTS)
+    known = (*NETWORKS, "scheduler", *TOKENIZERS.values(), *_IGNORED_PARTS)
     listed = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
     unknown = [name for name in listed if name not in known]
     if cls not in PIPELINES or unknown:
@@ -120,7 +124,8 @@ def _single_part(folder: paths.Path, components: Sequence[str]) -> dict[str, pat
     classes = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
     name = classes.get(config.get("_class_name", ""))
     if config.get("model_type") == "clip_text_model":
-        name = "text_encoder"
+        projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        name = "text_encoder_2" if projects else "text_encoder"
     if name is None:
         what = config.get("_class_name") or config.get("model_type") or config.get("architectures")
         raise PretrainedError(
@@ -130,18 +135,20 @@ def _single_part(folder: paths.Path, components: Sequence[str]) -> dict[str, pat
     if name not in components:
         raise PretrainedError(f"{folder} holds a {name}; expected {' or '.join(components)}")
     parts = {name: folder}
-    if name == "text_encoder" and (folder / "tokenizer_config.json").is_file():
-        parts["tokenizer"] = folder
+    if name in TOKENIZERS and (folder / "tokenizer_config.json").is_file():
+        parts[TOKENIZERS[name]] = folder
     return parts
 
 
 def _read_network(
-    name: str, folder: paths.Path, variant: str
+    name: str, folder: paths.Path, variant: str, with_weights: bool
 ) -> tuple[Any, list[str], dict[str, np.ndarray]]:
     """(config, ignored fields, float32 params without prefix) of one network's folder."""
     cls, config_cls = NETWORKS[name]
     file = folder / "config.json"
     config, ignored = config_cls.from_json(read_json(file), where=str(file))
+    if not with_weights:
+        return config, ignored, {}
     _, shapes = abstract(cls, config, param_dtype=jnp.float32)
     found = find_weights(folder, variant)
     tensors = load_file(found)
@@ -169,6 +176,7 @@ def write_diffusers(
     pretrained: Pretrained,
     *,
     dtype: str = "float32",
+    max_shard_size: str = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> paths.Path:
     """Writes a pipeline folder, or the folder of one network if there is but one.
@@ -177,8 +185,9 @@ def write_diffusers(
 
     Args:
         folder: to write.
-        pretrained: all three networks, tokenizer and schedule; or one network.
+        pretrained: all networks of a pipeline, tokenizers and schedule; or one network.
         dtype: of the weights in the files: float32, bfloat16 or float16.
+        max_shard_size: of a file of weights, as "10GB"; larger networks take several.
         overwrite: replace a folder of networks that is there.
 
     Raises:
@@ -191,60 +200,64 @@ def write_diffusers(
         raise PretrainedError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
     networks = pretrained.networks
     single = next(iter(networks)) if len(networks) == 1 else None
-    if single is None:
-        wanted = (*NETWORKS, "schedule", "tokenizer")
-        missing = [name for name in wanted if getattr(pretrained, name) is None]
-        if missing:
-            raise PretrainedError(f"{folder}: a pipeline needs {', '.join(missing)} as well")
-    with replaced_folder(folder, overwrite=overwrite) as partial:
-        for name in networks:
-            _write_network(partial if single else partial / name, name, pretrained, dtype)
-        if single is None:
-            _write_pipeline(partial, pretrained)
+    if single is None and (missing := pretrained.missing()):
+        raise PretrainedError(f"{folder}: a pipeline needs {', '.join(missing)} as well")
+    try:
+        limit = parse_size(max_shard_size)
+        with replaced_folder(folder, overwrite=overwrite) as partial:
+            for name, config in networks.items():
+                part = partial if single else partial / name
+                part.mkdir(exist_ok=True)
+                write_json(part / "config.json", config.to_json())
+                params = pretrained.component(name)
+                write_weights(part, params, name=name, dtype=dtype, max_shard_size=limit)
+            if single is None:
+                _write_pipeline(partial, pretrained)
+    except WeightsError as error:
+        raise PretrainedError(str(error)) from error
     return folder
-
-
-def _write_network(folder: paths.Path, name: str, pretrained: Pretrained, dtype: str) -> None:
-    """config.json and weights of one network."""
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", pretrained.networks[name].to_json())
-    clip = name == "text_encoder"
-    # transformers 4 insists on this prefix, and 5 takes it off where it is.
-    tensors = to_diffusers(pretrained.component(name), prefix="text_model." if clip else "")
-    tensors = {key: _cast(f"{name}: {key}", value, dtype) for key, value in tensors.items()}
-    save_file(tensors, folder / f"{STEMS[1 if clip else 0]}.safetensors")
 
 
 def _write_pipeline(folder: paths.Path, pretrained: Pretrained) -> None:
     """What a pipeline has besides its networks."""
-    assert pretrained.schedule and pretrained.tokenizer and pretrained.unet
-    pretrained.tokenizer.save(folder / "tokenizer")
+    assert pretrained.schedule and pretrained.unet
     scheduler = scheduler_to_diffusers(
         pretrained.schedule, pretrained.prediction_type, pretrained.sampler
     )
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    # Latents, a mask and masked latents: the network of an inpainting pipeline.
-    inpaints = pretrained.unet.in_channels == 2 * pretrained.unet.out_channels + 1
-    index = {
-        "_class_name": PIPELINES[2] if inpaints else PIPELINES[0],
+    index: dict[str, Any] = {
+        "_class_name": pipeline_class(pretrained),
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    xl = pretrained.text_encoder_2 is not None
+    for name, tokenizer_name in TOKENIZERS.items():
+        config, tokenizer = getattr(pretrained, name), getattr(pretrained, tokenizer_name)
+        if config is not None:
+            tokenizer.save(folder / tokenizer_name)
+            index[name] = ["transformers", config.architecture]
+            index[tokenizer_name] = ["transformers", "CLIPTokenizer"]
+        elif xl:
+            index[name] = index[tokenizer_name] = [None, None]
+    if xl:
+        index["force_zeros_for_empty_prompt"] = pretrained.zero_empty_prompt
+        index["image_encoder"] = [None, None]
+        if pretrained.text_encoder is None:
+            index["requires_aesthetics_score"] = True
+    else:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     write_json(folder / "model_index.json", index)
 
 
-def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = value.astype(jnp.dtype(dtype))
-    if dtype == "float16" and np.any(np.isinf(cast) & np.isfinite(value)):
-        raise PretrainedError(
-            f"{name} reaches {np.abs(value).max():.3g}, beyond float16's 65504; use bfloat16"
-        )
-    return cast
+def pipeline_class(pretrained: Pretrained) -> str:
+    """The class of diffusers that draws with these networks."""
+    assert pretrained.unet
+    # Latents, a mask and masked latents: the network of an inpainting pipeline.
+    inpaints = pretrained.unet.in_channels == 2 * pretrained.unet.out_channels + 1
+    refines = pretrained.text_encoder_2 is not None and pretrained.text_encoder is None
+    xl = "XL" if pretrained.text_encoder_2 is not None else ""
+    kind = "Inpaint" if inpaints else "Img2Img" if refines else ""
+    return f"StableDiffusion{xl}{kind}Pipeline"

@@ -1,6 +1,7 @@
-"""Networks with their weights, from whatever folder the user has.
+"""Networks with their weights, from whatever folder or file the user has.
 
-`read_any` takes a diffusers pipeline, the folder of one of its networks, or an sdjax workdir.
+`read_any` takes a diffusers pipeline, the folder of one of its networks, an sdjax workdir, or a
+single-file checkpoint.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from collections.abc import Sequence
 from sdjax import paths
 from sdjax.train.bundle import INCOMPLETE, NETWORKS, Pretrained, PretrainedError, read_json
 from sdjax.train.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.train.single_file import Hints, read_single_file
 from sdjax.train.workdir import read_workdir
 
 __all__ = [
     "NETWORKS",
+    "Hints",
     "Pretrained",
     "PretrainedError",
     "folder_kind",
     "read_any",
     "read_diffusers",
+    "read_single_file",
     "read_workdir",
     "write_diffusers",
 ]
@@ -31,14 +35,18 @@ def read_any(
     weights: str = "ema",
     step: int | None = None,
     variant: str = "",
+    hints: Hints | None = None,
+    with_weights: bool = True,
 ) -> Pretrained:
-    """Networks from a diffusers pipeline, the folder of one of its networks, or an sdjax workdir.
+    """Networks from a diffusers pipeline or network, an sdjax workdir, or a single file.
 
     Args:
-        path: the folder; one checkpoint of a workdir (WORKDIR/checkpoints/STEP) is fine too.
+        path: the folder or file; a checkpoint of a workdir (WORKDIR/checkpoints/STEP) is one too.
         components: which networks to read, if they are there.
         weights, step: of a workdir, see `read_workdir`.
         variant: of a diffusers folder, see `find_weights`.
+        hints: of a single file, see `Hints`.
+        with_weights: False, of a folder, reads configs, schedule and tokenizers alone.
 
     Raises:
         PretrainedError: the folder is neither, or all that is wrong with it.
@@ -46,21 +54,32 @@ def read_any(
     """
     path = paths.to_path(path)
     kind = folder_kind(path)
+    if kind == "single_file":
+        return read_single_file(
+            path, components=components, weights=weights, hints=hints or Hints()
+        )
     if kind == "diffusers":
-        return read_diffusers(path, components=components, variant=variant)
+        return read_diffusers(
+            path, components=components, variant=variant, with_weights=with_weights
+        )
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parents[1], int(path.name)
-    return read_workdir(path, components=components, weights=weights, step=step)
+    return read_workdir(
+        path, components=components, weights=weights, step=step, with_weights=with_weights
+    )
 
 
 def folder_kind(path: paths.Path) -> str:
-    """ "diffusers" or "workdir". PretrainedError, with the reason, if it is neither."""
+    """ "diffusers", "workdir" or "single_file". PretrainedError, with the reason, if none."""
     if not paths.exists(path):
-        raise PretrainedError(f"{path}: no such folder")
+        raise PretrainedError(f"{path}: no such folder or file")
     if not path.is_dir():
+        if path.suffix == ".safetensors":
+            return "single_file"
         raise PretrainedError(
-            f"{path} is a file; expected a diffusers folder (model_index.json, unet/, ...) or an "
-            "sdjax workdir. Single-file checkpoints are not read: convert them with diffusers first"
+            f"{path} is a file; expected a diffusers folder (model_index.json, unet/, ...), an "
+            "sdjax workdir, or a single .safetensors file. A .ckpt is a pickle, which can run code "
+            "and is not read: save it as safetensors where torch is installed"
         )
     if (path / INCOMPLETE).exists():
         raise PretrainedError(

@@ -1,7 +1,7 @@
 """The workdir of a training run, or of a conversion: what is in it besides checkpoints.
 
 config.json          the resolved configuration
-tokenizer/           in CLIP's layout
+tokenizer/           in CLIP's layout; of SDXL's second encoder, tokenizer_2/
 frozen.safetensors   {path: array} of what is not trained, under sdjax's own names
 checkpoints/STEP/    see `sdjax.train.checkpoint`
 """
@@ -21,6 +21,7 @@ from sdjax.models.config import ConfigError
 from sdjax.models.weights import WeightsError, abstract, load_file
 from sdjax.train.bundle import (
     NETWORKS,
+    TOKENIZERS,
     Pretrained,
     PretrainedError,
     check_components,
@@ -30,7 +31,7 @@ from sdjax.train.bundle import (
 )
 from sdjax.train.checkpoint import Checkpoints, restore_params
 
-CONFIG_FILE, TOKENIZER_FOLDER, FROZEN_FILE = "config.json", "tokenizer", "frozen.safetensors"
+CONFIG_FILE, FROZEN_FILE = "config.json", "frozen.safetensors"
 
 
 def read_workdir(
@@ -39,6 +40,7 @@ def read_workdir(
     components: Sequence[str] = tuple(NETWORKS),
     weights: str = "ema",
     step: int | None = None,
+    with_weights: bool = True,
 ) -> Pretrained:
     """Reads the networks of a training run.
 
@@ -48,6 +50,7 @@ def read_workdir(
         weights: "ema" for the first of `config.ema.profiles` (the parameters themselves if the run
             keeps no average), "raw" for the parameters themselves, or the name of a profile.
         step: of the checkpoint, the newest by default.
+        with_weights: False leaves `params` empty and the checkpoints alone.
 
     Raises:
         PretrainedError: the workdir's files do not make whole networks, or `weights` is none.
@@ -60,6 +63,36 @@ def read_workdir(
         config = resolve(read_json(file))
     except ConfigError as error:
         raise PretrainedError(f"{file}: {error}") from error
+    latent = config.task == "text_to_image"
+    networks = {
+        name: getattr(config.model, name)
+        for name in NETWORKS
+        if name in components and (latent or name == "vae")
+    }
+    networks = {name: network for name, network in networks.items() if network is not None}
+    parts: dict[str, Any] = dict(networks)
+    if with_weights:
+        params = _restore(folder, config, weights, step)
+        parts["params"] = _complete(folder, networks, params)
+    if latent and "unet" in networks:
+        parts["schedule"] = config.schedule
+        parts["prediction_type"] = config.objective.prediction_type
+        parts["sampler"] = config.sample.sampler
+    for name, tokenizer in TOKENIZERS.items():
+        if name in networks:
+            length = networks[name].max_position_embeddings
+            try:
+                parts[tokenizer] = Tokenizer.load(folder / tokenizer, context_length=length)
+            except TokenizerError as error:
+                raise PretrainedError(str(error)) from error
+            parts["zero_empty_prompt"] = config.model.zero_empty_prompt
+    return Pretrained(**parts)
+
+
+def _restore(
+    folder: paths.Path, config: Config, weights: str, step: int | None
+) -> dict[str, np.ndarray]:
+    """All parameters of a run, trained ones as `weights` asks."""
     profiles = config.ema.profiles
     if weights not in ("ema", "raw", *profiles):
         raise PretrainedError(
@@ -79,22 +112,7 @@ def read_workdir(
             params = load_file(folder / FROZEN_FILE) | params
         except WeightsError as error:
             raise PretrainedError(str(error)) from error
-    latent = config.task == "text_to_image"
-    names = [n for n in NETWORKS if n in components and (latent or n == "vae")]
-    networks = {name: getattr(config.model, name) for name in names}
-    parts: dict[str, Any] = {**networks, "params": _complete(folder, networks, params)}
-    if latent and "unet" in names:
-        parts["schedule"] = config.schedule
-        parts["prediction_type"] = config.objective.prediction_type
-        parts["sampler"] = config.sample.sampler
-    if "text_encoder" in names:
-        length = config.model.text_encoder.max_position_embeddings
-        try:
-            tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER, context_length=length)
-        except TokenizerError as error:
-            raise PretrainedError(str(error)) from error
-        parts["tokenizer"] = tokenizer
-    return Pretrained(**parts)
+    return params
 
 
 def _complete(
@@ -131,7 +149,7 @@ def save_workdir(
 
     Args:
         folder: to write; appears under its name only once it is complete.
-        pretrained: a VAE, or all three networks with tokenizer and schedule.
+        pretrained: a VAE, or all networks of a pipeline with tokenizers and schedule.
         overwrite: replace a folder of networks that is there.
 
     Raises:
@@ -141,8 +159,10 @@ def save_workdir(
     folder = paths.to_path(folder)
     config = _config_of(folder, pretrained)
     with replaced_folder(folder, overwrite=overwrite) as partial:
-        if pretrained.tokenizer is not None:
-            pretrained.tokenizer.save(partial / TOKENIZER_FOLDER)
+        for name in TOKENIZERS.values():
+            tokenizer = getattr(pretrained, name)
+            if tokenizer is not None:
+                tokenizer.save(partial / name)
         state = {"params": dict(pretrained.params), "step": np.zeros((), np.int32)}
         with Checkpoints(partial) as checkpoints:
             checkpoints.save(0, state, {}, to_dict(config))
@@ -154,18 +174,21 @@ def _config_of(folder: paths.Path, pretrained: Pretrained) -> Config:
     """The configuration of a run that would have ended with these networks."""
     networks = pretrained.networks
     whole = set(networks) != {"vae"}
-    wanted = (*NETWORKS, "schedule", "tokenizer") if whole else ("vae",)
-    missing = [name for name in wanted if getattr(pretrained, name) is None]
-    if missing:
+    if whole and (missing := pretrained.missing()):
         raise PretrainedError(
             f"{folder}: a workdir holds a VAE or a whole pipeline; {', '.join(missing)} missing"
         )
     default = Config()
     replace = dataclasses.replace
+    changes: dict[str, Any] = {}
+    if whole:
+        # A pipeline has the encoders it has, whatever the defaults are.
+        changes = {name: None for name in TOKENIZERS if name not in networks}
+        changes["zero_empty_prompt"] = pretrained.zero_empty_prompt
     config = replace(
         default,
         task="text_to_image" if whole else "autoencoder",
-        model=replace(default.model, **networks),
+        model=replace(default.model, **networks, **changes),
         ema=replace(default.ema, profiles=()),
     )
     if pretrained.schedule is None:

@@ -144,6 +144,29 @@ def test_sharded_weights_and_variants_are_read(torch_pipeline, read, tmp_path, v
     assert_same_bits(read_diffusers(tmp_path, variant=variant).params, read.params)
 
 
+def test_shards_are_written_as_torch_writes_them(torch_pipeline, read, tmp_path):
+    import diffusers
+
+    write_diffusers(tmp_path / "ours", read, max_shard_size="40KB")
+    torch_pipeline.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    name = "unet/diffusion_pytorch_model.safetensors.index.json"
+    ours, theirs = (json.loads((tmp_path / d / name).read_text()) for d in ("ours", "theirs"))
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+    files = sorted((tmp_path / "ours" / "unet").glob("*.safetensors"))
+    assert {f.name for f in files} == set(ours["weight_map"].values()) and len(files) > 2
+    largest = max(v.size * 4 for k, v in read.params.items() if k.startswith("unet."))
+    for file in files:
+        tensors = weights.load_file(file)
+        assert sum(v.nbytes for v in tensors.values()) <= max(40_000, largest), file
+        assert all(ours["weight_map"][key] == file.name for key in tensors)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert_same_bits(torch_params(pipeline), torch_params(torch_pipeline))
+    assert_same_bits(read_diffusers(tmp_path / "ours").params, read.params)
+    with pytest.raises(PretrainedError, match="max_shard_size is '5 apples'; expected a size as"):
+        write_diffusers(tmp_path / "out", read, max_shard_size="5 apples")
+
+
 def test_variants_are_chosen_not_guessed(folder, read):
     plain = folder / "vae" / "diffusion_pytorch_model.safetensors"
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.non_ema.safetensors"))
@@ -196,7 +219,7 @@ def test_failed_write_leaves_the_earlier_folder(read, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdjax.train.diffusers_folder.save_file", full)
+    monkeypatch.setattr("sdjax.train.weight_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_diffusers(tmp_path / "out", read, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -266,10 +289,10 @@ def test_missing_parts_are_named(folder):
 def test_other_pipelines_are_refused(folder):
     edit_json(
         folder / "model_index.json",
-        _class_name="StableDiffusionXLPipeline",
-        text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+        _class_name="StableDiffusion3Pipeline",
+        text_encoder_3=["transformers", "T5EncoderModel"],
     )
-    with pytest.raises(PretrainedError, match="StableDiffusionXLPipeline with text_encoder_2"):
+    with pytest.raises(PretrainedError, match="StableDiffusion3Pipeline with text_encoder_3"):
         read_diffusers(folder)
 
 
