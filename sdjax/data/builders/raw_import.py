@@ -95,7 +95,9 @@ def limit_of_test(names: set[str]) -> float:
     return limit if fractions[-1] > limit else -1.0
 
 
-class RawImport(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RawImport(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """Images and captions imported from raw files.
 
     Features: image (the file's own bytes where they are a plain RGB PNG, JPEG or WebP, a PNG of
@@ -153,12 +155,11 @@ class RawImport(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         config = self.builder_config
         for shard in shards:
             for item in formats.read(shard, config.fields, chosen):
-                if isinstance(item, Row):
-                    item = clean.clean(item, config.rules)
-                if isinstance(item, Skip):
-                    self._skipped.append(item)
+                made = clean.clean(item, config.rules) if isinstance(item, Row) else item
+                if isinstance(made, Skip):
+                    self._skipped.append(made)
                 else:
-                    yield item
+                    yield made
 
 
 class ImageTextFolder(RawImport):

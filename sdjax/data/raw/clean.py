@@ -94,7 +94,7 @@ def clean_captions(text: Any, others: Any, rules: Rules) -> tuple[str, tuple[str
     main, *rest = text if isinstance(text, list) and text else [text]
     main = _caption(main, rules)
     rest += others if isinstance(others, list) else [others]
-    good = {}
+    good: dict[str, None] = {}
     for other in rest:
         try:
             good[_caption(other, rules)] = None

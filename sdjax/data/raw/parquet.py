@@ -31,7 +31,7 @@ def check_fields(shard: Shard, fields: Fields) -> bool:
     try:
         with paths.to_path(shard.path).open("rb") as file:
             columns = pyarrow.parquet.ParquetFile(file).schema_arrow.names
-    except (pyarrow.ArrowException, *paths.storage_errors()):
+    except paths.storage_errors(pyarrow.ArrowException):
         return False
     for what, name in (("image", fields.image), ("text", fields.text)):
         if name not in columns:
@@ -70,7 +70,7 @@ def names(shard: Shard) -> Iterator[str]:
     try:
         with paths.to_path(shard.path).open("rb") as file:
             count = pyarrow.parquet.ParquetFile(file).metadata.num_rows
-    except (pyarrow.ArrowException, *paths.storage_errors()):
+    except paths.storage_errors(pyarrow.ArrowException):
         return
     yield from (f"{shard.name}/{index}" for index in range(count))
 
@@ -96,7 +96,7 @@ def _entries(
                         yield name, {c: batch.column(c)[position].as_py() for c in columns}
                     except UnicodeDecodeError:
                         yield name, Skip(name, "bad_encoding", "not UTF-8")
-    except (pyarrow.ArrowException, *paths.storage_errors()) as error:
+    except paths.storage_errors(pyarrow.ArrowException) as error:
         if chosen(shard.name):
             detail = f"not read beyond row {index}: {str(error)[:200]}"
             yield shard.name, Skip(shard.name, "bad_shard", detail)

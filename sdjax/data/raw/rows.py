@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from etils import epath
+
 from sdjax import paths
 from sdjax.data.sources import DataError
 
@@ -157,7 +159,7 @@ def stamp(file: paths.Path) -> str:
     """A file's size and time, or that it is not there."""
     try:
         if paths.is_remote(file):
-            remote = file.stat()
+            remote = epath.Path(file).stat()
             return f"{remote.length} {remote.mtime}"
         local = os.stat(file)
         return f"{local.st_size} {local.st_mtime_ns}"

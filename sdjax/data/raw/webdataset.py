@@ -63,7 +63,8 @@ def _samples(
     shard: Shard, *, contents: bool = True
 ) -> Iterator[tuple[str, dict[str, bytes] | Skip]]:
     """(name, {"image", "txt", "json"}) of each sample; the name is its image's path in the tar."""
-    key, sample, named = "", {}, ""
+    key, named = ("", ""), ""
+    sample: dict[str, bytes] = {}
     seen: dict[str, int] = {}
 
     def finish() -> tuple[str, dict[str, bytes]]:
@@ -99,13 +100,13 @@ class _Strict(tarfile.TarInfo):
     """tarfile ends in silence where a header is damaged or cut off; this makes it say so."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # the mark of the end
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark of the end
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.SubsequentHeaderError(str(error)) from error
+            raise tarfile.ReadError(str(error)) from error
 
 
 def _members(shard: Shard, contents: bool) -> Iterator[tuple[str, bytes] | Skip]:
@@ -126,7 +127,7 @@ def _members(shard: Shard, contents: bool) -> Iterator[tuple[str, bytes] | Skip]
                     data = content.read() if content else b""
                     if len(data) < member.size:
                         raise tarfile.ReadError(f"{member.name} breaks off")
-                tar.members = []  # or tarfile remembers every member it has passed
+                tar.members = []  # type: ignore[attr-defined]  # or it remembers them all
                 yield member.name, data
-    except (tarfile.TarError, zlib.error, EOFError, *paths.storage_errors()) as error:
+    except paths.storage_errors(tarfile.TarError, zlib.error, EOFError) as error:
         yield Skip(shard.name, "bad_shard", f"not read to its end: {str(error)[:200]}")

@@ -1,0 +1,172 @@
+"""The first step: a shard of raw data -> its usable examples, and an index of what is in it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdjax import paths
+from sdjax.data import transforms
+from sdjax.data.prepare.duplicates import difference_hash
+from sdjax.data.prepare.settings import Place, Settings
+from sdjax.data.raw import formats
+from sdjax.data.raw.clean import Example, clean
+from sdjax.data.raw.rows import Row, Shard, Skip
+
+THUMBNAIL = 96  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is known of a usable example; the hashes are hexadecimal."""
+
+    name: str
+    split: str
+    digest: str  # of the pixels
+    alike: str  # the difference hash
+    width: int
+    height: int
+    bytes: int
+    chars: int  # of the main caption
+    captions: int  # main and alternatives
+    scores: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What became of a shard: its usable examples in order, and all that was left out."""
+
+    entries: list[Entry]
+    skips: list[Skip]
+    thumbnails: dict[str, list[tuple[str, str, str]]]  # by reason: name, detail, base64 JPEG
+
+
+def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> dict[str, int]:
+    """Writes `place.cleaned` and `place.index` of a shard, unless they are there.
+
+    Returns counts by reason, of what was used as "used".
+    """
+    from array_record.python import array_record_module
+
+    number, shard = job
+    if place.index(number).exists():
+        return counts(read_index(place, number))
+    index = Index([], [], {})
+    serialize = _serializer(settings.scores)
+    with place.writing(place.cleaned(number)) as local:
+        writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
+        for item in formats.read(shard, settings.fields):
+            image = item.image if isinstance(item, Row) else None
+            made = clean(item, settings.rules) if isinstance(item, Row) else item
+            if isinstance(made, Skip):
+                _note(index, made, image, settings)
+            else:
+                record = serialize(made)
+                writer.write(record)
+                index.entries.append(_entry(made, len(record)))
+        writer.close()
+    place.write_json(place.index(number), dataclasses.asdict(index))
+    return counts(index)
+
+
+def counts(index: Index) -> dict[str, int]:
+    """How many were left out for each reason, and how many used."""
+    found = {"used": len(index.entries)}
+    for skip in index.skips:
+        found[skip.reason] = found.get(skip.reason, 0) + 1
+    return found
+
+
+def read_index(place: Place, number: int) -> Index:
+    """What `clean_shard` wrote."""
+    stored = json.loads(place.index(number).read_text())
+    return Index(
+        [Entry(**entry) for entry in stored["entries"]],
+        [Skip(**skip) for skip in stored["skips"]],
+        stored["thumbnails"],
+    )
+
+
+@functools.cache
+def features(scores: tuple[str, ...]) -> Any:
+    """The TFDS features of the dataset."""
+    from sdjax.data.builders.raw_import import feature_types
+    from sdjax.data.tfds_on_cpu import tfds
+
+    return tfds.features.FeaturesDict(feature_types(scores))
+
+
+def _serializer(scores: tuple[str, ...]) -> Callable[[Example], bytes]:
+    """Example -> the bytes of a record as TFDS writes it, the same ones in every process."""
+    from sdjax.data.builders.raw_import import feature_values
+    from sdjax.data.tfds_on_cpu import tfds
+
+    types = features(scores)
+    maker = tfds.core.example_serializer.ExampleSerializer(types.get_serialized_info())
+
+    def serialize(example: Example) -> bytes:
+        encoded = types.encode_example(feature_values(example))
+        # TFDS leaves the order of the features to protobuf, which draws it anew in each process.
+        return maker.get_tf_example(encoded).SerializeToString(deterministic=True)
+
+    return serialize
+
+
+def _entry(example: Example, size: int) -> Entry:
+    height, width = example.pixels.shape[:2]
+    shape = f"{width}x{height} ".encode()
+    return Entry(
+        name=example.name,
+        split=example.split,
+        digest=hashlib.sha256(shape + example.pixels.tobytes()).hexdigest()[:32],
+        alike=f"{difference_hash(example.pixels):016x}",
+        width=width,
+        height=height,
+        bytes=size,
+        chars=len(example.text),
+        captions=1 + len(example.captions),
+        scores=list(example.scores.values()),
+    )
+
+
+def _note(index: Index, skip: Skip, image: bytes | None, settings: Settings) -> None:
+    """Lists what was left out, with a small picture of the first ones of each reason."""
+    index.skips.append(skip)
+    shown = index.thumbnails.setdefault(skip.reason, [])
+    if len(shown) < settings.thumbnails:
+        shown.append((skip.name, skip.detail, thumbnail(image, settings.rules.max_pixels)))
+
+
+def thumbnail(encoded: bytes | None, max_pixels: int) -> str:
+    """A small JPEG in base64; "" where nothing can be seen."""
+    try:
+        pixels = transforms.decode(encoded or b"", max_pixels=max_pixels)
+    except transforms.ImageError:
+        return ""
+    small = Image.fromarray(np.ascontiguousarray(pixels))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=75)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_records(place: Place, number: int, rows: list[int]) -> list[bytes]:
+    """Examples of a shard of the input, serialised, by their numbers."""
+    from array_record.python import array_record_module
+
+    if not rows:
+        return []
+    with paths.reading(place.cleaned(number)) as local:
+        reader = array_record_module.ArrayRecordReader(str(local))
+        records = reader.read(rows)
+        reader.close()
+    return records

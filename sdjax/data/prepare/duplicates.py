@@ -1,0 +1,145 @@
+"""Which examples repeat an earlier one: by their pixels, or by how they look.
+
+The rule is that of going through the data in order and dropping whatever equals, or is alike, an
+example that was kept. The comparisons are a Beam pipeline; what is kept follows from its pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdjax.data.prepare.settings import Place
+
+EXACT, NEAR, SAME = "duplicate", "near_duplicate", "same_hash"
+Pair = tuple[int, int, str]  # the earlier's position, the later's, and one of these
+_BLOCK = 2048
+
+
+def difference_hash(pixels: np.ndarray) -> int:
+    """uint8 [H, W, 3] -> 64 bits: whether each of 8x8 areas is darker than its right neighbour.
+
+    As `dhash` of github.com/JohannesBuchner/imagehash, after N. Krawetz (hackerfactor.com, 2013).
+    """
+    grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
+    small = np.asarray(grey.resize((9, 8), Image.Resampling.LANCZOS)).astype(int)
+    bits = (small[:, 1:] > small[:, :-1]).ravel()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
+
+
+def bands(distance: int) -> list[tuple[int, int]]:
+    """(shift, mask) of distance + 1 parts of 64 bits.
+
+    Two hashes that differ in at most `distance` bits agree in at least one part entirely.
+    """
+    edges = np.linspace(0, 64, distance + 2).astype(int)
+    return [(int(a), (1 << int(b - a)) - 1) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def position(shard: int, row: int) -> int:
+    """The place of an example in the order of the input, as one number."""
+    return (shard << 32) | row
+
+
+def exact_pairs(group: tuple[str, Iterable[int]]) -> list[Pair]:
+    """(pixels' digest, positions) -> the first with each of the others."""
+    first, *others = sorted(group[1])
+    return [(first, other, EXACT) for other in others]
+
+
+def alike_pairs(group: tuple[Any, Iterable[tuple[int, int]]], *, distance: int) -> Iterator[Pair]:
+    """(part of the hash, (hash, position) of each) -> the pairs of hashes within the distance."""
+    members = sorted({(place, value) for value, place in group[1]})
+    places = np.array([place for place, _ in members], np.int64)
+    values = np.array([value for _, value in members], np.uint64)
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK, None]
+        for other in range(start, len(values), _BLOCK):
+            differ = np.bitwise_count(block ^ values[None, other : other + _BLOCK])
+            for a, b in np.argwhere(differ <= distance):
+                if start + a < other + b:
+                    yield int(places[start + a]), int(places[other + b]), NEAR
+
+
+def find(pipeline: Any, numbers: list[int], *, place: Place, distance: int | None) -> Any:
+    """Adds the comparisons to a Beam pipeline -> PCollection of Pair; each may come repeatedly.
+
+    distance: of alike ones; None for equal pixels alone.
+    """
+    import apache_beam as beam
+
+    entries = (
+        pipeline
+        | "indices" >> beam.Create(numbers)
+        | "entries" >> beam.FlatMap(_hashes, place=place)
+    )
+    equal = (
+        entries
+        | "by pixels" >> beam.Map(_by_digest)
+        | "equal" >> beam.GroupByKey()
+        | "pairs of equals" >> beam.FlatMap(exact_pairs)
+    )
+    if distance is None:
+        return equal
+    # Of all with one hash the first stands for all: what it is alike, they are too.
+    same = entries | "by hash" >> beam.Map(_by_hash) | "same hash" >> beam.GroupByKey()
+    pairs_of_same = same | "pairs of same" >> beam.FlatMap(_same_pairs)
+    alike = (
+        same
+        | "parts" >> beam.FlatMap(_parts, distance=distance)
+        | "by part" >> beam.GroupByKey()
+        | "pairs of alike" >> beam.FlatMap(alike_pairs, distance=distance)
+    )
+    return (equal, pairs_of_same, alike) | beam.Flatten()
+
+
+def _hashes(number: int, *, place: Place) -> Iterator[tuple[str, int, int]]:
+    from sdjax.data.prepare.cleaning import read_index
+
+    for row, entry in enumerate(read_index(place, number).entries):
+        yield entry.digest, int(entry.alike, 16), position(number, row)
+
+
+def _by_digest(entry: tuple[str, int, int]) -> tuple[str, int]:
+    return entry[0], entry[2]
+
+
+def _by_hash(entry: tuple[str, int, int]) -> tuple[str, int]:
+    return f"{entry[1]:016x}", entry[2]
+
+
+def _same_pairs(group: tuple[str, Iterable[int]]) -> list[Pair]:
+    first, *others = sorted(group[1])
+    return [(first, other, SAME) for other in others]
+
+
+def _parts(
+    group: tuple[str, Iterable[int]], *, distance: int
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    value, first = int(group[0], 16), min(group[1])
+    for number, (shift, mask) in enumerate(bands(distance)):
+        yield f"{number} {(value >> shift) & mask}", (value, first)
+
+
+def resolve(pairs: Iterable[Pair]) -> dict[int, tuple[str, int]]:
+    """Pairs -> {position dropped: (EXACT or NEAR, the kept one that it repeats)}.
+
+    What has the pixels or the hash of a dropped example goes with it, being alike the same one.
+    """
+    earlier: dict[int, set[tuple[int, str]]] = {}
+    for first, later, kind in pairs:
+        earlier.setdefault(later, set()).add((first, kind))
+    dropped: dict[int, tuple[str, int]] = {}
+    for later in sorted(earlier):
+        reasons = []
+        for first, kind in earlier[later]:
+            if first not in dropped:
+                reasons.append((EXACT if kind == EXACT else NEAR, first))
+            elif kind != NEAR:
+                reasons.append((NEAR, dropped[first][1]))
+        if reasons:
+            dropped[later] = min(reasons)
+    return dropped

@@ -1,0 +1,182 @@
+"""A run of prepare: three Beam pipelines, and between them what has to see everything at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging as std_logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import logging
+
+from sdjax import paths
+from sdjax.data.prepare import cleaning, duplicates, report, writing
+from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
+from sdjax.data.raw import formats
+from sdjax.data.raw.rows import Shard
+from sdjax.errors import UserError
+
+std_logging.disable(std_logging.WARNING)  # Beam regrets that it cannot talk to BigQuery
+import apache_beam as beam  # noqa: E402
+
+std_logging.disable(std_logging.NOTSET)
+
+STATE = "prepare.json"
+
+
+def run(
+    input: str, settings: Settings, place: Place, *, workers: int, beam_options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Prepares a dataset, or finishes what a killed run left, and returns its report.
+
+    workers: processes of this machine; 1 works in this one. beam_options: for another runner.
+    Raises UserError when nothing is usable, or the output is that of another run.
+    """
+    make = functools.partial(_pipeline, workers=workers, options=beam_options)
+    shards = formats.list_shards(input, settings.format, settings.fields)
+    key = identity(settings, formats.fingerprint(shards, settings.fields))
+    done = _begin(place, key)
+    if done is not None:
+        logging.info("%s is finished already", place.folder)
+        return done
+    _clean(make, shards, settings, place)
+    indices = [cleaning.read_index(place, number) for number in range(len(shards))]
+    if not any(index.entries for index in indices):
+        reasons = Counter(skip.reason for index in indices for skip in index.skips)
+        raise UserError(
+            f"--input is {input!r}, of which not one image can be used: {dict(reasons)}; expected "
+            f"images, each with a caption (--text_key is {settings.fields.text!r})"
+        )
+    dropped = _find_duplicates(make, len(shards), settings, place)
+    kept = _split(indices, dropped, {shard.split for shard in shards}, settings)
+    outputs = writing.plan(f"prepared_{key}", kept, shard_bytes=settings.shard_mb << 20)
+    missing = [output for output in outputs if not (place.folder / output.file).exists()]
+    _log_step("writing", len(outputs), len(outputs) - len(missing))
+    _each(make, missing, functools.partial(writing.write_output, place=place))
+    found = report.make(settings, indices, dropped, kept, outputs)
+    report.write(found, indices, dropped, place, settings)
+    description = f"Made by sdjax.prepare, {sum(found['splits'].values())} examples."
+    writing.write_metadata(outputs, place=place, scores=settings.scores, description=description)
+    paths.write_text(place.folder / STATE, json.dumps({"identity": key}))
+    writing.remove_work(place)
+    return found
+
+
+def _begin(place: Place, key: str) -> dict[str, Any] | None:
+    """Makes the work folder, or checks that it is that of this run; the report if all is done."""
+    if paths.exists(place.folder / STATE):
+        state, finished = place.folder / STATE, True
+    else:
+        state, finished = place.work / STATE, False
+        paths.make_folder(place.work)
+        if not state.exists():
+            others = sorted({path.name for path in place.folder.iterdir()} - {"work"})
+            if others:
+                raise UserError(f"--output is {str(place.folder)!r}, which holds {others[:5]}; "
+                                "expected a folder that is empty or not there")  # fmt: skip
+            place.write_json(state, {"identity": key})
+    found = json.loads(state.read_text())["identity"]
+    if found != key:
+        raise UserError(
+            f"--output is {str(place.folder)!r}, which holds "
+            f"{'the dataset' if finished else 'the beginning'} of a run with other options, or of "
+            "input that has changed since; delete it or set another --output"
+        )
+    if not finished:
+        return None
+    if place.work.exists():  # killed at the very end
+        writing.remove_work(place)
+    return json.loads((place.folder / report.JSON).read_text())
+
+
+def _clean(make: Any, shards: list[Shard], settings: Settings, place: Place) -> None:
+    jobs = [job for job in enumerate(shards) if not place.index(job[0]).exists()]
+    _log_step("cleaning", len(shards), len(shards) - len(jobs))
+    _each(make, jobs, functools.partial(cleaning.clean_shard, place=place, settings=settings))
+
+
+def _find_duplicates(
+    make: Any, shards: int, settings: Settings, place: Place
+) -> dict[int, tuple[str, int]]:
+    """{position: (reason, the position of the one that is kept)} of what is dropped."""
+    if settings.duplicates == "none":
+        return {}
+    target = place.work / "duplicates.json"
+    if not target.exists():
+        logging.info("looking for duplicates")
+        distance = settings.near_distance if settings.duplicates == "near" else None
+        (place.work / "pairs").mkdir(exist_ok=True)
+        for old in (place.work / "pairs").iterdir():
+            old.unlink()
+        with make() as pipeline:
+            _ = (
+                duplicates.find(pipeline, list(range(shards)), place=place, distance=distance)
+                | "lines" >> beam.Map(json.dumps)
+                | "write pairs" >> beam.io.WriteToText(str(place.work / "pairs" / "pairs"))
+            )
+        pairs = [
+            tuple(json.loads(line))
+            for file in sorted((place.work / "pairs").iterdir(), key=str)
+            for line in file.read_text().splitlines()
+        ]
+        place.write_json(target, sorted(duplicates.resolve(pairs).items()))
+    return {later: (reason, kept) for later, (reason, kept) in json.loads(target.read_text())}
+
+
+def _split(
+    indices: list[cleaning.Index], dropped: dict[int, Any], stored: set[str], settings: Settings
+) -> list[tuple[int, int, cleaning.Entry, str]]:
+    """(shard, row, entry, split) of all that is kept, in order."""
+    left = [
+        (shard, row, entry)
+        for shard, index in enumerate(indices)
+        for row, entry in enumerate(index.entries)
+        if duplicates.position(shard, row) not in dropped
+    ]
+    names, found = [e.name for *_, e in left], [e.split for *_, e in left]
+    splits = assign_splits(names, found, stored, settings)
+    return [(*item, split) for item, split in zip(left, splits, strict=True)]
+
+
+def _log_step(step: str, total: int, there: int) -> None:
+    note = f", {there} of them there already" if there else ""
+    logging.info("%s: %d shards%s", step, total, note)
+
+
+def _each(make: Any, jobs: Sequence[Any], work: Callable[[Any], Any]) -> None:
+    """Does every job, wherever the runner has it done."""
+    if jobs:
+        with make() as pipeline:
+            _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(work)
+
+
+def _pipeline(*, workers: int, options: Sequence[str]) -> Any:
+    """A Beam pipeline for the runner of the options, or for processes of this machine."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    std_logging.getLogger("apache_beam").setLevel(std_logging.ERROR)
+    if any(option.startswith("--runner") for option in options):
+        return beam.Pipeline(options=PipelineOptions(list(options)))
+    mode = "in_memory" if workers == 1 else "multi_processing"
+    local = [
+        f"--direct_num_workers={workers or os.cpu_count() or 1}",
+        f"--direct_running_mode={mode}",
+        *options,
+    ]
+    return _local_pipeline(PipelineOptions(local))
+
+
+def _local_pipeline(options: Any) -> Any:
+    """Not by DirectRunner, which may be one that Beam downloads; but as that one sets it up."""
+    from apache_beam.portability.api import beam_provision_api_pb2
+    from apache_beam.runners.portability.fn_api_runner import fn_runner
+    from apache_beam.runners.portability.portable_runner import JobServiceHandle
+
+    # Of the options the workers need no other, and its workers say much that helps nobody.
+    encoded = JobServiceHandle.encode_pipeline_options({"default_sdk_harness_log_level": "ERROR"})
+    info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
+    runner = fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))
+    return beam.Pipeline(runner=runner, options=options)

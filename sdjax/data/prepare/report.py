@@ -1,0 +1,175 @@
+"""What came in, what went out and why not: report.json, report.html and dropped.jsonl."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from sdjax import paths
+from sdjax.data.prepare import cleaning
+from sdjax.data.prepare.cleaning import Entry, Index
+from sdjax.data.prepare.duplicates import position
+from sdjax.data.prepare.settings import Place, Settings
+from sdjax.data.prepare.writing import Output, names_of_splits
+
+JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
+Kept = list[tuple[int, int, Entry, str]]
+Dropped = dict[int, tuple[str, int]]
+_SIDES = (0, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+_ASPECTS = (0, 0.25, 0.33, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2, 3, 4)
+_CHARS = (0, 10, 20, 40, 80, 160, 320, 640, 1280)
+_KILOBYTES = (0, 4, 16, 64, 256, 1024, 4096)
+
+
+def make(
+    settings: Settings, indices: list[Index], dropped: Dropped, kept: Kept, outputs: list[Output]
+) -> dict[str, Any]:
+    """Counts by step and reason, and histograms of what is kept."""
+    skipped = Counter(skip.reason for index in indices for skip in index.skips)
+    repeated = Counter(reason for reason, _ in dropped.values())
+    usable = sum(len(index.entries) for index in indices)
+    return {
+        "read": usable + sum(skipped.values()),
+        "usable": usable,
+        "kept": len(kept),
+        "dropped": dict(sorted((skipped + repeated).items())),
+        "splits": names_of_splits(outputs),
+        "files": [output.file for output in outputs],
+        "bytes": sum(output.bytes for output in outputs),
+        "histograms": _histograms([entry for *_, entry, _ in kept], settings),
+        "settings": settings.to_json(),
+    }
+
+
+def _histograms(entries: list[Entry], settings: Settings) -> dict[str, Any]:
+    found = {
+        "short side": _histogram([min(e.width, e.height) for e in entries], _SIDES),
+        "width / height": _histogram([e.width / e.height for e in entries], _ASPECTS),
+        "characters of the caption": _histogram([e.chars for e in entries], _CHARS),
+        "captions of an image": _histogram([e.captions for e in entries], tuple(range(1, 8))),
+        "kilobytes": _histogram([e.bytes / 1024 for e in entries], _KILOBYTES),
+    }
+    for number, name in enumerate(settings.scores):
+        values = [entry.scores[number] for entry in entries]
+        edges = np.linspace(min(values), max(values), 11)
+        found[name] = _histogram(values, tuple(float(f"{edge:.4g}") for edge in edges[:-1]))
+    return found
+
+
+def _histogram(values: list[float], starts: tuple[float, ...]) -> list[tuple[float, int]]:
+    """(start of the bin, count); the last bin has no end, and the first no beginning."""
+    places = np.maximum(np.searchsorted(starts, values, side="right") - 1, 0)
+    counts = np.bincount(places, minlength=len(starts))
+    return [(start, int(count)) for start, count in zip(starts, counts, strict=True)]
+
+
+def write(
+    found: dict[str, Any], indices: list[Index], dropped: Dropped, place: Place, settings: Settings
+) -> None:
+    """Writes the three files, the same bytes for the same data and settings."""
+    lines = [_line(skip.name, skip.reason, skip.detail) for i in indices for skip in i.skips]
+    pictures: dict[str, list[tuple[str, str, list[str]]]] = {}
+    for index in indices:
+        for reason, some in index.thumbnails.items():
+            pictures.setdefault(reason, []).extend((n, d, [p]) for n, d, p in some)
+    for later in sorted(dropped):
+        reason, first = dropped[later]
+        name, kept = (_entry(indices, at).name for at in (later, first))
+        lines.append(_line(name, reason, f"of {kept}"))
+        shown = pictures.setdefault(reason, [])
+        if len(shown) < settings.thumbnails:
+            both = [_thumbnail(place, at, settings) for at in (later, first)]
+            shown.append((name, f"of {kept}", both))
+    limited = {reason: some[: settings.thumbnails] for reason, some in sorted(pictures.items())}
+    paths.write_text(place.folder / DROPPED, "".join(lines))
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    paths.write_text(place.folder / JSON, text + "\n")
+    paths.write_text(place.folder / HTML, page(found, limited))
+
+
+def _line(name: str, reason: str, detail: str) -> str:
+    entry = {"name": name, "reason": reason, "detail": detail}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _entry(indices: list[Index], at: int) -> Entry:
+    return indices[at >> 32].entries[at & (1 << 32) - 1]
+
+
+def _thumbnail(place: Place, at: int, settings: Settings) -> str:
+    shard, row = at >> 32, at & (1 << 32) - 1
+    assert position(shard, row) == at
+    (record,) = cleaning.read_records(place, shard, [row])
+    example = cleaning.features(settings.scores).deserialize_example_np(
+        record, decoders={"image": _encoded()}
+    )
+    return cleaning.thumbnail(example["image"], settings.rules.max_pixels)
+
+
+def _encoded() -> Any:
+    from sdjax.data.tfds_on_cpu import tfds
+
+    return tfds.decode.SkipDecoding()
+
+
+_STYLE = """
+body { font: 14px sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
+table { border-collapse: collapse } td, th { padding: 2px 10px; text-align: right }
+td:first-child, th:first-child { text-align: left }
+.bar { background: #47a; height: 11px } .bars td:last-child { width: 22em }
+.charts { display: flex; flex-wrap: wrap; gap: 2em }
+figure { display: inline-block; margin: 4px; width: 200px; vertical-align: top; font-size: 11px;
+  overflow-wrap: anywhere } figcaption { color: #555 }
+"""
+
+
+def page(found: dict[str, Any], pictures: dict[str, list[tuple[str, str, list[str]]]]) -> str:
+    """The report as one HTML file that needs no other."""
+    counts = [("rows read", found["read"]), ("usable", found["usable"]), ("kept", found["kept"])]
+    counts += [(f"in {split}", size) for split, size in found["splits"].items()]
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>sdjax.prepare</title>",
+        f"<style>{_STYLE}</style><h1>What became of the data</h1>",
+        _table(counts),
+        "<h2>Dropped, by reason</h2>",
+        _table(list(found["dropped"].items())) if found["dropped"] else "<p>Nothing.</p>",
+        "<h2>What is kept</h2><div class=charts>",
+        *(_chart(name, bins) for name, bins in found["histograms"].items()),
+        "</div>",
+    ]
+    for reason, some in pictures.items():
+        total = found["dropped"][reason]
+        parts.append(f"<h2>{html.escape(reason)}: {len(some)} of {total}</h2>")
+        parts += [_figure(*picture) for picture in some]
+    settings = json.dumps(found["settings"], indent=1, ensure_ascii=False)
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>")
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: list[tuple[str, int]]) -> str:
+    cells = "".join(f"<tr><td>{html.escape(a)}<td>{b:,}" for a, b in rows)
+    return f"<table>{cells}</table>"
+
+
+def _chart(name: str, bins: list[tuple[float, int]]) -> str:
+    most = max(count for _, count in bins) or 1
+    rows = "".join(
+        f"<tr><td>{start:g}+<td>{count:,}<td><div class=bar style='width:{count / most:.1%}'></div>"
+        for start, count in bins
+    )
+    return f"<div><h3>{html.escape(name)}</h3><table class=bars>{rows}</table></div>"
+
+
+def _figure(name: str, detail: str, pictures: list[str]) -> str:
+    images = "".join(
+        f"<img alt='' src='data:image/jpeg;base64,{picture}'> " if picture else "(no picture) "
+        for picture in pictures
+    )
+    return (
+        f"<figure>{images}<figcaption>{html.escape(name)}<br>{html.escape(detail)}</figcaption>"
+        "</figure>"
+    )

@@ -1,0 +1,149 @@
+"""What a run of prepare does, and where its files lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdjax import paths
+from sdjax.data.raw.clean import Rules
+from sdjax.data.raw.rows import Fields, fraction
+from sdjax.errors import UserError
+
+DUPLICATES = ("none", "exact", "near")
+MAX_DISTANCE = 10
+FEATURES = ("image", "text", "captions", "file_name", "width", "height")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that the output depends on, besides the content of the input."""
+
+    format: str
+    fields: Fields
+    rules: Rules
+    duplicates: str = "exact"  # "near" drops those, too, that look alike
+    near_distance: int = 6  # bits of 64 in which the hashes of alike pictures may differ
+    validation_share: float = 0.0  # of train, by hash of the name, where the source has no such
+    test_share: float = 0.03
+    shard_mb: int = 256
+    thumbnails: int = 8  # in the report, of each reason
+
+    def __post_init__(self) -> None:
+        if self.duplicates not in DUPLICATES:
+            raise UserError(f"--duplicates is {self.duplicates!r}; expected one of {DUPLICATES}")
+        if not 0 <= self.near_distance <= MAX_DISTANCE:
+            raise UserError(f"--near_distance is {self.near_distance}; expected 0 to "
+                            f"{MAX_DISTANCE} of 64 bits")  # fmt: skip
+        for name in ("validation_share", "test_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; expected 0 to below 1")
+        if self.validation_share + self.test_share >= 1:
+            raise UserError(
+                f"--validation_share and --test_share are {self.validation_share} and "
+                f"{self.test_share}, which leaves nothing to train on; expected less than 1 in all"
+            )
+        if self.shard_mb < 1:
+            raise UserError(f"--shard_mb is {self.shard_mb}; expected at least 1")
+        for name in ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars"):
+            if getattr(self.rules, name) < 0:
+                raise UserError(f"--{name} is {getattr(self.rules, name)}; expected 0 or more")
+        if self.rules.max_pixels < 1:
+            raise UserError(f"--max_pixels is {self.rules.max_pixels}; expected at least 1")
+        try:
+            re.compile(self.rules.drop_pattern)
+        except re.error as error:
+            raise UserError(
+                f"--drop_pattern is {self.rules.drop_pattern!r}, no regular expression: {error}"
+            ) from error
+        for score in self.rules.scores:
+            if score.column in FEATURES or not re.fullmatch(r"[A-Za-z]\w*", score.column):
+                raise UserError(
+                    f"--score names {score.column!r}; expected a word that is none of {FEATURES}"
+                )
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The columns of scores."""
+        return tuple(rule.column for rule in self.rules.scores)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report, and to tell runs apart."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The folder of a run's output, and of what it needs while it works."""
+
+    output: str
+
+    @property
+    def folder(self) -> paths.Path:
+        """Where the dataset lies when all is done."""
+        return paths.to_path(self.output)
+
+    @property
+    def work(self) -> paths.Path:
+        """What is removed at the end."""
+        return self.folder / "work"
+
+    def cleaned(self, number: int) -> paths.Path:
+        """The usable examples of a shard of the input."""
+        return self.work / f"clean-{number:05}.array_record"
+
+    def index(self, number: int) -> paths.Path:
+        """What is known of a shard's rows; it appears after `cleaned`."""
+        return self.work / f"clean-{number:05}.json"
+
+    @contextmanager
+    def writing(self, target: paths.Path) -> Iterator[Path]:
+        """A local file to write, which becomes target whole or not at all.
+
+        Workers of a run that was killed may be at the same file for a while: each has its own.
+        """
+        own = self.work / f"{target.name}-{uuid.uuid4().hex[:12]}"
+        with paths.writing(own) as local:
+            yield local
+        own.replace(target)
+
+    def write_json(self, target: paths.Path, value: Any) -> None:
+        """Writes JSON, whole or not at all."""
+        with self.writing(target) as local:
+            local.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def identity(settings: Settings, fingerprint: str) -> str:
+    """Differs between runs whose outputs may differ."""
+    text = json.dumps(settings.to_json(), sort_keys=True) + fingerprint
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def assign_splits(
+    names: list[str], found: list[str], stored: set[str], settings: Settings
+) -> list[str]:
+    """The split of each example: its own, or for train by the hash of its name.
+
+    stored: the splits that the source has, of which none is made. A share too small for any
+    example still gets the one of the lowest hash, when there are two or more.
+    """
+    test = 0.0 if "test" in stored else settings.test_share
+    validation = 0.0 if "validation" in stored else settings.validation_share
+    ats = [fraction(name) for name in names]
+    train = sorted({at for at, split in zip(ats, found, strict=True) if split == "train"})
+    if test and len(train) > 1:
+        test = max(test, math.nextafter(train[0], 1))  # above the lowest, for `<`
+    splits = []
+    for at, split in zip(ats, found, strict=True):
+        if split == "train" and at < test + validation:
+            split = "test" if at < test else "validation"
+        splits.append(split)
+    return splits

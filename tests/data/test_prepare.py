@@ -1,0 +1,360 @@
+"""sdjax.prepare: what is kept, what is dropped and why, the same bytes after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sdjax.data.prepare import duplicates
+from sdjax.data.prepare.duplicates import EXACT, NEAR, SAME, difference_hash
+from sdjax.data.prepare.settings import Place, Settings, assign_splits
+from sdjax.data.raw.clean import Rules, ScoreRule
+from sdjax.data.raw.rows import Fields, fraction
+from sdjax.data.sources import DataConfig, DataError, open_source
+from sdjax.errors import UserError
+from sdjax.prepare import parse_colour, parse_score
+from tests.data.test_raw import encoded, write_parquet
+
+SHARED = os.environ.get("SDJAX_TEST_DATA", "")
+needs_shared = pytest.mark.skipif(not SHARED, reason="SDJAX_TEST_DATA is not set")
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def settings(format="image_text_folder", rules=None, **fields):
+    rules = rules or Rules()
+    columns = tuple(rule.column for rule in rules.scores)
+    return Settings(format, Fields(columns=columns), rules, **fields)
+
+
+def prepare(source, output, chosen):
+    """In this process -> the report."""
+    pytest.importorskip("apache_beam")
+    from sdjax.data.prepare import pipeline
+
+    return pipeline.run(str(source), chosen, Place(str(output)), workers=1)
+
+
+def picture(seed, size=(40, 30)):
+    """Smooth noise, which no other seed's looks like."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def dropped(output):
+    lines = (Path(output) / "dropped.jsonl").read_text().splitlines()
+    return [(entry["name"], entry["reason"]) for entry in map(json.loads, lines)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def small_dirty_set(folder):
+    """One good picture, its repeats and likenesses, and one of each sort of trouble."""
+    folder.mkdir()
+    one = picture(1)
+    one.save(folder / "one.png")
+    one.save(folder / "same.bmp")
+    one.resize((80, 60)).save(folder / "larger.png")
+    picture(2).save(folder / "two.jpg")
+    picture(3).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.new("RGBA", (30, 30), (9, 9, 9, 0)).save(folder / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture(4).save(folder / "turned.jpg", exif=turned)
+    picture(5, (40, 8)).save(folder / "small.png")
+    picture(6, (400, 20)).save(folder / "wide.png")
+    picture(7, (400, 300)).save(folder / "huge.png")
+    (folder / "cut.png").write_bytes(encoded(picture(8, (90, 90)))[:3000])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").touch()
+    picture(9).save(folder / "spam.png")
+    names = "one same larger two cmyk clear turned small wide huge cut text empty spam".split()
+    files = {path.stem: path.name for path in folder.iterdir()}
+    lines = [{"file_name": files[name], "text": f"a {name}"} for name in names]
+    lines[-1]["text"] = "buy <b>now</b>"
+    lines += [{"file_name": "gone.png", "text": "x"}, {"file_name": "two.jpg", "text": " "}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "{\n"
+    (folder / "metadata.jsonl").write_text(text)
+
+
+TROUBLE = {
+    "small.png": "too_small", "wide.png": "aspect_ratio", "huge.png": "too_many_pixels",
+    "cut.png": "truncated", "text.png": "not_an_image", "empty.png": "empty_file",
+    "metadata.jsonl line 14 (spam.png)": "caption_pattern",
+    "metadata.jsonl line 15 (gone.png)": "missing_file",
+    "metadata.jsonl line 16 (two.jpg)": "no_caption", "metadata.jsonl line 17": "bad_json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["none", "exact", "near"])
+def test_small_dirty_set(tmp_path, mode):
+    small_dirty_set(tmp_path / "in")
+    rules = Rules(max_pixels=50_000, drop_pattern="^buy")
+    chosen = settings(rules=rules, duplicates=mode, test_share=0.0)
+    found = prepare(tmp_path / "in", tmp_path / "out", chosen)
+    repeats = {"none": {}, "exact": {"same.bmp": "duplicate"},
+               "near": {"same.bmp": "duplicate", "larger.png": "near_duplicate"}}[mode]  # fmt: skip
+    assert dict(dropped(tmp_path / "out")) == TROUBLE | repeats
+    assert found["read"] == 17 and found["usable"] == 7
+    assert found["kept"] == 7 - len(repeats) == found["splits"]["train"]
+    assert sum(found["dropped"].values()) == found["read"] - found["kept"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
+        json.dumps(found)
+    )
+    for bins in found["histograms"].values():
+        assert sum(count for _, count in bins) == found["kept"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name.split()[0] in page for name in TROUBLE) and "base64" in page
+    config = DataConfig(name="prepared", path=str(tmp_path / "out"))
+    source = open_source(config, "train")
+    stored = {source._records[i]["file_name"].decode(): source[i] for i in range(len(source))}
+    expected = {"one.png", "same.bmp", "larger.png", "two.jpg", "cmyk.jpg", "clear.png",
+                "turned.jpg"}  # fmt: skip
+    assert set(stored) == expected - set(repeats)
+    assert stored["two.jpg"]["text"] == "a two"
+    np.testing.assert_array_equal(stored["one.png"]["image"], np.asarray(picture(1)))
+    assert stored["turned.jpg"]["image"].shape == (40, 30, 3)  # upright
+    assert (stored["clear.png"]["image"] == 255).all()
+    record = next(r for r in source._records if r["file_name"] == b"turned.jpg")
+    assert (record["width"], record["height"]) == (30, 40)
+
+
+def parquet_set(folder, files=6, rows=25):
+    for file in range(files):
+        table = []
+        for row in range(rows):
+            n = file * rows + row
+            seed = n - 30 if n % 10 == 7 and n > 30 else n  # repeats across files
+            table.append({"image": {"bytes": encoded(picture(seed)), "path": None},
+                          "text": f"number {n}" if n % 11 else "", "score": n / 100})  # fmt: skip
+        write_parquet(folder / f"train-{file:05}.parquet", table)
+
+
+def test_scores_splits_and_file_sizes(tmp_path):
+    parquet_set(tmp_path / "in", files=3)
+    rules = Rules(scores=(ScoreRule("score", low=0.1, high=0.6),))
+    chosen = settings("parquet", rules, validation_share=0.2, test_share=0.1)
+    found = prepare(tmp_path / "in", tmp_path / "out", chosen)
+    kept = [n for n in range(10, 61) if n % 11 and n not in (37, 47, 57)]
+    # 37 repeats 7, whose score is too low: it stays.
+    assert found["kept"] == len(kept) + 1
+    names = {}
+    for split in ("train", "validation", "test"):
+        source = open_source(DataConfig(name="prepared", path=str(tmp_path / "out")), split)
+        for record in source._records:
+            name = record["file_name"].decode()
+            at = fraction(name)
+            assert split == ("test" if at < 0.1 else "validation" if at < 0.3 else "train")
+            number = int(record["text"].decode().split()[1])
+            assert record["score"] == np.float32(number / 100)
+            names[number] = split
+    assert sorted(names) == sorted([*kept, 37])
+    assert set(names.values()) == {"train", "validation", "test"}
+    assert "score" in found["histograms"]
+    with pytest.raises(DataError, match="no dataset_info.json"):
+        open_source(DataConfig(name="prepared", path=str(tmp_path)), "train")
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Two processes are killed, one at each end of the work; then a third way finishes it."""
+    from sdjax.data.prepare import writing
+
+    parquet_set(tmp_path / "in")
+    chosen = settings("parquet", shard_mb=1)
+    prepare(tmp_path / "in", tmp_path / "whole", chosen)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "sdjax.prepare", f"--input={tmp_path / 'in'}",
+               f"--output={out}", "--workers=2", "--shard_mb=1"]  # fmt: skip
+
+    def until(pattern):
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while not list(out.glob(pattern)):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    until("work/clean-*.json")
+    assert len(list(out.glob("work/clean-*.json"))) < 6
+    first = {path: path.stat().st_mtime_ns for path in out.glob("work/clean-*")}
+    until("work/duplicates.json")
+    for path, stamp in first.items():
+        if path.suffix == ".json":
+            assert path.stat().st_mtime_ns == stamp  # not made again
+    assert not (out / "report.json").exists()
+    prepare(tmp_path / "in", out, chosen)
+    assert contents(out) == contents(tmp_path / "whole")
+    # Finished, it is left as it is; with other options or input it is refused.
+    monkeypatch.setattr(writing, "write_output", None)
+    assert prepare(tmp_path / "in", out, chosen)["kept"] > 100
+    with pytest.raises(UserError, match="the dataset of a run with other options"):
+        prepare(tmp_path / "in", out, settings("parquet", test_share=0.5))
+
+
+def test_output_and_input_that_cannot_be(tmp_path):
+    small_dirty_set(tmp_path / "in")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match=r"holds \['file'\]; expected a folder that is empty"):
+        prepare(tmp_path / "in", tmp_path / "full", settings())
+    with pytest.raises(UserError, match="not one image can be used: .*'too_small': 12.*text_key"):
+        prepare(tmp_path / "in", tmp_path / "out", settings(rules=Rules(min_side=999)))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: settings(near_distance=11), "near_distance is 11; expected 0 to 10"),
+        (lambda: settings(test_share=0.6, validation_share=0.4), "leaves nothing to train on"),
+        (lambda: settings(rules=Rules(drop_pattern="(")), "no regular expression"),
+        (lambda: settings(rules=Rules(scores=(ScoreRule("width"),))), "--score names 'width'"),
+        (lambda: parse_score("a>3"), "--score is 'a>3'; expected a column"),
+        (lambda: parse_score("1<=a>=3"), "expected a column"),
+        (lambda: parse_colour("1,2,256"), "expected three numbers of 0 to 255"),
+    ],
+)
+def test_settings_that_cannot_be(make, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        make()
+
+
+def test_scores_and_colours_are_parsed():
+    assert parse_score("4<=a <= 9.5") == ScoreRule("a", 4, 9.5)
+    assert parse_score("a>=-1e-3") == ScoreRule("a", low=-1e-3)
+    assert parse_score("a") == ScoreRule("a")
+    assert parse_colour("1, 2,3") == (1, 2, 3)
+
+
+def test_command_line_errors(tmp_path):
+    command = [sys.executable, "-m", "sdjax.prepare", f"--input={tmp_path}",
+               f"--output={tmp_path / 'o'}"]  # fmt: skip
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 2 and "--input is" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_difference_hash_of_slopes():
+    slope = np.repeat(np.arange(0, 252, 4, dtype=np.uint8)[None], 40, 0)[..., None].repeat(3, -1)
+    assert difference_hash(slope) == 2**64 - 1
+    assert difference_hash(slope[:, ::-1]) == 0
+
+
+@pytest.mark.parametrize("distance", [0, 3, 6])
+def test_near_duplicates_are_those_of_going_through_in_order(distance):
+    """The pairs found by parts of the hash, and what follows from them, against all pairs."""
+    rng = np.random.default_rng(distance)
+    centres = rng.integers(0, 2**63, 40)
+    hashes, digests = [], []
+    for _ in range(400):
+        flips = rng.choice(64, rng.integers(0, 7), replace=False)
+        value = int(centres[rng.integers(40)])
+        for bit in flips:
+            value ^= 1 << int(bit)
+        hashes.append(value)
+        digests.append(f"{value} {rng.integers(2)}")  # equal pixels have equal hashes
+    expected, kept = {}, []
+    for at, value in enumerate(hashes):
+        equal = [k for k in kept if digests[k] == digests[at]]
+        alike = [k for k in kept if (hashes[k] ^ value).bit_count() <= distance]
+        if equal or alike:
+            expected[at] = EXACT if equal else NEAR
+        else:
+            kept.append(at)
+    by_digest, by_hash, by_part = defaultdict(list), defaultdict(list), defaultdict(list)
+    for at in rng.permutation(400).tolist():
+        by_digest[digests[at]].append(at)
+        by_hash[f"{hashes[at]:016x}"].append(at)
+    pairs = [pair for group in by_digest.items() for pair in duplicates.exact_pairs(group)]
+    for group in by_hash.items():
+        pairs += [(a, b, SAME) for a, b, _ in duplicates.exact_pairs(group)]
+        for part, member in duplicates._parts(group, distance=distance):
+            by_part[part].append(member)
+    for group in by_part.items():
+        pairs += duplicates.alike_pairs(group, distance=distance)
+    found = duplicates.resolve(pairs)
+    assert {at: reason for at, (reason, _) in found.items()} == expected
+    assert set(first for _, first in found.values()) <= set(kept)
+    assert len(expected) > 20
+
+
+def test_splits_are_by_hash_and_leave_those_of_the_source_alone():
+    names = [f"{n}.png" for n in range(1000)]
+    chosen = settings(validation_share=0.1, test_share=0.05)
+    found = assign_splits(names, ["train"] * 1000, {"train"}, chosen)
+    more = assign_splits([*names, "x"], ["train"] * 1001, {"train"}, chosen)
+    assert more[:1000] == found
+    assert 25 <= found.count("test") <= 80 and 70 <= found.count("validation") <= 130
+    found = assign_splits(names, ["train"] * 999 + ["test"], {"train", "test"}, chosen)
+    assert found.count("test") == 1 and found[-1] == "test"
+    few = assign_splits(["b", "c"], ["train"] * 2, {"train"}, settings(test_share=1e-9))
+    assert sorted(few) == ["test", "train"]
+
+
+@needs_shared
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("mode", ["none", "exact", "near"])
+def test_dirty_set(tmp_path, mode):
+    """Each case of the manifest ends as it says, by name, reason, size, colours and repeats."""
+    folder = Path(SHARED) / "dirty"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    prepare(folder, tmp_path / "out", settings(duplicates=mode, test_share=0.0))
+    source = open_source(DataConfig(name="prepared", path=str(tmp_path / "out")), "train")
+    used = {source._records[i]["file_name"].decode(): source[i] for i in range(len(source))}
+    gone = dropped(tmp_path / "out")
+    reasons = {}
+    for name, reason in gone:
+        for key in (name, name.split(" (")[0], name.split(" (")[-1].rstrip(")")):
+            reasons.setdefault(key, reason)
+    repeats = {"duplicate", "near_duplicate"}
+    for case in manifest["cases"]:
+        name, line = case["file_name"], f"metadata.jsonl line {case['metadata_line']}"
+        reason = reasons.get(line, reasons.get(name))
+        if case["expect"] == "skip" and "also_ok" not in case:
+            assert reason == (None if case["reason"] == "blank_line" else case["reason"]), case
+        elif case["expect"] == "use" and name not in used and reason not in repeats:
+            assert case.get("also_ok") == "skip", case
+        if case["expect"] == "use" and name in used:
+            image = used[name]["image"]
+            assert list(image.shape[1::-1]) == case.get("expected_size", [*image.shape[1::-1]])
+            mean = image.mean((0, 1))
+            limit = case.get("mean_tolerance", manifest["mean_tolerance"])
+            assert np.abs(mean - case.get("expected_mean_rgb", mean)).max() <= limit, case
+    names = [name for name, reason in gone if reason in repeats]
+    usable = [case for case in manifest["cases"] if case["expect"] == "use"]
+    if mode == "none":
+        assert not names
+    elif mode == "exact":
+        kinds = ("same_file", "exact", "pixels")
+        wanted = {c["file_name"] for c in usable if c.get("dedup", {}).get("kind") in kinds}
+        assert wanted <= set(names)
+        for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            if entry["reason"] == "duplicate":  # the manifest does not list all there are
+                one, other = (
+                    np.asarray(ImageOps.exif_transpose(Image.open(folder / file)))
+                    for file in (entry["name"], entry["detail"].removeprefix("of "))
+                )
+                np.testing.assert_array_equal(one, other)
+        pixels = [
+            (source[i]["image"].shape, source[i]["image"].tobytes()) for i in range(len(source))
+        ]
+        assert len(set(pixels)) == len(pixels)
+    else:
+        groups = defaultdict(set)
+        for case in usable:
+            groups[case.get("near_group", case["file_name"])].add(case["file_name"])
+        for group, members in groups.items():
+            assert len(members & set(used)) == 1 or members <= {
+                c["file_name"] for c in usable if c.get("also_ok") == "skip"
+            }, group
