@@ -12,7 +12,10 @@ from PIL import Image
 from sdjax.config import Config, resolve
 from sdjax.data.tfds_on_cpu import tfds
 from sdjax.models.config import ConfigError
+from sdjax.parallel.mesh import make_mesh
 from sdjax.train import checkpoint, loop, program
+from sdjax.train.conditioning import blank_tokenizers
+from sdjax.train.task import make_task
 
 SIZES = [(16, 16), (16, 32), (40, 20)]  # height, width; the buckets have the same aspects
 
@@ -108,6 +111,19 @@ def test_one_compilation_for_each_bucket(config, tmp_path, monkeypatch, capsys):
     config.data.buckets.max_aspect = 3.0
     with pytest.raises(ConfigError, match="data.buckets.max_aspect"):
         loop.run(resolve(config), str(tmp_path / "parts"))
+
+
+def test_text_to_image_takes_rectangles(tiny_config):
+    """The same loss and state come of any shape, for one that is traced and not compiled."""
+    config = resolve(tiny_config)
+    task = make_task(config, blank_tokenizers(config.model))
+    built = program.build(config, task, make_mesh(config.mesh, jax.devices()[:1]))
+    batch = program.with_pictures(built.batch, (12, 20))
+    assert batch["image"].shape == (8, 12, 20, 3)
+    state, metrics = built.step.eval_shape(built.state, built.frozen, batch)
+    assert metrics["loss"].shape == ()
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, built.state))
+    assert shapes[0] == shapes[1]
 
 
 def test_sides_that_the_networks_cannot_halve_are_named(config):
