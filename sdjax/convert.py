@@ -67,6 +67,15 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of the weights to write; a workdir is float32 (%(default)s)",
     )  # fmt: skip
+    _add_file_options(p)
+    p.add_argument(
+        "--force", action="store_true", help="replace what an earlier conversion wrote to --output"
+    )
+    return p
+
+
+def _add_file_options(p: argparse.ArgumentParser) -> None:
+    """Those that belong to one kind of input or output."""
     p.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest by default")
     p.add_argument(
         "--variant", default="",
@@ -94,10 +103,6 @@ def parser() -> argparse.ArgumentParser:
     single.add_argument(
         "--scaling_factor", type=float, help="of the latents of an autoencoder that is alone"
     )
-    p.add_argument(
-        "--force", action="store_true", help="replace what an earlier conversion wrote to --output"
-    )
-    return p
 
 
 def convert(
@@ -139,21 +144,8 @@ def convert(
         "prediction_type": prediction_type,
         "scaling_factor": scaling_factor,
     }
-    for option, value in given.items():
-        if value not in ("", None) and kind != _INPUT_OPTIONS[option]:
-            raise PretrainedError(
-                f"--{option}={value} is for a {_INPUT_OPTIONS[option]} as --input, and {source} is "
-                f"a {kind}; leave it out"
-            )
-    if to == "workdir" and dtype != "float32":
-        raise PretrainedError(
-            f"--dtype={dtype}: {source} becomes a workdir, which holds float32; leave --dtype out"
-        )
-    if to != "diffusers" and max_shard_size:
-        raise PretrainedError(
-            f"--max_shard_size={max_shard_size} is for a diffusers folder to write, and {target} "
-            f"becomes a {to}; leave it out"
-        )
+    if problem := _misplaced(given, kind, to, dtype, max_shard_size):
+        raise PretrainedError(f"{problem}; {source} is a {kind}, and {target} becomes a {to}")
     like = read_any(config_from, with_weights=False) if config_from else None
     hints = Hints(tokenizer, prediction_type, scaling_factor, like)
     read = read_any(source, weights=weights, step=step, variant=variant, hints=hints)
@@ -170,6 +162,21 @@ def default_format(kind: str, target: paths.Path) -> str:
     if target.suffix == ".safetensors":
         return "single_file"
     return "diffusers" if kind == "workdir" else "workdir"
+
+
+def _misplaced(
+    given: dict[str, Any], kind: str, to: str, dtype: str, max_shard_size: str | None
+) -> str:
+    """What is wrong with options that another kind of input or output has, or ""."""
+    for option, value in given.items():
+        if value not in ("", None) and kind != _INPUT_OPTIONS[option]:
+            wanted = _INPUT_OPTIONS[option]
+            return f"--{option}={value} is for a {wanted} as --input: leave it out"
+    if to == "workdir" and dtype != "float32":
+        return f"--dtype={dtype}: a workdir holds float32; leave --dtype out"
+    if to != "diffusers" and max_shard_size:
+        return f"--max_shard_size={max_shard_size} is for a diffusers folder to write: leave it out"
+    return ""
 
 
 def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:

@@ -31,7 +31,8 @@ def unet_config(shapes: Shapes, *, sample_size: int, upcast: bool = False) -> UN
     Raises:
         ConfigError: they are no UNet of Stable Diffusion; says what is missing or odd.
     """
-    levels, level = [], []  # of (width, depth of the transformer or 0)
+    levels: list[list[tuple[int, int]]] = []
+    level: list[tuple[int, int]] = []  # (width, depth of the transformer or 0) of each block
     for i in range(1, _count(shapes, "input_blocks")):
         place = f"input_blocks.{i}"
         if f"{place}.0.op.weight" in shapes:

@@ -104,7 +104,7 @@ def read_single_file(
         shapes, metadata = read_header(file)
         family, prefixes = _layout(file, shapes)
         ignored = _others(file, shapes, prefixes)
-        said = json.loads(metadata.get(METADATA, "{}"))
+        said = _said(file, metadata)
         schedule = _schedule(file, shapes, family, said, hints) if "unet" in prefixes else None
         parts: dict[str, Any] = {"params": {}}
         for name, prefix in prefixes.items():
@@ -131,6 +131,20 @@ def read_single_file(
         default = hints.like.zero_empty_prompt if hints.like else family == "sdxl"
         parts["zero_empty_prompt"] = said.get("zero_empty_prompt", default)
     return Pretrained(**parts, ignored=tuple(ignored))
+
+
+def _said(file: paths.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What sdjax wrote into the header, or nothing."""
+    try:
+        said = json.loads(metadata.get(METADATA, "{}"))
+        if "schedule" in said:
+            said["schedule"] = ScheduleConfig(**said["schedule"])
+    except (ValueError, TypeError) as error:
+        raise PretrainedError(
+            f"{file}: the header has a part of sdjax's that this version cannot read ({error}); "
+            "use the version that wrote it, or write it again"
+        ) from error
+    return said
 
 
 def _layout(file: paths.Path, shapes: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
@@ -263,7 +277,7 @@ def _schedule(
     if hints.like is not None and hints.like.schedule is not None:
         schedule, prediction = hints.like.schedule, hints.like.prediction_type
     elif "schedule" in said:
-        schedule, prediction = ScheduleConfig(**said["schedule"]), said["prediction_type"]
+        schedule, prediction = said["schedule"], said["prediction_type"]
     else:
         # A mark that ComfyUI and A1111 look for; the rest is every release's.
         schedule = ScheduleConfig(zero_terminal_snr="ztsnr" in shapes)

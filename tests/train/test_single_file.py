@@ -273,6 +273,13 @@ def test_other_kinds_of_models_are_refused(file, sd1, extra, message):
         read_single_file(file, hints=Hints(like=sd1))
 
 
+@pytest.mark.parametrize("header", ["{", '{"schedule": {"kind": "linear", "newer": 1}}'])
+def test_header_of_another_version_is_named(file, sd1, header):
+    weights.save_file(weights.load_file(file), file, metadata={"sdjax": header})
+    with pytest.raises(PretrainedError, match="sd1.safetensors: the header has a part of sdjax"):
+        read_single_file(file, hints=Hints(like=sd1))
+
+
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     file = tmp_path / "lora.safetensors"
     weights.save_file({"lora_unet_down.weight": np.ones(1)}, file)
