@@ -170,8 +170,6 @@ def make_iterator(
     those of the batch's bucket.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
-    import grain.python as grain
-
     if config.batch_size % process_count:
         raise DataError(
             f"data.batch_size is {config.batch_size}, not divisible by the {process_count} hosts; "
@@ -184,25 +182,46 @@ def make_iterator(
     sources = open_parts(config, split)
     _warn(config, sources)
     transform = Transform(dict(tokenizers), config.crop, config.flip, config.captions, with_size)
-    buckets: list[Buckets] = []
+    examples, shape_at, buckets = _endless(config, sources, seed=seed, shuffle=shuffle)
+    # No remainder, or Grain rounds the endless length up past the largest integer.
+    per_host = config.batch_size // process_count
+    return BatchIterator(
+        examples.random_map(transform).batch(per_host, drop_remainder=True),
+        config,
+        _identity(config, sources, buckets, split=split, seed=seed, shuffle=shuffle),
+        process_index=process_index,
+        process_count=process_count,
+        shape_at=shape_at,
+        summary=summarise(sources, buckets, config.batch_size),
+    )
+
+
+def _endless(
+    config: DataConfig, sources: Sequence[Source], *, seed: int, shuffle: bool
+) -> tuple[Any, Callable[[int], tuple[int, int]], list[Buckets]]:
+    """The examples in their order, for ever; step -> shape of its pictures; buckets, if any."""
+    import grain.python as grain
+
     if config.mixture or config.buckets.step:
         stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)
         dataset = grain.MapDataset.source(stream).seed(seed)
-        shape_at = lambda step: stream.locate(step * config.batch_size)[2]  # noqa: E731
-    else:
-        dataset = grain.MapDataset.source(sources[0]).seed(seed)
-        if shuffle:
-            dataset = dataset.shuffle()
-        dataset = dataset.repeat()
-        shape_at = lambda step: (config.resolution, config.resolution)  # noqa: E731
-    # No remainder, or Grain rounds the endless length up past the largest integer.
-    per_host = config.batch_size // process_count
-    dataset = dataset.random_map(transform).batch(per_host, drop_remainder=True)
-    examples = sum(found.images for found in buckets) if buckets else sum(map(len, sources))
+        return dataset, lambda step: stream.locate(step * config.batch_size)[2], buckets
+    dataset = grain.MapDataset.source(sources[0]).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    return dataset.repeat(), lambda step: (config.resolution, config.resolution), []
+
+
+def _identity(
+    config: DataConfig, sources: Sequence[Source], buckets: Sequence[Buckets], *, split: str,
+    seed: int, shuffle: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What tells streams apart, in the state of an iterator."""
+    counts = [found.images for found in buckets] or [len(source) for source in sources]
     identity = {
         "dataset": " + ".join(source.name for source in sources),
         "split": split,
-        "examples": examples,
+        "examples": sum(counts),
         "batch_size": config.batch_size,
         "seed": seed,
         "shuffle": shuffle,
@@ -212,15 +231,7 @@ def make_iterator(
         identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
     if config.buckets.step:
         identity["buckets"] = dataclasses.asdict(config.buckets)
-    return BatchIterator(
-        dataset,
-        config,
-        identity,
-        process_index=process_index,
-        process_count=process_count,
-        shape_at=shape_at,
-        summary=summarise(sources, buckets, config.batch_size),
-    )
+    return identity
 
 
 def _warn(config: DataConfig, sources: Sequence[Source]) -> None:
