@@ -21,7 +21,8 @@ from sdjax.data.raw.rows import Fields, fraction
 from sdjax.data.sources import DataConfig, DataError, open_source
 from sdjax.errors import UserError
 from sdjax.prepare import parse_colour, parse_score
-from tests.data.test_raw import encoded, write_parquet
+from tests.data.test_raw import encoded, write_parquet, write_tar
+from tests.fake_gcs import FakeGCS
 
 SHARED = os.environ.get("SDJAX_TEST_DATA", "")
 needs_shared = pytest.mark.skipif(not SHARED, reason="SDJAX_TEST_DATA is not set")
@@ -201,6 +202,37 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
     assert prepare(tmp_path / "in", out, chosen)["kept"] > 100
     with pytest.raises(UserError, match="the dataset of a run with other options"):
         prepare(tmp_path / "in", out, settings("parquet", test_share=0.5))
+
+
+def test_input_and_output_in_a_bucket(tmp_path):
+    """The records are those of a run on local files."""
+    members = [
+        member
+        for n in range(12)
+        for member in ((f"{n}.png", encoded(picture(n % 9))), (f"{n}.txt", b"number %d" % n))
+    ]
+    write_tar(tmp_path / "in" / "a.tar", members[:10])
+    write_tar(tmp_path / "in" / "b.tar", members[10:])
+    prepare(tmp_path / "in", tmp_path / "out", settings("webdataset"))
+    local = contents(tmp_path / "out")
+    with FakeGCS(tmp_path, "bucket") as gcs:
+        for file in (tmp_path / "in").iterdir():
+            gcs.write(f"bucket/in/{file.name}", file.read_bytes())
+        command = [sys.executable, "-m", "sdjax.prepare", "--input=gs://bucket/in",
+                   "--output=gs://bucket/out", "--workers=1"]  # fmt: skip
+        run = subprocess.run(
+            command, env=gcs.environment, capture_output=True, text=True, timeout=200
+        )
+        assert run.returncode == 0, run.stderr
+        names = [name for name in gcs.objects if name.startswith("bucket/out/")]
+        stored = {name.removeprefix("bucket/out/"): gcs.objects[name] for name in names}
+    assert "12 rows read, 9 kept" in run.stdout
+    assert stored["dropped.jsonl"] == local["dropped.jsonl"]
+    assert not [name for name in stored if name.startswith("work/") and name != "work/"]
+    for suffix in ("train.array_record-00000-of-00001", "test.array_record-00000-of-00001"):
+        (one,) = [data for name, data in local.items() if name.endswith(suffix)]
+        (other,) = [data for name, data in stored.items() if name.endswith(suffix)]
+        assert one == other
 
 
 def test_output_and_input_that_cannot_be(tmp_path):

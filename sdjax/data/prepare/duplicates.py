@@ -6,6 +6,7 @@ example that was kept. The comparisons are a Beam pipeline; what is kept follows
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -122,6 +123,11 @@ def _parts(
     value, first = int(group[0], 16), min(group[1])
     for number, (shift, mask) in enumerate(bands(distance)):
         yield f"{number} {(value >> shift) & mask}", (value, first)
+
+
+def write_pairs(pairs: list[Pair], *, place: Place) -> None:
+    """Writes some of the pairs into a file of their own."""
+    place.write_json(place.work / "pairs" / f"{uuid.uuid4().hex}.json", pairs)
 
 
 def resolve(pairs: Iterable[Pair]) -> dict[int, tuple[str, int]]:

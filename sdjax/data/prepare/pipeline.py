@@ -108,20 +108,16 @@ def _find_duplicates(
     if not target.exists():
         logging.info("looking for duplicates")
         distance = settings.near_distance if settings.duplicates == "near" else None
-        (place.work / "pairs").mkdir(exist_ok=True)
-        for old in (place.work / "pairs").iterdir():
-            old.unlink()
+        folder = place.work / "pairs"
+        folder.mkdir(exist_ok=True)
         with make() as pipeline:
             _ = (
                 duplicates.find(pipeline, list(range(shards)), place=place, distance=distance)
-                | "lines" >> beam.Map(json.dumps)
-                | "write pairs" >> beam.io.WriteToText(str(place.work / "pairs" / "pairs"))
+                | "batches" >> beam.BatchElements(min_batch_size=1000, max_batch_size=100_000)
+                | "write pairs" >> beam.Map(duplicates.write_pairs, place=place)
             )
-        pairs = [
-            tuple(json.loads(line))
-            for file in sorted((place.work / "pairs").iterdir(), key=str)
-            for line in file.read_text().splitlines()
-        ]
+        # Those of a killed run may be among them: they are the same.
+        pairs = {tuple(p) for file in folder.iterdir() for p in json.loads(file.read_text())}
         place.write_json(target, sorted(duplicates.resolve(pairs).items()))
     return {later: (reason, kept) for later, (reason, kept) in json.loads(target.read_text())}
 
