@@ -293,7 +293,13 @@ def test_flops_of_products_convolutions_loops_and_kernels():
 @pytest.mark.parametrize(
     "preset, side, teraflops",
     # MLPerf's 2.413 TFLOP an image is three times the last
-    [("SD1", 32, 0.180), ("SD1", 64, 0.803), ("SD2", 32, 0.181), ("SD2", 64, 2.413 / 3)],
+    [
+        ("SD1", 32, 0.180),
+        ("SD1", 64, 0.803),
+        ("SD2", 32, 0.181),
+        ("SD2", 64, 2.413 / 3),
+        ("SDXL", 128, 6.761),
+    ],
 )
 def test_flops_of_the_unets(preset, side, teraflops):
     from sdjax.config import to_dict
@@ -302,6 +308,9 @@ def test_flops_of_the_unets(preset, side, teraflops):
     c = default()
     if preset == "SD2":
         c.model.unet.update(to_dict(presets.UNET_SD2))
+    if preset == "SDXL":
+        c.model.unet.update(to_dict(presets.UNET_SDXL))
+        c.model.text_encoder_2 = to_dict(presets.CLIP_BIGG)
     counted = unet_flops(resolve_without_data(c), (side, side, 4))
     assert counted / 1e12 == pytest.approx(teraflops, abs=6e-4)
 
