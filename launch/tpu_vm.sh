@@ -198,6 +198,7 @@ check_workdir() {
 run() { # start sdjax.main on all workers, in the background there
   local job
   check_workdir "$@"
+  # shellcheck disable=SC2016  # the workers expand what stands in single quotes
   job='echo $$ >sdjax.job; (cd sdjax; echo $BASHPID >../sdjax.pid; exec '
   job+=".venv/bin/python -u -m sdjax.main --cluster=tpu$(printf ' %q' "$@")) >sdjax.log 2>&1; "
   job+='echo $? >sdjax.exit.new; mv sdjax.exit.new sdjax.exit'

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         help="SDXL: the size that the picture is to look as if it had been; its own by default",
     )  # fmt: skip
     p.add_argument(
-        "--crop", nargs=2, type=int, metavar=("TOP", "LEFT"), default=(0, 0),
+        "--crop", nargs=2, type=int, metavar=("TOP", "LEFT"), default=[0, 0],
         help="SDXL: the corner it is to look cropped at (0 0)",
     )  # fmt: skip
     p.add_argument("--batch_size", type=int, default=16, help="drawn at once (%(default)s)")
@@ -195,7 +195,7 @@ def _whole(
             f"--model={args.model} has {', '.join(found.networks) or 'no network'} only; drawing "
             "takes unet, vae, and a text_encoder with its tokenizer"
         )
-    if not unet.is_xl and (args.original_size or tuple(args.crop) != (0, 0)):
+    if not unet.is_xl and (args.original_size or any(args.crop)):
         raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
     model = ModelConfig(
         unet=unet,
@@ -295,6 +295,7 @@ def sample(args: argparse.Namespace) -> str:
             "latents": args.latents or "",
             "guidance": drawing.guidance,
             "guidance_rescale": drawing.guidance_rescale,
+            **({"original_size": args.original_size, "crop": args.crop} if unet.is_xl else {}),
             **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
         }
         save_png(output / f"{i:05d}.png", image, settings)

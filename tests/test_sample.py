@@ -48,6 +48,33 @@ def test_the_same_pictures_as_the_torch_pipeline(torch_pipeline, pipeline_folder
         assert np.abs(a - b).max() <= 1.001 / 255
 
 
+def test_sdxl_is_told_of_sizes_as_the_torch_pipeline_is(torch_xl_pipeline, xl_folder, tmp_path):
+    import torch
+
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "latents.npy", latents)
+    want = torch_xl_pipeline(
+        PROMPTS,
+        negative_prompt=["a blue square"] * 2,
+        height=16,
+        width=16,
+        original_size=(40, 30),
+        crops_coords_top_left=(3, 5),
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        latents=torch.from_numpy(latents),
+        output_type="np",
+    ).images
+    options = ["--prompts", *PROMPTS, "--negative_prompt=a blue square", "--steps=4",
+               "--guidance=4", "--height=16", "--width=16", "--original_size", "40", "30",
+               "--crop", "3", "5", f"--latents={tmp_path / 'latents.npy'}"]  # fmt: skip
+    assert draw(xl_folder, tmp_path, *options) == 0
+    for i in range(2):
+        assert np.abs(picture(tmp_path / f"{i:05d}.png") - want[i]).max() < 0.01
+    text = Image.open(tmp_path / "00000.png").text
+    assert text["original_size"] == "[40, 30]" and text["crop"] == "[3, 5]"
+
+
 def test_settings_are_in_the_file_and_prompts_may_come_from_one(pipeline_folder, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n\n  a blue square, 猫  \n", encoding="utf-8")
@@ -71,6 +98,7 @@ def test_settings_are_in_the_file_and_prompts_may_come_from_one(pipeline_folder,
         (["--prompts=a", "--latents=/nowhere.npy"], ["/nowhere.npy"]),
         (["--prompts=a", "--sampler=flow_euler"], ["flow_euler", "scaled_linear"]),
         (["--prompts=a", "--steps=0"], ["steps is 0"]),
+        (["--prompts=a", "--crop", "1", "2"], ["--crop", "SDXL"]),
     ],
 )
 def test_wrong_options_are_explained(pipeline_folder, tmp_path, capsys, options, words):

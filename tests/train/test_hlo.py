@@ -308,6 +308,7 @@ def test_flops_of_the_unets(preset, side, teraflops):
     c = default()
     if preset == "SD2":
         c.model.unet.update(to_dict(presets.UNET_SD2))
+        c.model.text_encoder.update(to_dict(presets.CLIP_H))
     if preset == "SDXL":
         c.model.unet.update(to_dict(presets.UNET_SDXL))
         c.model.text_encoder_2 = to_dict(presets.CLIP_BIGG)
