@@ -10,7 +10,7 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.models.ldm_names import renamer, to_ldm
-from sdjax.models.weights import WeightsError, save_file, to_diffusers
+from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name
 from sdjax.train.bundle import TOKENIZERS, Pretrained, PretrainedError
 from sdjax.train.single_file import ENCODERS, METADATA, UNET, VAE, is_open_clip
 from sdjax.train.weight_files import cast
@@ -43,10 +43,10 @@ def write_single_file(
     try:
         for name, config in pretrained.networks.items():
             prefix = prefixes[name]
-            own = {
-                key: cast(f"{name}: {key}", value, dtype)
-                for key, value in to_diffusers(pretrained.component(name)).items()
-            }
+            own: dict[str, np.ndarray] = {}
+            for path, value in pretrained.component(name).items():
+                where = f"{name}: {weight_name(path)}"
+                own |= to_diffusers({path: cast(where, value, dtype)})
             clip = name in TOKENIZERS
             rename = renamer(config, open_clip=clip and is_open_clip(prefix))
             # transformers 4, which A1111 has, keeps CLIP-L under this name.

@@ -6,7 +6,9 @@ or plain binary; images that are only a path are missing.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sdjax import paths
@@ -23,14 +25,49 @@ def shards(path: str) -> list[Shard]:
     return find_shards(path, SUFFIXES, FORMAT)
 
 
+@contextmanager
+def _open(shard: Shard) -> Iterator[Any]:
+    """A file as pyarrow's ParquetFile, which asks more of Python files than those of buckets do."""
+    import pyarrow.parquet
+
+    with paths.to_path(shard.path).open("rb") as file:
+        whole = _Whole(file) if paths.is_remote(shard.path) else file
+        yield pyarrow.parquet.ParquetFile(whole)
+
+
+class _Whole(io.RawIOBase):
+    """A file with all the methods of one, around what can read, seek and tell."""
+
+    def __init__(self, file: Any):
+        super().__init__()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._file.seek(offset, whence)
+        return self._file.tell()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def check_fields(shard: Shard, fields: Fields) -> bool:
     """Whether a file can be opened at all. Raises DataError when it lacks image or captions."""
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with paths.to_path(shard.path).open("rb") as file:
-            columns = pyarrow.parquet.ParquetFile(file).schema_arrow.names
+        with _open(shard) as table:
+            columns = table.schema_arrow.names
     except paths.storage_errors(pyarrow.ArrowException):
         return False
     for what, name in (("image", fields.image), ("text", fields.text)):
@@ -65,11 +102,10 @@ def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
 def names(shard: Shard) -> Iterator[str]:
     """The names of a file's rows: its path and their number."""
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with paths.to_path(shard.path).open("rb") as file:
-            count = pyarrow.parquet.ParquetFile(file).metadata.num_rows
+        with _open(shard) as table:
+            count = table.metadata.num_rows
     except paths.storage_errors(pyarrow.ArrowException):
         return
     yield from (f"{shard.name}/{index}" for index in range(count))
@@ -79,12 +115,10 @@ def _entries(
     shard: Shard, wanted: list[str], chosen: Chosen
 ) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
     import pyarrow
-    import pyarrow.parquet
 
     index = 0
     try:
-        with paths.to_path(shard.path).open("rb") as file:
-            table = pyarrow.parquet.ParquetFile(file)
+        with _open(shard) as table:
             columns = [name for name in table.schema_arrow.names if name in wanted]
             for batch in table.iter_batches(_ROWS, columns=columns):
                 for position in range(batch.num_rows):
