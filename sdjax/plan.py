@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -168,7 +168,7 @@ def _config(raw: ConfigDict) -> Config:
     largest = config.tokenizer.vocab_size
     if config.task != "text_to_image" or config.init_from or config.text_encoder_from:
         return config
-    fitted = {}
+    fitted: dict[str, Any] = {}
     for name, encoder in config.model.text_encoders.items():
         table = f"{name}.{_EMBEDDING}"
         rates = (rate for pattern, rate in config.optim.groups if re.search(pattern, table))

@@ -153,7 +153,7 @@ def _fit_vocabularies(
     config: Config, tokenizers: Mapping[str, Tokenizer], *, loaded: set[str]
 ) -> Config:
     """A text encoder that is trained from nothing takes its tokenizer's vocabulary."""
-    fitted = {}
+    fitted: dict[str, Any] = {}
     for name, encoder in config.model.text_encoders.items():
         tokenizer = tokenizers[TOKENS[name]]
         if name not in loaded:
