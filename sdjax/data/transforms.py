@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import struct
 import zlib
 
@@ -35,10 +36,15 @@ def decode(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises ImageError: empty_file, not_an_image, unsupported_format, unsupported_mode,
     too_many_pixels (refused before decoding), truncated, corrupt.
     """
+    return np.asarray(decode_image(encoded, max_pixels=max_pixels))
+
+
+def decode_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `decode`, but Pillow's own image, which spares what resizes it two copies."""
     image = open_image(encoded, max_pixels=max_pixels)
     try:
         image.load()
-        return np.asarray(to_rgb(_upright(image)))
+        return to_rgb(_upright(image))
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error) as error:
@@ -80,9 +86,14 @@ def is_plain_rgb(image: Image.Image) -> bool:
         image.mode == "RGB"
         and image.format in ("PNG", "JPEG", "WEBP")
         and "transparency" not in image.info
-        and "exif" not in image.info
+        and not is_turned(image)
         and getattr(image, "n_frames", 1) == 1
     )
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF orientation asks for the pixels to be turned or mirrored."""
+    return _orientation(image) in range(2, 9)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -97,7 +108,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation; a broken EXIF block or an unknown value is ignored."""
-    if image.format == "PNG" and "exif" not in image.info:
+    if _orientation(image) not in range(2, 9):  # where Pillow would make a copy
         return image
     try:
         return ImageOps.exif_transpose(image)
@@ -124,58 +135,104 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_to_cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales, keeping the aspect, until it just covers height x width; antialiased (Lanczos).
-
-    No copy if it is that size already.
-    """
-    scale = max(height / image.shape[0], width / image.shape[1])
-    size = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
-    if size == (image.shape[1], image.shape[0]):
-        return image
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+def covering_size(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Height and width of a picture of `size`, scaled until it just covers height x width."""
+    scale = max(height / size[0], width / size[1])
+    return max(height, round(size[0] * scale)), max(width, round(size[1] * scale))
 
 
 def crop_corner(
-    image: np.ndarray, height: int, width: int, rng: np.random.Generator | None = None
+    size: tuple[int, int], height: int, width: int, rng: np.random.Generator | None = None
 ) -> tuple[int, int]:
     """Top and left of a crop out of the middle, or with rng from anywhere, evenly likely."""
-    spare = image.shape[0] - height, image.shape[1] - width
+    spare = size[0] - height, size[1] - width
     if rng is None:
         return spare[0] // 2, spare[1] // 2
     return int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
 
 
+def resized_crop(
+    image: np.ndarray | Image.Image, size: tuple[int, int], corner: tuple[int, int], height: int,
+    width: int,
+) -> np.ndarray:  # fmt: skip
+    """A picture resized to `size`, antialiased (Lanczos), and height x width of that from `corner`.
+
+    Bit for bit what Pillow's resize followed by a crop gives: it goes over the rows first and then
+    over the columns, with 8 bits between, so what the crop leaves out can be left out before. (The
+    `box` of its resize would save more, but shifts the samples by the rounding of a float32.)
+    No resizing and no copy of an array that is that size already.
+    """
+    (top, left), (rows, columns) = corner, size
+    if isinstance(image, np.ndarray):
+        if image.shape[:2] == size:
+            return image[top : top + height, left : left + width]
+        image = Image.fromarray(image)
+    if columns != image.width:
+        image = _rows_resized(image, size, top, height)
+    if columns != width:
+        image = image.crop((left, 0, left + width, image.height))
+    if rows != image.height:
+        image = image.resize((width, rows), Image.Resampling.LANCZOS)
+    return np.asarray(image)[top : top + height]
+
+
+def _rows_resized(image: Image.Image, size: tuple[int, int], top: int, height: int) -> Image.Image:
+    """Every row to size[1] pixels; black in place of those that height x anything ignores."""
+    rows, columns = size
+    scale = image.height / rows
+    support = 3 * max(scale, 1) + 2  # of Lanczos; more does no harm
+    first = max(0, math.floor(top * scale - support))
+    last = min(image.height, math.ceil((top + height) * scale + support))
+    if (first, last) == (0, image.height):
+        return image.resize((columns, image.height), Image.Resampling.LANCZOS)
+    some = image.crop((0, first, image.width, last))
+    whole = Image.new("RGB", (columns, image.height))
+    whole.paste(some.resize((columns, last - first), Image.Resampling.LANCZOS), (0, first))
+    return whole
+
+
 def normalise(image: np.ndarray) -> np.ndarray:
     """uint8 0..255 -> float32 -1..1"""
-    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    scaled = np.divide(image, np.float32(127.5), dtype=np.float32)
+    scaled -= np.float32(1)
+    return scaled
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """An image as a network sees it, and what SDXL is told of how it came to be.
 
-    image: float32 [H, W, 3] in [-1, 1].
+    pixels: uint8 [H, W, 3].
     size: int32 [4], height and width of the original, then top and left of the crop in pixels of
     the resized picture as it is shown: mirrored, if it was.
     """
 
-    image: np.ndarray
+    pixels: np.ndarray
     size: np.ndarray
+
+    @property
+    def image(self) -> np.ndarray:
+        """float32 [H, W, 3] in [-1, 1]"""
+        return normalise(self.pixels)
 
 
 def prepare(
-    image: np.ndarray, rng: np.random.Generator, *, height: int, width: int, crop: str, flip: bool
-) -> Prepared:
-    """uint8 [H, W, 3] -> the same picture resized to cover height x width, cropped, maybe mirrored.
+    image: np.ndarray | Image.Image, rng: np.random.Generator, *, height: int, width: int,
+    crop: str, flip: bool, mirror: bool = False,
+) -> Prepared:  # fmt: skip
+    """An RGB picture, uint8 [H, W, 3] or Pillow's -> resized to cover height x width, cropped,
+    maybe mirrored.
+
+    flip: mirror it half of the time; mirror: always.
 
     All randomness is rng's, which the pipeline seeds by the element's place in the stream.
     """
-    original = image.shape[:2]
-    image = resize_to_cover(image, height, width)
-    top, left = crop_corner(image, height, width, rng if crop == "random" else None)
-    cut = image[top : top + height, left : left + width]
-    if flip and rng.random() < 0.5:
+    is_array = isinstance(image, np.ndarray)
+    original = image.shape[:2] if is_array else (image.height, image.width)
+    size = covering_size(original, height, width)
+    top, left = crop_corner(size, height, width, rng if crop == "random" else None)
+    cut = resized_crop(image, size, (top, left), height, width)
+    if mirror or (flip and rng.random() < 0.5):
         cut = cut[:, ::-1]
-        left = image.shape[1] - width - left  # where the crop lies in the mirrored picture
-    return Prepared(normalise(cut), np.array([*original, top, left], np.int32))
+        left = size[1] - width - left  # where the crop lies in the mirrored picture
+    return Prepared(cut, np.array([*original, top, left], np.int32))

@@ -118,17 +118,22 @@ def test_unusable_files_say_why(picture):
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 100), (100, 64), (48, 36), (333, 97)])
 def test_short_side_becomes_the_resolution(shape):
-    image = np.zeros((*shape, 3), np.uint8)
-    resized = transforms.resize_to_cover(image, 64, 64)
-    assert min(resized.shape[:2]) == 64
-    assert max(resized.shape[:2]) == round(64 * max(shape) / min(shape))
-    assert (resized is image) == (min(shape) == 64)
+    resized = transforms.covering_size(shape, 64, 64)
+    assert min(resized) == 64
+    assert max(resized) == round(64 * max(shape) / min(shape))
+
+
+def test_a_picture_of_the_right_size_is_not_copied():
+    image = np.random.default_rng(0).integers(0, 256, (64, 100, 3), np.uint8)
+    cut = transforms.resized_crop(image, (64, 100), (0, 9), 64, 64)
+    assert np.shares_memory(cut, image) and (cut == image[:, 9:73]).all()
 
 
 def test_resizing_is_antialiased():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(transforms.resize_to_cover(stripes, 64, 64).astype(int) - 127)[:, 4:-4].max() < 4
+    resized = transforms.resized_crop(stripes, (64, 64), (0, 0), 64, 64)
+    assert np.abs(resized.astype(int) - 127)[:, 4:-4].max() < 4
 
 
 @pytest.mark.parametrize(
@@ -137,18 +142,36 @@ def test_resizing_is_antialiased():
      (64, 192)), ((101, 67), (64, 48), (72, 48))],
 )  # fmt: skip
 def test_a_picture_covers_its_rectangle_and_keeps_its_aspect(shape, wanted, covers):
-    assert transforms.resize_to_cover(np.zeros((*shape, 3), np.uint8), *wanted).shape[:2] == covers
+    assert transforms.covering_size(shape, *wanted) == covers
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (48, 24), (24, 48), (100, 90)])
+@pytest.mark.parametrize("shape", [(61, 61), (50, 97), (97, 50), (300, 101), (33, 32), (20, 150)])
+def test_a_crop_is_that_of_the_whole_resized_picture(shape, height, width):
+    """To the bit, wherever it lies, up and down in size, from arrays and from Pillow's images."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    size = transforms.covering_size(shape, height, width)
+    whole = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
+    spare = size[0] - height, size[1] - width
+    for part in (0, 0.3, 0.5, 1):
+        top, left = (int(part * s) for s in spare)
+        for given in (image, Image.fromarray(image)):
+            cut = transforms.resized_crop(given, size, (top, left), height, width)
+            assert (cut == whole[top : top + height, left : left + width]).all()
 
 
 def test_crops():
-    image = np.zeros((10, 7, 3), np.uint8)
-    assert transforms.crop_corner(image, 4, 4) == (3, 1)
+    size = (10, 7)
+    assert transforms.crop_corner(size, 4, 4) == (3, 1)
     rng = np.random.default_rng(0)
-    corners = {transforms.crop_corner(image, 4, 4, rng) for _ in range(400)}
+    corners = {transforms.crop_corner(size, 4, 4, rng) for _ in range(400)}
     assert corners == {(top, left) for top in range(7) for left in range(4)}
 
 
 def test_normalise_spans_minus_one_to_one():
+    every = np.arange(256, dtype=np.uint8)
+    expected = every.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert (transforms.normalise(every) == expected).all()
     assert transforms.normalise(np.array([0, 255], np.uint8)).tolist() == [-1.0, 1.0]
     assert transforms.normalise(np.zeros((1,), np.uint8)).dtype == np.float32
 
