@@ -1,5 +1,7 @@
 """sdjax.prepare: what is kept, what is dropped and why, the same bytes after a kill."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -7,20 +9,18 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdjax.data.prepare import duplicates
-from sdjax.data.prepare.duplicates import EXACT, NEAR, SAME, difference_hash
 from sdjax.data.prepare.settings import Place, Settings, assign_splits
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, fraction
 from sdjax.data.sources import DataConfig, DataError, open_source
 from sdjax.errors import UserError
-from sdjax.prepare import parse_colour, parse_score
 from tests.data.test_raw import encoded, write_parquet, write_tar
 from tests.fake_gcs import FakeGCS
 
@@ -87,6 +87,29 @@ def small_dirty_set(folder):
     (folder / "metadata.jsonl").write_text(text)
 
 
+class Page(HTMLParser):
+    """What a page shows; every tag that opens and is no lone one closes."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.text, self.pictures, self.open = "", [], []
+        self.feed(source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            data = dict(attributes)["src"].removeprefix("data:image/jpeg;base64,")
+            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(data))))
+        elif tag not in ("meta", "br", "td", "tr", "th", "p"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
 TROUBLE = {
     "small.png": "too_small", "wide.png": "aspect_ratio", "huge.png": "too_many_pixels",
     "cut.png": "truncated", "text.png": "not_an_image", "empty.png": "empty_file",
@@ -111,10 +134,23 @@ def test_small_dirty_set(tmp_path, mode):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
         json.dumps(found)
     )
+    assert found["changed"] == {
+        "cmyk": 1, "transparency": 1, "turned_upright": 1,
+        "stored_as_png": 4 if mode == "none" else 3,
+    }  # fmt: skip
+    steps = found["steps"]
+    assert steps["colours"] == {"dropped": {}, "changed": {"transparency": 1, "cmyk": 1}}
+    assert steps["reading"]["dropped"] == {"bad_json": 1, "missing_file": 1}
+    for what in ("dropped", "changed"):
+        words = {k: n for step in steps.values() for k, n in step[what].items()}
+        assert words == found[what]
     for bins in found["histograms"].values():
         assert sum(count for _, count in bins) == found["kept"]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert all(name.split()[0] in page for name in TROUBLE) and "base64" in page
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert all(name in page.text for name in TROUBLE)
+    figures = {"too_small", "aspect_ratio", "caption_pattern", "no_caption", *repeats.values()}
+    assert len(page.pictures) == len(figures) + len(repeats)  # of a repeat, both
+    assert all(max(picture.size) <= 96 for picture in page.pictures)
     config = DataConfig(name="prepared", path=str(tmp_path / "out"))
     source = open_source(config, "train")
     stored = {source._records[i]["file_name"].decode(): source[i] for i in range(len(source))}
@@ -233,91 +269,6 @@ def test_input_and_output_in_a_bucket(tmp_path):
         (one,) = [data for name, data in local.items() if name.endswith(suffix)]
         (other,) = [data for name, data in stored.items() if name.endswith(suffix)]
         assert one == other
-
-
-def test_output_and_input_that_cannot_be(tmp_path):
-    small_dirty_set(tmp_path / "in")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match=r"holds \['file'\]; expected a folder that is empty"):
-        prepare(tmp_path / "in", tmp_path / "full", settings())
-    with pytest.raises(UserError, match="not one image can be used: .*'too_small': 12.*text_key"):
-        prepare(tmp_path / "in", tmp_path / "out", settings(rules=Rules(min_side=999)))
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: settings(near_distance=11), "near_distance is 11; expected 0 to 10"),
-        (lambda: settings(test_share=0.6, validation_share=0.4), "leaves nothing to train on"),
-        (lambda: settings(rules=Rules(drop_pattern="(")), "no regular expression"),
-        (lambda: settings(rules=Rules(scores=(ScoreRule("width"),))), "--score names 'width'"),
-        (lambda: parse_score("a>3"), "--score is 'a>3'; expected a column"),
-        (lambda: parse_score("1<=a>=3"), "expected a column"),
-        (lambda: parse_colour("1,2,256"), "expected three numbers of 0 to 255"),
-    ],
-)
-def test_settings_that_cannot_be(make, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        make()
-
-
-def test_scores_and_colours_are_parsed():
-    assert parse_score("4<=a <= 9.5") == ScoreRule("a", 4, 9.5)
-    assert parse_score("a>=-1e-3") == ScoreRule("a", low=-1e-3)
-    assert parse_score("a") == ScoreRule("a")
-    assert parse_colour("1, 2,3") == (1, 2, 3)
-
-
-def test_command_line_errors(tmp_path):
-    command = [sys.executable, "-m", "sdjax.prepare", f"--input={tmp_path}",
-               f"--output={tmp_path / 'o'}"]  # fmt: skip
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert run.returncode == 2 and "--input is" in run.stderr and "Traceback" not in run.stderr
-
-
-def test_difference_hash_of_slopes():
-    slope = np.repeat(np.arange(0, 252, 4, dtype=np.uint8)[None], 40, 0)[..., None].repeat(3, -1)
-    assert difference_hash(slope) == 2**64 - 1
-    assert difference_hash(slope[:, ::-1]) == 0
-
-
-@pytest.mark.parametrize("distance", [0, 3, 6])
-def test_near_duplicates_are_those_of_going_through_in_order(distance):
-    """The pairs found by parts of the hash, and what follows from them, against all pairs."""
-    rng = np.random.default_rng(distance)
-    centres = rng.integers(0, 2**63, 40)
-    hashes, digests = [], []
-    for _ in range(400):
-        flips = rng.choice(64, rng.integers(0, 7), replace=False)
-        value = int(centres[rng.integers(40)])
-        for bit in flips:
-            value ^= 1 << int(bit)
-        hashes.append(value)
-        digests.append(f"{value} {rng.integers(2)}")  # equal pixels have equal hashes
-    expected, kept = {}, []
-    for at, value in enumerate(hashes):
-        equal = [k for k in kept if digests[k] == digests[at]]
-        alike = [k for k in kept if (hashes[k] ^ value).bit_count() <= distance]
-        if equal or alike:
-            expected[at] = EXACT if equal else NEAR
-        else:
-            kept.append(at)
-    by_digest, by_hash, by_part = defaultdict(list), defaultdict(list), defaultdict(list)
-    for at in rng.permutation(400).tolist():
-        by_digest[digests[at]].append(at)
-        by_hash[f"{hashes[at]:016x}"].append(at)
-    pairs = [pair for group in by_digest.items() for pair in duplicates.exact_pairs(group)]
-    for group in by_hash.items():
-        pairs += [(a, b, SAME) for a, b, _ in duplicates.exact_pairs(group)]
-        for part, member in duplicates._parts(group, distance=distance):
-            by_part[part].append(member)
-    for group in by_part.items():
-        pairs += duplicates.alike_pairs(group, distance=distance)
-    found = duplicates.resolve(pairs)
-    assert {at: reason for at, (reason, _) in found.items()} == expected
-    assert set(first for _, first in found.values()) <= set(kept)
-    assert len(expected) > 20
 
 
 def test_splits_are_by_hash_and_leave_those_of_the_source_alone():

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sdjax.data import transforms
 from sdjax.data.builders.raw_import import prepare, read_skipped
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Example, Rules, ScoreRule, clean, clean_captions
@@ -161,9 +162,13 @@ def test_splits_that_names_say():
 
 
 def test_caption_rules():
-    assert clean_captions(" a\n b\u200b", None, Rules()) == ("a b", ())
+    assert clean_captions(" a\n b\u200b", None, Rules()) == ("a b", (), ("caption_spaces",))
+    assert clean_captions("a b\n", None, Rules()) == ("a b", (), ())  # the end of a file
+    assert clean_captions(" a\n b", None, Rules(collapse_spaces=False))[0] == " a\n b"
     assert clean_captions("a &amp; b\x07", "a", Rules(unescape_html=True, strip_control=True)) == (
-        "a & b", ("a",))  # fmt: skip
+        "a & b", ("a",), ("caption_html", "caption_control"))  # fmt: skip
+    for text in (None, [], b"", " \u200b \n"):
+        assert clean_captions(text, ["", "b"], Rules(min_caption_chars=0)) == ("", ("b",), ())
     for text, rules, reason in (
         ("ab", Rules(min_caption_chars=3), "caption_too_short"),
         ("abcd", Rules(max_caption_chars=3), "caption_too_long"),
@@ -184,6 +189,54 @@ def test_transparency_lies_on_the_background():
     stored = np.asarray(Image.open(io.BytesIO(found.image)))
     assert (stored == found.pixels).all() and stored.shape == (20, 20, 3)
     assert (stored[:, :10] == (0, 0, 255)).all() and (stored[:, 10:] == (0, 255, 0)).all()
+
+
+def cleaned(image, kind="PNG", rules=None, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return clean(Row("a", "train", buffer.getvalue(), "a"), rules or Rules()), buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "mode, words",
+    [
+        ("RGB", ()), ("L", ("grey",)), ("1", ("grey",)), ("P", ("palette",)),
+        ("LA", ("transparency", "grey")), ("RGBA", ("transparency",)), ("I;16", ("16_bit",)),
+    ],
+)  # fmt: skip
+def test_colour_modes_are_converted_and_counted_or_dropped(mode, words):
+    found, encoded = cleaned(Image.new("L", (20, 20), 7).convert(mode))
+    assert found.changed == ((*words, "stored_as_png") if words else ())
+    assert found.pixels.shape == (20, 20, 3) and found.pixels.dtype == np.uint8
+    assert (found.image == encoded) == (mode == "RGB")
+    found, _ = cleaned(Image.new("L", (20, 20), 7).convert(mode), rules=Rules(convert_modes=False))
+    if words:
+        assert found == Skip("a", "colour_mode", " and ".join(words))
+    else:
+        assert found.image == encoded
+
+
+def test_a_tiff_or_an_animation_is_no_other_colour_mode():
+    frames = [Image.new("RGB", (20, 20), (n, 0, 0)) for n in (10, 200)]
+    found, _ = cleaned(frames[0], "TIFF", Rules(convert_modes=False))
+    assert found.changed == ("stored_as_png",)
+    found, _ = cleaned(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert found.changed == ("first_frame", "stored_as_png") and (found.pixels[..., 0] == 10).all()
+
+
+def test_orientation_is_applied_or_not():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    for orientation, shape, plain in ((6, (30, 20, 3), False), (1, (20, 30, 3), True),
+                                      (99, (20, 30, 3), True)):  # fmt: skip
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        found, encoded = cleaned(image, "JPEG", exif=exif)
+        assert found.pixels.shape == shape
+        assert (found.image == encoded) == plain == ("turned_upright" not in found.changed)
+        found, _ = cleaned(image, "JPEG", Rules(orient=False), exif=exif)
+        assert found.pixels.shape == (20, 30, 3) and "turned_upright" not in found.changed
+        stored = transforms.decode(found.image)  # what training reads
+        np.testing.assert_array_equal(stored, found.pixels)
 
 
 @needs_shared

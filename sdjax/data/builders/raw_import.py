@@ -106,10 +106,11 @@ class RawImport(  # type: ignore[call-arg]
     stored in another way.
     """
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     RELEASE_NOTES = {
         "1.0.0": "PNG, JPEG and WebP as they are, everything else as PNG.",
         "1.1.0": "Captions, width and height; lists of captions are used.",
+        "1.2.0": "Upright JPEGs with EXIF as they are; PNGs of 16 bits as PNGs of 8.",
     }
     url_infos = None  # nothing is downloaded
 

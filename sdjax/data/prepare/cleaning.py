@@ -39,6 +39,7 @@ class Entry:
     chars: int  # of the main caption
     captions: int  # main and alternatives
     scores: list[float]
+    changed: list[str]  # what was mended, in words of `clean`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _entry(example: Example, size: int) -> Entry:
         chars=len(example.text),
         captions=1 + len(example.captions),
         scores=list(example.scores.values()),
+        changed=list(example.changed),
     )
 
 
@@ -143,7 +145,7 @@ def _note(index: Index, skip: Skip, image: bytes | None, settings: Settings) -> 
     index.skips.append(skip)
     shown = index.thumbnails.setdefault(skip.reason, [])
     if len(shown) < settings.thumbnails:
-        shown.append((skip.name, skip.detail, thumbnail(image, settings.rules.max_pixels)))
+        shown.append((skip.name, skip.detail, thumbnail(image, settings.rules.pixel_limit)))
 
 
 def thumbnail(encoded: bytes | None, max_pixels: int) -> str:

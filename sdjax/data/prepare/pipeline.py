@@ -6,6 +6,8 @@ import functools
 import json
 import logging as std_logging
 import os
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,8 +37,10 @@ def run(
     workers: processes of this machine; 1 works in this one. beam_options: for another runner.
     Raises UserError when nothing is usable, or the output is that of another run.
     """
-    make = functools.partial(_pipeline, workers=workers, options=beam_options)
     shards = formats.list_shards(input, settings.format, settings.fields)
+    workers = min(workers or os.cpu_count() or 1, len(shards))
+    make = functools.partial(_pipeline, workers=workers, options=tuple(beam_options))
+    make()  # refuses wrong options before any work
     key = identity(settings, formats.fingerprint(shards, settings.fields))
     done = _begin(place, key)
     if done is not None:
@@ -46,6 +50,7 @@ def run(
     indices = [cleaning.read_index(place, number) for number in range(len(shards))]
     if not any(index.entries for index in indices):
         reasons = Counter(skip.reason for index in indices for skip in index.skips)
+        writing.remove_work(place)  # or a run with better options would be refused
         raise UserError(
             f"--input is {input!r}, of which not one image can be used: {dict(reasons)}; expected "
             f"images, each with a caption (--text_key is {settings.fields.text!r})"
@@ -150,29 +155,44 @@ def _each(make: Any, jobs: Sequence[Any], work: Callable[[Any], Any]) -> None:
 
 
 def _pipeline(*, workers: int, options: Sequence[str]) -> Any:
-    """A Beam pipeline for the runner of the options, or for processes of this machine."""
+    """A Beam pipeline for the runner of the options, or for processes of this machine.
+
+    Raises UserError when the options do not fit the runner.
+    """
     from apache_beam.options.pipeline_options import PipelineOptions
 
     std_logging.getLogger("apache_beam").setLevel(std_logging.ERROR)
-    if any(option.startswith("--runner") for option in options):
-        return beam.Pipeline(options=PipelineOptions(list(options)))
-    mode = "in_memory" if workers == 1 else "multi_processing"
-    local = [
-        f"--direct_num_workers={workers or os.cpu_count() or 1}",
-        f"--direct_running_mode={mode}",
-        *options,
-    ]
-    return _local_pipeline(PipelineOptions(local))
+    parsed = PipelineOptions(list(options))
+    unknown = sorted(
+        set(parsed.get_all_options(retain_unknown_options=True)) - set(parsed.get_all_options())
+    )
+    if not any(option.startswith("--runner=") for option in options):
+        if unknown:
+            raise UserError(f"Beam has no option --{unknown[0]} on this machine; set --runner=... "
+                            "for another, or leave it out")  # fmt: skip
+        return _local_pipeline([f"--direct_num_workers={workers}", *options], workers)
+    if unknown:
+        logging.warning("no options of Beam itself, so for the runner: %s", unknown)
+    try:
+        return beam.Pipeline(options=parsed)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"Beam refuses {list(options)}: {error}") from error
 
 
-def _local_pipeline(options: Any) -> Any:
+def _local_pipeline(options: list[str], workers: int) -> Any:
     """Not by DirectRunner, which may be one that Beam downloads; but as that one sets it up."""
+    from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner
     from apache_beam.runners.portability.portable_runner import JobServiceHandle
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     # Of the options the workers need no other, and its workers say much that helps nobody.
     encoded = JobServiceHandle.encode_pipeline_options({"default_sdk_harness_log_level": "ERROR"})
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
-    runner = fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))
-    return beam.Pipeline(runner=runner, options=options)
+    command = f"{shlex.quote(sys.executable)} -m sdjax.data.prepare.worker"
+    processes = SubprocessSDKEnvironment.from_command_string(command) if workers > 1 else None
+    runner = fn_runner.FnApiRunner(
+        default_environment=processes, provision_info=fn_runner.ExtendedProvisionInfo(info)
+    )
+    return beam.Pipeline(runner=runner, options=PipelineOptions(options))

@@ -12,11 +12,26 @@ import numpy as np
 from sdjax import paths
 from sdjax.data.prepare import cleaning
 from sdjax.data.prepare.cleaning import Entry, Index
-from sdjax.data.prepare.duplicates import position
+from sdjax.data.prepare.duplicates import EXACT, NEAR, position
 from sdjax.data.prepare.settings import Place, Settings
 from sdjax.data.prepare.writing import Output, names_of_splits
 
 JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
+# Where what is dropped, or changed, is; in the order of the work.
+STEPS = {
+    "reading": ("bad_shard", "bad_json", "bad_record", "no_file_name", "unsafe_path",
+                "bad_encoding", "missing_file", "missing_image"),
+    "captions": ("no_caption", "caption_not_text", "caption_html", "caption_control",
+                 "caption_spaces", "caption_too_short", "caption_too_long", "caption_pattern"),
+    "scores": ("no_score", "score"),
+    "size": ("too_many_pixels", "too_small", "aspect_ratio"),
+    "decoding": ("empty_file", "not_an_image", "unsupported_format", "truncated", "corrupt",
+                 "first_frame", "stored_as_png"),
+    "colours": ("unsupported_mode", "colour_mode", "16_bit", "transparency", "palette", "cmyk",
+                "grey"),
+    "orientation": ("turned_upright",),
+    "duplicates": (EXACT, NEAR),
+}  # fmt: skip
 Kept = list[tuple[int, int, Entry, str]]
 Dropped = dict[int, tuple[str, int]]
 _SIDES = (0, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -31,18 +46,38 @@ def make(
     """Counts by step and reason, and histograms of what is kept."""
     skipped = Counter(skip.reason for index in indices for skip in index.skips)
     repeated = Counter(reason for reason, _ in dropped.values())
+    changed = Counter(word for *_, entry, _ in kept for word in entry.changed)
     usable = sum(len(index.entries) for index in indices)
     return {
         "read": usable + sum(skipped.values()),
         "usable": usable,
         "kept": len(kept),
         "dropped": dict(sorted((skipped + repeated).items())),
+        "changed": dict(sorted(changed.items())),
+        "steps": _steps(skipped + repeated, changed),
         "splits": names_of_splits(outputs),
         "files": [output.file for output in outputs],
         "bytes": sum(output.bytes for output in outputs),
         "histograms": _histograms([entry for *_, entry, _ in kept], settings),
         "settings": settings.to_json(),
     }
+
+
+def _steps(dropped: Counter[str], changed: Counter[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """{step: {"dropped": {reason: count}, "changed": {word: count}}}; changes are of what is kept.
+
+    A picture of another mode than those of STEPS has a word of its own, among the colours.
+    """
+    known = {word for words in STEPS.values() for word in words}
+    others = sorted((set(dropped) | set(changed)) - known)
+    found = {}
+    for step, words in STEPS.items():
+        words = (*words, *others) if step == "colours" else words
+        found[step] = {
+            name: {word: counts[word] for word in words if counts[word]}
+            for name, counts in (("dropped", dropped), ("changed", changed))
+        }
+    return found
 
 
 def _histograms(entries: list[Entry], settings: Settings) -> dict[str, Any]:
@@ -107,7 +142,7 @@ def _thumbnail(place: Place, at: int, settings: Settings) -> str:
     example = cleaning.features(settings.scores).deserialize_example_np(
         record, decoders={"image": _encoded()}
     )
-    return cleaning.thumbnail(example["image"], settings.rules.max_pixels)
+    return cleaning.thumbnail(example["image"], settings.rules.pixel_limit)
 
 
 def _encoded() -> Any:
@@ -119,7 +154,8 @@ def _encoded() -> Any:
 _STYLE = """
 body { font: 14px sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
 table { border-collapse: collapse } td, th { padding: 2px 10px; text-align: right }
-td:first-child, th:first-child { text-align: left }
+td:first-child, th:first-child, .steps td:nth-child(n+3), .steps th { text-align: left }
+.steps td { border-top: 1px solid #ddd; vertical-align: top }
 .bar { background: #47a; height: 11px } .bars td:last-child { width: 22em }
 .charts { display: flex; flex-wrap: wrap; gap: 2em }
 figure { display: inline-block; margin: 4px; width: 200px; vertical-align: top; font-size: 11px;
@@ -135,8 +171,8 @@ def page(found: dict[str, Any], pictures: dict[str, list[tuple[str, str, list[st
         "<!doctype html><meta charset=utf-8><title>sdjax.prepare</title>",
         f"<style>{_STYLE}</style><h1>What became of the data</h1>",
         _table(counts),
-        "<h2>Dropped, by reason</h2>",
-        _table(list(found["dropped"].items())) if found["dropped"] else "<p>Nothing.</p>",
+        "<h2>Each step: what it dropped, and what it changed in what is kept</h2>",
+        _steps_table(found["steps"]),
         "<h2>What is kept</h2><div class=charts>",
         *(_chart(name, bins) for name, bins in found["histograms"].items()),
         "</div>",
@@ -153,6 +189,20 @@ def page(found: dict[str, Any], pictures: dict[str, list[tuple[str, str, list[st
 def _table(rows: list[tuple[str, int]]) -> str:
     cells = "".join(f"<tr><td>{html.escape(a)}<td>{b:,}" for a, b in rows)
     return f"<table>{cells}</table>"
+
+
+def _steps_table(steps: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{step}<td>{sum(of['dropped'].values()):,}<td>{_words(of['dropped'])}"
+        f"<td>{_words(of['changed'])}"
+        for step, of in steps.items()
+    )
+    head = "<tr><th>step<th>dropped<th>for what reason<th>changed"
+    return f"<table class=steps>{head}{rows}</table>"
+
+
+def _words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {html.escape(word)}" for word, count in counts.items())
 
 
 def _chart(name: str, bins: list[tuple[float, int]]) -> str:

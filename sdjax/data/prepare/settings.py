@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax import paths
-from sdjax.data.raw.clean import Rules
+from sdjax.data.raw.clean import MOST_PIXELS, Rules
 from sdjax.data.raw.rows import Fields, fraction
 from sdjax.errors import UserError
 
@@ -56,8 +56,11 @@ class Settings:
         for name in ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars"):
             if getattr(self.rules, name) < 0:
                 raise UserError(f"--{name} is {getattr(self.rules, name)}; expected 0 or more")
-        if self.rules.max_pixels < 1:
-            raise UserError(f"--max_pixels is {self.rules.max_pixels}; expected at least 1")
+        if not 0 <= self.rules.max_pixels <= MOST_PIXELS:
+            raise UserError(f"--max_pixels is {self.rules.max_pixels}; expected 1 to {MOST_PIXELS},"
+                            " or 0 for that, beyond which Pillow opens nothing")  # fmt: skip
+        if self.thumbnails < 0:
+            raise UserError(f"--thumbnails is {self.thumbnails}; expected 0 or more")
         try:
             re.compile(self.rules.drop_pattern)
         except re.error as error:
@@ -76,8 +79,12 @@ class Settings:
         return tuple(rule.column for rule in self.rules.scores)
 
     def to_json(self) -> dict[str, Any]:
-        """For the report, and to tell runs apart."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """For the report, and to tell runs apart; a limit that is none is null."""
+        found = json.loads(json.dumps(dataclasses.asdict(self)))
+        for score in found["rules"]["scores"]:
+            for limit in ("low", "high"):
+                score[limit] = score[limit] if math.isfinite(score[limit]) else None
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,9 @@ import html
 import io
 import math
 import re
+import struct
 import unicodedata
+import warnings
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,13 @@ from PIL import Image, ImageOps
 from sdjax.data import transforms
 from sdjax.data.raw.rows import BadRow, Row, Skip, shown
 
-_INVISIBLE = "\u200b\u2060\ufeff"  # zero-width characters that str.split() does not count as space
+# Pillow says of broken EXIF blocks, which are ignored here, that they are broken.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+# White space, and zero-width characters that str.split() does not count as such.
+_BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
 WHITE = (255, 255, 255)
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow sees a decompression bomb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +46,21 @@ class Rules:
     min_side: int = 16
     max_aspect: float = 8.0  # long side over short side
     max_pixels: int = transforms.MAX_PIXELS  # refused before decoding
+    orient: bool = True  # turn as EXIF says; if not, keep the pixels as they lie in the file
+    convert_modes: bool = True  # what is not RGB of 8 bits becomes it; if not, it is not used
     background: tuple[int, int, int] = WHITE  # under what is transparent
-    min_caption_chars: int = 1
+    min_caption_chars: int = 1  # 0 keeps pictures without a caption
     max_caption_chars: int = 0
+    collapse_spaces: bool = True  # any white space becomes one space, none at the ends
     unescape_html: bool = False  # &amp; -> &
     strip_control: bool = False  # control characters that are not white space
     drop_pattern: str = ""  # a caption in which this regular expression is found is not used
     scores: tuple[ScoreRule, ...] = ()
+
+    @property
+    def pixel_limit(self) -> int:
+        """`max_pixels`, or Pillow's own limit, which no other goes beyond."""
+        return self.max_pixels or MOST_PIXELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,77 +74,98 @@ class Example:
     text: str
     captions: tuple[str, ...]  # others than text
     scores: dict[str, float]
+    changed: tuple[str, ...] = ()  # what was mended, in words for counting
 
 
 def clean(row: Row, rules: Rules) -> Example | Skip:
     """Checks and mends one row.
 
     Skips for the reasons of `transforms.decode`, and: missing_image, too_small, aspect_ratio,
-    no_caption, caption_not_text, bad_encoding, caption_too_short, caption_too_long,
+    colour_mode, no_caption, caption_not_text, bad_encoding, caption_too_short, caption_too_long,
     caption_pattern, no_score, score.
     """
     try:
         if shown(row.name) != row.name:
             raise BadRow("bad_encoding", "a name that is not UTF-8")
-        text, captions = clean_captions(row.text, row.captions, rules)
+        text, captions, mended = clean_captions(row.text, row.captions, rules)
         scores = _scores(row, rules)
         if row.image is None:
             raise BadRow("missing_image")
-        image, pixels = checked(row.image, rules)
+        image, pixels, changed = checked(row.image, rules)
     except BadRow as bad:
         return Skip(shown(row.place or row.name), bad.reason, shown(bad.detail))
     except transforms.ImageError as bad:
         # Cut off in the header, a file is corrupt to Pillow, which knows the reason all the same.
         cut = bad.reason == "corrupt" and "truncated" in bad.detail.lower()
         return Skip(shown(row.name), "truncated" if cut else bad.reason, shown(bad.detail))
-    return Example(row.name, row.split, image, pixels, text, captions, scores)
+    return Example(row.name, row.split, image, pixels, text, captions, scores, mended + changed)
 
 
-def clean_captions(text: Any, others: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
-    """The main caption and its alternatives, which never repeat it.
+def clean_captions(
+    text: Any, others: Any, rules: Rules
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The main caption, its alternatives, which never repeat it, and what was changed in it.
 
     A list as the main caption gives both. Alternatives that cannot be used are left out.
     Raises BadRow when the main one cannot be used.
     """
     main, *rest = text if isinstance(text, list) and text else [text]
-    main = _caption(main, rules)
+    main, changed = _caption(main, rules)
     rest += others if isinstance(others, list) else [others]
     good: dict[str, None] = {}
     for other in rest:
         try:
-            good[_caption(other, rules)] = None
+            good[_caption(other, rules)[0]] = None
         except BadRow:
             continue
     good.pop(main, None)
-    return main, tuple(good)
+    good.pop("", None)
+    return main, tuple(good), changed
 
 
-def _caption(text: Any, rules: Rules) -> str:
+def _caption(text: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadRow("bad_encoding", "a caption that is not UTF-8") from error
     if text is None or text == []:
-        raise BadRow("no_caption")
+        text = ""
     if not isinstance(text, str):
         raise BadRow("caption_not_text", f"a {type(text).__name__}")
     if shown(text) != text:
         raise BadRow("bad_encoding", "half of a surrogate pair")
-    if rules.unescape_html:
-        text = html.unescape(text)
-    if rules.strip_control:
-        text = "".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc")
-    text = " ".join(text.split()).strip(_INVISIBLE + " ")
-    if not text:
-        raise BadRow("no_caption", "blank")
+    text, changed = _mended(text, rules)
+    if not text.strip(_BLANK):
+        if rules.min_caption_chars:
+            raise BadRow("no_caption", "blank" if text else "")
+        return "", ()
     if len(text) < rules.min_caption_chars:
         raise BadRow("caption_too_short", f"{text!r}: {len(text)} characters")
     if rules.max_caption_chars and len(text) > rules.max_caption_chars:
         raise BadRow("caption_too_long", f"{len(text)} characters")
     if rules.drop_pattern and re.search(rules.drop_pattern, text):
         raise BadRow("caption_pattern", text[:200])
-    return text
+    return text, changed
+
+
+def _mended(text: str, rules: Rules) -> tuple[str, tuple[str, ...]]:
+    """A caption as the rules want it, and words for what they changed."""
+    changed = []
+    if rules.unescape_html and (plain := html.unescape(text)) != text:
+        text = plain
+        changed.append("caption_html")
+    if rules.strip_control:
+        kept = "".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc")
+        if kept != text:
+            text = kept
+            changed.append("caption_control")
+    if rules.collapse_spaces:
+        ends = text.strip(_BLANK)  # every .txt ends in a new line: that is no change
+        text = " ".join(text.split()).strip(_BLANK)
+        if text != ends:
+            changed.append("caption_spaces")
+    return text, tuple(changed)
 
 
 def _scores(row: Row, rules: Rules) -> dict[str, float]:
@@ -145,13 +181,14 @@ def _scores(row: Row, rules: Rules) -> dict[str, float]:
     return scores
 
 
-def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray]:
-    """Image bytes -> the bytes to store, and their pixels, uint8 [H, W, 3].
+def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str, ...]]:
+    """Image bytes -> the bytes to store, their pixels, uint8 [H, W, 3], and what was changed.
 
     A plain RGB PNG, JPEG or WebP is stored as it is, else a PNG of what it shows.
-    Raises ImageError with the reasons of `transforms.decode`, or too_small or aspect_ratio.
+    Raises ImageError with the reasons of `transforms.decode`, or too_small, aspect_ratio or
+    colour_mode.
     """
-    image = transforms.open_image(encoded, max_pixels=rules.max_pixels)
+    image = transforms.open_image(encoded, max_pixels=rules.pixel_limit)
     short, long = sorted(image.size)
     if short < rules.min_side:
         raise transforms.ImageError("too_small", f"short side {short}; min_side {rules.min_side}")
@@ -159,20 +196,56 @@ def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray]:
         raise transforms.ImageError(
             "aspect_ratio", f"{image.size[0]}x{image.size[1]}; max_aspect {rules.max_aspect:g}"
         )
-    plain = transforms.is_plain_rgb(image)
-    pixels = transforms.decode(encoded, max_pixels=rules.max_pixels)
+    modes, turned = _colour_modes(image), transforms.is_turned(image)
+    changed = ["first_frame"] if _is_animated(image) else []
+    changed += modes
+    changed += ["turned_upright"] if turned and rules.orient else []
+    plain = transforms.is_plain_rgb(image) and not modes
+    pixels = transforms.decode(encoded, max_pixels=rules.pixel_limit)
+    if modes and not rules.convert_modes:
+        raise transforms.ImageError("colour_mode", " and ".join(modes))
     if plain:
-        return encoded, pixels
-    if rules.background != WHITE and image.has_transparency_data:
-        pixels = _on_background(encoded, rules.background)
-    return _png(pixels), pixels
+        return encoded, pixels, tuple(changed)
+    if (turned and not rules.orient) or ("transparency" in modes and rules.background != WHITE):
+        pixels = _otherwise(encoded, rules)
+    return _png(pixels), pixels, (*changed, "stored_as_png")
 
 
-def _on_background(encoded: bytes, background: tuple[int, int, int]) -> np.ndarray:
-    """A transparent image, known to be sound, over a colour -> uint8 [H, W, 3]."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGBA")
-    below = Image.new("RGBA", image.size, (*background, 255))
-    return np.asarray(Image.alpha_composite(below, image).convert("RGB"))
+def _colour_modes(image: Image.Image) -> list[str]:
+    """What there is to convert to RGB of 8 bits, in words; [] for nothing."""
+    words = {"P": "palette", "CMYK": "cmyk", "1": "grey", "L": "grey", "LA": "grey"}
+    found = []
+    # Pillow has no mode for colours of 16 bits, and reads them as 8.
+    if image.mode.startswith("I") or any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    ):
+        found.append("16_bit")
+    if image.has_transparency_data:
+        found.append("transparency")
+    if image.mode in words:
+        found.append(words[image.mode])
+    elif image.mode not in ("RGB", "RGBA") and not found:
+        found.append(f"mode_{image.mode}")
+    return found
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error):
+        return False  # the second frame is damaged, which is none of our business
+
+
+def _otherwise(encoded: bytes, rules: Rules) -> np.ndarray:
+    """An image, known to be sound, as the rules want it and `transforms.decode` does not."""
+    image: Image.Image = Image.open(io.BytesIO(encoded))
+    if rules.orient and transforms.is_turned(image):
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data and not image.mode.startswith("I"):
+        image = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, (*rules.background, 255))
+        image = Image.alpha_composite(below, image)
+    return np.asarray(transforms.to_rgb(image).convert("RGB"))
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -43,8 +43,9 @@ def shards(path: str) -> list[Shard]:
     folder = paths.to_path(path)
     if not folder.is_dir():
         raise DataError(
-            f"data.path is {path!r}, which is {'no folder' if folder.exists() else 'not there'}; "
-            f"expected a folder of images with {METADATA}"
+            f"data.path (--input) is {path!r}, which is "
+            f"{'no folder' if folder.exists() else 'not there'}; expected a folder of images with "
+            f"{METADATA}"
         )
     found = _metadata_files(folder)
     if found:
@@ -52,9 +53,9 @@ def shards(path: str) -> list[Shard]:
     names = [relative(str(file), str(folder)) for file in find(folder, IMAGE_SUFFIXES)]
     if not names:
         raise DataError(
-            f"data.path is {path!r}, which has no {METADATA}, nor has a subfolder train or test, "
-            f'nor images; write one with a line {{"file_name": "a.png", "text": "a caption"}} for '
-            "each image, or put a.txt with the caption beside each a.png"
+            f"data.path (--input) is {path!r}, which has no {METADATA}, nor has a subfolder "
+            f'train or test, nor images; write one with a line {{"file_name": "a.png", "text": '
+            f'"a caption"}} for each image, or put a.txt with the caption beside each a.png'
         )
     by_split: dict[str, list[str]] = {}
     for name in names:

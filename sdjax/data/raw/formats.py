@@ -64,6 +64,8 @@ def detect(path: str) -> str:
         for format, reader in ((webdataset.FORMAT, webdataset), (parquet.FORMAT, parquet)):
             if next(find(root, reader.SUFFIXES), None):
                 return format
+    elif not root.exists() and not any(sign in path for sign in "*?["):
+        raise DataError(f"--input is {path!r}, which is not there")
     raise DataError(
         f"--input is {path!r}, where there is neither {folder.METADATA}, nor images, nor files "
         f"that end in {', '.join(webdataset.SUFFIXES + parquet.SUFFIXES)}; set --input to a "

@@ -145,9 +145,9 @@ def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> list[Shard
         files = [root] if root.exists() else []
     if not files:
         raise DataError(
-            f"data.path is {path!r}, where there is no file that ends in {' or '.join(suffixes)}; "
-            f"expected such a file, a folder with some, or a pattern such as DIR/train-*"
-            f"{suffixes[0]}"
+            f"data.path (--input) is {path!r}, where there is no file that ends in "
+            f"{' or '.join(suffixes)}; expected such a file, a folder with some, or a pattern "
+            f"such as DIR/train-*{suffixes[0]}"
         )
     return [
         Shard(format, str(root), str(file), split_of(relative(str(file), str(root))))
