@@ -12,7 +12,7 @@ from sdjax.data.splits import parse_fold
 from sdjax.errors import UserError
 
 RAW_NAMES = ("image_text_folder", "webdataset", "parquet")  # imported from data.path
-WITH_PATH = (*RAW_NAMES, "prepared")
+WITH_PATH = (*RAW_NAMES, "prepared", "encoded")
 
 
 class DataError(UserError):
@@ -39,6 +39,7 @@ class DataConfig:
     score_key: str = ""  # a number feature, such as an aesthetic score ...
     min_score: float | None = None  # ... and examples with less of it are left out, and counted
     captions: CaptionConfig = CaptionConfig()
+    text_embeddings: bool = False  # encoded: train on the stored ones in place of the captions
     mixture: tuple[Part, ...] = ()  # several sources at once; () is the one that `name` says
     resolution: int = 64  # of the square crop, after the short side is resized to it
     crop: str = "center"  # or "random"
@@ -90,13 +91,28 @@ class DataConfig:
                             "expected the name of a number feature")  # fmt: skip
         if self.mixture:
             mixture.check(self.mixture)
-            parts(self)  # raises what is wrong with one of them
+        kinds = {part.name == "encoded" for part in parts(self)}
+        if len(kinds) > 1:
+            raise UserError("data.mixture mixes encoded datasets with others; expected all of them "
+                            "encoded, or none")  # fmt: skip
+        if self.text_embeddings:
+            if kinds == {False}:
+                raise UserError("data.text_embeddings is True, but data.name is "
+                                f"{self.name!r}; only 'encoded' datasets have any")  # fmt: skip
+            if self.captions.shuffle_tags or self.captions.tag_dropout:
+                raise UserError("data.captions varies tags, which data.text_embeddings, made of "
+                                "whole captions, cannot follow; switch off one")  # fmt: skip
         if not self.name:
             raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
                              "or a TFDS dataset name")  # fmt: skip
         if self.name in WITH_PATH and not self.path:
             raise UserError(f"data.path is empty; data.name = {self.name!r} needs the folder, "
                              "as in --config.data.path=DIR")  # fmt: skip
+
+
+def is_encoded(config: DataConfig) -> bool:
+    """Whether batches hold moments and not pictures."""
+    return parts(config)[0].name == "encoded"
 
 
 def parts(config: DataConfig) -> list[DataConfig]:

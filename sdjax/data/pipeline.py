@@ -20,6 +20,7 @@ from sdjax.data import transforms
 from sdjax.data.buckets import Buckets
 from sdjax.data.caption_choice import CaptionConfig, choose
 from sdjax.data.config import DataConfig, DataError, parts
+from sdjax.data.encoded import TEXT_FIELDS
 from sdjax.data.sources import Source, captions, open_parts, open_source
 from sdjax.data.stream import make_stream
 from sdjax.data.summary import Summary, summarise
@@ -40,23 +41,55 @@ class Transform:
     """One example -> what a batch holds of it. A class, so that worker processes can receive it."""
 
     tokenizers: dict[str, Encoder]  # by the field of the batch that each one fills
+    embeddings: bool  # take those that are stored, and no tokenizer
     crop: str
     flip: bool
     captions: CaptionConfig
     with_size: bool
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        picture, size = self._picture(example, rng)
+        fields = dict(picture)
+        if self.with_size:
+            fields["size"] = size
+        text = choose(example["caption"], self.captions, rng)
+        if self.embeddings:
+            captions = (example["caption"].main, *example["caption"].others)
+            which = captions.index(text)
+            return fields | {k: example[k][which] for k in TEXT_FIELDS if k in example}
+        for name, tokenizer in self.tokenizers.items():
+            fields[name] = tokenizer.encode([text])[0]
+        return fields
+
+    def _picture(
+        self, example: dict[str, Any], rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The image or the moments, and the size."""
+        if "moments" in example:
+            mirror = self.flip and rng.random() < 0.5
+            chosen = example["flipped"] if mirror else example
+            return {"moments": chosen["moments"]}, chosen["size"]
         height, width = example["target"]
         prepared = transforms.prepare(
             example["image"], rng, height=height, width=width, crop=self.crop, flip=self.flip
         )
-        fields = {"image": prepared.image}
-        if self.with_size:
-            fields["size"] = prepared.size
-        text = choose(example["caption"], self.captions, rng)
-        for name, tokenizer in self.tokenizers.items():
-            fields[name] = tokenizer.encode([text])[0]
-        return fields
+        return {"image": prepared.pixels}, prepared.size
+
+
+def as_floats(batch: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
+    """A batch as the networks take it: float32, pictures in [-1, 1].
+
+    Until then pictures are uint8 and what was encoded ahead may be bfloat16: less to stack, and to
+    send from process to process. copy: nothing is left in the memory of the batch.
+    """
+    made = {}
+    for name, value in batch.items():
+        value = np.asarray(value)  # the workers' arrays are of a class of their own
+        kind = np.int32 if value.dtype.kind == "i" else np.float32
+        made[name] = (
+            transforms.normalise(value) if name == "image" else value.astype(kind, copy=copy)
+        )
+    return made
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
@@ -81,7 +114,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             self._iterator = self._start()
         batch = next(self._iterator)
         if self._config.workers:  # out of the workers' shared memory, which is scarce
-            batch = {name: np.array(value) for name, value in batch.items()}
+            batch = as_floats(batch, copy=True)
         self.step += 1
         return batch
 
@@ -89,8 +122,10 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         import grain.python as grain
 
         index, count = self._process
-        mine = self._dataset[self.step * count + index :: count]
         config = self._config
+        mine = self._dataset[self.step * count + index :: count]
+        if not config.workers:
+            mine = mine.map(as_floats)
         threads = config.threads if config.prefetch else 0
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
         batches = mine.to_iter_dataset(options)
@@ -167,7 +202,9 @@ def make_iterator(
 
     b is config.batch_size / process_count. Each of `tokenizers` fills the field it is named by;
     `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`. H and W are data.resolution, or
-    those of the batch's bucket.
+    those of the batch's bucket. Datasets that were encoded ahead give "moments" float32
+    [b, h, w, 2C] in the place of the image, and with data.text_embeddings "context" [b, L, D] (for
+    SDXL also "pooled" [b, P]) in the place of tokens.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
     if config.batch_size % process_count:
@@ -181,7 +218,14 @@ def make_iterator(
         raise DataError(f"seed is {seed}; expected 0 to 2**32 - 1")
     sources = open_parts(config, split)
     _warn(config, sources)
-    transform = Transform(dict(tokenizers), config.crop, config.flip, config.captions, with_size)
+    transform = Transform(
+        dict(tokenizers),
+        config.text_embeddings,
+        config.crop,
+        config.flip,
+        config.captions,
+        with_size,
+    )
     examples, shape_at, buckets = _endless(config, sources, seed=seed, shuffle=shuffle)
     # No remainder, or Grain rounds the endless length up past the largest integer.
     per_host = config.batch_size // process_count

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from sdjax import paths
-from sdjax.data import columns, splits, transforms
+from sdjax.data import columns, encoded, splits, transforms
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
 from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
@@ -25,14 +25,17 @@ class Source:
     """Random access to one split: len(), and source[i] -> one example.
 
     An example is {"image": uint8 [H, W, 3], "text": the main caption, "caption": all of them,
-    "target": (height, width) of the picture to be made of it}.
+    "target": (height, width) of the picture to be made of it}. Of a dataset that was encoded
+    ahead, what `encoded.example` reads stands in the place of the image.
     Raises DataError, naming dataset, split and index, when a record cannot be read or decoded.
     """
 
     def __init__(
         self, records: Any, *, name: str, directory: str, split: str, config: DataConfig,
         to_text: Callable[[Any], Caption], table: columns.Columns | None = None,
+        encoding: encoded.Encoding | None = None,
     ):  # fmt: skip
+        self.encoding = encoding
         self._records = records
         self._to_text = to_text
         self._config = config
@@ -49,13 +52,7 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._record(index)
-        image = record[self._config.image_key]
-        try:
-            if isinstance(image, bytes):
-                image = transforms.decode(image, max_pixels=self._config.max_pixels)
-            image = _three_channels(np.asarray(image))
-        except transforms.ImageError as error:
-            raise self._error(index, f"the image cannot be decoded ({error})") from error
+        picture = self._picture(index, record)
         caption = self._caption(record)
         if self._config.captions.empty == "error" and not caption.main.strip():
             raise DataError(
@@ -63,7 +60,23 @@ class Source:
                 "data.captions.empty = 'skip' leaves such examples out, 'keep' takes them"
             )
         side = self._config.resolution
-        return {"image": image, "text": caption.main, "caption": caption, "target": (side, side)}
+        return {**picture, "text": caption.main, "caption": caption, "target": (side, side)}
+
+    def _picture(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        if self.encoding is not None:
+            return encoded.example(record, self.encoding)
+        image = record[self._config.image_key]
+        try:
+            if isinstance(image, bytes):
+                image = transforms.decode(image, max_pixels=self._config.max_pixels)
+            return {"image": _three_channels(np.asarray(image))}
+        except transforms.ImageError as error:
+            raise self._error(index, f"the image cannot be decoded ({error})") from error
+
+    def key(self, index: int) -> str:
+        """What the example is called: its file name, or the number it is stored under."""
+        record = self._record(index)
+        return as_text(record["file_name"]) if "file_name" in record else str(index)
 
     def text(self, index: int) -> str:
         """The caption alone, without decoding the image."""
@@ -72,6 +85,12 @@ class Source:
     def _caption(self, record: dict[str, Any]) -> Caption:
         caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
         if not choice.others_key:
+            if self.encoding is not None:  # label templates, say, which were filled in then
+                return Caption(
+                    caption.main,
+                    tuple(as_text(value) for value in record["captions"]),
+                    float(record["main_share"]),
+                )
             return caption
         texts = (as_text(value).strip() for value in record[choice.others_key])
         others = caption.others + tuple(text for text in texts if text)
@@ -122,6 +141,7 @@ class Source:
             config=self._config,
             to_text=self._to_text,
             table=self.table.take(numbers),
+            encoding=self.encoding,
         )
 
     def _record(self, index: int) -> dict[str, Any]:
@@ -166,7 +186,7 @@ def prepared_builder(config: DataConfig) -> Any:
         from sdjax.data.builders import raw_import
 
         return raw_import.prepare(config)
-    if config.name == "prepared":
+    if config.name in ("prepared", "encoded"):
         return _prepared_folder(config)
     if config.name == "captioned_shapes":
         from sdjax.data.builders import captioned_shapes
@@ -242,8 +262,11 @@ def open_source(config: DataConfig, split: str) -> Source:
     from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 
     builder = prepared_builder(config)
+    encoding = encoded.read(config.path) if config.name == "encoded" else None
     if config.name in WITH_PATH:  # which store them under names of their own
         config = dataclasses.replace(config, image_key="image", text_key="text")
+    if encoding is not None:
+        config = _as_encoded(config, encoding)
     check_format(builder)
     stored_split, cut = splits.plan(
         split,
@@ -272,8 +295,19 @@ def open_source(config: DataConfig, split: str) -> Source:
         split=stored_split,
         config=config,
         to_text=to_text,
+        encoding=encoding,
     )
     return _chosen(source, split, cut, config)
+
+
+def _as_encoded(config: DataConfig, encoding: encoded.Encoding) -> DataConfig:
+    """What reads an encoded dataset as the configuration would have read the pictures."""
+    choice = config.captions
+    if choice.others_key:
+        choice = dataclasses.replace(choice, others_key="captions")
+    if encoding.selection:
+        config = encoded.unselected(config)
+    return dataclasses.replace(config, image_key="moments", captions=choice)
 
 
 def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConfig) -> Source:

@@ -163,7 +163,7 @@ def make_stream(
     for i, (own, source) in enumerate(zip(configs, sources, strict=True)):
         words = (seed, i) if shuffle else None
         if own.buckets.step:
-            found = _sorted_in(own, source)
+            found = bucketed(own, source)
             buckets.append(found)
             epochs.append(Bucketed(found, config.batch_size, words))
         else:
@@ -174,14 +174,18 @@ def make_stream(
     return stream, buckets
 
 
-def _sorted_in(config: DataConfig, source: Source) -> Buckets:
-    table = source.table
+def bucketed(config: DataConfig, source: Source) -> Buckets:
+    """The examples of a source by bucket. DataError if the buckets refuse all of them.
+
+    Of what was encoded ahead the shapes are as they are, so small buckets stay open.
+    """
+    table, fixed = source.table, source.encoding is not None
     found = assign(
         table.height,
         table.width,
         bucket_shapes(config.resolution, config.buckets),
-        batch_size=config.batch_size,
-        max_upscale=config.buckets.max_upscale,
+        batch_size=1 if fixed else config.batch_size,
+        max_upscale=0.0 if fixed else config.buckets.max_upscale,
     )
     if not found.images:
         raise DataError(

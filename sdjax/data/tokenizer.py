@@ -8,6 +8,7 @@ captions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -72,6 +73,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, special and added ones included."""
         return self._backend.get_vocab_size()
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides which tokens a text becomes."""
+        ids = (self.bos_id, self.eos_id, self.pad_id, self.context_length)
+        content = [sorted(self._backend.get_vocab().items()), self._merges, ids]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     @property
     def null_tokens(self) -> np.ndarray:

@@ -140,12 +140,17 @@ def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
 
 
+def dropped_captions(keys: jax.Array, rate: float) -> jax.Array:
+    """Which examples train without their caption, bool [b], with probability `rate`."""
+    return jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION)) < rate
+
+
 def drop_captions(
-    keys: jax.Array, tokens: jax.Array, null_tokens: jax.Array, rate: float
+    keys: jax.Array, captions: jax.Array, null_caption: jax.Array, rate: float
 ) -> jax.Array:
-    """Replaces each row of tokens [b, L] by null_tokens [L] with probability `rate`."""
-    draws = jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION))
-    return jnp.where((draws < rate)[:, None], null_tokens[None], tokens)
+    """Replaces rows of captions [b, ...] (tokens, embeddings) by null_caption [...]."""
+    dropped = dropped_captions(keys, rate).reshape(-1, *[1] * (captions.ndim - 1))
+    return jnp.where(dropped, null_caption[None], captions)
 
 
 def sample_timesteps(

@@ -35,6 +35,7 @@ BREAKING = (
     "data.captions.empty",
     "data.score_key",
     "data.min_score",
+    "data.text_embeddings",
     "data.mixture",
     "data.buckets.*",
     "data.resolution",

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import ModelConfig
+from sdjax.diffusion.losses import drop_captions
 from sdjax.errors import UserError
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText
-from sdjax.train.state import component
+from sdjax.train.state import component, prefixed
 
 # The field of a batch that each text encoder reads.
 TOKENS = {"text_encoder": "tokens", "text_encoder_2": "tokens_2"}
@@ -68,6 +69,7 @@ class Conditioner:
     """Text encoders, bound to their configuration.
 
     graphs: of the encoders, by name.
+    params: their parameters, abstract.
     null: {field: tokens [L]} of the empty caption.
     time_ids: how many the UNet takes: 0 (SD1, SD2), 5 (refiner) or 6 (SDXL).
     zero_empty: an empty caption is zeros, and not what the encoders make of "".
@@ -75,6 +77,7 @@ class Conditioner:
     """
 
     graphs: Mapping[str, Any]
+    params: Mapping[str, jax.ShapeDtypeStruct]
     null: Mapping[str, np.ndarray]
     time_ids: int
     zero_empty: bool
@@ -93,14 +96,18 @@ class Conditioner:
 
         Args:
             params: `{path: array}` with those of the text encoders.
-            batch: tokens int32 [B, L] of each encoder; for SDXL also "size" int32 [B, 4] (original
-                height and width, top and left of the crop), or by default an original of the
-                target's size, whole.
+            batch: tokens int32 [B, L] of each encoder, or what `embed` made of them; for SDXL also
+                "size" int32 [B, 4] (original height and width, top and left of the crop), or by
+                default an original of the target's size, whole.
             target: height and width of the picture, in pixels.
             negative: what guidance leads away from; a refiner is told of a bad picture.
             key: of dropout in the encoders.
         """
-        text = self.embed(params, batch, key=key)
+        if "context" in batch:
+            text: Context = {name: batch[name] for name in ("context", "pooled") if name in batch}
+            text = text if self.time_ids else batch["context"]
+        else:
+            text = self.embed(params, batch, key=key)
         if not isinstance(text, dict):
             return text
         count = len(text["pooled"])
@@ -140,6 +147,30 @@ class Conditioner:
             }
         return text
 
+    def embedding(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `embed` makes of one caption: "context" [L, D], for SDXL also "pooled" [P]."""
+        tokens = {
+            f: jax.ShapeDtypeStruct((1, *null.shape), jnp.int32) for f, null in self.null.items()
+        }
+        made = jax.eval_shape(self.embed, self.params, tokens)
+        made = made if isinstance(made, dict) else {"context": made}
+        return {f: jax.ShapeDtypeStruct(x.shape[1:], jnp.float32) for f, x in made.items()}
+
+    def drop(
+        self, params: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], keys: jax.Array,
+        rate: float,
+    ) -> dict[str, jax.Array]:  # fmt: skip
+        """Captions of a batch with those that training drops replaced by the empty one.
+
+        The same draw for every field: a caption is dropped from all encoders or none.
+        """
+        if "context" not in batch:
+            return {f: drop_captions(keys, batch[f], null, rate) for f, null in self.null.items()}
+        empty = self.embed(params, {field: null[None] for field, null in self.null.items()})
+        if not isinstance(empty, dict):
+            empty = {"context": empty}
+        return {f: drop_captions(keys, batch[f], null[0], rate) for f, null in empty.items()}
+
     def empty(self, tokens: Mapping[str, jax.Array]) -> jax.Array:
         """Which captions are "", bool [B]."""
         rows = [jnp.all(tokens[field] == null, axis=-1) for field, null in self.null.items()]
@@ -157,11 +188,13 @@ def make_conditioner(
     encoders = model.text_encoders
     dtype = jnp.dtype(model.dtype)
     null = {field: tokens[0] for field, tokens in encode_text(tokenizers, [""]).items()}
+    graphs, params = {}, {}
+    for name, encoder in encoders.items():
+        graphs[name], own = weights.abstract(CLIPText, encoder, dtype=dtype, remat=remat)
+        params |= prefixed(own, name)
     return Conditioner(
-        graphs={
-            name: weights.abstract(CLIPText, encoder, dtype=dtype, remat=remat)[0]
-            for name, encoder in encoders.items()
-        },
+        graphs=graphs,
+        params=params,
         null={TOKENS[name]: null[TOKENS[name]] for name in encoders},
         time_ids=check_text(model),
         zero_empty=model.zero_empty_prompt,

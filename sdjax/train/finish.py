@@ -49,6 +49,9 @@ def read_examples(config: Config, tokenizers: Mapping[str, Tokenizer], count: in
     for source, i in itertools.islice((turn for row in turns for turn in row if turn), count):
         example = source[i]
         captions.append(example["text"])
+        if "image" not in example:  # encoded ahead, and drawing takes captions alone
+            images.append(np.zeros((side, side, 3), np.float32))
+            continue
         images.append(
             transforms.prepare(
                 example["image"], rng, height=side, width=side, crop="center", flip=False

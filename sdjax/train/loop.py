@@ -12,6 +12,7 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.train import agreement, report, startup
 from sdjax.train import ema as ema_lib
 from sdjax.train.checkpoint import Checkpoints
+from sdjax.train.encode_dataset import check_encoded
 from sdjax.train.finish import Gallery, finish
 from sdjax.train.health import Diverged
 from sdjax.train.model_flops import mfu_flops
@@ -54,6 +55,7 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
     program = build(config, task, mesh)
     split = program.split
+    check_encoded(config, assembled if saved is None else None, split.trained)
     checkpoints = Checkpoints(
         folder, keep_last=config.train.keep_last, keep_every=config.train.keep_every
     )
@@ -79,7 +81,9 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
 
     # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
     train_step = Steps(program, config)
-    compiled = train_step.compile(with_pictures(program.batch, data.next_shape))
+    compiled = train_step.compile(
+        with_pictures(program.batch, data.next_shape, config.model.vae.downscale)
+    )
     report.announce(config, assembled, split, mesh, folder, start, compiled)
 
     telemetry = Telemetry(
@@ -109,12 +113,13 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
             if start == 0:
                 telemetry.hparams(to_dict(config))
             for done in range(start + 1, steps + 1):
+                shape = data.next_shape
                 with watch.waiting():
                     batch = global_batch(next(data), mesh)
                 if not train_step.has(batch):
                     watch.flush()
                     with telemetry.pause():
-                        report.announce_shape(batch, train_step.compile(batch), telemetry)
+                        report.announce_shape(shape, train_step.compile(batch), telemetry)
                 state, metrics = train_step(state, frozen, batch)
                 watch.push(done, batch, metrics)
                 checkpoints.check()

@@ -210,11 +210,19 @@ def _shapes(batch: Batch) -> tuple:
     return tuple(sorted((name, value.shape) for name, value in batch.items()))
 
 
-def with_pictures(batch: Batch, shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """An abstract batch with pictures of another (height, width)."""
-    image = batch["image"]
-    other = (image.shape[0], *shape, image.shape[-1])
-    return {**batch, "image": jax.ShapeDtypeStruct(other, image.dtype, sharding=image.sharding)}
+def with_pictures(
+    batch: Batch, shape: tuple[int, int], downscale: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """An abstract batch with pictures of another (height, width), or the moments of such."""
+    if "image" in batch:
+        return {**batch, "image": _resized(batch["image"], *shape)}
+    moments = batch["moments"]
+    return {**batch, "moments": _resized(moments, *(side // downscale for side in shape))}
+
+
+def _resized(array: jax.ShapeDtypeStruct, height: int, width: int) -> jax.ShapeDtypeStruct:
+    shape = (array.shape[0], height, width, array.shape[-1])
+    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding)
 
 
 def compile_step(program: Program, config: Config) -> Compiled:

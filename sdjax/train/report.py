@@ -61,9 +61,9 @@ def announce_data(summary: Summary, telemetry: Telemetry, start: int) -> None:
         telemetry.scalars(0, {"data": summary.scalars})
 
 
-def announce_shape(batch: Mapping[str, Any], compiled: Compiled, telemetry: Telemetry) -> None:
-    """A bucket's first batch has come."""
-    height, width = batch["image"].shape[1:3]
+def announce_shape(shape: tuple[int, int], compiled: Compiled, telemetry: Telemetry) -> None:
+    """The first batch of pictures of another (height, width) has come."""
+    height, width = shape
     telemetry.message(
         f"step for pictures of {width}x{height} compiled in {compiled.seconds:.1f} s"
         f"{_costs(compiled)}"

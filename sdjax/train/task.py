@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import Config
+from sdjax.data.config import is_encoded
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
     denoising_loss,
-    drop_captions,
     fold_keys,
     normal_like,
 )
@@ -126,18 +126,13 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
             weights.merge(graphs[name], component(every, name)) for name in ("unet", "vae")
         )
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        moments = vae.encode(batch["image"])  # [b, h, w, 2C]
+        moments = vae.encode(batch["image"]) if "image" in batch else batch["moments"]
         noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
         x0 = scale_latents(sample_moments(moments, noise), vae_config)
-        # The same draw for every encoder: a caption is dropped from all or none.
-        tokens = {
-            field: drop_captions(keys, batch[field], null, rate)
-            for field, null in conditioner.null.items()
-        }
         context = conditioner(
             every,
-            {**batch, **tokens},
-            target=batch["image"].shape[1:3],
+            {**batch, **conditioner.drop(every, batch, keys, rate)},
+            target=tuple(side * vae_config.downscale for side in moments.shape[1:3]),
             key=jax.random.fold_in(dropout, 0),
         )
         return denoising_loss(
@@ -151,9 +146,12 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
             objective=config.objective,
         )
 
-    example = {"image": _image(config)}
-    for field, tokenizer in tokenizers.items():
-        example[field] = jax.ShapeDtypeStruct((tokenizer.context_length,), jnp.int32)
+    example = _moments(config) if is_encoded(config.data) else {"image": _image(config)}
+    if config.data.text_embeddings:
+        example |= conditioner.embedding()
+    else:
+        for field, tokenizer in tokenizers.items():
+            example[field] = jax.ShapeDtypeStruct((tokenizer.context_length,), jnp.int32)
     if model.unet.is_xl:
         example["size"] = jax.ShapeDtypeStruct((4,), jnp.int32)
     return Task(abstract, loss, _pictures(config, tokenizers), init, example)
@@ -189,6 +187,13 @@ def _pictures(
 
 def _image(config: Config) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((config.data.resolution, config.data.resolution, 3), jnp.float32)
+
+
+def _moments(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of datasets that were encoded ahead."""
+    vae, side = config.model.vae, config.data.resolution // config.model.vae.downscale
+    shape = (side, side, 2 * vae.latent_channels)
+    return {"moments": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def _autoencoder(config: Config) -> Task:

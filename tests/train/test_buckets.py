@@ -1,8 +1,9 @@
-"""A run with buckets and a mixture: one compilation for each shape, and resuming to the bit."""
+"""Runs with buckets and a curriculum: a compilation for each shape, resuming, several hosts."""
 
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,11 +17,14 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.train import checkpoint, loop, program
 from sdjax.train.conditioning import blank_tokenizers
 from sdjax.train.task import make_task
+from tests.conftest import make_tiny_config
+from tests.hosts import losses, run_hosts, write_recipe
 
-SIZES = [(16, 16), (16, 32), (40, 20)]  # height, width; the buckets have the same aspects
+SIZES = [(16, 16), (16, 32)]  # height, width; the buckets have the same aspects
+SHAPES = {(16, 16, 3), (10, 24, 3), (8, 8, 3)}
 
 
-class Tall(tfds.core.GeneratorBasedBuilder):
+class Wide(tfds.core.GeneratorBasedBuilder):
     """Twelve noisy pictures of each size."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -32,85 +36,119 @@ class Tall(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(36), "test": self._generate_examples(3)}
+        return {"train": self._generate_examples(24), "test": self._generate_examples(3)}
 
     def _generate_examples(self, count):
         rng = np.random.default_rng(0)
         for i in range(count):
             buffer = io.BytesIO()
-            pixels = rng.integers(0, 256, (*SIZES[i % 3], 3), np.uint8)
+            pixels = rng.integers(0, 256, (*SIZES[i % 2], 3), np.uint8)
             Image.fromarray(pixels).save(buffer, "PNG")
             yield str(i), {"image": io.BytesIO(buffer.getvalue()), "text": f"number {i}"}
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
+def config(tiny_vae, shapes_dir, tmp_path_factory):
+    """The autoencoder, whose step compiles in seconds; small squares join from step 3 to 6."""
     folder = str(tmp_path_factory.mktemp("tfds"))
-    Tall(data_dir=folder, file_format="array_record").download_and_prepare()
-    return folder
-
-
-@pytest.fixture
-def config(tiny_config, data_dir):
-    """The autoencoder: its step compiles in seconds."""
-    tiny_config.update(task="autoencoder", vae_from="")
-    tiny_config.model.vae.update(
+    Wide(data_dir=folder, file_format="array_record").download_and_prepare()
+    config = make_tiny_config(tiny_vae, shapes_dir)
+    config.update(task="autoencoder", vae_from="")
+    config.model.vae.update(
         block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",), layers_per_block=1, norm_num_groups=2,
         sample_size=16,
     )  # fmt: skip
-    tiny_config.ema.profiles = ()
-    tiny_config.data.update(name="tall", data_dir=data_dir, batch_size=4, resolution=16)
-    tiny_config.data.buckets.update(step=2, max_aspect=2.0)
-    tiny_config.train.update(steps=9, checkpoint_every=5)
-    return tiny_config
+    config.ema.profiles = ()
+    config.data.update(name="wide", data_dir=folder, batch_size=4, resolution=16)
+    config.data.buckets.update(step=2, max_aspect=2.5)
+    config.data.mixture = (
+        {"name": "wide"},
+        {"name": "captioned_shapes", "resolution": 8, "start": 3, "end": 7},
+    )
+    config.train.update(steps=9, checkpoint_every=2, keep_last=9)
+    return config
 
 
-def losses(workdir):
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["train/loss"] for row in lines if "train/loss" in row}
-
-
-def test_one_compilation_for_each_bucket(config, tmp_path, monkeypatch, capsys):
-    compiled, traced = [], []
-    compile_step, make_task = program.compile_step, loop.make_task
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run that nothing happens to: (workdir, {shape: compiled step}, shapes traced)."""
+    compiled, traced = {}, []
+    compile_step, made = program.compile_step, loop.make_task
 
     def counted(built, config):
-        compiled.append(built.batch["image"].shape)
-        return compile_step(built, config)
+        shape = built.batch["image"].shape[1:]
+        assert shape not in compiled, "compiled twice"
+        compiled[shape] = compile_step(built, config)
+        return compiled[shape]
 
     def watched(*args):
-        task = make_task(*args)
+        task = made(*args)
 
         def loss(params, frozen, batch, **rest):
-            traced.append(batch["image"].shape)
+            traced.append(batch["image"].shape[1:])
             return task.loss(params, frozen, batch, **rest)
 
         return dataclasses.replace(task, loss=loss)
 
-    monkeypatch.setattr(program, "compile_step", counted)
-    monkeypatch.setattr(loop, "make_task", watched)
-    assert loop.run(resolve(config), str(tmp_path / "whole")) == loop.DONE
-    # Nine steps are an epoch: each bucket has had three of them.
-    assert len(compiled) == len(set(compiled)) == 3 and set(traced) == set(compiled)
-    assert all(np.isfinite(list(losses(tmp_path / "whole").values())))
-    out = capsys.readouterr().out
-    assert "36 in 3 bucket(s)" in out and out.count("compiled in") == 3
-    first = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0]
-    assert json.loads(first)["data/bucket_16x16"] == 12
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "compile_step", counted)
+        patch.setattr(loop, "make_task", watched)
+        assert loop.run(resolve(config), str(workdir)) == loop.DONE
+    return workdir, compiled, traced
 
-    # Stopped after five steps, and on.
-    config.train.steps = 5
-    assert loop.run(resolve(config), str(tmp_path / "parts")) == loop.DONE
-    config.train.steps = 9
-    assert loop.run(resolve(config), str(tmp_path / "parts")) == loop.DONE
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    for a, b in zip(*(jax.tree.leaves(checkpoint.restore_params(tmp_path / name))
-                      for name in ("whole", "parts")), strict=True):  # fmt: skip
+
+def test_one_compilation_for_each_shape(whole):
+    workdir, compiled, traced = whole
+    assert set(compiled) == set(traced) == SHAPES
+    found = losses(workdir)
+    assert sorted(found) == list(range(1, 10)) and np.all(np.isfinite(list(found.values())))
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["data/0/bucket_16x16"] == first["data/0/bucket_24x10"] == 12
+    assert first["data/1/bucket_8x8"] == 40
+
+
+def test_resumes_to_the_bit_across_the_changes_of_a_curriculum(
+    config, whole, tmp_path, monkeypatch, capsys
+):
+    """From a checkpoint of before the small squares came to after they went."""
+    reference, compiled, _ = whole
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    for step in checkpoint.all_steps(workdir):
+        if step > 2:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 2]
+    (workdir / "metrics.jsonl").write_text("".join(kept))
+    # The same programs as those of the first run, to save their compilation.
+    monkeypatch.setattr(
+        program, "compile_step", lambda built, config: compiled[built.batch["image"].shape[1:]]
+    )
+    assert loop.run(resolve(config), str(workdir)) == loop.DONE
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert losses(workdir) == losses(reference)
+    for a, b in zip(*map(jax.tree.leaves, map(checkpoint.restore_params, (workdir, reference))),
+                    strict=True):  # fmt: skip
         np.testing.assert_array_equal(a, b)
-    config.data.buckets.max_aspect = 3.0
-    with pytest.raises(ConfigError, match="data.buckets.max_aspect"):
-        loop.run(resolve(config), str(tmp_path / "parts"))
+
+    other = config.copy_and_resolve_references()
+    other.data.buckets.max_aspect = 3.0
+    other.data.mixture = other.data.mixture[:1]
+    with pytest.raises(ConfigError, match="(?s)data.buckets.max_aspect.*data.mixture"):
+        loop.run(resolve(other), str(workdir))
+
+
+def test_hosts_agree_on_the_shape_of_every_step(config, whole, tmp_path):
+    """Two processes, who would wait for each other for ever if they did not."""
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    codes, hosts = run_hosts(recipe, tmp_path / "run", 2, total_devices=2)
+    assert codes == [0, 0], hosts[0].err
+    assert "data 2 x fsdp 1 x tensor 1: 2 x cpu, 2 host(s)" in hosts[0].out
+    assert hosts[0].out.count("compiled in") == len(SHAPES)
+    found, expected = losses(tmp_path / "run"), losses(whole[0])
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
 def test_text_to_image_takes_rectangles(tiny_config):
@@ -118,7 +156,7 @@ def test_text_to_image_takes_rectangles(tiny_config):
     config = resolve(tiny_config)
     task = make_task(config, blank_tokenizers(config.model))
     built = program.build(config, task, make_mesh(config.mesh, jax.devices()[:1]))
-    batch = program.with_pictures(built.batch, (12, 20))
+    batch = program.with_pictures(built.batch, (12, 20), 4)
     assert batch["image"].shape == (8, 12, 20, 3)
     state, metrics = built.step.eval_shape(built.state, built.frozen, batch)
     assert metrics["loss"].shape == ()
@@ -127,15 +165,17 @@ def test_text_to_image_takes_rectangles(tiny_config):
 
 
 def test_sides_that_the_networks_cannot_halve_are_named(config):
+    config = config.copy_and_resolve_references()
     config.model.vae.update(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
+    config.data.mixture = ()
     config.data.buckets.step = 3
     with pytest.raises(ConfigError, match="data.buckets.step is 3, .* 1 times; .* multiple of 2"):
         program.check_shapes(resolve(config))
     config.data.buckets.step = 0
-    config.data.mixture = ({"name": "tall"}, {"name": "tall", "resolution": 17})
+    config.data.mixture = ({"name": "wide"}, {"name": "wide", "resolution": 17})
     with pytest.raises(ConfigError, match=r"data.mixture\[1\].resolution is 17"):
         program.check_shapes(resolve(config))
     program.check_shapes(Config())
