@@ -22,6 +22,7 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.train import encode_dataset as verb
 from sdjax.train import encoding, loop
+from sdjax.train.conditioning import encode_text, make_conditioner
 from sdjax.train.encode_dataset import Options, check_encoded, encode_dataset
 from sdjax.train.networks import assemble
 from sdjax.train.task import make_task
@@ -189,6 +190,38 @@ def test_a_run_on_moments_resumes_to_the_bit(tiny_config, tmp_path):
     ahead.train.steps = 4
     assert loop.run(resolve(ahead), str(tmp_path / "parts")) == loop.DONE
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_sdxl_is_told_the_same(snaps, xl_folder, tmp_path):
+    """Both encoders' states, the pooled caption, sizes and corners; dropped captions too."""
+    snaps.init_from = str(xl_folder)
+    snaps.model.zero_empty_prompt = True
+    snaps.data.update(flip=True, crop="random")
+    encoded_once(snaps, tmp_path / "data", text=True, flipped=True)
+    ahead = on(snaps, tmp_path / "data", **{"data.text_embeddings": True})
+    assembled = assemble(resolve(ahead))
+    model, params = assembled.config.model, assembled.params
+    conditioner = make_conditioner(model, assembled.tokenizers)
+    data = make_iterator(
+        assembled.config.data, assembled.tokenizers, seed=3, with_size=True, split="train",
+        shuffle=False,
+    )  # fmt: skip
+    batch = next(data)
+    data.close()
+    texts = [source_of(ahead, "train").text(i) for i in range(6)]
+    assert batch["context"].shape == (6, 16, 56) and batch["pooled"].shape == (6, 20)
+    tokens = encode_text(assembled.tokenizers, texts)
+    keys = example_keys(jax.random.key(1), jnp.arange(6))
+    made = []
+    for text in (tokens, {name: batch[name] for name in ("context", "pooled")}):
+        kept = {**text, "size": batch["size"]}
+        kept |= conditioner.drop(params, kept, keys, 0.5)
+        made.append(conditioner(params, kept, target=(16, 16)))
+    assert not np.all(made[0]["pooled"], axis=1).all()  # some are dropped
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *made)
+    assert jax.tree.map(lambda x: x.shape, conditioner.embedding()) == {
+        "context": (16, 56), "pooled": (20,)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("flip", [False, True])
