@@ -33,6 +33,7 @@ BREAKING = (
     "data.fold",
     "data.split_key",
     "data.captions.empty",
+    "data.captions.others_key",
     "data.score_key",
     "data.min_score",
     "data.text_embeddings",
