@@ -7,9 +7,13 @@ used is dropped and listed with the reason in report.json, report.html and dropp
 output. A run that was killed goes on when the same command is given again. Training reads the
 output with --config.data.name=prepared --config.data.path=DIR.
 
+With --encode it does something else: see `python -m sdjax.prepare --encode --help`.
+
 Everything after `--` goes to Apache Beam, which runs it on other machines, too:
 
     python -m sdjax.prepare --input=gs://B/RAW --output=gs://B/CLEAN -- --runner=DataflowRunner ...
+
+Exit codes: 0 done; 2 the input or an option is wrong.
 """
 
 from __future__ import annotations
@@ -18,76 +22,91 @@ import importlib.util
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from sdjax.data.prepare.settings import DUPLICATES, Place, Settings
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields
 from sdjax.errors import UserError, explain
+from sdjax.main import parse
 
-_RULES, _FIELDS = Rules(), Fields()
-_DEFAULT = Settings("", _FIELDS, _RULES)
-INPUT = flags.DEFINE_string(
+FLAGS = flags.FlagValues()  # of its own: those of `sdjax.main` mean nothing here
+_KINDS: dict[type, Any] = {
+    bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+    float: flags.DEFINE_float, str: flags.DEFINE_string,
+}  # fmt: skip
+# Options that are fields of Rules and of Settings, where their defaults stand.
+_OF_RULES = {
+    "min_side": "Pictures with a shorter short side in pixels are dropped; 0 drops none.",
+    "max_aspect": "Those with more of long side over short side are dropped; 0 drops none.",
+    "max_pixels": "More are refused before decoding; 0 for as many as Pillow opens.",
+    "orient": "Turn pictures as their EXIF orientation says.",
+    "convert_modes": "Convert CMYK, palettes, grey, 16 bits and transparency to RGB; else drop.",
+    "min_caption_chars": "Shorter captions are dropped; 0 keeps pictures without a caption.",
+    "max_caption_chars": "Longer captions are dropped; 0 drops none.",
+    "collapse_spaces": "White space of any kind and length becomes one space.",
+    "unescape_html": "&amp;amp; becomes &.",
+    "strip_control": "Leave control characters of captions out.",
+    "drop_pattern": "Captions in which this regular expression is found are dropped.",
+}
+_OF_SETTINGS = {
+    "near_distance": "How many of 64 bits may differ for pictures to look alike.",
+    "validation_share": "Of train, by hash of the name, unless the input has such a split.",
+    "test_share": "The same for test.",
+    "shard_mb": "Size of the files written.",
+    "thumbnails": "Pictures of each reason in the report.",
+}
+_DEFAULT = Settings("", Fields(), Rules())
+for _owner, _texts in ((_DEFAULT.rules, _OF_RULES), (_DEFAULT, _OF_SETTINGS)):
+    for _name, _text in _texts.items():
+        _value: Any = getattr(_owner, _name)
+        _KINDS[type(_value)](_name, _value, _text, flag_values=FLAGS)
+
+_HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
+_INPUT = flags.DEFINE_string(
     "input", None, "Folder, file or pattern (DIR/train-*.tar) of the raw data; may be gs://.",
-    required=True,
+    flag_values=FLAGS,
 )  # fmt: skip
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the dataset; may be gs://.", required=True)
-FORMAT = flags.DEFINE_enum(
-    "format", "auto", ("auto", *formats.FORMATS), "What the input is; auto looks."
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder of the dataset; may be gs://.", flag_values=FLAGS
 )
-IMAGE_KEY = flags.DEFINE_string("image_key", _FIELDS.image, "Parquet column of the images.")
-TEXT_KEY = flags.DEFINE_string(
-    "text_key", _FIELDS.text,
+_FORMAT = flags.DEFINE_enum(
+    "format", "auto", ("auto", *formats.FORMATS), "What the input is; auto looks.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_IMAGE_KEY = flags.DEFINE_string(
+    "image_key", _DEFAULT.fields.image, "Parquet column of the images.", flag_values=FLAGS
+)
+_TEXT_KEY = flags.DEFINE_string(
+    "text_key", _DEFAULT.fields.text,
     "Column or JSON field of the caption. In tars, text is the .txt, or `caption` of the .json.",
+    flag_values=FLAGS,
 )  # fmt: skip
-CAPTIONS_KEY = flags.DEFINE_string(
-    "captions_key", _FIELDS.captions, "Column or JSON field of a list of other captions."
+_CAPTIONS_KEY = flags.DEFINE_string(
+    "captions_key", _DEFAULT.fields.captions, "Column or JSON field of a list of other captions.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_BACKGROUND = flags.DEFINE_string(
+    "background", "255,255,255", "Red, green, blue under what is transparent.", flag_values=FLAGS
 )
-MIN_SIDE = flags.DEFINE_integer("min_side", _RULES.min_side, "Short side in pixels; 0 for any.")
-MAX_ASPECT = flags.DEFINE_float(
-    "max_aspect", _RULES.max_aspect, "Long side over short side; 0 for any."
-)
-MAX_PIXELS = flags.DEFINE_integer(
-    "max_pixels", _RULES.max_pixels, "More are refused before decoding."
-)
-BACKGROUND = flags.DEFINE_string(
-    "background", "255,255,255", "Red, green, blue under what is transparent."
-)
-MIN_CHARS = flags.DEFINE_integer(
-    "min_caption_chars", _RULES.min_caption_chars, "Shorter captions are dropped."
-)
-MAX_CHARS = flags.DEFINE_integer(
-    "max_caption_chars", _RULES.max_caption_chars, "Longer captions are dropped; 0 for none."
-)
-UNESCAPE = flags.DEFINE_bool("unescape_html", _RULES.unescape_html, "&amp;amp; becomes &.")
-CONTROL = flags.DEFINE_bool("strip_control", _RULES.strip_control, "Drop control characters.")
-PATTERN = flags.DEFINE_string(
-    "drop_pattern", _RULES.drop_pattern, "Captions that this regular expression finds are dropped."
-)
-SCORES = flags.DEFINE_multi_string(
+_SCORES = flags.DEFINE_multi_string(
     "score", [],
     "A number of each row that is stored with it, and its limits: aesthetic, aesthetic>=5, "
     "nsfw<=0.3 or 4<=quality<=9. Give it once for each.",
+    flag_values=FLAGS,
 )  # fmt: skip
-DUPLICATES_FLAG = flags.DEFINE_enum(
+_DUPLICATES = flags.DEFINE_enum(
     "duplicates", _DEFAULT.duplicates, DUPLICATES,
     "What is dropped: nothing, equal pixels, or also what looks alike.",
+    flag_values=FLAGS,
 )  # fmt: skip
-DISTANCE = flags.DEFINE_integer(
-    "near_distance", _DEFAULT.near_distance, "Of 64 bits of the hash, how many may differ."
-)
-VALIDATION = flags.DEFINE_float(
-    "validation_share", _DEFAULT.validation_share,
-    "Of train, by hash of the name, unless the input has such a split.",
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes on this machine; 0 is one for each core.", lower_bound=0,
+    flag_values=FLAGS,
 )  # fmt: skip
-TEST = flags.DEFINE_float("test_share", _DEFAULT.test_share, "The same for test.")
-SHARD_MB = flags.DEFINE_integer("shard_mb", _DEFAULT.shard_mb, "Size of the files written.")
-THUMBNAILS = flags.DEFINE_integer(
-    "thumbnails", _DEFAULT.thumbnails, "Pictures of each reason in the report."
-)
-WORKERS = flags.DEFINE_integer("workers", 0, "Processes on this machine; 0 is one for each core.")
 
 
 def parse_score(text: str) -> ScoreRule:
@@ -119,58 +138,67 @@ def parse_colour(text: str) -> tuple[int, int, int]:
 
 def settings_of_flags() -> Settings:
     """Raises UserError, naming the flag, for a value that cannot be."""
-    scores = tuple(parse_score(text) for text in SCORES.value)
+    scores = tuple(parse_score(text) for text in _SCORES.value)
+    rules_of_flags: dict[str, Any] = {name: FLAGS[name].value for name in _OF_RULES}
+    others: dict[str, Any] = {name: FLAGS[name].value for name in _OF_SETTINGS}
     rules = Rules(
-        min_side=MIN_SIDE.value,
-        max_aspect=MAX_ASPECT.value,
-        max_pixels=MAX_PIXELS.value,
-        background=parse_colour(BACKGROUND.value),
-        min_caption_chars=MIN_CHARS.value,
-        max_caption_chars=MAX_CHARS.value,
-        unescape_html=UNESCAPE.value,
-        strip_control=CONTROL.value,
-        drop_pattern=PATTERN.value,
+        **rules_of_flags,
+        background=parse_colour(_BACKGROUND.value),
         scores=scores,
     )
     columns = tuple(rule.column for rule in scores)
-    found = FORMAT.value if FORMAT.value != "auto" else formats.detect(INPUT.value)
+    found = _FORMAT.value if _FORMAT.value != "auto" else formats.detect(_INPUT.value or "")
     return Settings(
         format=found,
-        fields=Fields(IMAGE_KEY.value, TEXT_KEY.value, CAPTIONS_KEY.value, columns),
+        fields=Fields(_IMAGE_KEY.value, _TEXT_KEY.value, _CAPTIONS_KEY.value, columns),
         rules=rules,
-        duplicates=DUPLICATES_FLAG.value,
-        near_distance=DISTANCE.value,
-        validation_share=VALIDATION.value,
-        test_share=TEST.value,
-        shard_mb=SHARD_MB.value,
-        thumbnails=THUMBNAILS.value,
+        duplicates=_DUPLICATES.value,
+        **others,
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.INFO)
+def main(argv: Sequence[str]) -> int:
+    """The verb; `argv` with the program's name first."""
     try:
-        if importlib.util.find_spec("apache_beam") is None:
-            raise UserError("prepare takes another package: pip install 'sdjax[beam]'")
-        from sdjax.data.prepare import pipeline, report
+        rest = parse(list(argv), parser=FLAGS)
+        if _HELP.value:
+            print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
+            return 0
+        return _run(rest[1:])
+    except (UserError, flags.Error) as error:
+        return explain(error)
 
-        unknown = [text for text in argv[1:] if not text.startswith("--")]
-        if unknown:
-            raise UserError(
-                f"{unknown[0]!r} is no flag; options of Beam go after --, as --key=value"
-            )
-        place = Place(OUTPUT.value)
-        found = pipeline.run(
-            INPUT.value, settings_of_flags(), place, workers=WORKERS.value, beam_options=argv[1:]
-        )
-    except UserError as error:
-        sys.exit(explain(error))
+
+def _run(rest: list[str]) -> int:
+    for flag, what in ((_INPUT, "the raw data"), (_OUTPUT, "the folder of the dataset")):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing, {what}")
+    unknown = [text for text in rest if not text.startswith("--")]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is no flag; options of Beam go after --, as --key=value")
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("prepare takes another package: pip install 'sdjax[beam]'")
+    flags.FLAGS.mark_as_parsed()  # or absl warns that its log comes too early
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    settings, place = settings_of_flags(), Place(_OUTPUT.value or "")
+    from sdjax.data.prepare import pipeline, report
+
+    found = pipeline.run(
+        _INPUT.value or "", settings, place, workers=_WORKERS.value, beam_options=rest
+    )
     print(f"{found['read']} rows read, {found['kept']} kept: {found['splits']}")
-    for reason, count in sorted(found["dropped"].items(), key=lambda item: -item[1]):
-        print(f"  {count} dropped: {reason}")
+    for what in ("dropped", "changed"):
+        for word, count in sorted(found[what].items(), key=lambda item: -item[1]):
+            print(f"  {count} {what}: {word}")
     print(f"{place.folder / report.HTML} shows what was dropped; to train on what was kept:\n"
           f"  --config.data.name=prepared --config.data.path={place.folder}")  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    if any(re.fullmatch("--?encode(=.*)?", argument) for argument in sys.argv):
+        from sdjax import encode
+
+        sys.exit(encode.main(sys.argv))
+    sys.exit(main(sys.argv))

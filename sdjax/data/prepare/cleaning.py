@@ -25,7 +25,7 @@ from sdjax.data.raw.rows import Row, Shard, Skip
 THUMBNAIL = 96  # pixels
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there are as many as examples
 class Entry:
     """What is known of a usable example; the hashes are hexadecimal."""
 

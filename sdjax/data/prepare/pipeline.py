@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 
 from sdjax import paths
+from sdjax.data.dataset_folder import write_metadata
 from sdjax.data.prepare import cleaning, duplicates, report, writing
 from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
 from sdjax.data.raw import formats
@@ -64,7 +65,13 @@ def run(
     found = report.make(settings, indices, dropped, kept, outputs)
     report.write(found, indices, dropped, place, settings)
     description = f"Made by sdjax.prepare, {sum(found['splits'].values())} examples."
-    writing.write_metadata(outputs, place=place, scores=settings.scores, description=description)
+    write_metadata(
+        place.folder,
+        dataset=outputs[0].dataset,
+        features=cleaning.features(settings.scores),
+        splits=writing.stored(outputs),
+        description=description,
+    )
     paths.write_text(place.folder / STATE, json.dumps({"identity": key}))
     writing.remove_work(place)
     return found

@@ -14,7 +14,7 @@ from sdjax.data.prepare import cleaning
 from sdjax.data.prepare.cleaning import Entry, Index
 from sdjax.data.prepare.duplicates import EXACT, NEAR, position
 from sdjax.data.prepare.settings import Place, Settings
-from sdjax.data.prepare.writing import Output, names_of_splits
+from sdjax.data.prepare.writing import Output, stored
 
 JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
 # Where what is dropped, or changed, is; in the order of the work.
@@ -55,7 +55,7 @@ def make(
         "dropped": dict(sorted((skipped + repeated).items())),
         "changed": dict(sorted(changed.items())),
         "steps": _steps(skipped + repeated, changed),
-        "splits": names_of_splits(outputs),
+        "splits": {split: sum(files.lengths) for split, files in stored(outputs).items()},
         "files": [output.file for output in outputs],
         "bytes": sum(output.bytes for output in outputs),
         "histograms": _histograms([entry for *_, entry, _ in kept], settings),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from typing import Any
 
 from sdjax import paths
-from sdjax.data.prepare.cleaning import Entry, features, read_records
+from sdjax.data.dataset_folder import Stored, file_name
+from sdjax.data.prepare.cleaning import Entry, read_records
 from sdjax.data.prepare.settings import Place
-from sdjax.data.sources import FORMAT
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,7 +28,7 @@ class Output:
     @property
     def file(self) -> str:
         """Named as TFDS names them."""
-        return f"{self.dataset}-{self.split}.{FORMAT}-{self.number:05}-of-{self.total:05}"
+        return file_name(self.dataset, self.split, self.number, self.total)
 
 
 def plan(
@@ -81,40 +80,15 @@ def write_output(output: Output, *, place: Place) -> int:
     return output.examples
 
 
-def write_metadata(
-    outputs: list[Output], *, place: Place, scores: tuple[str, ...], description: str
-) -> None:
-    """Writes what makes TFDS open the folder: dataset_info.json and features.json."""
-    from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
-
-    name = outputs[0].dataset
-    splits = []
-    for split in SPLITS:
-        files = [output for output in outputs if output.split == split]
-        if files:
-            splits.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[output.examples for output in files],
-                    num_bytes=sum(output.bytes for output in files),
-                    filename_template=tfds.core.ShardedFileTemplate(
-                        data_dir=place.folder,
-                        dataset_name=name,
-                        split=split,
-                        filetype_suffix=FORMAT,
-                        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                    ),
-                )
-            )
-    with quiet_tfds():
-        tfds.folder_dataset.write_metadata(
-            data_dir=str(place.folder),
-            features=features(scores),
-            split_infos=splits,
-            filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            check_data=False,
-            description=description,
-        )
+def stored(outputs: list[Output]) -> dict[str, Stored]:
+    """{split: the files it has}, as the metadata want it."""
+    splits: dict[str, list[Output]] = {}
+    for output in outputs:
+        splits.setdefault(output.split, []).append(output)
+    return {
+        split: Stored([file.examples for file in files], sum(file.bytes for file in files))
+        for split, files in splits.items()
+    }
 
 
 def remove_work(place: Place) -> None:
@@ -123,11 +97,3 @@ def remove_work(place: Place) -> None:
         paths.remove(place.work)
     else:
         shutil.rmtree(place.work)
-
-
-def names_of_splits(outputs: list[Output]) -> dict[str, Any]:
-    """{split: examples} in the order of the files."""
-    sizes: dict[str, int] = {}
-    for output in outputs:
-        sizes[output.split] = sizes.get(output.split, 0) + output.examples
-    return sizes
