@@ -37,6 +37,19 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Examples:
+    """What Grain reads of a source that stands alone."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source.example(index)
+
+
+@dataclasses.dataclass(frozen=True)
 class Transform:
     """One example -> what a batch holds of it. A class, so that worker processes can receive it."""
 
@@ -71,8 +84,9 @@ class Transform:
             return {"moments": chosen["moments"]}, chosen["size"]
         height, width = example["target"]
         prepared = transforms.prepare(
-            example["image"], rng, height=height, width=width, crop=self.crop, flip=self.flip
-        )
+            example["image"], rng, height=height, width=width, crop=self.crop, flip=self.flip,
+            original=example.get("original"),
+        )  # fmt: skip
         return {"image": prepared.pixels}, prepared.size
 
 
@@ -250,7 +264,7 @@ def _endless(
         stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)
         dataset = grain.MapDataset.source(stream).seed(seed)
         return dataset, lambda step: stream.locate(step * config.batch_size)[2], buckets
-    dataset = grain.MapDataset.source(sources[0]).seed(seed)
+    dataset = grain.MapDataset.source(Examples(sources[0])).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
     return dataset.repeat(), lambda step: (config.resolution, config.resolution), []

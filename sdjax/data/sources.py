@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,16 @@ from sdjax.data import columns, encoded, splits, transforms
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
 from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
+from sdjax.data.records import Records
 
 
 class Source:
     """Random access to one split: len(), and source[i] -> one example.
 
     An example is {"image": uint8 [H, W, 3], "text": the main caption, "caption": all of them,
-    "target": (height, width) of the picture to be made of it}. Of a dataset that was encoded
-    ahead, what `encoded.example` reads stands in the place of the image.
+    "target": (height, width) of the picture to be made of it, "original": (height, width) before
+    it was stored smaller, or None}. Of a dataset that was encoded ahead, what `encoded.example`
+    reads stands in the place of image and original.
     Raises DataError, naming dataset, split and index, when a record cannot be read or decoded.
     """
 
@@ -51,6 +53,11 @@ class Source:
         return f"Source({self.name}, split={self.split}, examples={len(self)})"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.example(index)
+        return example | {"image": np.asarray(example["image"])} if "image" in example else example
+
+    def example(self, index: int) -> dict[str, Any]:
+        """As source[index], but a picture that was decoded here is still Pillow's image."""
         record = self._record(index)
         picture = self._picture(index, record)
         caption = self._caption(record)
@@ -67,9 +74,12 @@ class Source:
             return encoded.example(record, self.encoding)
         image = record[self._config.image_key]
         try:
-            if isinstance(image, bytes):
-                image = transforms.decode(image, max_pixels=self._config.max_pixels)
-            return {"image": _three_channels(np.asarray(image))}
+            picture = (
+                transforms.decode_image(image, max_pixels=self._config.max_pixels)
+                if isinstance(image, bytes)
+                else _three_channels(np.asarray(image))
+            )
+            return {"image": picture, "original": _original(record)}
         except transforms.ImageError as error:
             raise self._error(index, f"the image cannot be decoded ({error})") from error
 
@@ -159,6 +169,14 @@ class Source:
             f"{self.name}, split {self.split}, example {index}: {what}; delete {self.directory} "
             "so that it is prepared again"
         )
+
+
+def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the picture before it was stored smaller; None where nothing tells."""
+    if "original_height" not in record or "original_width" not in record:
+        return None
+    height, width = int(record["original_height"]), int(record["original_width"])
+    return (height, width) if height > 0 and width > 0 else None
 
 
 def _three_channels(image: np.ndarray) -> np.ndarray:
@@ -285,7 +303,7 @@ def open_source(config: DataConfig, split: str) -> Source:
     # Read from the files alone: worker processes then need neither our builder nor TensorFlow.
     with quiet_tfds():
         stored = tfds.builder_from_directory(builder.data_path)
-    records = stored.as_data_source(stored_split, decoders=decoders)
+        records = Records(stored, stored_split, decoders)
     if not len(records):
         raise DataError(f"{builder.info.full_name}, split {split!r}: no examples at all")
     source = Source(

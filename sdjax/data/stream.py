@@ -122,7 +122,7 @@ class Bucketed:
 class Stream:
     """Random access to the examples of one or several sources, in the order of training.
 
-    What stream[i] gives is an example of a Source, its target that of its bucket. In a mixture of
+    What stream[i] gives is `Source.example`, its target that of its bucket. In a mixture of
     more than one shape, whole batches are dealt out to the parts, and single examples otherwise.
     """
 
@@ -146,7 +146,7 @@ class Stream:
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         part, index, shape = self.locate(place)
-        return {**self._sources[part][index], "target": shape}
+        return {**self._sources[part].example(index), "target": shape}
 
 
 def make_stream(

@@ -1,9 +1,11 @@
 """Batches: determinism, hosts, resumption, epochs, other TFDS datasets, and what cannot be used."""
 
 import dataclasses
+import gc
 import json
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import grain.python as grain
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sdjax.data.pipeline import DataConfig, DataError, captions, make_iterator
+from sdjax.data.records import Record, Records
 from sdjax.data.sources import open_source, prepared_builder
 from sdjax.data.tfds_on_cpu import tfds
 
@@ -250,6 +253,40 @@ def test_summary(config):
     summary = start(config).summary
     assert len(summary.lines) == 1 and summary.scalars == {}
     assert re.search(r"captioned_shapes.*, split train, 50 examples", summary.lines[0])
+
+
+def test_records_are_those_of_tfds(data_dir):
+    """Every kind of feature, those that are read directly and those that TFDS decodes."""
+    config = DataConfig(name="tiny_labels", data_dir=data_dir, image_key="picture",
+                        text_key="label")  # fmt: skip
+    open_source(config, "train")  # makes it
+    builder = tfds.builder_from_directory(Path(data_dir) / "tiny_labels" / "1.0.0")
+    for decoders in ({}, {"picture": tfds.decode.SkipDecoding()}):
+        theirs = builder.as_data_source("train", decoders=decoders)
+        ours = Records(builder, "train", decoders)
+        assert len(ours) == len(theirs) == 10
+        for one, other in zip((ours[i] for i in range(10)), theirs, strict=True):
+            assert set(one) == set(other)
+            for name, value in other.items():
+                assert type(one[name]) is type(value)
+                np.testing.assert_array_equal(one[name], value)
+                assert getattr(one[name], "dtype", None) == getattr(value, "dtype", None)
+    assert {"raw", "label", "note", "number"} <= set(ours.readers)
+    assert "text" not in ours[0] and ours[0].get("text") is None
+    assert Record(b"", ours)["label"] is None  # what ArrayRecord gives past the end of a file
+
+
+def test_memory_does_not_grow_with_the_batches(config):
+    iterator = start(dataclasses.replace(config, prefetch=0, batch_size=2))
+    tracemalloc.start()
+    held = []
+    for _ in range(3):
+        for _ in range(60):
+            next(iterator)
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[2] - held[1] < 10_000  # a batch has 24 kB
 
 
 def test_speed(config):
