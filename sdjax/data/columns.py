@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
+import time
 import uuid
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from absl import logging
 from sdjax import paths
 
 CHUNK = 4096  # records a thread reads at once
+PROGRESS = 60.0  # seconds from one word of a long pass to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +63,20 @@ def load(
         return found
     logging.info("reading the sizes and keys of the %d records of %s, once", count, directory)
 
-    def rows(first: int) -> list[Row]:
-        return [read(number) for number in range(first, min(first + CHUNK, count))]
+    def chunk(first: int) -> list[np.ndarray]:
+        rows = [read(number) for number in range(first, min(first + CHUNK, count))]
+        # At once: as Python's own numbers the rows of a large dataset would take gigabytes.
+        return [np.array([row[i] for row in rows], kind) for i, kind in enumerate(TYPES)]
 
+    chunks, spoke = [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
-        every = [row for chunk in pool.map(rows, range(0, count, CHUNK)) for row in chunk]
-    columns = Columns(*(np.array([row[i] for row in every], kind) for i, kind in enumerate(TYPES)))
+        for done in pool.map(chunk, range(0, count, CHUNK)):
+            chunks.append(done)
+            if time.monotonic() - spoke > PROGRESS:
+                spoke, ready = time.monotonic(), min(len(chunks) * CHUNK, count)
+                logging.warning("%s: sizes and keys of %d of %d records are read, once",
+                                directory, ready, count)  # fmt: skip
+    columns = Columns(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
     _write(path, columns)
     return columns
 

@@ -145,6 +145,20 @@ def test_the_table_is_read_once_and_mended(config, monkeypatch):
     np.testing.assert_array_equal(mended.height, first.height)
 
 
+def test_a_long_pass_is_made_in_parts_and_speaks(config, monkeypatch, caplog):
+    whole = open_source(config, "train").table
+    monkeypatch.setattr("sdjax.data.columns._read", lambda path, count: None)
+    monkeypatch.setattr("sdjax.data.columns.CHUNK", 7)
+    monkeypatch.setattr("sdjax.data.columns.PROGRESS", -1.0)
+    parts = open_source(config, "train").table
+    for name in ("height", "width", "share", "fold", "empty", "score"):
+        one, other = getattr(parts, name), getattr(whole, name)
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    assert "sizes and keys of 7 of 60 records are read" in caplog.text
+    assert "sizes and keys of 60 of 60 records are read" in caplog.text
+
+
 def test_the_table_does_without_a_place_to_keep_it(config, monkeypatch):
     def full(path):
         raise OSError("no space left on device")
