@@ -218,21 +218,22 @@ class Prepared:
 
 def prepare(
     image: np.ndarray | Image.Image, rng: np.random.Generator, *, height: int, width: int,
-    crop: str, flip: bool, mirror: bool = False,
+    crop: str, flip: bool, mirror: bool = False, original: tuple[int, int] | None = None,
 ) -> Prepared:  # fmt: skip
     """An RGB picture, uint8 [H, W, 3] or Pillow's -> resized to cover height x width, cropped,
     maybe mirrored.
 
-    flip: mirror it half of the time; mirror: always.
+    flip: mirror it half of the time; mirror: always. original: the height and width it had before
+    it was stored smaller, to be told to SDXL in the place of its own.
 
     All randomness is rng's, which the pipeline seeds by the element's place in the stream.
     """
     is_array = isinstance(image, np.ndarray)
-    original = image.shape[:2] if is_array else (image.height, image.width)
-    size = covering_size(original, height, width)
+    stored = image.shape[:2] if is_array else (image.height, image.width)
+    size = covering_size(stored, height, width)
     top, left = crop_corner(size, height, width, rng if crop == "random" else None)
     cut = resized_crop(image, size, (top, left), height, width)
     if mirror or (flip and rng.random() < 0.5):
         cut = cut[:, ::-1]
         left = size[1] - width - left  # where the crop lies in the mirrored picture
-    return Prepared(cut, np.array([*original, top, left], np.int32))
+    return Prepared(cut, np.array([*(original or stored), top, left], np.int32))

@@ -155,7 +155,7 @@ def _load(job: Job, index: int, height: int, width: int) -> Example:
     for mirror in (False, True)[: 1 + job.encoding.flipped]:
         prepared = transforms.prepare(
             example["image"], np.random.default_rng([job.config.seed, index]), height=height,
-            width=width, crop=data.crop, flip=False, mirror=mirror,
+            width=width, crop=data.crop, flip=False, mirror=mirror, original=example["original"],
         )  # fmt: skip
         side = "_flipped" if mirror else ""
         made |= {f"image{side}": prepared.image, f"size{side}": prepared.size}

@@ -65,6 +65,8 @@ def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
         "file_name": tfds.features.Text(),
         "width": tfds.features.Scalar(np.int32),
         "height": tfds.features.Scalar(np.int32),
+        "original_width": tfds.features.Scalar(np.int32),
+        "original_height": tfds.features.Scalar(np.int32),
         **{score: tfds.features.Scalar(np.float32) for score in scores},
     }
 
@@ -79,6 +81,8 @@ def feature_values(example: clean.Example) -> dict[str, Any]:
         "file_name": example.name,
         "width": width,
         "height": height,
+        "original_width": example.original[1],
+        "original_height": example.original[0],
         **example.scores,
     }
 
@@ -102,15 +106,17 @@ class RawImport(  # type: ignore[call-arg]
 
     Features: image (the file's own bytes where they are a plain RGB PNG, JPEG or WebP, a PNG of
     what was decoded where they are not), text (the main caption), captions (alternatives),
-    file_name, and the size in pixels, upright. Raise VERSION whenever an image would be chosen or
+    file_name, and the size in pixels, upright, now and before the picture was stored smaller, if
+    the data says so. Raise VERSION whenever an image would be chosen or
     stored in another way.
     """
 
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("1.3.0")
     RELEASE_NOTES = {
         "1.0.0": "PNG, JPEG and WebP as they are, everything else as PNG.",
         "1.1.0": "Captions, width and height; lists of captions are used.",
         "1.2.0": "Upright JPEGs with EXIF as they are; PNGs of 16 bits as PNGs of 8.",
+        "1.3.0": "The size before a picture was stored smaller.",
     }
     url_infos = None  # nothing is downloaded
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from sdjax import paths
 from sdjax.data.raw.clean import MOST_PIXELS, Rules
-from sdjax.data.raw.rows import Fields, fraction
+from sdjax.data.raw.rows import ORIGINAL, Fields, fraction
 from sdjax.errors import UserError
 
 DUPLICATES = ("none", "exact", "near")
 MAX_DISTANCE = 10
-FEATURES = ("image", "text", "captions", "file_name", "width", "height")
+FEATURES = ("image", "text", "captions", "file_name", "width", "height", *ORIGINAL)
 
 
 @dataclasses.dataclass(frozen=True)

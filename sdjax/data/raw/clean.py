@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sdjax.data import transforms
-from sdjax.data.raw.rows import BadRow, Row, Skip, shown
+from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, shown
 
 # Pillow says of broken EXIF blocks, which are ignored here, that they are broken.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -74,6 +74,7 @@ class Example:
     text: str
     captions: tuple[str, ...]  # others than text
     scores: dict[str, float]
+    original: tuple[int, int]  # height and width, before it was made smaller if the row says so
     changed: tuple[str, ...] = ()  # what was mended, in words for counting
 
 
@@ -98,7 +99,9 @@ def clean(row: Row, rules: Rules) -> Example | Skip:
         # Cut off in the header, a file is corrupt to Pillow, which knows the reason all the same.
         cut = bad.reason == "corrupt" and "truncated" in bad.detail.lower()
         return Skip(shown(row.name), "truncated" if cut else bad.reason, shown(bad.detail))
-    return Example(row.name, row.split, image, pixels, text, captions, scores, mended + changed)
+    original = _original(row, pixels, turned="turned_upright" in changed)
+    changed = mended + changed
+    return Example(row.name, row.split, image, pixels, text, captions, scores, original, changed)
 
 
 def clean_captions(
@@ -179,6 +182,19 @@ def _scores(row: Row, rules: Rules) -> dict[str, float]:
             raise BadRow("score", f"{rule.column} {value:g}")
         scores[rule.column] = value
     return scores
+
+
+def _original(row: Row, pixels: np.ndarray, *, turned: bool) -> tuple[int, int]:
+    """Height and width that the row names, if a picture of that size can have become this one."""
+    height, width = pixels.shape[:2]
+    try:
+        high, wide = (int(row.columns[name]) for name in ORIGINAL)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return height, width
+    if turned and (high > wide) != (height > width):
+        high, wide = wide, high  # it was measured as it lies in the file
+    possible = height <= high < 2**31 and width <= wide < 2**31
+    return (high, wide) if possible else (height, width)
 
 
 def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str, ...]]:

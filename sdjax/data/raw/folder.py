@@ -158,7 +158,7 @@ def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
         except paths.storage_errors() as error:
             yield Skip(place, "missing_file", str(error)[:200])
             continue
-        columns = {column: entry.get(column) for column in fields.columns}
+        columns = {column: entry.get(column) for column in fields.handed_on}
         text, captions = entry.get(fields.text), entry.get(fields.captions)
         place = "" if shard.names else place
         yield Row(name, shard.split, image, text, captions, columns, place)

@@ -82,7 +82,7 @@ def check_fields(shard: Shard, fields: Fields) -> bool:
 
 def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
     """The rows of a file in order; one that cannot be read to its end ends in a skip."""
-    wanted = [fields.image, fields.text, fields.captions, *fields.columns]
+    wanted = [fields.image, fields.text, fields.captions, *fields.handed_on]
     for name, entry in _entries(shard, wanted, chosen):
         if isinstance(entry, Skip):
             yield entry
@@ -93,7 +93,7 @@ def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
         if not isinstance(image, bytes):
             yield Skip(name, "missing_image", "no bytes in the column")
             continue
-        columns = {column: entry.get(column) for column in fields.columns}
+        columns = {column: entry.get(column) for column in fields.handed_on}
         yield Row(
             name, shard.split, image, entry.get(fields.text), entry.get(fields.captions), columns
         )

@@ -25,6 +25,8 @@ SPLIT_NAMES = {
     "valid": "validation",
     "val": "validation",
 }
+# What img2dataset calls the size of a picture before it was stored smaller.
+ORIGINAL = ("original_height", "original_width")
 Chosen = Callable[[str], bool]  # a row's or skip's name -> whether the reader should yield it
 
 
@@ -36,6 +38,11 @@ class Fields:
     text: str = "text"  # the main caption; in tars "text" is the .txt, or `caption` of the .json
     captions: str = "captions"  # a list of alternatives; it need not be there
     columns: tuple[str, ...] = ()  # others to hand on, such as scores
+
+    @property
+    def handed_on(self) -> tuple[str, ...]:
+        """All that goes into `Row.columns`, where the data has it."""
+        return (*self.columns, *ORIGINAL)
 
 
 @dataclasses.dataclass(frozen=True)

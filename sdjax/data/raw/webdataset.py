@@ -39,7 +39,7 @@ def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
             text = entry.get(fields.text)
             if fields.text == "text":
                 text = sample.get("txt", entry.get("caption", text))
-            columns = {column: entry.get(column) for column in fields.columns}
+            columns = {column: entry.get(column) for column in fields.handed_on}
             yield Row(name, shard.split, sample["image"], text, entry.get(fields.captions), columns)
 
 
