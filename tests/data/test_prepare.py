@@ -161,7 +161,11 @@ def test_small_dirty_set(tmp_path, mode):
     np.testing.assert_array_equal(stored["one.png"]["image"], np.asarray(picture(1)))
     assert stored["turned.jpg"]["image"].shape == (40, 30, 3)  # upright
     assert (stored["clear.png"]["image"] == 255).all()
-    record = next(r for r in source._records if r["file_name"] == b"turned.jpg")
+    record = next(
+        source._records[i]
+        for i in range(len(source))
+        if source._records[i]["file_name"] == b"turned.jpg"
+    )
     assert (record["width"], record["height"]) == (30, 40)
 
 
@@ -187,7 +191,8 @@ def test_scores_splits_and_file_sizes(tmp_path):
     names = {}
     for split in ("train", "validation", "test"):
         source = open_source(DataConfig(name="prepared", path=str(tmp_path / "out")), split)
-        for record in source._records:
+        for index in range(len(source)):
+            record = source._records[index]
             name = record["file_name"].decode()
             at = fraction(name)
             assert split == ("test" if at < 0.1 else "validation" if at < 0.3 else "train")
