@@ -45,6 +45,7 @@ class Source:
         self.name = name
         self.directory = directory
         self.split = split
+        self.left_out: dict[str, int] = {}  # how many of the split's examples, by reason
 
     def __len__(self) -> int:
         return len(self._records)
@@ -334,7 +335,7 @@ def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConf
     if cut is not None:
         keep &= cut.keep(source.table.share, source.table.fold)
     belongs = int(keep.sum())
-    left_out = {}
+    left_out: dict[str, int] = {}
     if config.captions.empty == "skip":
         left_out["no caption"] = int((keep & source.table.empty).sum())
         keep &= ~source.table.empty
@@ -353,7 +354,9 @@ def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConf
         )
     if reasons:
         logging.warning("%s, split %s: left out: %s", source.name, split, reasons)
-    return source.take(np.flatnonzero(keep), split=split)
+    chosen = source.take(np.flatnonzero(keep), split=split)
+    chosen.left_out = {reason: count for reason, count in left_out.items() if count}
+    return chosen
 
 
 def open_parts(config: DataConfig, split: str) -> list[Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from sdjax.data.buckets import Buckets
@@ -11,14 +12,17 @@ from sdjax.data.sources import Source
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """lines: for people. scalars: for the log; {} for one dataset of squares."""
+    """lines: for people. scalars: for the log; {} for one dataset of squares that is all used."""
 
     lines: tuple[str, ...]
     scalars: dict[str, float]
 
 
 def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size: int) -> Summary:
-    """buckets: of each source, or none."""
+    """What is used of each source, and what is not and why.
+
+    buckets: of each source, or none.
+    """
     lines: list[str] = []
     scalars: dict[str, float] = {}
     for i, source in enumerate(sources):
@@ -26,12 +30,18 @@ def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size:
         prefix = f"{i}/" if len(sources) > 1 else ""
         if len(sources) > 1:
             scalars[f"{prefix}examples"] = len(source)
+        refused = buckets[i].refused if buckets else {}
+        not_used = source.left_out | refused
+        if not_used:
+            scalars[f"{prefix}not_used"] = float(sum(not_used.values()))
+        scalars |= {f"{prefix}not_used_{_slug(why)}": float(n) for why, n in not_used.items()}
         if buckets:
             line += f", {buckets[i].images:,} in {len(buckets[i].shapes)} bucket(s)"
             lines += [line, *_lines(buckets[i], batch_size)]
             scalars |= {f"{prefix}{k}": v for k, v in _scalars(buckets[i]).items()}
         else:
             lines.append(line)
+        lines += [f"  {count:,} not used: {reason}" for reason, count in not_used.items()]
     return Summary(tuple(lines), scalars)
 
 
@@ -52,8 +62,6 @@ def _lines(buckets: Buckets, batch_size: int) -> list[str]:
     if buckets.closed:
         closed = ", ".join(f"{_name(shape)}: {size}" for shape, size in buckets.closed.items())
         lines.append(f"  closed for want of a batch, pictures moved to the nearest: {closed}")
-    for reason, count in buckets.refused.items():
-        lines.append(f"  {count:,} not used: {reason}")
     return lines
 
 
@@ -63,8 +71,9 @@ def _scalars(buckets: Buckets) -> dict[str, float]:
         for shape, members in zip(buckets.shapes, buckets.members, strict=True)
     }
     scalars["cropped_share"] = buckets.cropped
-    scalars["refused"] = float(sum(buckets.refused.values()))
-    return scalars | {
-        f"refused_{reason.replace(',', '').replace(' ', '_')}": float(count)
-        for reason, count in buckets.refused.items()
-    }
+    return scalars
+
+
+def _slug(reason: str) -> str:
+    """A reason as the name of a scalar."""
+    return re.sub(r"[^\w.<>=-]+", "_", reason)

@@ -255,6 +255,11 @@ def test_examples_with_a_low_score_are_left_out_and_counted(config, caplog):
     texts = [source.text(i) for i in range(len(source)) if source.text(i)]
     assert texts == [f"{i} main" for i in range(45, COUNT) if i % 10 != 9 and i != 50]
     assert "left out: 46 score below 0.75" in caplog.text  # 45, and the one that has none
+    summary = start(choice(good, empty="skip")).summary
+    assert summary.lines[1:] == ("  6 not used: no caption", "  42 not used: score below 0.75")
+    assert summary.scalars == {
+        "not_used": 48, "not_used_no_caption": 6, "not_used_score_below_0.75": 42,
+    }  # fmt: skip
     with pytest.raises(DataError, match="no example belongs to it .*60 score below 2"):
         open_source(dataclasses.replace(good, min_score=2.0), "train")
     for key in ("none", "text"):
@@ -321,8 +326,8 @@ def test_the_summary_counts_what_is_refused_and_moved(config):
     summary = start(buckets(config, max_upscale=0.76)).summary
     text, sizes = "\n".join(summary.lines), ("32x32", "40x24", "24x40")
     assert [summary.scalars[f"bucket_{size}"] for size in sizes] == [12, 12, 12]
-    assert summary.scalars["refused"] == 24
-    assert summary.scalars["refused_would_be_enlarged_too_much"] == 24
+    assert summary.scalars["not_used"] == 24
+    assert summary.scalars["not_used_would_be_enlarged_too_much"] == 24
     assert "32x32: 12" in text and "24 not used: would be enlarged too much" in text
     assert "0 pictures do not fill a batch" in text
     closed = start(buckets(dataclasses.replace(config, batch_size=20))).summary
