@@ -40,6 +40,9 @@ class Records:
     def __getitem__(self, index: int) -> Record:
         return Record(self._stored[index], self)
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
 
 class Record(Mapping[str, Any]):
     """One example, {feature: value}; every value is None where the storage gave nothing."""

@@ -228,8 +228,7 @@ def prepare(
 
     All randomness is rng's, which the pipeline seeds by the element's place in the stream.
     """
-    is_array = isinstance(image, np.ndarray)
-    stored = image.shape[:2] if is_array else (image.height, image.width)
+    stored = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
     size = covering_size(stored, height, width)
     top, left = crop_corner(size, height, width, rng if crop == "random" else None)
     cut = resized_crop(image, size, (top, left), height, width)
