@@ -88,6 +88,8 @@ def main(argv: Sequence[str]) -> int:
         from sdjax.config import resolve
         from sdjax.train import loop
 
+        if _DRY_RUN.value and not _CONFIG.value.data.path:
+            _CONFIG.value.data.path = "(not read)"  # a dry run looks at no data
         return loop.run(resolve(_CONFIG.value), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
 
     try:

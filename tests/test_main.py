@@ -53,15 +53,21 @@ def test_an_empty_or_missing_dataset_is_named(tmp_path):
         assert str(folder) in run.stderr
 
 
-def test_dry_run_of_a_full_size_model():
-    run = main("--config=configs/sd15.py", "--dry_run", "--config.data.path=images",
-               "--config.mesh.fsdp=1")  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "batch_size", "counts"),
+    [
+        ("sd15", 2048, ["859,520,964", "123,060,480", "83,653,863"]),
+        ("sdxl_refiner", 256, ["2,259,526,660", "694,659,840", "83,653,863"]),
+    ],
+)
+def test_dry_run_of_a_full_size_model(name, batch_size, counts):
+    """Without a folder of pictures: none is looked at."""
+    run = main(f"--config=configs/{name}.py", "--dry_run", "--config.mesh.fsdp=1")
     assert run.returncode == 0, run.stderr
-    assert "859,520,964" in run.stdout and "123,060,480" in run.stdout
-    assert "83,653,863" in run.stdout
+    assert all(count in run.stdout for count in counts)
     text = run.stdout
     resolved = json.loads(text[: text.index("\n}\n") + 2])
-    assert resolved["data"]["batch_size"] == 2048
+    assert resolved["data"]["batch_size"] == batch_size
 
 
 def test_a_run_from_the_command_line(tiny_config, tmp_path):
