@@ -206,6 +206,17 @@ def test_scores_splits_and_file_sizes(tmp_path):
         open_source(DataConfig(name="prepared", path=str(tmp_path)), "train")
 
 
+def test_pictures_without_a_caption_can_stay(tmp_path):
+    members = [("0.png", encoded(picture(0))), ("1.png", encoded(picture(1))), ("1.txt", b"one")]
+    write_tar(tmp_path / "in" / "a.tar", members)
+    found = prepare(tmp_path / "in", tmp_path / "out", settings("webdataset", test_share=0.0))
+    assert found["dropped"] == {"no_caption": 1}
+    chosen = settings("webdataset", Rules(min_caption_chars=0), test_share=0.0)
+    assert prepare(tmp_path / "in", tmp_path / "all", chosen)["kept"] == 2
+    source = open_source(DataConfig(name="prepared", path=str(tmp_path / "all")), "train")
+    assert [source[i]["text"] for i in range(2)] == ["", "one"]
+
+
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
     """Two processes are killed, one at each end of the work; then a third way finishes it."""
     from sdjax.data.prepare import writing
