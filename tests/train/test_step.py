@@ -11,6 +11,7 @@ import pytest
 
 from sdjax.config import resolve
 from sdjax.data.tokenizer import Tokenizer
+from sdjax.diffusion.losses import example_keys
 from sdjax.train.ema import EMAConfig
 from sdjax.train.networks import assemble
 from sdjax.train.state import init_state
@@ -61,8 +62,6 @@ def test_accumulation_equals_the_big_batch():
 def test_the_update_is_optax_on_the_mean_gradient():
     step, state, frozen, batch = setup()
     key = jax.random.fold_in(jax.random.key(0), 0)
-    from sdjax.diffusion.losses import example_keys
-
     positions = jnp.arange(8)
     mean = lambda p: jnp.mean(  # noqa: E731
         quadratic(p, frozen, batch, key=key, keys=example_keys(key, positions),
@@ -127,30 +126,38 @@ def text_to_image(tiny_config):
     return assembled.config, assembled
 
 
-def loss_of(config, assembled, batch):
-    task = make_task(config, assembled.tokenizers)
-    params = dict(task.init(jax.random.key(3))) | assembled.params
-    step = jax.jit(functools.partial(task.loss, params, {}, batch_size=4))
-    from sdjax.diffusion.losses import example_keys
-
-    key = jax.random.key(1)
-    positions = jnp.arange(4)
-    return step(batch, key=key, keys=example_keys(key, positions), positions=positions)
-
-
-def test_caption_dropout_is_the_prompt_that_sampling_negates(text_to_image):
+@pytest.fixture
+def losses(text_to_image):
+    """A function (caption dropout, batch) -> losses [4], of networks in which nothing is zero."""
     config, assembled = text_to_image
-    tokenizer: Tokenizer = assembled.tokenizers["tokens"]
+    rng = np.random.default_rng(3)
+    abstract = make_task(config, assembled.tokenizers).abstract
+    params = {p: rng.normal(size=v.shape, scale=0.2) for p, v in abstract.items()}
+    params = {p: jnp.asarray(v, jnp.float32) for p, v in params.items()} | assembled.params
+    key, positions = jax.random.key(1), jnp.arange(4)
+
+    @functools.cache
+    def step(rate):
+        objective = dataclasses.replace(config.objective, caption_dropout=rate)
+        own = dataclasses.replace(config, objective=objective)
+        task = make_task(own, assembled.tokenizers)
+        keys = example_keys(key, positions)
+        loss = lambda params, batch: task.loss(  # noqa: E731
+            params, {}, batch, key=key, keys=keys, positions=positions, batch_size=4
+        )[0]
+        return jax.jit(loss, compiler_options={"xla_backend_optimization_level": 0})
+
+    return lambda rate, batch: np.asarray(step(rate)(params, batch))
+
+
+def test_caption_dropout_is_the_prompt_that_sampling_negates(text_to_image, losses):
+    tokenizer: Tokenizer = text_to_image[1].tokenizers["tokens"]
     image = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
-    tokens = tokenizer.encode(["a red circle"] * 4)
-    empty = np.tile(tokenizer.encode([""]), (4, 1))
-    # Zero-initialised outputs would hide the context: move every parameter.
-    rate = lambda r: dataclasses.replace(  # noqa: E731
-        config, objective=dataclasses.replace(config.objective, caption_dropout=r)
-    )
-    dropped, _ = loss_of(rate(1.0), assembled, {"image": image, "tokens": tokens})
-    kept, _ = loss_of(rate(0.0), assembled, {"image": image, "tokens": empty})
-    np.testing.assert_array_equal(dropped, kept)
+    caption = {"image": image, "tokens": tokenizer.encode(["a red circle"] * 4)}
+    empty = {"image": image, "tokens": np.tile(tokenizer.encode([""]), (4, 1))}
+    dropped, kept = losses(1.0, caption), losses(0.0, caption)
+    assert np.isfinite(kept).all() and np.all(dropped != kept)
+    np.testing.assert_array_equal(dropped, losses(0.0, empty))
 
 
 def test_networks_that_do_not_fit_together_are_refused(text_to_image):
