@@ -15,6 +15,8 @@ shared or gs:// --output. They need no connection: each encodes its shards, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from logging import WARNING
+from pathlib import PurePath
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -82,7 +84,16 @@ def _run(rest: list[str]) -> int:
         raise UserError("--output is missing, the folder of the encoded dataset")
     if not 0 <= _HOST.value < _HOSTS.value:
         raise UserError(f"--host is {_HOST.value}; expected 0 to --hosts - 1 = {_HOSTS.value - 1}")
+    flags.FLAGS.mark_as_parsed()  # or absl warns that its log comes too early
+    logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    # JAX tells of devices that it does not find, and Orbax of every file it touches.
+    logging.get_absl_handler().addFilter(
+        lambda record: (
+            record.levelno >= WARNING
+            or "sdjax" in PurePath(record.pathname.rpartition("site-packages")[2]).parts
+        )
+    )
     from sdjax.config import resolve
     from sdjax.train.encode_dataset import Options, encode_dataset
     from sdjax.train.startup import enable_compilation_cache
