@@ -1,4 +1,4 @@
-"""What must be the same on every host before they train together: the configuration, the workdir.
+"""What must be the same on every host before they train together: configuration, workdir, data.
 
 Where it is not, hosts would wait for one another for ever, or write half a checkpoint each.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -71,6 +73,31 @@ def check_shared(folder: paths.Path) -> None:
     hosts.wait_for_all("workdir")
     if jax.process_index() == 0:
         mark.unlink()
+
+
+def check_data(state: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """All hosts read the same datasets, as far as names, counts and buckets tell.
+
+    Each finds the shape of every batch by itself, so with other pictures they would run different
+    programs and wait for one another for ever.
+
+    Args:
+        state: of the iterator, see `BatchIterator.get_state`.
+        lines: of its summary.
+
+    Raises:
+        UserError: on a host that reads something else than process 0, naming the differences.
+    """
+    mine = {**state, "summary": list(lines)}
+    first = json.loads(hosts.from_first("data", json.dumps(mine)))
+    different = compare_configs(first, mine)
+    if different:
+        listed = "\n  ".join(f"{d.field}: {d.saved!r} there, {d.current!r} here" for d in different)
+        raise UserError(
+            f"process 0 and process {jax.process_index()} read different data:\n  {listed}\n"
+            "give all hosts the same files: a shared disk, gs://BUCKET/PATH, or copies with their "
+            "times (rsync -a), for raw data that changed is imported anew"
+        )
 
 
 def _seen(mark: paths.Path, token: str) -> bool:

@@ -69,6 +69,7 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
         process_index=share.index,
         process_count=share.count,
     )
+    agreement.check_data(data.get_state(), data.summary.lines)
     frozen = startup.place_frozen(config, folder, assembled, split, mesh, resumed=saved is not None)
     if checkpoints.latest_step() is not None:
         start, state, data_state, _ = checkpoints.restore(program.state)

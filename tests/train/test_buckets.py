@@ -142,13 +142,14 @@ def test_resumes_to_the_bit_across_the_changes_of_a_curriculum(
 def test_hosts_agree_on_the_shape_of_every_step(config, whole, tmp_path):
     """Two processes, who would wait for each other for ever if they did not."""
     recipe = write_recipe(tmp_path / "recipe.py", config)
-    codes, hosts = run_hosts(recipe, tmp_path / "run", 2, total_devices=2)
+    # Four steps have pictures of both sizes; each shape costs two compilations.
+    codes, hosts = run_hosts(recipe, tmp_path / "run", 2, "--config.train.steps=4", total_devices=2)
     assert codes == [0, 0], hosts[0].err
     assert "data 2 x fsdp 1 x tensor 1: 2 x cpu, 2 host(s)" in hosts[0].out
-    assert hosts[0].out.count("compiled in") == len(SHAPES)
+    assert hosts[0].out.count("compiled in") == 2
     found, expected = losses(tmp_path / "run"), losses(whole[0])
-    assert found.keys() == expected.keys()
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    assert sorted(found) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(found.values()), [expected[step] for step in found], rtol=1e-4)
 
 
 def test_text_to_image_takes_rectangles(tiny_config):
