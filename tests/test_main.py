@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,38 @@ def main(*options, timeout=300):
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ([], ["--config is missing"]),
-        (["--config=configs/base.py"], ["--workdir is missing"]),
-        (["--config=configs/none.py", "--workdir=x"], ["configs/none.py"]),
-        (["--config=configs/base.py", "--workdir=x", "--config.train.stepz=3"], ["stepz"]),
-        (["--config=configs/base.py", "--workdir=x", "--config.train.steps=many"], ["many"]),
-        (["--config=configs/base.py", "--workdir=x", "--nonsense=1"], ["nonsense"]),
-        (["--config=configs/emoji.py", "--workdir=x"], ["data.path is empty"]),
-        (["--config=configs/base.py", "--workdir=x", "extra"], ["extra"]),
-    ],
-)
-def test_mistakes_are_named_without_a_traceback(options, words):
-    run = main(*options)
+MISTAKES = [
+    ([], "--config is missing"),
+    (["--config=configs/base.py"], "--workdir is missing"),
+    (["--config=configs/none.py", "--workdir=x"], "configs/none.py"),
+    (["--config=configs/base.py", "--workdir=x", "--config.train.stepz=3"], "stepz"),
+    (["--config=configs/base.py", "--workdir=x", "--config.train.steps=many"], "many"),
+    (["--config=configs/base.py", "--workdir=x", "--nonsense=1"], "nonsense"),
+    (["--config=configs/emoji.py", "--workdir=x"], "data.path is empty"),
+    (["--config=configs/base.py", "--workdir=x", "extra"], "extra"),
+]
+DRY = ["--dry_run", "--config.mesh.fsdp=1"]
+DRY_RUNS = [
+    ("sd15", 2048, ["859,520,964", "123,060,480", "83,653,863"]),
+    ("sdxl_refiner", 256, ["2,259,526,660", "694,659,840", "83,653,863"]),
+]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """{options: the run with them}, two at a time: most of each is imports."""
+    every = [tuple(options) for options, _ in MISTAKES]
+    every += [(f"--config=configs/{name}.py", *DRY) for name, *_ in DRY_RUNS]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(every, pool.map(lambda options: main(*options), every), strict=True))
+
+
+@pytest.mark.parametrize(("options", "word"), MISTAKES)
+def test_mistakes_are_named_without_a_traceback(runs, options, word):
+    run = runs[tuple(options)]
     assert run.returncode != 0
     assert "Traceback" not in run.stderr, run.stderr
-    for word in words:
-        assert word in run.stderr + run.stdout, run.stderr
+    assert word in run.stderr + run.stdout, run.stderr
     assert not (ROOT / "x").exists()
 
 
@@ -53,16 +67,10 @@ def test_an_empty_or_missing_dataset_is_named(tmp_path):
         assert str(folder) in run.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "batch_size", "counts"),
-    [
-        ("sd15", 2048, ["859,520,964", "123,060,480", "83,653,863"]),
-        ("sdxl_refiner", 256, ["2,259,526,660", "694,659,840", "83,653,863"]),
-    ],
-)
-def test_dry_run_of_a_full_size_model(name, batch_size, counts):
+@pytest.mark.parametrize(("name", "batch_size", "counts"), DRY_RUNS)
+def test_dry_run_of_a_full_size_model(runs, name, batch_size, counts):
     """Without a folder of pictures: none is looked at."""
-    run = main(f"--config=configs/{name}.py", "--dry_run", "--config.mesh.fsdp=1")
+    run = runs[(f"--config=configs/{name}.py", *DRY)]
     assert run.returncode == 0, run.stderr
     assert all(count in run.stdout for count in counts)
     text = run.stdout
