@@ -43,18 +43,16 @@ class Contender:
     name: str
     start: Callable[[int, bool], Iterator[np.ndarray]]
     batches: int  # of one timing
-    parallel_only: bool = False
     in_parallel: bool = True
-    ahead: int = PREFETCH  # batches that each thread may have made before they are asked for
 
 
-def sdjax_batches(config: Any, *, processes: bool) -> Callable[[int, bool], Iterator[np.ndarray]]:
+def sdjax_batches(config: Any) -> Callable[[int, bool], Iterator[np.ndarray]]:
     """Batches of the pictures or moments alone, as the peers give them."""
     from sdjax.data.pipeline import make_iterator
 
     def start(threads: int, shuffle: bool) -> Iterator[np.ndarray]:
-        options = {"workers": threads} if processes else {"threads": max(threads, 1)}
-        how = dataclasses.replace(config, prefetch=PREFETCH if threads else 0, **options)
+        ahead = PREFETCH if threads else 0
+        how = dataclasses.replace(config, prefetch=ahead, threads=max(threads, 1))
         for batch in make_iterator(how, {}, split="train", seed=0, shuffle=shuffle):
             yield batch["moments" if config.name == "encoded" else "image"]
 
@@ -84,13 +82,8 @@ def contenders(work: Path, photos: Path, resolution: int) -> list[Contender]:
     found = []
     for name, config in forms.items():
         count = 200 if name == "encoded" else batches
-        start = sdjax_batches(config, processes=False)
+        start = sdjax_batches(config)
         found.append(Contender(name, start, count, in_parallel=name in (RAW, "encoded")))
-    # Each process works ahead, and so does the queue behind it.
-    start = sdjax_batches(forms[RAW], processes=True)
-    found.append(
-        Contender(f"{RAW}, processes", start, batches, parallel_only=True, ahead=3 * PREFETCH)
-    )
     torch, tf = PEERS
     return [*found, Contender(torch, with_torch, batches), Contender(tf, with_tf, batches)]
 
@@ -109,7 +102,7 @@ def check(every: list[Contender], pictures: int) -> float:
     known = {picture.tobytes() for picture in whole}
     for contender in every:
         if contender.name not in (*PEERS, "encoded"):
-            made = _first(contender.start(CORES if contender.parallel_only else 0, False), 1)
+            made = _first(contender.start(0, False), 1)
             if any(picture.tobytes() not in known for picture in made):
                 raise SystemExit(f"{contender.name}: a picture that the peers do not make")
     return float(difference.mean())
@@ -120,13 +113,14 @@ def _first(batches: Iterator[np.ndarray], count: int) -> np.ndarray:
 
 
 def workers() -> list[psutil.Process]:
-    """This process and those that it has started."""
-    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+    """The processes that this one has started."""
+    return psutil.Process().children(recursive=True)
 
 
 def processor_time(processes: list[psutil.Process]) -> float:
-    """Seconds that all of them have used."""
-    return sum(used.user + used.system for used in (p.cpu_times() for p in processes))
+    """Seconds that this process and those have used."""
+    others = sum(used.user + used.system for used in (p.cpu_times() for p in processes))
+    return time.process_time() + others
 
 
 def settle(processes: list[psutil.Process], *, quiet: float = 0.3, at_most: float = 10.0) -> None:
@@ -157,8 +151,6 @@ def compare(every: list[Contender], repeats: int) -> dict[str, list[tuple[float,
     runs: dict[str, tuple[Contender, int, Iterator[np.ndarray]]] = {}
     for contender in every:
         for threads in (0, CORES):
-            if threads == 0 and contender.parallel_only:
-                continue
             if threads and not contender.in_parallel:
                 continue
             batches = contender.start(threads, True)
@@ -167,7 +159,7 @@ def compare(every: list[Contender], repeats: int) -> dict[str, list[tuple[float,
     rates: dict[str, list[tuple[float, float]]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, (contender, threads, batches) in runs.items():
-            rates[key].append(measure(batches, contender.batches, contender.ahead * threads))
+            rates[key].append(measure(batches, contender.batches, PREFETCH * threads))
     for _, _, batches in runs.values():
         if hasattr(batches, "close"):
             batches.close()
@@ -207,7 +199,7 @@ def report(resolution: int, rates: dict[str, list[tuple[float, float]]]) -> dict
               f"{row['images_per_s'] / max(int(threads), 1):10.1f} "
               f"{row['images_per_cpu_s']:10.1f} ({low:.1f} to {high:.1f})")  # fmt: skip
     for label, threads in (("one thread", 0), (f"{CORES} threads", CORES)):
-        raw = [k for k in rates if k.startswith(RAW) and k.endswith(f"|{threads}")]
+        raw = [f"{RAW}|{threads}"]
         peers = [f"{name}|{threads}" for name in PEERS]
         pair = (f"{label}: raw by the better peer", raw, peers), (
             f"{label}: encoded by raw", [f"encoded|{threads}"], raw)  # fmt: skip
@@ -226,7 +218,7 @@ def memory(work: Path, photos: Path, resolution: int, batches: int) -> dict[str,
     forms = input_data.stored_forms(work, photos, resolution, BATCH.get(resolution, 8))
     found: dict[str, list[float]] = {}
     for name in (RAW, "encoded"):
-        stream = sdjax_batches(forms[name], processes=False)(CORES, True)
+        stream = sdjax_batches(forms[name])(CORES, True)
         found[name], done = [], 0
         for point in points:
             for _ in range(point - done):
