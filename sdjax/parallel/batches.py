@@ -99,6 +99,8 @@ def _own_share(mesh: Mesh) -> Share:
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's block of a batch -> global arrays over the mesh, without blocking."""
     sharding, share = batch_sharding(mesh), _own_share(mesh)
+    if share.count == 1 and share.parts == tuple(range(len(share.parts))):
+        return jax.device_put(dict(batch), sharding)  # which is quicker where all is here
     offset = {part: i for i, part in enumerate(share.parts)}
 
     def whole(local: np.ndarray) -> jax.Array:
