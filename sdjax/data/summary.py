@@ -37,7 +37,7 @@ def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size:
         scalars |= {f"{prefix}not_used_{_slug(why)}": float(n) for why, n in not_used.items()}
         if buckets:
             line += f", {buckets[i].images:,} in {len(buckets[i].shapes)} bucket(s)"
-            lines += [line, *_lines(buckets[i], batch_size)]
+            lines += [line, *_lines(buckets[i], batch_size, cropped=source.encoding is None)]
             scalars |= {f"{prefix}{k}": v for k, v in _scalars(buckets[i]).items()}
         else:
             lines.append(line)
@@ -49,15 +49,17 @@ def _name(shape: tuple[int, int]) -> str:
     return f"{shape[1]}x{shape[0]}"  # width x height, as people say it
 
 
-def _lines(buckets: Buckets, batch_size: int) -> list[str]:
+def _lines(buckets: Buckets, batch_size: int, *, cropped: bool) -> list[str]:
+    """cropped: by the pipeline, and not before, when the pictures were encoded."""
     sizes = [len(members) for members in buckets.members]
     lines = ["  " + ", ".join(
         f"{_name(shape)}: {size:,}" for shape, size in zip(buckets.shapes, sizes, strict=True)
     )]  # fmt: skip
     waiting = sum(size % batch_size for size in sizes)
+    crop = f"the crop takes {100 * buckets.cropped:.1f} % of the area; " if cropped else ""
     lines.append(
-        f"  the crop takes {100 * buckets.cropped:.1f} % of the area; {waiting:,} pictures do not "
-        "fill a batch of their bucket in the first epoch and come first in the next"
+        f"  {crop}{waiting:,} pictures do not fill a batch of their bucket in the first epoch and "
+        "come first in the next"
     )
     if buckets.closed:
         closed = ", ".join(f"{_name(shape)}: {size}" for shape, size in buckets.closed.items())
