@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes, each with whole files: more than half of the time one core alone compiles.
+PARALLEL ?= -n 2 --dist loadfile
 WORKDIR ?= runs/base
 
 .PHONY: train test test-all lint clean
@@ -10,10 +12,10 @@ train: $(VENV)/.installed
 	$(BIN)/python -m sdjax.main --config=configs/base.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "" $(PARALLEL)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdjax import encode
 from sdjax.config import resolve
-from sdjax.data import encoded
+from sdjax.data import encoded, transforms
 from sdjax.data.config import DataError
 from sdjax.data.pipeline import make_iterator
 from sdjax.data.sources import open_source
@@ -363,23 +363,24 @@ def test_what_cannot_be_encoded_is_counted_and_named(snaps, tmp_path, monkeypatc
     assert [kept.key(i) for i in range(20)] == [source.key(i) for i in range(30) if not bad[i]]
 
 
-def test_an_unreadable_picture_is_counted_and_a_missing_caption_is_as_configured(
+def test_an_unreadable_picture_is_counted_and_what_is_forbidden_stops_it(
     snaps, tmp_path, monkeypatch
 ):
-    from sdjax.data import transforms
-
-    decode = transforms.decode
+    decode, error = transforms.decode_image, transforms.ImageError("truncated", "ends early")
 
     def failing(data, **options):
         image = decode(data, **options)
-        if image.shape[:2] == SIZES[1]:
-            raise transforms.ImageError("truncated", "ends early")
+        if image.size == SIZES[1][::-1]:
+            raise error
         return image
 
-    monkeypatch.setattr(transforms, "decode", failing)
+    monkeypatch.setattr(transforms, "decode_image", failing)
     report = encoded_once(snaps, tmp_path / "data")
     assert report.examples["train"] == 20
     assert len(report.dropped["train"]["cannot be read"]) == 10
+    error = DataError("has no caption")  # as data.captions.empty = "error" says it
+    with pytest.raises(DataError, match="has no caption"):
+        encoded_once(snaps, tmp_path / "again")
 
 
 REFUSED = {
