@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from absl import logging
 
 # Most of the time goes into compiling programs that run a few times. Without LLVM's optimisations
 # it takes a fifth less, and the arithmetic is the same.
@@ -12,6 +13,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # A shell ignores Ctrl-C in what it starts in the background, and whoever that starts does too: the
 # tests that send it need the usual answer.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """Verbs that a test calls say how much is logged; the next test shall know nothing of it."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")

@@ -164,12 +164,13 @@ class Conditioner:
 
         The same draw for every field: a caption is dropped from all encoders or none.
         """
+        null = {field: jnp.asarray(tokens) for field, tokens in self.null.items()}
         if "context" not in batch:
-            return {f: drop_captions(keys, batch[f], null, rate) for f, null in self.null.items()}
-        empty = self.embed(params, {field: null[None] for field, null in self.null.items()})
+            return {f: drop_captions(keys, batch[f], tokens, rate) for f, tokens in null.items()}
+        empty = self.embed(params, {field: tokens[None] for field, tokens in null.items()})
         if not isinstance(empty, dict):
             empty = {"context": empty}
-        return {f: drop_captions(keys, batch[f], null[0], rate) for f, null in empty.items()}
+        return {f: drop_captions(keys, batch[f], made[0], rate) for f, made in empty.items()}
 
     def empty(self, tokens: Mapping[str, jax.Array]) -> jax.Array:
         """Which captions are "", bool [B]."""
@@ -188,7 +189,8 @@ def make_conditioner(
     encoders = model.text_encoders
     dtype = jnp.dtype(model.dtype)
     null = {field: tokens[0] for field, tokens in encode_text(tokenizers, [""]).items()}
-    graphs, params = {}, {}
+    graphs: dict[str, Any] = {}
+    params: dict[str, jax.ShapeDtypeStruct] = {}
     for name, encoder in encoders.items():
         graphs[name], own = weights.abstract(CLIPText, encoder, dtype=dtype, remat=remat)
         params |= prefixed(own, name)
