@@ -46,6 +46,7 @@ class Watch:
         self._interval = Interval(config.schedule.num_train_timesteps)
         self._queue = DelayedMetrics()
         self._batches: dict[int, Mapping[str, jax.Array]] = {}  # of the steps in the queue
+        self._newest: Any = None  # an output of the step that was dispatched last
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able, for the checkpoint."""
@@ -61,12 +62,17 @@ class Watch:
         )
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Time in here is spent waiting for data."""
-        return self._interval.waiting()
+        """Time in here is spent waiting for data, unless a step still runs when the data is there:
+        then it has cost nothing."""
+        return self._interval.waiting(self._is_busy)
+
+    def _is_busy(self) -> bool:
+        return self._newest is not None and not self._newest.is_ready()
 
     def push(self, done: int, batch: Mapping[str, jax.Array], metrics: Any) -> None:
         """Step `done` was dispatched. Looks at earlier ones; raises Diverged."""
         self._batches[done] = batch
+        self._newest = metrics["finite"]
         self._look(self._queue.push(done, metrics))
 
     def flush(self) -> None:
@@ -119,12 +125,11 @@ class Interval:
         self.spikes = 0
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is spent waiting for data."""
+    def waiting(self, busy: Callable[[], bool]) -> Iterator[None]:
+        """Time in here is spent waiting for data, unless the devices are still busy at its end."""
         begin = time.monotonic()
-        try:
-            yield
-        finally:
+        yield
+        if not busy():
             self._waited += time.monotonic() - begin
 
     def add(self, metrics: dict[str, Any]) -> None:

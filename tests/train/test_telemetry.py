@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
 from sdjax.train import telemetry
 from sdjax.train.health import Diverged, NonFiniteCounter, SpikeDetector
+from sdjax.train.monitor import Interval
 from sdjax.train.speed import Throughput, device_memory
 from sdjax.train.telemetry import DelayedMetrics, Telemetry
 
@@ -440,3 +442,16 @@ def test_tensorflow_is_quiet_and_sees_no_accelerator(writers):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[] []", "")
+
+
+def test_waiting_for_data_counts_where_nothing_else_runs():
+    metrics = {
+        "finite": True, "loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0, "grad_norms": {},
+        "param_norms": {}, "aux": {}, "health": {"skipped": 0},
+    }  # fmt: skip
+    for busy in (True, False):
+        interval = Interval(1000)
+        with interval.waiting(lambda busy=busy: busy):
+            time.sleep(0.05)
+        interval.add(metrics)
+        assert (interval.summary()["data_wait"] > 0.5) is not busy
