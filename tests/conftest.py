@@ -6,6 +6,10 @@ import signal
 import pytest
 from absl import logging
 
+from tests import torchvision_names
+
+torchvision_names.prepare()
+
 # Most of the time goes into compiling programs that run a few times. Without LLVM's optimisations
 # it takes a fifth less, and the arithmetic is the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
