@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models import flash, placement
+from sdjax.models import capture, flash, placement
 from sdjax.models.layers import Array, GroupNorm, LayerNorm, gelu, linear, pointwise, rematerialised
 from sdjax.models.placement import activation
 
@@ -37,8 +37,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if placement.kernels() == "tpu" and flash.fits(q, k, causal=causal):
         return placement.per_device(flash.flash_attention, q, k, v).astype(dtype)
-    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
-    logits *= q.shape[-1] ** -0.5
+    logits = _logits(q, k)
     if causal:
         visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
@@ -49,6 +48,18 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
     )
     # Dividing after the second product touches D numbers a row instead of M.
     return (out / total.swapaxes(1, 2)[..., None]).astype(dtype)
+
+
+def _logits(q: Array, k: Array) -> Array:
+    """q [B, L, heads, D], k [B, M, heads, D] -> the softmax's argument [B, heads, L, M] float32."""
+    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
+    return logits * q.shape[-1] ** -0.5
+
+
+def _largest_logit(q: Array, k: Array) -> Array:
+    """Head by head: all the logits at once are what flash attention is there to avoid."""
+    q, k = (jnp.moveaxis(x, 2, 0)[..., None, :] for x in (q, k))  # [heads, B, L, 1, D]
+    return jax.lax.map(lambda head: _logits(*head).max(), (q, k)).max()
 
 
 class Attention(nnx.Module):
@@ -84,8 +95,15 @@ class Attention(nnx.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))  # [B, L, heads, D]
+        self._offer(q, k)
         out = attention(q, k, v, upcast=self.upcast)
         return self.to_out[0](out.reshape(x.shape))
+
+    def _offer(self, q: Array, k: Array) -> None:
+        if self.upcast:
+            q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        capture.offer(self, capture.PROBABILITIES, lambda: jax.nn.softmax(_logits(q, k)))
+        capture.offer(self, capture.LOGITS, lambda: _largest_logit(q, k))
 
 
 class GEGLU(nnx.Module):
@@ -133,7 +151,7 @@ class BasicTransformerBlock(nnx.Module):
         """x [B, L, C], context [B, M, D] -> [B, L, C]."""
         x = activation(x + self.attn1(self.norm1(x)))
         x = activation(x + self.attn2(self.norm2(x), context))
-        return activation(x + self.ff(self.norm3(x)))
+        return capture.output(self, activation(x + self.ff(self.norm3(x))))
 
 
 class Transformer2D(nnx.Module):
@@ -181,4 +199,4 @@ class Transformer2D(nnx.Module):
         x = activation(self.proj_in(self.norm(x)).reshape(b, h * w, c))  # [B, H*W, C]
         for block in self.transformer_blocks:
             x = rematerialised(block, self.remat, level="block")(x, context)
-        return activation(residual + self.proj_out(x.reshape(b, h, w, c)))
+        return capture.output(self, activation(residual + self.proj_out(x.reshape(b, h, w, c))))

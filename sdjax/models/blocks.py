@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import nnx
 
+from sdjax.models import capture
 from sdjax.models.layers import (
     Array,
     GroupNorm,
@@ -62,7 +63,8 @@ class ResnetBlock(nnx.Module):
             hidden = hidden + self.time_emb_proj(silu(temb))[:, None, None]  # type: ignore[arg-type]
         hidden = dropout(silu(self.norm2(hidden)), self.dropout, key)
         hidden = self.conv2(hidden)
-        return activation(hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x)))
+        carried = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return capture.output(self, activation(hidden + carried))
 
 
 class Downsample(nnx.Module):
@@ -77,7 +79,7 @@ class Downsample(nnx.Module):
         self.conv = conv(channels, channels, stride=2, padding=padding, **kw)
 
     def __call__(self, x: Array) -> Array:
-        return activation(self.conv(x))
+        return capture.output(self, activation(self.conv(x)))
 
 
 class Upsample(nnx.Module):
@@ -88,4 +90,4 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        return activation(self.conv(upsample_nearest(x, height, width)))
+        return capture.output(self, activation(self.conv(upsample_nearest(x, height, width))))

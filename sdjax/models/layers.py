@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sdjax.models import capture
 from sdjax.models.products import Conv, Linear
 
 Array = jax.Array
@@ -224,6 +225,7 @@ def rematerialised(function: Callable, remat: str, *, level: str) -> Callable:
     """
     if remat == "none" or level != ("stage" if remat == "full" else "block"):
         return function
+    capture.refuse_remat(remat)
     policy = None if remat in ("block", "full") else getattr(jax.checkpoint_policies, remat)
     return jax.checkpoint(lambda *args: function(*args), policy=policy)
 
