@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,12 @@ from sdjax.models.layers import (
 )
 from sdjax.models.placement import activation
 from sdjax.models.products import Embed, Linear
+
+if TYPE_CHECKING:
+    from sdjax.models.clip_vision import CLIPVisionConfig
+
+    # Both towers are made of the same layers.
+    EncoderConfig: TypeAlias = "CLIPTextConfig | CLIPVisionConfig"
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
@@ -87,6 +93,7 @@ class CLIPTextConfig:
     eos_token_id: int = 2
     pad_token_id: int = 1
     projection_dim: int | None = None
+    causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -253,14 +260,14 @@ class Embeddings(nnx.Module):
 class Encoder(nnx.Module):
     """The layers, under the name that transformers gives them."""
 
-    def __init__(self, config: CLIPTextConfig, **kw: Any):
+    def __init__(self, config: EncoderConfig, **kw: Any):
         self.layers = nnx.List([Layer(config, **kw) for _ in range(config.num_hidden_layers)])
 
 
 class Layer(nnx.Module):
     """Attention and MLP, each after a norm and added to its input. [B, L, D] to the same."""
 
-    def __init__(self, config: CLIPTextConfig, **kw: Any):
+    def __init__(self, config: EncoderConfig, **kw: Any):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.self_attn = SelfAttention(config, **kw)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
@@ -272,29 +279,30 @@ class Layer(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head attention. [B, L, D] to the same."""
+    """Multi-head attention, causal if the config says so. [B, L, D] to the same."""
 
-    def __init__(self, config: CLIPTextConfig, **kw: Any):
+    def __init__(self, config: EncoderConfig, **kw: Any):
         self.q_proj, self.k_proj, self.v_proj = (
             _linear(config, config.hidden_size, config.hidden_size, **kw) for _ in range(3)
         )
         self.out_proj = _linear(config, config.hidden_size, config.hidden_size, residual=True, **kw)
         self.heads, self.rate = config.num_attention_heads, config.attention_dropout
+        self.causal = config.causal
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
         shape = (*x.shape[:2], self.heads, -1)  # [B, L, heads, D / heads]
         q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if key is None or self.rate == 0:
-            out = attention(q, k, v, causal=True)
+            out = attention(q, k, v, causal=self.causal)
         else:
-            out = _attention_with_dropout(q, k, v, self.rate, key)
+            out = _attention_with_dropout(q, k, v, self.rate, key, causal=self.causal)
         return self.out_proj(out.reshape(x.shape))
 
 
 class MLP(nnx.Module):
     """Two dense layers with the config's activation between. [B, L, D] to the same."""
 
-    def __init__(self, config: CLIPTextConfig, **kw: Any):
+    def __init__(self, config: EncoderConfig, **kw: Any):
         self.fc1 = _linear(
             config, config.hidden_size, config.intermediate_size,
             std=(2 * config.hidden_size) ** -0.5, **kw,
@@ -309,7 +317,7 @@ class MLP(nnx.Module):
 
 
 def _linear(
-    config: CLIPTextConfig,
+    config: EncoderConfig,
     features_in: int,
     features_out: int,
     *,
@@ -328,10 +336,13 @@ def _linear(
     return Linear(features_in, features_out, kernel_init=normal_init(std), **kw)
 
 
-def _attention_with_dropout(q: Array, k: Array, v: Array, rate: float, key: Array) -> Array:
-    """Causal attention with dropout on its weights, which kernels do not offer."""
+def _attention_with_dropout(
+    q: Array, k: Array, v: Array, rate: float, key: Array, *, causal: bool
+) -> Array:
+    """Attention with dropout on its weights, which kernels do not offer."""
     logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
-    visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-    logits = jnp.where(visible, logits * q.shape[-1] ** -0.5, -jnp.inf)
+    logits *= q.shape[-1] ** -0.5
+    if causal:
+        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
     weights = dropout(jax.nn.softmax(logits), rate, key).astype(v.dtype)  # [B, heads, L, L]
     return jnp.einsum("bhlm,bmhd->blhd", weights, v).astype(q.dtype)

@@ -59,20 +59,21 @@ class Conv(nnx.Module):
         *,
         strides: tuple[int, int],
         padding: Padding,
+        bias: bool = True,
         kernel_init: Callable[..., Array],
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        shape = (*kernel_size, channels_in, channels_out)
+        shape, zeros = (*kernel_size, channels_in, channels_out), nnx.initializers.zeros
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (channels_out,), param_dtype))
+        self.bias = nnx.Param(zeros(rngs.params(), shape[3:], param_dtype)) if bias else None
         self.strides, self.padding, self.dtype = strides, padding, dtype
 
     def __call__(self, x: Array) -> Array:
         """[B, H, W, in] -> [B, H', W', out] in `dtype`."""
         y = _conv(x.astype(self.dtype), self.kernel[...], self.strides, self.padding)
-        return _add_bias(y, self.bias[...])
+        return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
 class Embed(nnx.Module):
