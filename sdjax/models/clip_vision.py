@@ -97,10 +97,12 @@ def read_clip_config(
         )
     parts: dict[str, dict[str, Any]] = {}
     for name in ("text_config", "vision_config"):
-        # Files of before 2023 have the values that count in "..._dict" (CLIPConfig.__post_init__).
-        merged = {**(data.get(name) or {}), **(data.get(f"{name}_dict") or {})}
+        # Where a file of before 2023 has "..._dict", that and its defaults count and nothing of the
+        # other (CLIPConfig.__post_init__).
+        chosen = data.get(f"{name}_dict")
+        chosen = (data.get(name) or {}) if chosen is None else chosen
         # The width of the whole model is what its projections have.
-        parts[name] = merged | {"projection_dim": data.get("projection_dim", 512)}
+        parts[name] = chosen | {"projection_dim": data.get("projection_dim", 512)}
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     text = {k: v for k, v in parts["text_config"].items() if k in ids or k not in _SOFTWARE}
     text |= {"architectures": ["CLIPTextModelWithProjection"]}
