@@ -1,0 +1,258 @@
+"""Say how good a model is, in the field's own numbers, with intervals.
+
+    python -m sdjax.evaluate --model=WORKDIR
+    python -m sdjax.evaluate --model=WORKDIR --metrics=validation_loss
+    python -m sdjax.evaluate --model=DIFFUSERS_FOLDER --dataset=PICTURES --output=out \\
+        --inception=pt_inception-2015-12-05-6726825d.pth --clip=clip-vit-large-patch14
+    python -m sdjax.evaluate --images=FOLDER --dataset=PICTURES --output=out --metrics=fid \\
+        --inception=FILE
+
+It draws pictures of the captions of a dataset's held-out split, and compares them with the pictures
+of that split. Stop it at any time: the same command goes on, to the same answer. What it needs and
+does not have it leaves out, and says so.
+
+  metric            better  what it says                                          it takes
+  fid, kid          less    how far the pictures are from real ones, as a whole   --inception
+  cmmd              less    the same, by CLIP, which sees more of the content     --clip
+  clip_score        more    whether pictures show what their captions say         --clip
+  precision         more    share of pictures that look real                      either of them
+  recall            more    share of real pictures that the model could draw      either of them
+  density, coverage more    the same two, less moved by outliers                  either of them
+  diversity         more    how different pictures of one prompt are              either of them
+                            (--per_prompt=4), 0 where they are all the same
+  memorised         less    share of pictures closer to a training picture than   -
+                            95 % of held-out pictures are: 0.05 without copying
+  fidelity          more    colours, shapes, number and relations that are right  captioned_shapes
+  validation_loss   less    the loss on held-out pictures, and at each timestep   a workdir
+
+In --output: metrics.json, metrics.png (with the 95 % intervals), grid.png, nearest.png (the
+pictures closest to training pictures, beside these), images/ (all pictures, with their prompts).
+
+Exit codes: 0 done; 2 the input or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+
+from sdjax import paths
+from sdjax.sample import SAMPLER_NAMES
+
+if TYPE_CHECKING:
+    from sdjax.eval.request import Request
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    p = argparse.ArgumentParser(
+        prog="python -m sdjax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--model", default="", help="workdir of sdjax, or a diffusers folder")
+    p.add_argument(
+        "--images", default="", metavar="DIR",
+        help="judge the pictures of this folder in place of drawing; captions are those of its "
+        "metadata.jsonl, if it has one",
+    )  # fmt: skip
+    p.add_argument(
+        "--output", default="",
+        help="folder for all that is found; WORKDIR/evaluations/STEP-WEIGHTS-DATASET by default",
+    )  # fmt: skip
+    p.add_argument(
+        "--metrics", default="", metavar="NAME,NAME,...",
+        help="which of those above, as fid,clip_score; by default all that can be computed",
+    )  # fmt: skip
+    p.add_argument(
+        "--resamples", type=int, default=1000,
+        help="of the bootstrap of the intervals; 0 for none; at most 100 are used for fid, 200 for "
+        "kid and cmmd, where one costs more (%(default)s)",
+    )  # fmt: skip
+    _add_data_options(p)
+    _add_network_options(p)
+    _add_drawing_options(p)
+    return p
+
+
+def _add_data_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("the dataset")
+    group.add_argument(
+        "--dataset", default="",
+        help="captions to draw and pictures to compare with: captioned_shapes, a TFDS name, or the "
+        "path of a folder of pictures with captions, of tar shards, parquet files or what "
+        "sdjax.prepare wrote; a run's own by default",
+    )  # fmt: skip
+    group.add_argument("--split", default="", help="of it; the recipe's data.eval_split by default")
+    group.add_argument("--data_dir", default="", help="where prepared datasets lie")
+    group.add_argument(
+        "--reference", default="", metavar="FILE.npz|DIR",
+        help="statistics of the pictures to compare with, as sdjax.evaluate or pytorch-fid wrote "
+        "them; or the folder to keep them in and find them again "
+        "(WORKDIR/evaluations/references, or OUTPUT/references)",
+    )  # fmt: skip
+    group.add_argument(
+        "--reference_samples", type=int, help="how many pictures to compare with; all by default"
+    )
+    group.add_argument(
+        "--train_samples", type=int, default=10_000,
+        help="how many training pictures to look for copies of; 0 for none (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--validation_examples", type=int,
+        help="of validation_loss; by default as many as in training (validation.examples)",
+    )  # fmt: skip
+
+
+def _add_network_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("networks that judge; nothing is downloaded unless you say so")
+    group.add_argument(
+        "--inception", default="", metavar="FILE",
+        help="pytorch-fid's weights, pt_inception-2015-12-05-6726825d.pth, from "
+        "https://github.com/mseitzer/pytorch-fid/releases",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip", default="", metavar="DIR",
+        help="folder of a CLIP as transformers saves it, such as "
+        "https://huggingface.co/openai/clip-vit-large-patch14",
+    )  # fmt: skip
+    group.add_argument(
+        "--download", action="store_true",
+        help="fetch those that a metric needs and that are not there, into --inception and --clip, "
+        "or ~/.cache/sdjax/towers (95 MB and 1.7 GB)",
+    )  # fmt: skip
+    group.add_argument(
+        "--features", choices=("inception", "clip", "pixels"), default="",
+        help="which features precision, recall, density, coverage, diversity and memorised go by; "
+        "the first of inception and clip that is there, and pixels (16x16 averages, which see near "
+        "copies and little else) for memorised alone",
+    )  # fmt: skip
+
+
+def _add_drawing_options(p: argparse.ArgumentParser) -> None:
+    own = "the run's, or the model's, own by default"
+    group = p.add_argument_group("drawing")
+    group.add_argument(
+        "--num_samples", type=int,
+        help="how many pictures; by default one for each caption of the split, at most 1000. FID "
+        "wants thousands, and can be compared only with that of as many",
+    )  # fmt: skip
+    group.add_argument("--per_prompt", type=int, default=1, help="of each prompt (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    group.add_argument(
+        "--weights", default="ema",
+        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
+    )  # fmt: skip
+    group.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest")
+    group.add_argument("--steps", type=int, help=f"sampler steps; {own}")
+    group.add_argument("--sampler", choices=SAMPLER_NAMES, help=own)
+    group.add_argument(
+        "--karras", action=argparse.BooleanOptionalAction, default=None,
+        help="noise levels of Karras et al. 2022",
+    )  # fmt: skip
+    group.add_argument("--eta", type=float, help="noise of ddim, 0 (none) to 1")
+    group.add_argument("--guidance", type=float, help=f"classifier-free guidance scale; {own}")
+    group.add_argument("--guidance_rescale", type=float, help=f"0 to 1; {own}")
+    group.add_argument("--negative_prompt", help="what guidance steers away from")
+    group.add_argument("--height", type=int, help=f"in pixels; {own}")
+    group.add_argument("--width", type=int, help=f"in pixels; {own}")
+    group.add_argument(
+        "--batch_size", type=int, default=16,
+        help="drawn at once, over all devices; rounded up to a multiple of them (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation (%(default)s)",
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the options, evaluate, and give the exit code."""
+    args = parser().parse_args(argv)
+    from sdjax.errors import UserError, explain
+    from sdjax.parallel import distributed, hosts
+    from sdjax.train.checkpoint import CheckpointError
+
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
+    try:
+        distributed.join(timeout=300.0, heartbeat_timeout=60.0)
+    except UserError as error:
+        return explain(error)
+
+    def run() -> int:
+        print(evaluate(args))
+        return 0
+
+    try:
+        return hosts.together(run)
+    except paths.storage_errors(CheckpointError, ValueError, FloatingPointError) as error:
+        return explain(error)
+
+
+def make_request(args: argparse.Namespace) -> Request:
+    """The options as `sdjax.eval` takes them.
+
+    Raises:
+        UserError: one has a value that it cannot have.
+    """
+    from sdjax.errors import UserError
+    from sdjax.eval.request import Request
+
+    if (args.height is None) != (args.width is None):
+        raise UserError("--height and --width: give both, or none")
+    changes = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
+    names = (
+        "model", "images", "dataset", "split", "data_dir", "num_samples", "per_prompt", "seed",
+        "weights", "guidance", "guidance_rescale", "negative_prompt", "batch_size", "dtype",
+        "inception", "clip", "download", "features", "reference", "reference_samples",
+        "train_samples", "validation_examples", "resamples",
+    )  # fmt: skip
+    return Request(
+        metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
+        sampler={name: value for name, value in changes.items() if value is not None},
+        size=None if args.height is None else (args.height, args.width),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Do what the options of `parser` say.
+
+    Returns:
+        A table of what was found, and where it is.
+
+    Raises:
+        UserError and its kin: the model, a file or an option is wrong.
+        FloatingPointError: a picture has NaN pixels.
+    """
+    from sdjax.eval.evaluation_output import FILE, table
+    from sdjax.eval.loading import load
+    from sdjax.eval.request import default_output
+    from sdjax.eval.session import open_session
+
+    request = make_request(args)
+    loaded = load(args.model, weights=args.weights, step=args.step) if args.model else None
+    output = paths.to_path(args.output) if args.output else default_output(request, loaded)
+    session = open_session(request, loaded, output)
+    results = session.run(output, track=progress)
+    title = f"{args.model or args.images}, {session.dataset} {session.split}"
+    made = table(title, results.metrics, results.warnings)
+    return f"{made}\n\n{output / FILE}, with the plots and pictures beside it"
+
+
+def progress(batches: Iterable[int], total: int) -> Iterable[Any]:
+    """A bar on the terminal, if there is one."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(batches, "drawing", total=total, console=console, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
