@@ -10,7 +10,9 @@ from sdjax.errors import UserError
 from sdjax.eval.features import clip_tower, text_image_scores
 from sdjax.eval.preprocess import CLIP_MEAN, CLIP_STD, ClipPreprocess
 from sdjax.eval.towers import CLIP_EXAMPLE, download_clip, read_clip
-from sdjax.models.clip_vision import CLIPVisionConfig, read_clip_config
+from sdjax.models import weights
+from sdjax.models.clip import CLIPText
+from sdjax.models.clip_vision import CLIPVision, CLIPVisionConfig, read_clip_config
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import WeightsError
 
@@ -325,6 +327,26 @@ def test_defaults_are_transformers():
     reference = transformers.CLIPVisionConfig()
     for name, value in vars(CLIPVisionConfig()).items():
         assert value == getattr(reference, name), name
+
+
+def test_full_size_has_the_weights_of_transformers():
+    """Every name and shape of OpenAI's ViT-L/14, without memory for them."""
+    text, vision = read_clip_config(PUBLISHED)
+    with torch.device("meta"):
+        model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(dict(PUBLISHED)))
+    theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    del theirs["logit_scale"]
+    ours = {}
+    for prefix, (cls, config) in {"text": (CLIPText, text), "vision": (CLIPVision, vision)}.items():
+        _, shapes = weights.abstract(cls, config)
+        for path, value in shapes.items():
+            head = path.startswith(("text_projection", "visual_projection"))
+            order = {2: (1, 0), 4: (3, 2, 0, 1)} if path.endswith(".kernel") else {}
+            axes = order.get(len(value.shape), range(len(value.shape)))
+            name = ("" if head else f"{prefix}_model.") + weights.weight_name(path)
+            ours[name] = tuple(value.shape[i] for i in axes)
+    assert ours == theirs
+    assert sum(np.prod(shape) for shape in ours.values()) == 427_616_512
 
 
 @pytest.mark.parametrize(
