@@ -248,14 +248,19 @@ def _in_batches(
     """`apply` to all rows, in batches of one shape, the last one filled up with its last row."""
     out = np.empty((len(rows), tower.dims), np.float32)
     sharding = batch_sharding(tower.mesh)
+    pending: list[tuple[int, jax.Array]] = []  # one batch is computed while the next is prepared
     for start in range(0, len(rows), tower.batch_size):
-        index = np.minimum(np.arange(start, start + tower.batch_size), len(rows) - 1)
-        whole = len(np.unique(index))
-        batch = prepare(rows[index[:whole]])
-        if whole < tower.batch_size:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], tower.batch_size - whole, axis=0)])
+        batch = prepare(rows[start : start + tower.batch_size])
+        missing = tower.batch_size - len(batch)
+        batch = (
+            np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
+        )
         placed = jax.make_array_from_callback(batch.shape, sharding, batch.__getitem__)
-        out[start : start + whole] = to_host(apply(tower.params, placed))[:whole]
+        pending.append((start, apply(tower.params, placed)))
+        if len(pending) > 1:
+            _fetch(out, *pending.pop(0))
+    for found in pending:
+        _fetch(out, *found)
     if not np.isfinite(out).all():
         bad = int((~np.isfinite(out).all(axis=1)).sum())
         raise UserError(
@@ -263,6 +268,12 @@ def _in_batches(
             "damaged or belong to another network; download them again"
         )
     return out
+
+
+def _fetch(out: np.ndarray, start: int, found: jax.Array) -> None:
+    """The features of a batch into `out`, without those that filled it up."""
+    rows = to_host(found)[: len(out) - start]
+    out[start : start + len(rows)] = rows
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -175,7 +175,7 @@ def download_clip(name: str, folder: paths.PathLike) -> paths.Path:
         UserError: huggingface_hub is not installed, or the repository cannot be fetched.
     """
     folder = paths.to_path(folder)
-    if (folder / "config.json").is_file():
+    if _is_whole(folder):
         return folder
     try:
         import huggingface_hub
@@ -196,6 +196,17 @@ def download_clip(name: str, folder: paths.PathLike) -> paths.Path:
             f"{name} cannot be fetched from huggingface.co into {folder}: {error}"
         ) from error
     return folder
+
+
+def _is_whole(folder: paths.Path) -> bool:
+    """Whether a download into the folder was once finished."""
+    files = [folder / name for name in _CLIP_WEIGHTS if (folder / name).is_file()]
+    if not files or not (folder / "config.json").is_file():
+        return False
+    if files[0].suffix != ".json":
+        return True
+    shards = set(_read_json(files[0]).get("weight_map", {}).values())
+    return all((folder / str(shard)).is_file() for shard in shards)
 
 
 def _network(model: Any, config: Any, tensors: Mapping[str, np.ndarray], where: str) -> Network:

@@ -1,6 +1,9 @@
 """CLIP's two towers and their preprocessing against transformers, with random weights."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -257,6 +260,13 @@ def test_weights_in_a_torch_file_and_under_wrong_names(folder, images, tmp_path)
         read_clip(other)
 
 
+def test_weights_in_several_files(folder, tmp_path):
+    other = copy(folder, tmp_path / "shards", model__safetensors=None)
+    transformers.CLIPModel.from_pretrained(folder).save_pretrained(other, max_shard_size="30KB")
+    assert (other / "model.safetensors.index.json").is_file()
+    assert clip_tower(other).digest == clip_tower(folder).digest
+
+
 def test_another_preprocessing_has_another_digest(folder, tmp_path):
     other = copy(folder, tmp_path / "other", preprocessor_config__json={
         "size": 40, "crop_size": 32})  # fmt: skip
@@ -379,7 +389,10 @@ def test_download_fetches_one_set_of_weights_and_only_once(tmp_path, monkeypatch
     target.mkdir()
     (target / "config.json").write_text("{}")
     download_clip("a/b", target)
-    assert len(calls) == 1
+    assert len(calls) == 2, "the weights are not there yet: it broke off"
+    (target / "model.safetensors").write_bytes(b"")
+    download_clip("a/b", target)
+    assert len(calls) == 2
 
     def fail(name):
         raise OSError("no network")
@@ -387,3 +400,41 @@ def test_download_fetches_one_set_of_weights_and_only_once(tmp_path, monkeypatch
     monkeypatch.setattr(hub, "list_repo_files", fail)
     with pytest.raises(UserError, match="a/b cannot be fetched from huggingface.co.*no network"):
         download_clip("a/b", tmp_path / "new")
+
+
+# Run with 8 virtual devices: features over them all, and of one device of them.
+DEVICES = """
+import sys
+import jax, numpy as np
+from sdjax.eval.features import clip_tower
+from sdjax.parallel.mesh import MeshConfig, make_mesh
+folder, out = sys.argv[1:]
+images = np.random.default_rng(0).integers(0, 256, (21, 40, 44, 3)).astype(np.uint8)
+texts = [f"a cat {i}" for i in range(3)]
+found = {}
+for name, mesh in {
+    "all": None,
+    "fsdp": make_mesh(MeshConfig(data=2, fsdp=4)),
+    "one": make_mesh(MeshConfig(), jax.devices()[:1]),
+}.items():
+    tower = clip_tower(folder, batch_size=9, mesh=mesh)
+    found[f"{name}_batch"] = tower.batch_size
+    found[f"{name}_images"], found[f"{name}_texts"] = tower.images(images), tower.texts(texts)
+np.savez(out, devices=len(jax.devices()), **found)
+"""
+
+
+def test_features_are_the_same_on_eight_devices(folder, tmp_path):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", DEVICES, str(folder), str(tmp_path / "out.npz")]
+    subprocess.run(command, check=True, env=environment)
+    found = np.load(tmp_path / "out.npz")
+    assert found["devices"] == 8
+    assert [found[f"{name}_batch"] for name in ("all", "fsdp", "one")] == [16, 16, 9]
+    for name in ("all", "fsdp"):
+        for half in ("images", "texts"):
+            # one device sums 9 rows at once and eight 2 each, in another order
+            expected = found[f"one_{half}"]
+            np.testing.assert_allclose(found[f"{name}_{half}"], expected, rtol=0, atol=1e-6)
+    assert found["one_images"].shape == (21, 20) and found["one_texts"].shape == (3, 20)
