@@ -70,6 +70,11 @@ def parser() -> argparse.ArgumentParser:
         help="which of those above, as fid,clip_score; by default all that can be computed",
     )  # fmt: skip
     p.add_argument(
+        "--audit", default="", metavar="FILE",
+        help="draw the prompts of this yaml file and count how often pictures show which attribute "
+        "(docs/evaluation.md has one); without --metrics, that alone",
+    )  # fmt: skip
+    p.add_argument(
         "--resamples", type=int, default=1000,
         help="of the bootstrap of the intervals; 0 for none; at most 100 are used for fid, 200 for "
         "kid and cmmd, where one costs more (%(default)s)",
@@ -207,8 +212,8 @@ def make_request(args: argparse.Namespace) -> Request:
         raise UserError("--height and --width: give both, or none")
     changes = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
     names = (
-        "model", "images", "dataset", "split", "data_dir", "num_samples", "per_prompt", "seed",
-        "weights", "guidance", "guidance_rescale", "negative_prompt", "batch_size", "dtype",
+        "model", "images", "audit", "dataset", "split", "data_dir", "num_samples", "per_prompt",
+        "seed", "weights", "guidance", "guidance_rescale", "negative_prompt", "batch_size", "dtype",
         "inception", "clip", "download", "features", "reference", "reference_samples",
         "train_samples", "validation_examples", "resamples",
     )  # fmt: skip
@@ -234,15 +239,17 @@ def evaluate(args: argparse.Namespace) -> str:
     from sdjax.eval.loading import load
     from sdjax.eval.request import default_output
     from sdjax.eval.session import open_session
+    from sdjax.train.startup import enable_compilation_cache
 
     request = make_request(args)
     loaded = load(args.model, weights=args.weights, step=args.step) if args.model else None
+    own = loaded.config if loaded else None
+    enable_compilation_cache(own.compilation_cache if own else "")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
     session = open_session(request, loaded, output)
     results = session.run(output, track=progress)
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
-    made = table(title, results.metrics, results.warnings)
-    return f"{made}\n\n{output / FILE}, with the plots and pictures beside it"
+    return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
 
 
 def progress(batches: Iterable[int], total: int) -> Iterable[Any]:

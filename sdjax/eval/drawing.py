@@ -20,13 +20,11 @@ from jax.sharding import Mesh
 from sdjax import paths
 from sdjax.config import ModelConfig
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
-from sdjax.eval.generate import Drawing, initial_latents, latent_shape, make_generator, to_uint8
+from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator
 from sdjax.eval.grids import save_png
 from sdjax.eval.pictures import METADATA, Folder, open_folder
-from sdjax.parallel.batches import batch_sharding
-from sdjax.parallel.sharding import placed, state_shardings, to_host
+from sdjax.parallel.sharding import placed, state_shardings
 from sdjax.train.bundle import TOKENIZERS, Pretrained
 from sdjax.train.conditioning import TOKENS, encode_text
 
@@ -78,32 +76,17 @@ class Painter:
         batch = encode_text(self.tokenizers, texts)
         if self.with_size:
             batch["size"] = np.tile(np.array([*self.size, 0, 0], np.int32), (len(texts), 1))
-        negative = {f: np.tile(row, (len(texts), 1)) for f, row in self.negative.items()}
-        positions = self._spread(numbers)
-        images = self.generate(
+        return draw(
+            self.generate,
             self.params,
-            {field: self._spread(rows) for field, rows in batch.items()},
-            {field: self._spread(rows) for field, rows in negative.items()},
-            initial_latents(seed, positions, self.shape),
-            _keys(seed + 1, positions),
+            batch,
+            self.negative,
+            shape=self.shape,
+            seed=seed,
+            batch_size=len(texts),
+            positions=numbers,
+            texts=texts,
         )
-        found = to_host(images)
-        bad = [int(n) for n, image in zip(numbers, found, strict=True) if np.isnan(image).any()]
-        if bad:
-            raise FloatingPointError(
-                f"pictures {bad} have NaN pixels: the weights are broken, or overflow in this "
-                "dtype; try float32"
-            )
-        return to_uint8(found)
-
-    def _spread(self, rows: np.ndarray) -> jax.Array:
-        sharding = batch_sharding(self.mesh)
-        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
-
-
-@jax.jit
-def _keys(seed: int, positions: jax.Array) -> jax.Array:
-    return example_keys(jax.random.key(seed), positions)
 
 
 def make_painter(

@@ -62,12 +62,14 @@ class Results:
 
     curves: {name: {"x", "y", "low", "high", "x_label"}}.
     nearest: the closest pairs, if they were looked for.
+    tables: more for the terminal, of rich.
     """
 
     metrics: Mapping[str, Estimate]
     curves: Mapping[str, Mapping[str, Any]]
     warnings: tuple[str, ...]
     nearest: Nearest | None = None
+    tables: tuple[Any, ...] = ()
 
 
 # What a metric needs -> what to do where it is missing.
@@ -152,13 +154,13 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
     """
     chosen, left_out = [], []
     check_names(names or ())
-    for name in names or METRICS:
+    for name in METRICS if names is None else names:
         missing = lacking(inputs, name)
         if not missing:
             chosen.append(name)
             continue
         why = f"{name} takes {NEEDS[missing[0]]}"
-        if names:
+        if names is not None:
             raise UserError(f"--metrics={name}: {why}")
         left_out.append(f"left out: {why}")
     return chosen, left_out

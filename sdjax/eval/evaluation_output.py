@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def table(title: str, metrics: Mapping[str, Estimate], notes: Sequence[str]) -> str:
+def table(title: str, results: Results) -> str:
     """The metrics for a terminal, with what there is to say under them."""
     import io
 
@@ -171,14 +171,16 @@ def table(title: str, metrics: Mapping[str, Estimate], notes: Sequence[str]) -> 
     view = Table(title=escape(title), title_justify="left")
     for heading in ("metric", "value", "95 % interval", "better", "of"):
         view.add_column(heading, justify="right" if heading == "value" else "left")
-    for name, found in metrics.items():
+    for name, found in results.metrics.items():
         interval = "" if found.low is None else f"{number(found.low)} to {number(found.high)}"
         better = {True: "more", False: "less", None: ""}[found.higher_is_better]
         view.add_row(name, number(found.value), interval, better, str(found.count or ""))
     out = io.StringIO()
     console = Console(file=out, width=100)
-    if metrics:
+    if results.metrics:
         console.print(view)
-    for note in notes:
+    for more in results.tables:
+        console.print(more)
+    for note in results.warnings:
         console.print(f"- {escape(note)}", highlight=False, soft_wrap=True)
     return out.getvalue().rstrip()

@@ -33,7 +33,8 @@ class Request:
     dataset: str = ""
     split: str = ""
     data_dir: str = ""
-    metrics: tuple[str, ...] = ()  # () for all that can be had
+    metrics: tuple[str, ...] = ()  # () for all that can be had, or for the audit alone
+    audit: str = ""
     num_samples: int | None = None
     per_prompt: int = 1
     seed: int = 0
@@ -67,6 +68,18 @@ class Request:
                 raise UserError(f"--{name}={value}; expected {least} or more")
         if not self.model and not self.images:
             raise UserError("nothing to evaluate: give --model=DIR, or --images=DIR")
+        if self.audit and not self.model:
+            raise UserError(f"--audit={self.audit} draws its own pictures; give --model=DIR")
+
+    @property
+    def asked(self) -> tuple[str, ...] | None:
+        """Metrics that were asked for; None for all that can be had."""
+        return self.metrics if self.metrics or self.audit else None
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Metrics to compute if they can be."""
+        return tuple(METRICS) if self.asked is None else self.asked
 
 
 def picture_size(request: Request, loaded: Loaded, data: DataConfig | None) -> tuple[int, int]:
@@ -80,8 +93,7 @@ def picture_size(request: Request, loaded: Loaded, data: DataConfig | None) -> t
 
 def needs_pictures(request: Request) -> bool:
     """Whether anything is to be drawn."""
-    wanted = request.metrics or tuple(METRICS)
-    return request.num_samples != 0 and any("pictures" in METRICS[name] for name in wanted)
+    return request.num_samples != 0 and any("pictures" in METRICS[n] for n in request.wanted)
 
 
 def choose_prompts(
@@ -115,24 +127,26 @@ def compared_with(
     found: dict[str, Any] = {
         "reference": open_split(data, split, size=size, count=request.reference_samples)
     }
-    asked = not request.metrics or "memorised" in request.metrics
-    if asked and request.train_samples and split != data.split:
+    if "memorised" in request.wanted and request.train_samples and split != data.split:
         found["train"] = open_split(data, data.split, size=size, count=request.train_samples)
     return found
 
 
-def open_towers(request: Request, mesh: Mesh) -> dict[str, Any]:
+def open_towers(request: Request, mesh: Mesh, *, clip_too: bool = False) -> dict[str, Any]:
     """The fields inception and clip of `Inputs`, of those that a metric needs and the user has.
+
+    Args:
+        clip_too: a CLIP is needed, whatever the metrics.
 
     Raises:
         UserError: a file is not there, is damaged, or cannot be downloaded.
     """
-    wanted = {need for name in request.metrics or METRICS for need in METRICS[name]}
-    neighbours = "features" in wanted or "memorised" in request.metrics
+    wanted = {need for name in request.wanted for need in METRICS[name]}
+    neighbours = "features" in wanted or "memorised" in request.wanted
     first = request.features or ("" if request.inception or request.download else "clip")
     needs = {
         "inception": "inception" in wanted or (neighbours and first in ("", "inception")),
-        "clip": "clip" in wanted or (neighbours and first in ("", "clip")),
+        "clip": clip_too or "clip" in wanted or (neighbours and first in ("", "clip")),
     }
     home = paths.to_path("~/.cache/sdjax/towers")
     inception, clip = request.inception, request.clip
@@ -211,6 +225,8 @@ def default_output(request: Request, loaded: Loaded | None) -> paths.Path:
         )
     own = loaded.config.data if loaded.config else None
     dataset = request.dataset.rstrip("/").rpartition("/")[2] or dataset_name(own)
+    if request.audit:
+        dataset = paths.to_path(request.audit).stem
     parts = (f"{loaded.step or 0:08d}", request.weights, dataset)
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
     return loaded.workdir / "evaluations" / name

@@ -23,13 +23,14 @@ from sdjax.config import SampleConfig
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.errors import UserError
-from sdjax.eval import evaluation_output
+from sdjax.eval import audit_shares, evaluation_output
+from sdjax.eval.audit import Audit, make_labeller, read_audit
 from sdjax.eval.drawing import Painter, Prompts, draw_folder, make_painter, on_mesh
 from sdjax.eval.evaluation import Inputs, Results, choose, judge
 from sdjax.eval.features import digest
 from sdjax.eval.generate import Drawing
 from sdjax.eval.loading import Loaded, choose_data, make_validate
-from sdjax.eval.pictures import open_folder
+from sdjax.eval.pictures import Folder, open_folder, stretches
 from sdjax.eval.request import (
     Request,
     cache_folder,
@@ -37,12 +38,12 @@ from sdjax.eval.request import (
     compared_with,
     dataset_name,
     given_statistics,
-    needs_pictures,
     open_towers,
     picture_size,
 )
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 
+Track = Callable[[Iterable[int], int], Iterable[int]]
 Validate = Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -54,7 +55,8 @@ class Session:
     names, left_out: metrics, and what is not computed and why.
     prompts, count: what is drawn; None and 0 where pictures are given or none are needed.
     validate: parameters -> losses and timesteps, see `make_validate`.
-    data, split: the dataset.
+    dataset, split: what prompts and pictures to compare with are of.
+    audit: of prompts of its own, if it was asked for.
     """
 
     request: Request
@@ -69,6 +71,7 @@ class Session:
     validate: Validate | None
     dataset: str
     split: str
+    audit: Audit | None = None
 
     @functools.cached_property
     def drawing(self) -> Drawing:
@@ -109,11 +112,11 @@ class Session:
             dtype=self.request.dtype,
         )
 
-    def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _settings(self, params: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
         """Whatever decides about a picture besides its number."""
-        assert self.loaded is not None and self.prompts is not None
+        assert self.loaded is not None
         found = self.loaded.found
-        texts = hashlib.sha256("\n".join(self.prompts.texts).encode()).hexdigest()[:16]
+        texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()[:16]
         return {
             "step": self.loaded.step,
             "weights": self.request.weights,
@@ -121,7 +124,7 @@ class Session:
             "dataset": self.dataset,
             "split": self.split,
             "prompts": texts,
-            "per_prompt": self.prompts.per_prompt,
+            "per_prompt": prompts.per_prompt,
             **self._look(),
         }
 
@@ -135,12 +138,42 @@ class Session:
             "dtype": self.request.dtype,
         }
 
+    def draw(
+        self,
+        folder: paths.PathLike,
+        prompts: Prompts,
+        count: int,
+        *,
+        params: dict[str, Any] | None = None,
+        track: Track = lambda starts, total: starts,
+    ) -> Folder:
+        """`count` pictures of prompts; those that are in the folder already stay.
+
+        Args:
+            params: in the place of the model's own.
+            track: see `draw_folder`.
+        """
+        assert self.loaded is not None
+        painter = self.painter
+        if params is not None:
+            painter = dataclasses.replace(painter, params=on_mesh(params, self.mesh))
+        return draw_folder(
+            painter,
+            prompts,
+            folder,
+            count=count,
+            seed=self.request.seed,
+            batch_size=self.request.batch_size,
+            settings=self._settings(params or self.loaded.found.params, prompts),
+            track=track,
+        )
+
     def run(
         self,
         folder: paths.PathLike,
         *,
         params: dict[str, Any] | None = None,
-        track: Callable[[Iterable[int], int], Iterable[int]] = lambda starts, total: starts,
+        track: Track = lambda starts, total: starts,
         about: Mapping[str, Any] | None = None,
     ) -> Results:
         """Evaluate, and write what was found into a folder; what is drawn already stays.
@@ -154,40 +187,55 @@ class Session:
             UserError: the folder was begun with other settings, or a metric cannot be computed.
             FloatingPointError: a picture has NaN pixels.
         """
-        folder, request = paths.to_path(folder), self.request
-        inputs = self.inputs
-        own = params is None and self.loaded is not None
-        values = dict(self.loaded.found.params) if own and self.loaded else params
-        if self.prompts is not None and values is not None:
-            painter = self.painter
-            if params is not None:
-                painter = dataclasses.replace(painter, params=on_mesh(params, self.mesh))
-            pictures = draw_folder(
-                painter,
-                self.prompts,
-                folder / "images",
-                count=self.count,
-                seed=request.seed,
-                batch_size=request.batch_size,
-                settings=self.settings(values),
-                track=track,
-            )
+        folder, request, inputs = paths.to_path(folder), self.request, self.inputs
+        if self.prompts is not None:
+            images = folder / "images"
+            pictures = self.draw(images, self.prompts, self.count, params=params, track=track)
             inputs = dataclasses.replace(inputs, pictures=pictures)
-        if self.validate is not None and values is not None:
-            validate = functools.partial(self.validate, values)
-            inputs = dataclasses.replace(inputs, validate=validate)
+        if self.validate is not None and self.loaded is not None:
+            values = params if params is not None else dict(self.loaded.found.params)
+            inputs = dataclasses.replace(inputs, validate=functools.partial(self.validate, values))
         results = judge(inputs, self.names, resamples=request.resamples, seed=request.seed)
         results = dataclasses.replace(results, warnings=(*results.warnings, *self.left_out))
+        described = {**self.about(), **(about or {})}
+        if self.audit is not None:
+            results, described = self._audited(results, described, folder, params, track)
         if jax.process_index() == 0:
             paths.make_folder(folder)
-            described = {**self.about(), **(about or {})}
             evaluation_output.write(folder, described, inputs, results)
         return results
+
+    def _audited(
+        self,
+        results: Results,
+        described: dict[str, Any],
+        folder: paths.Path,
+        params: dict[str, Any] | None,
+        track: Track,
+    ) -> tuple[Results, dict[str, Any]]:
+        """With what the audit found."""
+        assert self.audit is not None
+        audit, request = self.audit, self.request
+        label = make_labeller(audit, self.inputs.clip)
+        prompts = Prompts(audit.prompts, audit.pictures_per_prompt)
+        pictures = self.draw(
+            folder / "audit", prompts, len(audit.captions), params=params, track=track
+        )
+        parts, start = [], 0
+        for images in stretches(pictures):
+            parts.append(label(images, audit.captions[start : start + len(images)]))
+            start += len(images)
+        codes = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        findings = audit_shares.count(audit, codes, resamples=request.resamples, seed=request.seed)
+        metrics = {**results.metrics, **audit_shares.estimates(findings)}
+        described = {**described, "audit": audit_shares.to_json(audit, findings)}
+        tables = audit_shares.tables(findings)
+        return dataclasses.replace(results, metrics=metrics, tables=tuple(tables)), described
 
     def about(self) -> dict[str, Any]:
         """The first fields of metrics.json."""
         request, inputs = self.request, self.inputs
-        drawn = self.prompts is not None
+        drawn = self.prompts is not None or self.audit is not None
         look = self._look() if drawn else {}
         made_of = {
             name: {"name": tower.name, "digest": tower.digest}
@@ -236,12 +284,15 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     if request.images:
         given = open_folder(request.images, size=request.size, count=request.num_samples)
         size, captions = given.size, given.captions
-    elif loaded is not None and needs_pictures(request):
+    elif loaded is not None:
         size = picture_size(request, loaded, data)
         prompts, count = choose_prompts(request, data, split)
         captions = tuple(prompts.text(i) for i in range(count)) if prompts else None
+    audit = read_audit(request.audit) if request.audit else None
     validate = _validate(request, loaded, data, split, mesh)
-    found = open_towers(request, mesh)
+    found = open_towers(request, mesh, clip_too=audit is not None and audit.needs_clip)
+    if audit is not None:
+        make_labeller(audit, found.get("clip"))  # what it lacks is an error now
     inputs = Inputs(
         captions=captions,
         pictures=given,
@@ -249,16 +300,16 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
         statistics=given_statistics(request, found, size),
         validate=functools.partial(validate, {}) if validate else None,
         cache=cache_folder(request, loaded, output),
-        **compared_with(request, data, split, size),
+        **(compared_with(request, data, split, size) if captions is not None else {}),
         **found,
     )
-    names, left_out = choose(request.metrics or None, inputs)
-    if not names:
+    names, left_out = choose(request.asked, inputs)
+    if not names and audit is None:
         raise UserError("no metric can be computed:\n  " + "\n  ".join(left_out))
     return Session(
         request=request, loaded=loaded, mesh=mesh, inputs=inputs, names=names, left_out=left_out,
         prompts=prompts, count=count, size=size, validate=validate, dataset=dataset_name(data),
-        split=split,
+        split=split, audit=audit,
     )  # fmt: skip
 
 
@@ -270,7 +321,7 @@ def _validate(
     config = loaded.config
     count = request.validation_examples
     count = config.validation.examples if count is None else count
-    if not count or (request.metrics and "validation_loss" not in request.metrics):
+    if not count or "validation_loss" not in request.wanted:
         return None
     return make_validate(
         dataclasses.replace(config, data=data), loaded.found, mesh, split=split, count=count

@@ -1,0 +1,221 @@
+"""The verb that evaluates: its files, going on after a stop, and what it says of wrong options."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax import evaluate, sample
+from sdjax.eval import drawing
+
+OPTIONS = ("--num_samples=12", "--per_prompt=2", "--batch_size=5", "--features=pixels")
+
+
+@pytest.fixture(scope="module")
+def run(pipeline_folder, shapes_dir, tmp_path_factory):
+    """A workdir of the tests' tiny pipeline, with a config that says what it was trained on."""
+    from sdjax.train.pretrained import read_any
+    from sdjax.train.workdir import save_workdir
+
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    save_workdir(folder, read_any(pipeline_folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["data"].update(
+        data_dir=str(shapes_dir), resolution=16, batch_size=8, shapes_train=40, shapes_test=8,
+        threads=1,
+    )  # fmt: skip
+    config["validation"].update(examples=8)
+    config["compilation_cache"] = str(shapes_dir / "xla")
+    config["sample"].update(guidance=3.0)
+    config["sample"]["sampler"].update(name="euler_ancestral", steps=2, set_alpha_to_one=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def verb(folder, output, *options):
+    return evaluate.main([f"--model={folder}", f"--output={output}", *options])
+
+
+@pytest.fixture(autouse=True)
+def own_cache():
+    """The verb sets a cache for compiled programs; other tests shall have their own, or none."""
+    import jax
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def metrics(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """An evaluation with everything that takes no weights."""
+    output = tmp_path_factory.mktemp("whole")
+    assert verb(run, output, *OPTIONS) == 0
+    return output
+
+
+def test_what_it_writes(run, whole):
+    found = metrics(whole)
+    assert found["model"] == str(run) and found["step"] == 0 and found["weights"] == "ema"
+    assert found["dataset"] == "captioned_shapes" and found["split"] == "test"
+    assert found["num_samples"] == 12 and found["seed"] == 0
+    assert found["sampler"]["name"] == "euler_ancestral" and found["sampler"]["guidance"] == 3.0
+    names = {"precision", "recall", "density", "coverage", "diversity", "memorised"}
+    assert names | {"fidelity_colour", "fidelity_relation", "validation_loss"} <= set(
+        found["metrics"]
+    )
+    for one in found["metrics"].values():
+        assert one["low"] <= one["value"] <= one["high"]
+    curve = found["curves"]["validation_loss"]
+    assert len(curve["x"]) == len(curve["y"]) == len(curve["low"]) == 8
+    assert np.mean(curve["y"]) == pytest.approx(found["metrics"]["validation_loss"]["value"])
+    assert any("fid takes" in line and "--inception" in line for line in found["warnings"])
+    for name in ("grid.png", "nearest.png", "metrics.png", "validation_loss.png"):
+        assert min(Image.open(whole / name).size) > 100
+    pictures = sorted(file.name for file in (whole / "images").glob("*.png"))
+    assert pictures == [f"{i:06d}.png" for i in range(12)]
+    rows = [json.loads(line) for line in (whole / "images" / "metadata.jsonl").open()]
+    assert rows[0]["text"] == rows[1]["text"] != rows[2]["text"]
+
+
+def test_the_table_is_for_people(run, whole, capsys):
+    assert verb(run, whole, *OPTIONS) == 0  # everything is drawn already
+    shown = capsys.readouterr().out
+    assert "memorised" in shown and "95 % interval" in shown and str(whole) in shown
+    assert "left out: clip_score takes a CLIP" in shown
+
+
+def test_pictures_are_those_that_sample_draws(run, whole, tmp_path):
+    """The same numbers, seed and settings; the noise of an ancestral sampler too."""
+    rows = [json.loads(line) for line in (whole / "images" / "metadata.jsonl").open()]
+    prompts = [row["text"] for row in rows]
+    options = ["--prompts", *prompts, "--guidance=3", "--height=16", "--width=16", "--batch_size=5"]
+    assert sample.main([f"--model={run}", f"--output={tmp_path}", *options]) == 0
+    for i in range(12):
+        ours, theirs = (
+            np.asarray(Image.open(file), int)
+            for file in (whole / "images" / f"{i:06d}.png", tmp_path / f"{i:05d}.png")
+        )
+        assert np.abs(ours - theirs).max() <= 1
+
+
+def test_stopped_and_gone_on_it_gives_the_same_to_the_bit(run, whole, tmp_path, monkeypatch):
+    written = []
+
+    def dies(path, *rest):
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(path, *rest)
+
+    save = drawing.save_png
+    monkeypatch.setattr(drawing, "save_png", dies)
+    with pytest.raises(KeyboardInterrupt):
+        verb(run, tmp_path, *OPTIONS)
+    assert not (tmp_path / "metrics.json").exists()
+    monkeypatch.setattr(drawing, "save_png", save)
+    kept = (tmp_path / "images" / "000000.png").stat().st_mtime_ns
+    assert verb(run, tmp_path, *OPTIONS) == 0
+    assert (tmp_path / "images" / "000000.png").stat().st_mtime_ns == kept
+    assert (tmp_path / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+    for file in (whole / "images").iterdir():
+        assert (tmp_path / "images" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_more_pictures_keep_those_that_are_there(run, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "more")
+    assert verb(run, tmp_path / "more", *OPTIONS[1:], "--num_samples=14", "--metrics=fidelity") == 0
+    names = sorted(file.name for file in (whole / "images").glob("*.png"))
+    for name in names:
+        same = (tmp_path / "more" / "images" / name, whole / "images" / name)
+        assert same[0].read_bytes() == same[1].read_bytes()
+    assert metrics(tmp_path / "more")["num_samples"] == 14
+    # And fewer take the first of them.
+    assert verb(run, tmp_path / "more", *OPTIONS[1:], "--num_samples=4", "--metrics=fidelity") == 0
+    assert metrics(tmp_path / "more")["metrics"]["fidelity_colour"]["count"] == 4
+
+
+def test_other_settings_than_the_folder_was_begun_with_are_named(run, whole, capsys):
+    assert verb(run, whole, *OPTIONS, "--seed=1", "--guidance=5") == 2
+    error = capsys.readouterr().err
+    assert "seed: 0 there, 1 here" in error and "guidance: 3.0 there, 5.0 here" in error
+    assert "steps" not in error
+
+
+def test_pictures_of_a_folder_are_judged_alike(run, whole, tmp_path):
+    """With captions from its metadata, and a dataset named by the model's run."""
+    options = (f"--images={whole / 'images'}", "--metrics=fidelity,memorised,diversity")
+    assert verb(run, tmp_path, *options, "--features=pixels") == 0
+    found, want = metrics(tmp_path)["metrics"], metrics(whole)["metrics"]
+    assert found == {name: want[name] for name in found} and len(found) > 6
+    assert not (tmp_path / "images").exists()
+
+
+def test_pictures_alone_take_a_dataset_by_its_folder(whole, tmp_path):
+    """No model: held-out pictures against themselves are all precise, and all covered."""
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(whole / "images", data / split)
+        (data / split / "settings.json").unlink()
+    options = [f"--images={data / 'test'}", f"--dataset={data}", f"--output={tmp_path / 'out'}",
+               f"--data_dir={tmp_path / 'tfds'}", "--metrics=precision,coverage"]  # fmt: skip
+    assert evaluate.main([*options, "--features=pixels"]) == 0
+    found = metrics(tmp_path / "out")["metrics"]
+    assert found["precision"]["value"] == found["coverage"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--metrics=fid"], ["--metrics=fid", "--inception=FILE", "https://", "--download"]),
+        (["--metrics=fid", "--inception=/nowhere.pth"], ["/nowhere.pth", "pytorch-fid"]),
+        (["--metrics=clip_score"], ["--clip=DIR", "huggingface.co/openai"]),
+        (["--metrics=cmmd", "--clip=/nowhere"], ["/nowhere", "--clip"]),
+        (["--metrics=precision"], ["--features=pixels"]),
+        (["--metrics=fit"], ["--metrics has fit", "fid, kid"]),
+        (["--metrics=diversity", "--features=pixels"], ["--per_prompt=4"]),
+        (["--metrics=kid", "--reference=/nowhere.npz"], ["/nowhere.npz"]),
+        (
+            ["--metrics=coverage", "--features=pixels", "--reference_samples=4"],
+            ["too few", "4 pic"],
+        ),
+        (["--num_samples=-1"], ["--num_samples=-1"]),
+        (["--batch_size=0"], ["--batch_size=0"]),
+        (["--step=7"], ["7"]),
+        (["--weights=0.5"], ["0.5", "ema, raw"]),
+        (["--dataset=/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--split=nope"], ["nope"]),
+        (["--height=16"], ["--height and --width"]),
+        (["--sampler=flow_euler"], ["flow_euler"]),
+    ],
+)
+def test_wrong_options_are_explained(run, tmp_path, capsys, options, words):
+    own = [] if any(o.startswith("--num") for o in options) else ["--num_samples=2"]
+    assert verb(run, tmp_path / "out", *own, *options) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+def test_neither_a_model_nor_pictures(tmp_path, capsys):
+    assert evaluate.main([f"--output={tmp_path}"]) == 2
+    assert "--model=DIR" in capsys.readouterr().err
+
+
+def test_the_loss_alone_draws_nothing_and_goes_beside_the_run(run):
+    assert evaluate.main([f"--model={run}", "--metrics=validation_loss"]) == 0
+    folder = run / "evaluations" / "00000000-ema-captioned_shapes"
+    assert set(metrics(folder)["metrics"]) == {"validation_loss"}
+    assert not (folder / "images").exists() and not (folder / "grid.png").exists()
+
+
+def test_a_diffusers_folder_takes_a_dataset(pipeline_folder, tmp_path, capsys):
+    assert verb(pipeline_folder, tmp_path, "--metrics=fidelity") == 2
+    assert "--dataset=NAME" in capsys.readouterr().err
