@@ -34,6 +34,7 @@ Exit codes: 0 done; 2 the input or an option is wrong.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ from sdjax import paths
 from sdjax.sample import SAMPLER_NAMES
 
 if TYPE_CHECKING:
+    from sdjax.eval.loading import Loaded
     from sdjax.eval.request import Request
 
 
@@ -73,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
         "--audit", default="", metavar="FILE",
         help="draw the prompts of this yaml file and count how often pictures show which attribute "
         "(docs/evaluation.md has one); without --metrics, that alone",
+    )  # fmt: skip
+    p.add_argument(
+        "--ema_lengths", default="", metavar="LOW:HIGH:COUNT",
+        help="find the best length of average of a run with EMA snapshots, as 0.02:0.2:10: so many "
+        "relative widths between the two, judged by the first of --metrics (validation_loss)",
     )  # fmt: skip
     p.add_argument(
         "--resamples", type=int, default=1000,
@@ -213,8 +220,8 @@ def make_request(args: argparse.Namespace) -> Request:
     changes = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
     names = (
         "model", "images", "audit", "dataset", "split", "data_dir", "num_samples", "per_prompt",
-        "seed", "weights", "guidance", "guidance_rescale", "negative_prompt", "batch_size", "dtype",
-        "inception", "clip", "download", "features", "reference", "reference_samples",
+        "seed", "weights", "step", "guidance", "guidance_rescale", "negative_prompt", "batch_size",
+        "dtype", "inception", "clip", "download", "features", "reference", "reference_samples",
         "train_samples", "validation_examples", "resamples",
     )  # fmt: skip
     return Request(
@@ -246,10 +253,33 @@ def evaluate(args: argparse.Namespace) -> str:
     own = loaded.config if loaded else None
     enable_compilation_cache(own.compilation_cache if own else "")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
+    if args.ema_lengths:
+        return _search(args, request, loaded, output)
     session = open_session(request, loaded, output)
     results = session.run(output, track=progress)
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
+
+
+def _search(
+    args: argparse.Namespace, request: Request, loaded: Loaded | None, output: paths.Path
+) -> str:
+    """The best length of average."""
+    from sdjax.eval import ema_lengths
+    from sdjax.eval.evaluation_output import FILE, number
+    from sdjax.eval.session import open_session
+
+    lengths = ema_lengths.parse(args.ema_lengths)
+    ema_lengths.check(loaded)
+    request = dataclasses.replace(request, metrics=request.metrics[:1] or ("validation_loss",))
+    if not args.output:
+        output = output.with_name(f"{output.name}-ema_lengths")
+    session = open_session(request, loaded, output)
+    _, best = ema_lengths.search(session, lengths, output, track=progress, tell=print)
+    return (
+        f"\nbest: {best.length:g}, with {best.metric} {number(best.estimate.value)}\n"
+        f"make a model of it: {best.command}\n\n{output / FILE}, with the curve beside it"
+    )
 
 
 def progress(batches: Iterable[int], total: int) -> Iterable[Any]:

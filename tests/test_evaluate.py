@@ -219,3 +219,53 @@ def test_the_loss_alone_draws_nothing_and_goes_beside_the_run(run):
 def test_a_diffusers_folder_takes_a_dataset(pipeline_folder, tmp_path, capsys):
     assert verb(pipeline_folder, tmp_path, "--metrics=fidelity") == 2
     assert "--dataset=NAME" in capsys.readouterr().err
+
+
+@pytest.fixture
+def snapshots(run, tmp_path):
+    """The run with snapshots of two widths: the first is its own weights, the second is noisy."""
+    from sdjax.train import ema
+    from sdjax.train.pretrained import read_any
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("evaluations"))
+    own = {p: v for p, v in read_any(run).params.items() if p.startswith("unet.")}
+    rng = np.random.default_rng(0)
+    noisy = {p: v + np.float32(rng.standard_normal(v.shape)) for p, v in own.items()}
+    for step in (2, 4):
+        ema.save_snapshots(folder, step, {"power-0.05": own, "power-0.1": noisy})
+    return folder
+
+
+def test_the_best_length_of_average_is_found(snapshots, whole, capsys):
+    assert evaluate.main([f"--model={snapshots}", "--ema_lengths=0.05:0.1:3"]) == 0
+    shown = capsys.readouterr().out
+    folder = snapshots / "evaluations" / "00000000-ema-captioned_shapes-ema_lengths"
+    found = metrics(folder)
+    curve = found["curves"]["ema_length"]
+    assert curve["x"] == [0.05, 0.07071, 0.1] and curve["y"][0] < curve["y"][1] < curve["y"][2]
+    # A width that was kept is what was kept.
+    own = metrics(whole)["metrics"]["validation_loss"]["value"]
+    assert curve["y"][0] == pytest.approx(own, rel=1e-4)
+    best = found["best_ema_length"]
+    assert best["length"] == 0.05 and best["command"] in shown and "best: 0.05" in shown
+    assert found["weights"] == "power-0.05" and found["step"] == 4
+    assert Image.open(folder / "ema_length.png").width > 100
+
+
+def test_lengths_of_pictures_go_on_too(snapshots, tmp_path):
+    options = ("--ema_lengths=0.05:0.06:2", "--metrics=fidelity", "--num_samples=2")
+    assert verb(snapshots, tmp_path / "out", *options) == 0
+    first = (tmp_path / "out" / "metrics.json").read_bytes()
+    image = tmp_path / "out" / "lengths" / "0.05" / "images" / "000000.png"
+    kept = image.stat().st_mtime_ns
+    assert verb(snapshots, tmp_path / "out", *options) == 0
+    assert image.stat().st_mtime_ns == kept
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == first
+
+
+def test_lengths_take_snapshots(run, tmp_path, capsys):
+    assert verb(run, tmp_path, "--ema_lengths=0.05:0.1:3") == 2
+    assert "ema.snapshot_every" in capsys.readouterr().err
+    assert verb(run, tmp_path, "--ema_lengths=0.05:0.5:3") == 2
+    assert "LOW:HIGH:COUNT" in capsys.readouterr().err

@@ -146,6 +146,11 @@ def _curve(axis: Any, name: str, curve: Mapping[str, Any]) -> None:
         axis.fill_between(curve["x"], low, high, color=COLOUR, alpha=0.25, linewidth=0)
     axis.set_title(name.replace("_", " "), fontsize=11)
     axis.set_xlabel(curve.get("x_label", ""))
+    axis.set_ylabel(curve.get("y_label", "").replace("_", " "))
+    if curve.get("log_x"):
+        axis.set_xscale("log")
+        axis.set_xticks(curve["x"], [number(x) for x in curve["x"]], rotation=60, fontsize=8)
+        axis.minorticks_off()
     axis.grid(alpha=0.3)
 
 

@@ -39,6 +39,7 @@ class Request:
     per_prompt: int = 1
     seed: int = 0
     weights: str = "ema"
+    step: int | None = None
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # changes of the own one
     guidance: float | None = None
     guidance_rescale: float | None = None
