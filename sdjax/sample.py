@@ -5,7 +5,11 @@
 
 DIR is a workdir of sdjax or a diffusers folder. Each picture is a PNG that carries its settings;
 grid.png shows them all with their prompts. A picture depends on its number, the seed and the
-settings alone, not on the batch size. Exit codes: 0 done; 2 the input or an option is wrong.
+settings alone, not on the batch size.
+
+Why a picture is as it is: --explain shows where each word went, --trajectory how the picture came
+out of the noise, --interpolate what lies between two prompts or two seeds. docs/evaluation.md has
+examples. Exit codes: 0 done; 2 the input or an option is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from sdjax.data.tokenizer import Tokenizer
     from sdjax.diffusion.samplers import SamplerConfig
     from sdjax.diffusion.schedules import ScheduleConfig
+    from sdjax.eval.order import Order
     from sdjax.train.pretrained import Pretrained
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
@@ -52,22 +57,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
     p.add_argument("--output", required=True, help="folder for the pictures")
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
-    p.add_argument("--steps", type=int, help=f"sampler steps; {own}")
-    p.add_argument("--sampler", choices=SAMPLER_NAMES, help=f"sampler; {own}")
-    p.add_argument(
-        "--karras", action=argparse.BooleanOptionalAction, default=None,
-        help="noise levels of Karras et al. 2022",
-    )  # fmt: skip
-    p.add_argument("--eta", type=float, help="noise of ddim, 0 (none) to 1")
-    p.add_argument(
-        "--guidance", type=float, default=7.5,
-        help="classifier-free guidance scale, 1 is none (%(default)s)",
-    )  # fmt: skip
-    p.add_argument(
-        "--guidance_rescale", type=float, default=0.0,
-        help="0 to 1, Lin et al. 2023, section 3.4 (%(default)s)",
-    )  # fmt: skip
-    p.add_argument("--negative_prompt", default="", help="what guidance steers away from")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
     p.add_argument("--width", type=int, help=f"in pixels; {own}")
     p.add_argument(
@@ -92,7 +81,66 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the computation (%(default)s)",
     )  # fmt: skip
+    p.add_argument(
+        "--same_noise", action="store_true",
+        help="start all pictures from the noise of the first: they differ by their prompts alone",
+    )  # fmt: skip
+    _add_sampler(p.add_argument_group("how to get from noise to picture"))
+    _add_why(p.add_argument_group("why the pictures are as they are"))
     return p
+
+
+def _add_sampler(p: argparse._ArgumentGroup) -> None:
+    p.add_argument("--steps", type=int, help="sampler steps; the model's own by default")
+    p.add_argument("--sampler", choices=SAMPLER_NAMES, help="sampler; the model's own by default")
+    p.add_argument(
+        "--karras", action=argparse.BooleanOptionalAction, default=None,
+        help="noise levels of Karras et al. 2022",
+    )  # fmt: skip
+    p.add_argument("--eta", type=float, help="noise of ddim, 0 (none) to 1")
+    p.add_argument(
+        "--guidance", type=float, default=7.5,
+        help="classifier-free guidance scale, 1 is none (%(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--guidance_rescale", type=float, default=0.0,
+        help="0 to 1, Lin et al. 2023, section 3.4 (%(default)s)",
+    )  # fmt: skip
+    p.add_argument("--negative_prompt", default="", help="what guidance steers away from")
+
+
+def _add_why(p: argparse._ArgumentGroup) -> None:
+    p.add_argument(
+        "--explain", action="store_true",
+        help="heat maps of the attention to each word (DAAM): NNNNN-words.png over the picture, "
+        "NNNNN-words.npz as numbers",
+    )  # fmt: skip
+    p.add_argument(
+        "--explain_layers", nargs="+", choices=("down", "mid", "up", "all"),
+        help="parts of the UNet whose attention counts (down up, as in the paper)",
+    )  # fmt: skip
+    p.add_argument(
+        "--explain_steps", metavar="FIRST:LAST",
+        help="steps that count, as fractions of the way from noise to picture (0:1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--trajectory", nargs="?", type=int, const=0, metavar="N",
+        help="NNNNN-steps.png and an animation: what the network takes the picture for at N steps, "
+        "the last frame being the picture (8 where there are as many)",
+    )  # fmt: skip
+    p.add_argument(
+        "--interpolate", type=int, metavar="K",
+        help="K pictures on the way from each prompt to the next: NNNNN-between-KK.png, all in a "
+        "row in NNNNN-way.png, and an animation",
+    )  # fmt: skip
+    p.add_argument(
+        "--interpolate_seeds", type=int, metavar="SEED2",
+        help="interpolate each prompt from --seed to this seed, and not from prompt to prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--animation", choices=("webp", "png"), default="webp",
+        help="format of animations, without loss in either (%(default)s)",
+    )  # fmt: skip
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -226,6 +274,84 @@ def _size(args: argparse.Namespace, count: int, height: int, width: int) -> np.n
     return np.tile(np.array([*original, *args.crop], np.int32), (count, 1))
 
 
+def _order(args: argparse.Namespace, prompts: list[str]) -> Order:
+    """What is to be drawn."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from sdjax.eval.generate import Drawing, latent_shape
+    from sdjax.eval.order import Order
+    from sdjax.train.conditioning import encode_text
+    from sdjax.train.pretrained import read_any
+
+    found = read_any(args.model, weights=args.weights)
+    model, tokenizers, schedule = _whole(found, args)
+    unet = model.unet
+    native = unet.sample_size
+    rows, columns = native if isinstance(native, tuple) else (native, native)
+    factor = model.vae.downscale
+    height, width = args.height or rows * factor, args.width or columns * factor
+    shape = latent_shape(unet, model.vae, height, width)
+    latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
+    tokens = encode_text(tokenizers, [*prompts, args.negative_prompt])
+    _tell_truncated(tokenizers)
+    batch = {field: rows[:-1] for field, rows in tokens.items()}
+    if unet.is_xl:
+        batch["size"] = _size(args, len(prompts), height, width)
+    return Order(
+        model=model,
+        tokenizers=tokenizers,
+        schedule=schedule,
+        prediction_type=found.prediction_type,
+        drawing=Drawing(_sampler(found, args), args.guidance, args.guidance_rescale),
+        params={path: jnp.asarray(value) for path, value in found.params.items()},
+        texts=prompts,
+        prompts=batch,
+        negative={field: rows[-1] for field, rows in tokens.items()},
+        shape=shape,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        latents=latents,
+        positions=np.arange(len(prompts)) * (not args.same_noise),
+    )
+
+
+def _settings(args: argparse.Namespace, order: Order) -> dict[str, Any]:
+    """What a picture's file says of how it was drawn."""
+    drawing = order.drawing
+    size = {"original_size": args.original_size, "crop": args.crop}
+    return {
+        "negative_prompt": args.negative_prompt,
+        "seed": args.seed,
+        "same_noise": args.same_noise,
+        "model": args.model,
+        "weights": args.weights,
+        "latents": args.latents or "",
+        "guidance": drawing.guidance,
+        "guidance_rescale": drawing.guidance_rescale,
+        **(size if order.model.unet.is_xl else {}),
+        **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
+    }
+
+
+def _check(args: argparse.Namespace) -> None:
+    from sdjax.errors import UserError
+
+    if args.seed < 0 or args.batch_size < 1:
+        raise UserError(
+            f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
+        )
+    if args.same_noise and args.latents:
+        raise UserError("--same_noise and --latents both say what to start from; give one of them")
+    needed = {
+        "explain_layers": "explain", "explain_steps": "explain", "interpolate_seeds": "interpolate",
+    }  # fmt: skip
+    for option, other in needed.items():
+        given = getattr(args, other) is not None and getattr(args, other) is not False
+        if getattr(args, option) is not None and not given:
+            raise UserError(f"--{option} says how to --{other}; give that too, or leave it out")
+
+
 def sample(args: argparse.Namespace) -> str:
     """Draw what the options of `parser` say.
 
@@ -236,70 +362,34 @@ def sample(args: argparse.Namespace) -> str:
         UserError and its kin: the model or an option is wrong.
         FloatingPointError: a picture has NaN pixels.
     """
-    import jax.numpy as jnp
-
-    from sdjax.errors import UserError
-    from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator
+    from sdjax.eval import explain, interpolate, trajectory
     from sdjax.eval.grids import grid, save_png
-    from sdjax.train.conditioning import encode_text
-    from sdjax.train.pretrained import read_any
 
-    if args.seed < 0 or args.batch_size < 1:
-        raise UserError(
-            f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
-        )
+    _check(args)
     prompts = read_prompts(args.prompts, args.prompts_file)
     output = paths.to_path(args.output)
     paths.make_folder(output)
-    found = read_any(args.model, weights=args.weights)
-    model, tokenizers, schedule = _whole(found, args)
-    unet = model.unet
-    drawing = Drawing(_sampler(found, args), args.guidance, args.guidance_rescale)
-    factor = model.vae.downscale
-    native = unet.sample_size
-    rows, columns = native if isinstance(native, tuple) else (native, native)
-    height, width = args.height or rows * factor, args.width or columns * factor
-    shape = latent_shape(unet, model.vae, height, width)
-    latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
-    tokens = encode_text(tokenizers, [*prompts, args.negative_prompt])
-    _tell_truncated(tokenizers)
-    batch = {field: rows[:-1] for field, rows in tokens.items()}
-    if unet.is_xl:
-        batch["size"] = _size(args, len(prompts), height, width)
-    generate = make_generator(
-        model=model,
-        tokenizers=tokenizers,
-        schedule=schedule,
-        prediction_type=found.prediction_type,
-        drawing=drawing,
+    order = _order(args, prompts)
+    looks: dict[str, Any] = {}
+    if args.explain:
+        looks["words"] = explain.Look(order, args.explain_layers, args.explain_steps)
+    if args.trajectory is not None:
+        looks["steps"] = trajectory.Look(order, args.trajectory or None, args.animation)
+    ways = args.interpolate is not None and interpolate.plan_ways(
+        order, args.interpolate, args.interpolate_seeds
     )
-    images = draw(
-        generate,
-        {path: jnp.asarray(value) for path, value in found.params.items()},
-        batch,
-        {field: rows[-1] for field, rows in tokens.items()},
-        shape=shape,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        latents=latents,
-        texts=prompts,
-    )
+    images, seen = order.draw([look.onlooker for look in looks.values()])
+    settings = _settings(args, order)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        settings = {
-            "prompt": prompt,
-            "negative_prompt": args.negative_prompt,
-            "seed": args.seed,
-            "number": i,
-            "model": args.model,
-            "weights": args.weights,
-            "latents": args.latents or "",
-            "guidance": drawing.guidance,
-            "guidance_rescale": drawing.guidance_rescale,
-            **({"original_size": args.original_size, "crop": args.crop} if unet.is_xl else {}),
-            **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
-        }
-        save_png(output / f"{i:05d}.png", image, settings)
+        about = {"prompt": prompt, "number": i, **settings}
+        save_png(output / f"{i:05d}.png", image, about)
+        for look, states in zip(looks.values(), seen, strict=True):
+            look.write(output, i, image, states, about)
     save_png(output / "grid.png", grid(images, prompts))
+    if ways:
+        interpolate.draw_ways(
+            output, order, ways, images, args.interpolate_seeds, settings, args.animation
+        )
     return f"{len(images)} pictures in {output}, together in {output / 'grid.png'}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from sdjax.diffusion.schedules import Schedule
 from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
 
-__all__ = ["SAMPLERS", "SPACINGS", "SamplerConfig", "sample"]
+__all__ = ["SAMPLERS", "SPACINGS", "SamplerConfig", "sample", "sample_seen"]
 
 
 def sample(
@@ -33,6 +34,39 @@ def sample(
     eta > 0). noise_fn(i), instead of keys, gives the standard normal noise [B,h,w,c] of step i.
     Raises ValueError when sampler, schedule and prediction_type do not go together, and when noise
     is needed but neither keys nor noise_fn is given.
+    """
+    x0, _ = sample_seen(
+        denoise_fn,
+        latents,
+        schedule=schedule,
+        prediction_type=prediction_type,
+        sampler=sampler,
+        see=lambda state, i, x0: state,
+        state=(),
+        keys=keys,
+        noise_fn=noise_fn,
+    )
+    return x0
+
+
+def sample_seen(
+    denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    latents: jax.Array,
+    *,
+    schedule: Schedule,
+    prediction_type: str,
+    sampler: SamplerConfig,
+    see: Callable[[Any, jax.Array, jax.Array], Any],
+    state: Any,
+    keys: jax.Array | None = None,
+    noise_fn: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, Any]:
+    """`sample` with an onlooker.
+
+    see(state, i, x0) -> state: called after evaluation i (int32 scalar) of the network with the x0
+    [B,h,w,c] that it estimates; traced once, right after denoise_fn and in the same trace. state:
+    any pytree of arrays, as it is before the first evaluation.
+    Returns (x0 [B,h,w,c], the last state).
     """
     check_prediction(prediction_type)
     if prediction_type == "epsilon" and (schedule.continuous or schedule.alpha64[-1] == 0.0):
@@ -57,18 +91,19 @@ def sample(
         return jax.vmap(draw)(keys)
 
     def step(carry, row):
-        x, base, m1, m2 = carry
+        (x, base, m1, m2), seen = carry
         i, t, alpha, sigma, to_x, to_base = row
         out = denoise_fn(x, jnp.broadcast_to(t, x.shape[:1])).astype(jnp.float32)
         m0 = to_x0(prediction_type, out, x, alpha, sigma)
         terms = (x, base, m0, m1, m2, fresh_noise(i))
-        return (_combine(to_x, terms), _combine(to_base, terms), m0, m1), None
+        solver = (_combine(to_x, terms), _combine(to_base, terms), m0, m1)
+        return (solver, see(seen, i, m0)), None
 
     tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base)
     evaluations = jnp.arange(len(plan.timesteps))
     rows = (evaluations, *(jnp.asarray(table, jnp.float32) for table in tables))
-    state, _ = jax.lax.scan(step, (x, nothing, nothing, nothing), rows)
-    return state[0]
+    (solver, seen), _ = jax.lax.scan(step, ((x, nothing, nothing, nothing), state), rows)
+    return solver[0], seen
 
 
 def _combine(coefficients: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:

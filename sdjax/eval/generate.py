@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from sdjax.config import ModelConfig
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.losses import example_keys
-from sdjax.diffusion.samplers import SamplerConfig, sample
+from sdjax.diffusion.samplers import SamplerConfig, sample_seen
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
-from sdjax.models import weights
+from sdjax.models import capture, weights
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig, unscale_latents
 from sdjax.parallel.batches import batch_sharding
@@ -38,6 +38,23 @@ class Drawing:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
+class Onlooker(Protocol):
+    """Sees pictures being drawn, within the jitted loop, and keeps what it wants of them."""
+
+    def wants(self, path: str) -> bool:
+        """Whether the attention layer at this path is to be seen; see `models.capture`."""
+
+    def start(self, shape: tuple[int, ...], length: int) -> Any:
+        """The state before the first step, arrays [B, ...], for latents of `shape` [B, h, w, C] and
+        a context of `length` tokens."""
+
+    def see(
+        self, state: Any, i: jax.Array, x0: jax.Array, probabilities: Mapping[str, jax.Array]
+    ) -> Any:
+        """The state after evaluation i of the network, which estimates x0 [B, h, w, C] with the
+        attention {path: [B, heads, L, M]}, of the prompts and not of the negative ones."""
+
+
 def make_generator(
     *,
     model: ModelConfig,
@@ -54,6 +71,33 @@ def make_generator(
     and keys `[B]` for the samplers that add noise. It gives float32 images `[B, H, W, 3]` in
     [0, 1].
     """
+    generate = _generator(model, tokenizers, schedule, prediction_type, drawing, ())
+    return jax.jit(lambda *args: generate(*args)[0])
+
+
+def make_seen_generator(
+    *,
+    model: ModelConfig,
+    tokenizers: Mapping[str, Encoder],
+    schedule: ScheduleConfig,
+    prediction_type: str,
+    drawing: Drawing,
+    onlookers: Sequence[Onlooker],
+) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
+    """`make_generator` with onlookers: gives (images, the last state of each onlooker)."""
+    return jax.jit(
+        _generator(model, tokenizers, schedule, prediction_type, drawing, tuple(onlookers))
+    )
+
+
+def _generator(
+    model: ModelConfig,
+    tokenizers: Mapping[str, Encoder],
+    schedule: ScheduleConfig,
+    prediction_type: str,
+    drawing: Drawing,
+    onlookers: tuple[Onlooker, ...],
+) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
     dtype, vae = jnp.dtype(model.dtype), model.vae
     graphs = {
         "unet": weights.abstract(UNet, model.unet, dtype=dtype)[0],
@@ -63,37 +107,53 @@ def make_generator(
     tables = make_schedule(schedule)
     make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
 
-    @jax.jit
     def generate(
         params: Mapping[str, jax.Array],
         prompts: Mapping[str, jax.Array],
         negative: Mapping[str, jax.Array],
         latents: jax.Array,
         keys: jax.Array,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
         net = {name: weights.merge(g, component(params, name)) for name, g in graphs.items()}
         target = latents.shape[1] * vae.downscale, latents.shape[2] * vae.downscale
+        context = conditioner(params, prompts, target=target)
+        length = (context["context"] if isinstance(context, dict) else context).shape[1]
         denoise = guided(
             lambda xt, t, context: net["unet"](xt, t, context),
-            conditioner(params, prompts, target=target),
+            context,
             conditioner(params, {**prompts, **negative}, target=target, negative=True),
             scale=drawing.guidance,
             rescale=drawing.guidance_rescale,
             interval=drawing.guidance_interval,
             num_train_timesteps=schedule.num_train_timesteps,
         )
-        x0 = sample(
-            denoise,
-            latents,
-            schedule=tables,
-            prediction_type=prediction_type,
-            sampler=drawing.sampler,
-            keys=keys,
-        )
-        images = net["vae"].decode(unscale_latents(x0, vae))
-        return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
+        wanted = lambda path: any(each.wants(path) for each in onlookers)  # noqa: E731
+        with capture.capturing(net["unet"], probabilities=wanted) as found:
+
+            def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
+                # Guidance runs the prompts before the negative ones.
+                attention = {path: p[: len(x0)] for path, p in found.take().items()}
+                pairs = zip(onlookers, states, strict=True)
+                return tuple(each.see(state, i, x0, attention) for each, state in pairs)
+
+            x0, seen = sample_seen(
+                denoise,
+                latents,
+                schedule=tables,
+                prediction_type=prediction_type,
+                sampler=drawing.sampler,
+                see=see,
+                state=tuple(each.start(latents.shape, length) for each in onlookers),
+                keys=keys,
+            )
+        return to_images(net["vae"], x0), seen
 
     return generate
+
+
+def to_images(vae: VAE, x0: jax.Array) -> jax.Array:
+    """Latents [B, h, w, C] -> images [B, H, W, 3] in [0, 1]."""
+    return jnp.clip(vae.decode(unscale_latents(x0, vae.config)) / 2 + 0.5, 0.0, 1.0)
 
 
 @partial(jax.jit, static_argnames=("shape",))
@@ -133,6 +193,7 @@ def draw(
     seed: int,
     batch_size: int,
     latents: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
     texts: Sequence[str] = (),
 ) -> np.ndarray:
     """Draw any number of pictures in batches of one shape (one compilation).
@@ -141,8 +202,10 @@ def draw(
     call it, with the same arguments, and all get every picture.
 
     Args:
-        prompts: {field: [N, ...]}, see `make_generator`; negative: {field: [L]}, of one prompt.
+        prompts: {field: [N, ...]}, see `make_generator`; negative: {field: [...]}, of one prompt.
+            Instead of tokens either may have what `Conditioner.embed` makes of them.
         shape: (h, w, C) of the latents; latents: [N, h, w, C] to start from instead of `seed`.
+        positions: [N] numbers of the pictures, which decide their noise; 0 to N - 1 by default.
         texts: what the tokens say, for the message of an error.
 
     Returns:
@@ -151,7 +214,36 @@ def draw(
     Raises:
         FloatingPointError: a picture has NaN pixels, and would be black.
     """
-    images: list[np.ndarray] = []
+    images, _ = draw_seen(
+        lambda *arrays: (generate(*arrays), ()),
+        params,
+        prompts,
+        negative,
+        shape=shape,
+        seed=seed,
+        batch_size=batch_size,
+        latents=latents,
+        positions=positions,
+        texts=texts,
+    )
+    return images
+
+
+def draw_seen(
+    generate: Callable[..., tuple[jax.Array, Any]],
+    params: Mapping[str, jax.Array],
+    prompts: Mapping[str, np.ndarray],
+    negative: Mapping[str, np.ndarray],
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    batch_size: int,
+    latents: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+    texts: Sequence[str] = (),
+) -> tuple[np.ndarray, Any]:
+    """`draw` by a `make_seen_generator`: (images, the onlookers' states [N, ...] as NumPy)."""
+    parts: list[tuple[np.ndarray, Any]] = []
     total = len(next(iter(prompts.values())))
     mesh = _mesh_of(params)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
@@ -159,26 +251,26 @@ def draw(
     for start in range(0, total, batch_size):
         # The last batch is filled up with its last example, which is then dropped.
         rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-        positions = _spread(rows, mesh)
+        numbers = _spread(rows if positions is None else positions[rows], mesh)
         noise = (
-            initial_latents(seed, positions, shape)
+            initial_latents(seed, numbers, shape)
             if latents is None
             else _spread(latents[rows], mesh)
         )
-        out = generate(
+        out, seen = generate(
             params,
             {field: _spread(values[rows], mesh) for field, values in prompts.items()},
             {
-                field: _spread(np.tile(tokens, (batch_size, 1)), mesh)
-                for field, tokens in negative.items()
+                field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
+                for field, row in negative.items()
             },
             noise,
-            _sampler_keys(seed + 1, positions),
+            _sampler_keys(seed + 1, numbers),
         )
-        found = to_host(out)[: total - start]
+        found, kept = _first(total - start, (out, seen))
         _check_finite(found, start, texts)
-        images.append(to_uint8(found))
-    return np.concatenate(images)
+        parts.append((to_uint8(found), kept))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _mesh_of(params: Mapping[str, Any]) -> Mesh | None:
@@ -200,6 +292,11 @@ def _spread(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[0, 1] -> 0..255, rounded as diffusers' `numpy_to_pil` does."""
     return (np.asarray(images) * 255).round().astype(np.uint8)
+
+
+def _first(count: int, arrays: Any) -> Any:
+    """The first rows of a pytree of arrays, on the host."""
+    return jax.tree.map(lambda x: to_host(x)[:count], arrays)
 
 
 def _check_finite(images: np.ndarray, start: int, texts: Sequence[str]) -> None:

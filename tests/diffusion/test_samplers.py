@@ -9,7 +9,7 @@ import pytest
 
 from sdjax.diffusion.grids import SAMPLERS, SamplerConfig, make_grid
 from sdjax.diffusion.prediction import convert
-from sdjax.diffusion.samplers import sample
+from sdjax.diffusion.samplers import sample, sample_seen
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule, schedule_at
 from sdjax.diffusion.solvers import M0, NOISE, X, make_plan
 
@@ -236,6 +236,30 @@ def test_sampler_that_needs_noise_asks_for_keys():
 def test_combinations_that_make_no_sense_are_refused(schedule, name, prediction, message):
     with pytest.raises(ValueError, match=message):
         run(name, 4, lambda xt, t: xt, schedule=schedule, prediction=prediction)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
+def test_an_onlooker_sees_every_evaluation_and_changes_nothing(name):
+    denoise_fn, config = gaussian_denoiser(SD, "epsilon"), SamplerConfig(name=name, steps=4)
+    options = dict(schedule=SD, prediction_type="epsilon", sampler=config)
+    count = len(make_plan(SD, config).timesteps)
+    blank = (jnp.zeros((count, *LATENTS.shape)), jnp.zeros((count, *LATENTS.shape[:1])))
+    inputs = []
+
+    def noting(xt, t):
+        inputs.append((xt, t))
+        return denoise_fn(xt, t)
+
+    def see(state, i, x0):
+        xt, t = inputs.pop()  # of the same trace
+        alpha, sigma = (s[:, None, None, None] for s in schedule_at(SD, t))
+        own = (xt - sigma * denoise_fn(xt, t)) / alpha
+        return state[0].at[i].set(jnp.abs(x0 - own)), state[1].at[i].set(t)
+
+    x0, (errors, timesteps) = sample_seen(noting, LATENTS, **options, see=see, state=blank)
+    assert np.array_equal(x0, sample(denoise_fn, LATENTS, **options))
+    assert np.array_equal(timesteps[:, 0], np.float32(make_plan(SD, config).timesteps))
+    assert errors.max() < 1e-4  # alpha is 0.07 at first
 
 
 @pytest.mark.parametrize(
