@@ -139,17 +139,23 @@ def metrics(found: Found) -> str:
     plots = "".join(found.plot(figure) for figure in figures)
     html = f'<h3>Over the steps</h3><div class="grid">{plots}</div>' if plots else ""
     newest_first = list(reversed(found.evaluations))
-    cards = [_evaluation(one) for one in newest_first]
+    cards = [_evaluation(one, found.problems) for one in newest_first]
     html += cards[0]
     if len(cards) > 1:
         html += h.folded(f"{len(cards) - 1} earlier evaluation(s)", "".join(cards[1:]))
     return html
 
 
-def _evaluation(one: Evaluation) -> str:
+def _evaluation(one: Evaluation, problems: list[str]) -> str:
     html = f"<h3>{h.esc(one.name)}</h3>"
     head = ("metric", "value", "95 % interval", "better")
     html += h.table(head, report_evaluations.rows(one), numbers=(1, 2))
+    try:
+        for attribute, headings, rows in report_evaluations.audit_tables(one):
+            html += f"<h4>Audit: {h.esc(attribute)}</h4>"
+            html += h.table(headings, rows, numbers=range(1, len(headings)))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problems.append(f"the audit of {one.name}: {type(error).__name__}: {error}")
     html += h.folded("How it was evaluated", h.facts(report_evaluations.settings(one)))
     if one.pictures:
         shown = "".join(

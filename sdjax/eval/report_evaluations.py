@@ -146,6 +146,36 @@ def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
     return found
 
 
+def audit_tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(attribute, headings, rows) of what an audit counted: a row a prompt, all together last.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: it is not as `audit_shares` writes it.
+    """
+    found = []
+    for name, of in evaluation.content.get("audit", {}).get("attributes", {}).items():
+        labels = [
+            f"{label} (target {100 * target:.3g} %)"
+            for label, target in zip(of["labels"], of["target"], strict=True)
+        ]
+        head = ["prompt", *labels, "untold", "difference", "ratio", "distance"]
+        every = [*of["prompts"].items(), ("all prompts", of["all"])]
+        found.append((name, head, [_audit_row(prompt, shares) for prompt, shares in every]))
+    return found
+
+
+def _audit_row(prompt: str, shares: Mapping[str, Any]) -> list[str]:
+    cells = [
+        f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f})" if _is_number(share) else "-"
+        for share, low, high in zip(shares["shares"], shares["low"], shares["high"], strict=True)
+    ]
+    for name in ("difference", "ratio", "distance"):
+        entry = shares[name]
+        within = f" ({entry['low']:.2f} to {entry['high']:.2f})" if interval(entry) else ""
+        cells.append(f"{entry['value']:.2f}{within}" if _is_number(entry["value"]) else "-")
+    return [prompt, *cells[:-3], str(shares["untold"]), *cells[-3:]]
+
+
 def figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
     """Each metric over the steps with its intervals, then the curves (such as EMA lengths)."""
     with_step = [one for one in evaluations if one.step is not None]

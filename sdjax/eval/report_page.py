@@ -106,8 +106,9 @@ def _guarded(found: Found, title: str, write: Callable[[Found], str]) -> str:
         return write(found)
     except Exception as error:  # see `gather`
         del found.figures[before:]
-        found.problems.append(f"the chapter {title}: {type(error).__name__}: {error}")
-        return "<p>This part could not be made; see the warnings.</p>"
+        text = f"{type(error).__name__}: {error}"
+        found.problems.append(f"what the chapter {title} is made of: {text}")
+        return f"<p>This part could not be made: {h.esc(text)}</p>"
 
 
 def _slug(title: str) -> str:

@@ -32,12 +32,14 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """config: {} if config.json is not there. checkpoints: their steps, rising."""
+    """config: {} if config.json is not there. checkpoints: their steps, rising. rollbacks: the
+    spikes after which the run went back, as rollbacks.json lists them."""
 
     workdir: paths.Path
     config: Config
     sizes: Sizes
     checkpoints: tuple[int, ...]
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
 
     def field(self, name: str, default: Any = None) -> Any:
         """`data.batch_size` of the configuration. One written by another version may lack it."""
@@ -69,7 +71,9 @@ def read_run(workdir: paths.PathLike) -> Run:
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is no JSON object")
     checkpoints = _checkpoints(folder)
-    return Run(folder, config, _sizes(folder, checkpoints), checkpoints)
+    file = folder / "rollbacks.json"
+    rollbacks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return Run(folder, config, _sizes(folder, checkpoints), checkpoints, tuple(rollbacks))
 
 
 def _checkpoints(folder: paths.Path) -> tuple[int, ...]:
@@ -139,7 +143,7 @@ def summary(run: Run, metrics: Metrics) -> list[tuple[str, str]]:
         ("Optimizer", _optimizer(run)),
         ("Learning rate", _schedule(run)),
         ("EMA", ", ".join(run.field("ema.profiles") or []) or "none"),
-        ("Precision", f"computes in {run.field('model.dtype')}, keeps float32"),
+        ("Precision", _precision(run)),
         ("Seed", str(run.field("seed", ""))),
         ("Checkpoints", ", ".join(f"{step:,}" for step in run.checkpoints)),
     ]
@@ -228,6 +232,11 @@ def _schedule(run: Run) -> str:
     warmup = run.field("optim.warmup_steps")
     after = f" after {warmup:,} steps of warm-up" if warmup else ""
     return f"{run.field('optim.learning_rate')}, {run.field('optim.schedule')}{after}"
+
+
+def _precision(run: Run) -> str:
+    dtype = run.field("model.dtype", "float32")
+    return dtype if dtype == "float32" else f"computes in {dtype}, keeps everything in float32"
 
 
 def recipe(run: Run) -> str:

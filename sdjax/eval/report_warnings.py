@@ -40,6 +40,7 @@ def find(
         *_not_finite(run, metrics),
         *_overfitting(run, metrics),
         *_stopped(run, metrics),
+        *_rollbacks(run),
         *_spikes(metrics),
         *_waiting(metrics),
         *_captions(metrics),
@@ -133,6 +134,17 @@ def _stopped(run: Run, metrics: Metrics) -> Iterator[Warning]:
             f"The best is {curve.values[best]:.4g} at step {int(curve.steps[best]):,}, and its "
             "checkpoint is kept. To go on all the same, raise validation.patience and run the "
             "same command.",
+        )
+
+
+def _rollbacks(run: Run) -> Iterator[Warning]:
+    if run.rollbacks:
+        steps = ", ".join(f"{event['step']:,} ({event['what']})" for event in run.rollbacks[:8])
+        yield Warning(
+            "warn",
+            f"The run went back to a checkpoint {len(run.rollbacks)} time(s), at step {steps}",
+            "It went on without the batches that caused it, which rollbacks.json names. More than "
+            "a few call for a lower optim.learning_rate, or for a look at those batches.",
         )
 
 

@@ -10,6 +10,14 @@ from sdjax.eval.grids import save_png
 NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>&\"</pre>"
 GROUPS = ("unet.conv_in", "unet.down_blocks.0", "unet.mid_block", "unet.up_blocks.0",
           "text_encoder.encoder")  # fmt: skip
+SHARES = {
+    "counts": [30, 10], "untold": 2, "shares": [0.75, 0.25], "low": [0.6, 0.14],
+    "high": [0.86, 0.4], "difference": {"value": 0.5, "low": 0.3, "high": 0.7},
+    "ratio": {"value": 0.33, "low": None, "high": None},
+    "distance": {"value": 0.25, "low": 0.1, "high": 0.4},
+}  # fmt: skip
+AUDIT = {"labels": ["dark", NASTY], "texts": [], "target": [0.5, 0.5], "all": SHARES,
+         "prompts": {"a doctor": SHARES}}  # fmt: skip
 SETS = ("raw", "warmup-0.9999")
 
 
@@ -89,6 +97,7 @@ def write_evaluation(folder, step, *, weights="warmup-0.9999", warnings=(), pict
                                        "low": [29.0, 27.0, 25.0], "high": [31.0, 29.0, 27.0]},
                    "words": {"x": ["a", "b"], "y": [1.0, 2.0]}},
         "warnings": list(warnings),
+        "audit": {"attributes": {NASTY: AUDIT}},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(content))

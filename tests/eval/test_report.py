@@ -4,6 +4,8 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 
@@ -30,6 +32,7 @@ from tests.eval.report_workdir import (
     write_lines,
     write_pictures,
 )
+from tests.fake_gcs import FakeGCS
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +307,14 @@ def test_overfitting_is_a_gap_that_widens(held_out, training, overfits):
         assert any("Overfitting" in title for title in found) == overfits
 
 
+def test_rollbacks_are_told(tmp_path):
+    event = {"step": 1234, "batch": 1240, "what": "gradient norm", "value": 9.0, "mean": 1.0}
+    (tmp_path / "rollbacks.json").write_text(json.dumps([event]))
+    assert titles(parse(b""), tmp_path) == [
+        "The run went back to a checkpoint 1 time(s), at step 1,234 (gradient norm)"
+    ]
+
+
 def test_cut_captions_are_counted_over_restarts():
     """The counter begins anew in each process: 30 and 20 of 100, not 20 of 100."""
     curves = curve_of("train/truncated_captions", [10, 30, 5, 20])
@@ -391,13 +402,36 @@ def test_evaluations_become_tables_intervals_and_curves(workdir):
     np.testing.assert_array_equal(lengths[0].y, [30, np.nan, 26])
 
 
+def test_audits_are_tables(tmp_path):
+    """As `audit_shares` writes them: every share of the file is in the table."""
+    from sdjax.eval import audit_shares
+    from sdjax.eval.audit import Attribute, Audit
+
+    hair = Attribute("hair", ("dark", "fair"), (), (0.5, 0.5))
+    size = Attribute("size", ("big", "small"), (), (0.2, 0.8))
+    audit = Audit(("a doctor", "a nurse"), 4, (hair, size), "x:y")
+    codes = {"hair": np.array([0, 0, 0, 1, 1, 1, -1, -1]), "size": np.full(8, -1)}
+    content = audit_shares.to_json(audit, audit_shares.count(audit, codes, resamples=50))
+    folder = tmp_path / "evaluations" / "x"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"audit": content}))
+    evaluations, _ = report_evaluations.gather(tmp_path)
+    (name, head, rows), (_, _, nothing) = report_evaluations.audit_tables(evaluations[0])
+    assert name == "hair" and head[1] == "dark (target 50 %)"
+    assert [row[0] for row in rows] == ["a doctor", "a nurse", "all prompts"]
+    assert rows[0][1].startswith("75 % (") and rows[1][1:4:2][1] == "2"
+    assert rows[2][1].startswith("50 % (") and rows[2][4].startswith("0.00 (")
+    assert nothing[0][1:] == ["-", "-", "4", "-", "-", "-"]
+    assert "75 % (" in write_report(tmp_path).read_text()
+
+
 def test_an_evaluation_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     write_evaluation(tmp_path / "evaluations" / "good", 10, pictures=False)
     for name, text in (("torn", "{"), ("list", "[]")):
         (tmp_path / "evaluations" / name).mkdir()
         (tmp_path / "evaluations" / name / "metrics.json").write_text(text)
     odd = {"step": "x", "metrics": {"a": 1, "b": {"value": None}, "c": {"value": 2}}, "curves": 3,
-           "warnings": "w", "sampler": None}  # fmt: skip
+           "warnings": "w", "sampler": None, "audit": {"attributes": {"a": 1}}}  # fmt: skip
     (tmp_path / "evaluations" / "odd").mkdir()
     (tmp_path / "evaluations" / "odd" / "metrics.json").write_text(json.dumps(odd))
     found = gather(paths.to_path(tmp_path), tmp_path / "report.html")
@@ -406,7 +440,8 @@ def test_an_evaluation_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     assert sorted(text.split(":")[0] for text in found.problems) == [
         "list/metrics.json", "torn/metrics.json"
     ]  # fmt: skip
-    assert "good" in write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text()
+    assert "good" in text and "the audit of odd: TypeError" in text
 
 
 # ---- the run ---------------------------------------------------------------------------------
@@ -625,6 +660,31 @@ def test_the_verb_tells_what_is_wrong(workdir, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "gs://" in capsys.readouterr().out
+
+
+IN_A_BUCKET = """
+from sdjax.report import main
+assert main(["--workdir=gs://bucket/runs/a"]) == 0
+assert main(["--workdir=gs://bucket/runs/a", "--output=gs://bucket/pages/a.html"]) == 0
+assert main(["--workdir=gs://bucket/runs/none"]) == 2
+assert main(["--workdir=gs://none/runs"]) == 2
+"""
+
+
+def test_a_run_in_a_bucket(workdir, tmp_path):
+    with FakeGCS(tmp_path, "bucket") as gcs:
+        for file in workdir.rglob("*"):
+            if file.is_file():
+                gcs.write(f"bucket/runs/a/{file.relative_to(workdir)}", file.read_bytes())
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_BUCKET],
+            env=gcs.environment, timeout=300, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        page = gcs.objects["bucket/runs/a/report.html"].decode()
+        assert page.count("data:image/webp") > 8 and "Gradient norm" in page
+        assert "Left out of this report" not in page
+        assert gcs.objects["bucket/pages/a.html"].startswith(b"<!doctype html>")
 
 
 def test_unicode_survives(tmp_path):

@@ -45,7 +45,7 @@ def open_page(browser, report):
         context = browser.new_context(offline=True, **({"viewport": WIDE} | options))
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # the machine may be busy
         page.on("console", lambda message: complaints.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
 
