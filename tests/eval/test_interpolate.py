@@ -13,7 +13,7 @@ from sdjax import sample
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
-from sdjax.eval.generate import Drawing
+from sdjax.eval.generate import Drawing, initial_latents
 from sdjax.eval.interpolate import Between, plan_ways, slerp
 from sdjax.eval.order import Order
 from sdjax.train.startup import enable_compilation_cache
@@ -116,6 +116,13 @@ def test_both_ends_are_the_plain_pictures_to_the_bit(pipeline_folder, plain, tmp
         names = (f"{i:05d}.png", f"{i:05d}-between-01.png", f"{i:05d}-seed-5.png")
         for tile, name in zip(tiles, names, strict=True):
             assert np.array_equal(tile, Image.open(tmp_path / name))
+    noise = [initial_latents(seed, np.arange(2), (8, 8, 4)) for seed in (0, 5)]
+    middle = [slerp(np.asarray(a), np.asarray(b), 0.5) for a, b in zip(*noise, strict=True)]
+    np.save(tmp_path / "latents.npy", np.stack(middle))
+    assert draw(pipeline_folder, tmp_path / "x", f"--latents={tmp_path / 'latents.npy'}") == 0
+    for i in range(2):
+        ours = picture(tmp_path / f"{i:05d}-between-01.png")
+        assert np.abs(ours - picture(tmp_path / "x" / f"{i:05d}.png")).max() <= 1.001 / 255
     text = Image.open(tmp_path / "00001-seed-5.png").text
     assert text["seed"] == "5" and text["prompt"] == PROMPTS[1]
 
