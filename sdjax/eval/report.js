@@ -115,7 +115,7 @@
       autosize: true, showlegend: false, margin: { l: 48, r: 12, t: coarse ? 36 : 14, b: 40 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: variable("--ink"), family: getComputedStyle(document.body).fontFamily, size: 12 },
-      xaxis: { ...axis, title: { text: label, standoff: 6 } },
+      xaxis: { ...axis, title: { text: label, standoff: 6 }, type: figure.spec.logX ? "log" : "linear" },
       yaxis: {
         ...axis, title: { text: figure.spec.unit, standoff: 6 }, type: figure.log ? "log" : "linear",
         exponentformat: "e", ...flat(figure),

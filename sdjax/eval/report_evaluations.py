@@ -140,10 +140,15 @@ def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
             found.append((name, str(evaluation.content[name])))
     for name in ("sampler", "settings"):
         entries = evaluation.content.get(name)
-        if isinstance(entries, Mapping) and entries:
-            text = ", ".join(f"{key} {value}" for key, value in entries.items())
-            found.append((name, text))
-    return found
+        if isinstance(entries, Mapping):
+            said = {key: value for key, value in entries.items() if value not in (None, "", {})}
+            found.append((name, ", ".join(f"{key} {value}" for key, value in said.items())))
+    best = evaluation.content.get("best_ema_length")
+    if isinstance(best, Mapping):
+        text = f"{best.get('length')}, with {best.get('metric')} {best.get('value')}"
+        found.append(("best length of the average", text))
+        found.append(("to have it", str(best.get("command", ""))))
+    return [(name, text) for name, text in found if text]
 
 
 def audit_tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -253,6 +258,7 @@ def _curve(name: str, evaluations: Sequence[Evaluation]) -> Figure | None:
         over=str(_curves(having[-1])[name].get("x_label", "")) or " ",
         unit=str(_curves(having[-1])[name].get("y_label", "")),
         log=logarithmic(series),
+        log_x=bool(_curves(having[-1])[name].get("log_x")),
     )
 
 

@@ -46,7 +46,7 @@ class Figure:
     note: a sentence under the title. summary: what it shows, for those who cannot see it. over:
     "step", which the switch of the page turns into images seen, or the label of another axis.
     unit: label of the y axis. mode: "lines" or "markers". log: whether the y axis begins as
-    logarithmic; None where it cannot be.
+    logarithmic; None where it cannot be. log_x: whether the other one is.
     """
 
     title: str
@@ -57,6 +57,7 @@ class Figure:
     unit: str = ""
     mode: str = "lines"
     log: bool | None = None
+    log_x: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +253,7 @@ def to_json(
                 "unit": figure.unit,
                 "mode": figure.mode,
                 "log": bool(figure.log),
+                "logX": figure.log_x,
                 "series": [_series(series) for series in figure.series],
             }
             for figure in figures

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 import re
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from sdjax import paths
@@ -70,6 +72,14 @@ def embed(path: paths.Path, *, side: int = SIDE) -> Picture:
     Raises:
         OSError, ValueError: it cannot be read, or is no picture.
     """
+    stat = epath.Path(path).stat()
+    return _embed(path, side, stat.length, stat.mtime)
+
+
+# A run that refreshes its report reads only what is new; a large grid takes half a second.
+@functools.lru_cache(maxsize=2 * MOST_PICTURES)
+def _embed(path: paths.Path, side: int, length: int, mtime: float) -> Picture:
+    """Of the file as it was then."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:
         texts = getattr(image, "text", {})
         small = image.convert("RGB")
@@ -122,7 +132,7 @@ def gather(workdir: paths.PathLike) -> Gallery:
     most = max(2, MOST_PICTURES // max(1, len(kinds)))
     rows = []
     for kind, by_step in sorted(kinds.items()):
-        rows.append(_row(kind, by_step, evenly(sorted(by_step), most), unreadable))
+        rows.append(_row(kind, by_step, strided(sorted(by_step), most), unreadable))
     while sum(p.bytes for row in rows for p in row.pictures) > SAMPLE_BYTES * 4 / 3:
         longest = max(len(row.steps) for row in rows)
         if longest <= 2:
@@ -162,6 +172,17 @@ def _fewer(row: Row, most: int) -> Row:
     return Row(
         row.kind, tuple(row.steps[i] for i in chosen), tuple(row.pictures[i] for i in chosen)
     )
+
+
+def strided(items: Sequence[int], most: int) -> list[int]:
+    """At most `most` of them: every one, or every second, fourth, ..., and the last.
+
+    Unlike `evenly` it mostly keeps to its choice as more of them come, and so to what is cached.
+    """
+    stride = 1
+    while -(-len(items) // stride) + 1 > most and stride < len(items):
+        stride *= 2
+    return list(dict.fromkeys([*items[::stride], *items[-1:]]))
 
 
 def evenly(items: Sequence[int], most: int) -> list[int]:

@@ -157,8 +157,8 @@ def _spikes(metrics: Metrics) -> Iterator[Warning]:
     worst = int(spikes.steps[spikes.values.argmax()])
     yield Warning(
         "warn" if share > 0.001 else "note",
-        f"{total:,.0f} step(s) had a gradient norm far above its running mean, most of them around "
-        f"step {worst:,}",
+        f"{total:,.0f} spike(s): a loss or gradient norm far above its running mean, most of them "
+        f"around step {worst:,}",
         "A few are harmless. Many call for optim.clip_norm, a longer optim.warmup_steps or a lower "
         "optim.learning_rate.",
     )

@@ -85,7 +85,8 @@ def write_evaluation(folder, step, *, weights="warmup-0.9999", warnings=(), pict
     content = {
         "model": "runs/x", "step": step, "weights": weights, "dataset": "captioned_shapes",
         "split": "test", "num_samples": 512, "seed": 0, "sampler": {"name": "ddim", "steps": 25},
-        "settings": {"guidance": 3.0, "note": NASTY},
+        "settings": {"guidance": 3.0, "note": NASTY, "towers": {}, "features": ""},
+        "best_ema_length": {"length": 0.1, "metric": "fid", "value": 26.0, "command": "x"},
         "metrics": {
             "fid": {"value": 40 - 20 * part, "low": 38 - 20 * part, "high": 43 - 20 * part,
                     "higher_is_better": False},
@@ -94,7 +95,8 @@ def write_evaluation(folder, step, *, weights="warmup-0.9999", warnings=(), pict
             f"share {NASTY}": {"value": 0.5, "low": 0.4, "high": 0.6},
         },
         "curves": {"ema_lengths/fid": {"x": [0.02, 0.1, 0.2], "y": [30.0, None, 26.0],
-                                       "low": [29.0, 27.0, 25.0], "high": [31.0, 29.0, 27.0]},
+                                       "low": [29.0, 27.0, 25.0], "high": [31.0, 29.0, 27.0],
+                                       "x_label": "width", "y_label": "fid", "log_x": True},
                    "words": {"x": ["a", "b"], "y": [1.0, 2.0]}},
         "warnings": list(warnings),
         "audit": {"attributes": {NASTY: AUDIT}},

@@ -268,8 +268,8 @@ def test_all_that_is_wrong_with_the_run_is_told(workdir):
     for words in (
         "1 of 4,000 steps were skipped", "train/loss (1 lines)", "Overfitting: validation/warmup",
         "rose by 83.3% since step 2,000", "Stopped early at step 4,000 of 8,000",
-        "1 step(s) had a gradient norm far above", "waited for data 10.0%", "5.0% of the captions",
-        "12 NASTY", "50 of 1,000 rows (5.0%)", "38.5 of 40.0 GiB", "Evaluation step-1000",
+        "1 spike(s): a loss or gradient norm far above", "waited for data 10.0%",
+        "5.0% of the captions", "12 NASTY", "50 of 1,000 rows (5.0%)", "38.5 of 40.0 GiB", "Evaluation step-1000",
     ):  # fmt: skip
         assert words in text
     assert all(len(w.remedy) > 20 for w in warnings)
@@ -348,9 +348,26 @@ def test_too_many_pictures_are_thinned_and_that_is_said(tmp_path):
     write_pictures(tmp_path / "samples", range(0, 7000, 100), kinds=("",), side=32)
     gallery = report_pictures.gather(tmp_path)
     (row,) = gallery.rows
-    assert len(row.steps) == report_pictures.MOST_PICTURES and gallery.found == 70
-    assert (row.steps[0], row.steps[-1]) == (0, 6900)
-    assert "48 of 70 grids" in write_report(tmp_path).read_text()
+    assert row.steps == (*range(0, 7000, 200), 6900) and gallery.found == 70
+    assert "36 of 70 grids" in write_report(tmp_path).read_text()
+
+
+def test_of_many_steps_a_choice_that_lasts():
+    for count in range(1, 400):
+        chosen = report_pictures.strided(range(count), 48)
+        assert len(chosen) <= 48 and chosen[0] == 0 and chosen[-1] == count - 1
+        assert len(chosen) == count if count < 48 else len(chosen) > 23
+        later = set(report_pictures.strided(range(count + 1), 48))
+        assert len(set(chosen) - later) <= 1 or len(later) < 26  # the stride has doubled
+
+
+def test_a_picture_that_changes_is_read_again(tmp_path):
+    path = paths.to_path(tmp_path / "00000001.png")
+    save_png(path, np.zeros((8, 8, 3), np.uint8))
+    before = report_pictures.embed(path)
+    assert report_pictures.embed(path) is before
+    save_png(path, np.full((9, 9, 3), 255, np.uint8))
+    assert report_pictures.embed(path).size == (9, 9)
 
 
 def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
@@ -400,6 +417,10 @@ def test_evaluations_become_tables_intervals_and_curves(workdir):
     lengths = figures["ema_lengths/fid"].series
     assert [s.name for s in lengths] == ["step-1000", "step-2000"]
     np.testing.assert_array_equal(lengths[0].y, [30, np.nan, 26])
+    assert figures["ema_lengths/fid"].log_x and figures["ema_lengths/fid"].over == "width"
+    settings = dict(report_evaluations.settings(evaluations[0]))
+    assert settings["sampler"] == "name ddim, steps 25" and "seed" in settings
+    assert settings["best length of the average"] == "0.1, with fid 26.0"
 
 
 def test_audits_are_tables(tmp_path):
