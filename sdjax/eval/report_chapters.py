@@ -222,7 +222,17 @@ def _hours(metrics: Metrics) -> float:
 
 
 def data(found: Found) -> str:
-    return "".join(
+    """What the run counted when it began, and the reports of sdjax.prepare."""
+    counted = [
+        (name.removeprefix("data/").replace("_", " "), f"{curve.finite.values[-1]:,.6g}")
+        for name, curve in found.metrics.curves.items()
+        if name.startswith("data/")
+    ]
+    html = ""
+    if counted:
+        html = '<div class="card"><h3>What the run counted of it</h3>'
+        html += h.table(("", ""), counted, numbers=(1,)) + "</div>"
+    return html + "".join(
         f'<div class="card">{report_data.show(report, found.page)}</div>' for report in found.data
     )
 

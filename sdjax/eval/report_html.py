@@ -36,16 +36,14 @@ def table(
     top = "".join(
         f'<th scope="col" {mark}>{esc(text)}</th>' for mark, text in zip(marks, head, strict=True)
     )
+    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
     body = "".join(
         "<tr>"
         + "".join(f"<td {mark}>{esc(text)}</td>" for mark, text in zip(marks, row, strict=True))
         + "</tr>"
         for row in rows
     )
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class="scroll" tabindex="0"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
 def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
