@@ -108,7 +108,7 @@ def clip(tmp_path_factory):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from sdjax.eval.features import clip_tower
-    from tests.eval.test_clip_tower import CASES, make_folder
+    from tests.eval.clip_folders import CASES, make_folder
 
     made = make_folder(tmp_path_factory.mktemp("clip"), **CASES["gelu"])
     return made, clip_tower(made[0], batch_size=8)
@@ -118,7 +118,7 @@ def test_zero_shot_labels_are_transformers(clip):
     """One text a label: the softmax of its logits. Several: the mean of their directions."""
     import torch
 
-    from tests.eval.test_clip_tower import pillow_pixels
+    from tests.eval.clip_folders import pillow_pixels
 
     (folder, model), tower = clip
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 40, 3)).astype(np.uint8)
