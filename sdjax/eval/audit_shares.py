@@ -105,11 +105,15 @@ def wilson(
 
 
 def estimates(findings: tuple[Finding, ...]) -> dict[str, Estimate]:
-    """{"audit/ATTRIBUTE/difference" | "ratio" | "distance": over all prompts}, for a table."""
+    """{"audit/ATTRIBUTE/difference" | "ratio" | "distance": over all prompts}, for a table.
+
+    Without the attributes that could be told of no picture.
+    """
     return {
         f"audit/{finding.attribute.name}/{name}": getattr(finding.overall, name)
         for finding in findings
         for name in ("difference", "ratio", "distance")
+        if sum(finding.overall.counts)
     }
 
 

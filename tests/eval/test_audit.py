@@ -305,6 +305,13 @@ def test_untold_pictures_are_left_out_and_counted():
     assert hair["target"] == [0.5, 0.3, 0.2] and written["labeller"] == "x:y"
 
 
+def test_an_attribute_that_no_picture_tells_has_no_estimates():
+    (finding,) = audit_shares.count(AUDIT, codes_of(np.zeros((2, 3), int)), resamples=50)
+    assert audit_shares.estimates((finding,)) == {}
+    assert len(audit_shares.tables((finding,))) == 1
+    json.dumps(audit_shares.to_json(AUDIT, (finding,)), allow_nan=False)
+
+
 def test_the_same_codes_give_the_same_intervals_and_none_without_resamples():
     once, again = (audit_shares.count(AUDIT, codes_of(COUNTS), resamples=100) for _ in range(2))
     assert once == again
