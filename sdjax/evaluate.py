@@ -175,7 +175,8 @@ def _add_drawing_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=int, help=f"in pixels; {own}")
     group.add_argument(
         "--batch_size", type=int, default=16,
-        help="drawn at once, over all devices; rounded up to a multiple of them (%(default)s)",
+        help="drawn, or judged, at once on all devices; rounded up to a multiple of these "
+        "(%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",

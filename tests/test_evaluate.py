@@ -1,5 +1,7 @@
 """The verb that evaluates: its files, going on after a stop, and what it says of wrong options."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -58,7 +60,9 @@ def metrics(output):
 def whole(run, tmp_path_factory):
     """An evaluation with everything that takes no weights."""
     output = tmp_path_factory.mktemp("whole")
-    assert verb(run, output, *OPTIONS) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert verb(run, output, *OPTIONS) == 0
+    (output / "shown.txt").write_text(shown.getvalue())
     return output
 
 
@@ -86,9 +90,8 @@ def test_what_it_writes(run, whole):
     assert rows[0]["text"] == rows[1]["text"] != rows[2]["text"]
 
 
-def test_the_table_is_for_people(run, whole, capsys):
-    assert verb(run, whole, *OPTIONS) == 0  # everything is drawn already
-    shown = capsys.readouterr().out
+def test_the_table_is_for_people(whole):
+    shown = (whole / "shown.txt").read_text()
     assert "memorised" in shown and "95 % interval" in shown and str(whole) in shown
     assert "left out: clip_score takes a CLIP" in shown
 
@@ -180,6 +183,7 @@ def test_pictures_alone_take_a_dataset_by_its_folder(whole, tmp_path):
         (["--metrics=clip_score"], ["--clip=DIR", "huggingface.co/openai"]),
         (["--metrics=cmmd", "--clip=/nowhere"], ["/nowhere", "--clip"]),
         (["--metrics=precision"], ["--features=pixels"]),
+        (["--metrics=precision", "--features=pixels"], ["at least 4", "--num_samples"]),
         (["--metrics=fit"], ["--metrics has fit", "fid, kid"]),
         (["--metrics=diversity", "--features=pixels"], ["--per_prompt=4"]),
         (["--metrics=kid", "--reference=/nowhere.npz"], ["/nowhere.npz"]),
@@ -269,3 +273,102 @@ def test_lengths_take_snapshots(run, tmp_path, capsys):
     assert "ema.snapshot_every" in capsys.readouterr().err
     assert verb(run, tmp_path, "--ema_lengths=0.05:0.5:3") == 2
     assert "LOW:HIGH:COUNT" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A small CLIPModel of transformers: (folder, model)."""
+    pytest.importorskip("torch")
+    from tests.eval.test_clip_tower import CASES, make_folder
+
+    return make_folder(tmp_path_factory.mktemp("clip"), **CASES["gelu"])
+
+
+def test_clip_score_is_that_of_transformers(run, whole, clip, tmp_path):
+    import torch
+
+    from sdjax.data.tokenizer import Tokenizer
+    from tests.eval.test_clip_tower import pillow_pixels
+
+    folder, model = clip
+    options = (f"--images={whole / 'images'}", f"--clip={folder}", "--metrics=kid")
+    assert verb(run, tmp_path, *options) == 2  # kid takes Inception
+    options = (*options[:2], "--metrics=clip_score,cmmd,recall")
+    assert verb(run, tmp_path, *options) == 0
+    rows = [json.loads(line) for line in (whole / "images" / "metadata.jsonl").open()]
+    images = np.stack([Image.open(whole / "images" / row["file_name"]) for row in rows])
+    tokens = Tokenizer.load(folder, context_length=12).encode([row["text"] for row in rows])
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.from_numpy(tokens).long(), pixel_values=pillow_pixels(folder, images)
+        )
+    cosines = (out.image_embeds * out.text_embeds).sum(1).clamp(min=0)
+    found = metrics(tmp_path)
+    assert found["metrics"]["clip_score"]["value"] == pytest.approx(
+        100 * float(cosines.mean()), rel=1e-3
+    )
+    assert found["metrics"]["cmmd"]["value"] > 0
+    assert found["metrics"]["recall"]["features"] == found["settings"]["towers"]["clip"]["name"] + (
+        " images"
+    )
+    assert list((run / "evaluations" / "references").glob("clip*.npz"))
+
+
+def test_an_audit_draws_prompts_of_its_own(run, clip, tmp_path, capsys):
+    file = tmp_path / "audit.yaml"
+    file.write_text(
+        "prompts: [a red circle, a blue square]\n"
+        "pictures_per_prompt: 3\n"
+        "attributes: {colour: {red: [a red circle], blue: [a blue square]}}\n"
+    )
+    assert verb(run, tmp_path / "out", f"--audit={file}") == 2
+    assert "--clip" in capsys.readouterr().err
+    assert verb(run, tmp_path / "out", f"--audit={file}", f"--clip={clip[0]}") == 0
+    assert "all prompts" in capsys.readouterr().out
+    found = metrics(tmp_path / "out")
+    names = ("difference", "ratio", "distance")
+    assert set(found["metrics"]) == {f"audit/colour/{name}" for name in names}
+    assert sum(found["audit"]["attributes"]["colour"]["all"]["counts"]) == 6
+    assert len(list((tmp_path / "out" / "audit").glob("*.png"))) == 6
+    assert not (tmp_path / "out" / "images").exists()
+
+
+@pytest.mark.slow
+def test_fid_is_that_of_pytorch_fid_on_the_same_folders(run, whole, inception, tmp_path):
+    """The whole way: weights, resize, network, moments, distance. Random weights."""
+    network, file = inception
+    from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
+
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        data.joinpath(split).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        image = Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC)
+        for split in ("train", "test"):
+            image.save(data / split / f"{i}.png")
+            data.joinpath(split, f"{i}.txt").write_text(f"picture {i}")
+    options = [f"--images={whole / 'images'}", f"--output={tmp_path / 'out'}", f"--dataset={data}",
+               f"--data_dir={tmp_path / 'tfds'}", f"--inception={file}"]  # fmt: skip
+    assert evaluate.main([*options, "--metrics=fid", "--batch_size=4"]) == 0
+    moments = []
+    for folder in (whole / "images", data / "test"):
+        files = sorted(folder.glob("*.png"))
+        moments += calculate_activation_statistics(files, network, batch_size=4)
+    want = calculate_frechet_distance(*moments)
+    assert metrics(tmp_path / "out")["metrics"]["fid"]["value"] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """pytorch-fid's network with random weights: (network, file)."""
+    import torch
+
+    from tests.eval.test_inception import state_dict
+
+    weights = state_dict.__wrapped__() if hasattr(state_dict, "__wrapped__") else None
+    module = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **kw: weights)
+    torch.save(weights, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)
+    return module.InceptionV3([3]).eval(), tmp_path / "inception.pth"

@@ -106,6 +106,17 @@ METRICS: dict[str, tuple[str, ...]] = {
     "validation_loss": ("validate",),
 }
 
+# The least number of pictures: judged, and compared with.
+LEAST = {
+    "fid": (2, 2),
+    "kid": (2, 2),
+    "cmmd": (2, 2),
+    "precision": (neighbours.PRECISION_K + 1, neighbours.PRECISION_K + 1),
+    "recall": (neighbours.PRECISION_K + 1, neighbours.PRECISION_K + 1),
+    "density": (1, neighbours.DENSITY_K + 1),
+    "coverage": (1, neighbours.DENSITY_K + 1),
+}
+
 
 def lacking(inputs: Inputs, metric: str) -> list[str]:
     """Which of `NEEDS` a metric lacks."""
@@ -128,6 +139,24 @@ def lacking(inputs: Inputs, metric: str) -> list[str]:
         "validate": inputs.validate is not None,
     }
     return [need for need in METRICS[metric] if not has[need]]
+
+
+def _too_few(inputs: Inputs, metric: str) -> list[str]:
+    """What to say if there are not enough pictures of either kind."""
+    given = inputs.statistics
+    if inputs.pictures is not None:
+        judged = len(inputs.pictures)
+    else:
+        judged = len(inputs.captions or ())
+    compared = len(inputs.reference) if inputs.reference is not None else None
+    if given is not None and given.features is not None:
+        compared = len(given.features)
+    least = LEAST.get(metric, (1, 1))
+    if metric != "validation_loss" and judged < least[0]:
+        return [f"at least {least[0]} pictures, and there are {judged}; see --num_samples"]
+    if compared is not None and compared < least[1]:
+        return [f"at least {least[1]} pictures to compare with, and there are {compared}"]
+    return []
 
 
 def _made_by(found: Reference, tower: Tower) -> bool:
@@ -155,11 +184,11 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
     chosen, left_out = [], []
     check_names(names or ())
     for name in METRICS if names is None else names:
-        missing = lacking(inputs, name)
+        missing = [NEEDS[need] for need in lacking(inputs, name)] + _too_few(inputs, name)
         if not missing:
             chosen.append(name)
             continue
-        why = f"{name} takes {NEEDS[missing[0]]}"
+        why = f"{name} takes {missing[0]}"
         if names is not None:
             raise UserError(f"--metrics={name}: {why}")
         left_out.append(f"left out: {why}")
@@ -234,26 +263,19 @@ def judge(
         resamples: of the bootstrap, 0 for no intervals.
 
     Raises:
-        UserError: there are too few pictures for a metric, or a network's features are broken.
+        UserError: a network's features are broken.
     """
     bench = _Bench(inputs)
     metrics: dict[str, Estimate] = {}
     curves: dict[str, Mapping[str, Any]] = {}
     nearest = None
     options = {"resamples": resamples, "seed": seed}
-    try:
-        metrics |= _distances(bench, names, resamples, seed)
-        metrics |= _neighbours(bench, names, options)
-        if "memorised" in names:
-            nearest = _memorised(bench, options)
-            metrics["memorised"] = nearest.memorised
-        metrics |= _of_prompts(bench, names, options)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(
-            f"{len(inputs.captions or ())} pictures are too few for {', '.join(names)}: {error}"
-        ) from error
+    metrics |= _distances(bench, names, resamples, seed)
+    metrics |= _neighbours(bench, names, options)
+    if "memorised" in names:
+        nearest = _memorised(bench, options)
+        metrics["memorised"] = nearest.memorised
+    metrics |= _of_prompts(bench, names, options)
     if "validation_loss" in names:
         assert inputs.validate is not None
         losses, timesteps = inputs.validate()
@@ -364,15 +386,3 @@ def _warnings(inputs: Inputs, names: Sequence[str]) -> tuple[str, ...]:
             f"that of as many pictures alone, or look at KID. {FEW} or more are wanted"
         )
     return tuple(found)
-
-
-def jsonable(estimate: Estimate) -> dict[str, Any]:
-    """As it stands in metrics.json."""
-    return {
-        "value": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-        "higher_is_better": estimate.higher_is_better,
-        "count": estimate.count,
-        **estimate.details,
-    }

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.eval.bootstrap import Estimate
-from sdjax.eval.evaluation import Inputs, Results, jsonable
+from sdjax.eval.evaluation import Inputs, Results
 from sdjax.eval.grids import grid, save_png
 
 FILE = "metrics.json"
@@ -47,6 +47,18 @@ def write(
     file = folder / FILE
     paths.write_text(file, json.dumps(_finite(content), indent=2) + "\n")
     return file
+
+
+def jsonable(estimate: Estimate) -> dict[str, Any]:
+    """As it stands in metrics.json."""
+    return {
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "higher_is_better": estimate.higher_is_better,
+        "count": estimate.count,
+        **estimate.details,
+    }
 
 
 def _finite(content: Any) -> Any:
@@ -173,7 +185,7 @@ def table(title: str, results: Results) -> str:
     from rich.markup import escape
     from rich.table import Table
 
-    view = Table(title=escape(title), title_justify="left")
+    view = Table()
     for heading in ("metric", "value", "95 % interval", "better", "of"):
         view.add_column(heading, justify="right" if heading == "value" else "left")
     for name, found in results.metrics.items():
@@ -182,6 +194,7 @@ def table(title: str, results: Results) -> str:
         view.add_row(name, number(found.value), interval, better, str(found.count or ""))
     out = io.StringIO()
     console = Console(file=out, width=100)
+    console.print(escape(title), highlight=False, soft_wrap=True)
     if results.metrics:
         console.print(view)
     for more in results.tables:

@@ -158,10 +158,11 @@ def open_towers(request: Request, mesh: Mesh, *, clip_too: bool = False) -> dict
         clip = clip or str(home / towers.CLIP_EXAMPLE.replace("/", "--"))
         towers.download_clip(towers.CLIP_EXAMPLE, clip)
     found: dict[str, Any] = {}
+    size = request.batch_size
     if inception and needs["inception"]:
-        found["inception"] = inception_tower(inception, mesh=mesh)
+        found["inception"] = inception_tower(inception, batch_size=size, mesh=mesh)
     if clip and needs["clip"]:
-        found["clip"] = clip_tower(clip, mesh=mesh)
+        found["clip"] = clip_tower(clip, batch_size=size, mesh=mesh)
     return found
 
 
