@@ -24,7 +24,7 @@ SETS = ("raw", "warmup-0.9999")
 def make_lines(count, *, every=10, seed=0):
     """Lines of metrics.jsonl: a run that overfits in its second half, with a spike and a skip."""
     rng = np.random.default_rng(seed)
-    lines = []
+    rows = []
     for i in range(1, count + 1):
         step, part = i * every, i / count
         loss = 0.1 + np.exp(-5 * part) + 0.02 * rng.standard_normal()
@@ -58,12 +58,13 @@ def make_lines(count, *, every=10, seed=0):
                 row[f"validation/{name}/loss"] = 0.3 + (part - 0.5) ** 2
                 row[f"validation_train/{name}/loss"] = 0.3 - 0.1 * part
                 row[f"validation/{name}/loss_at/t0937"] = 0.1 + part
-        lines.append(row)
-    return lines
+        rows.append(row)
+    return rows
 
 
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def lines(*rows):
+    """metrics.jsonl as bytes."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def write_pictures(folder, steps, kinds=("", "-raw-unguided"), side=240, seed=0):
@@ -126,7 +127,7 @@ def write_data_report(folder):
     (folder / "report.html").write_text("<p>whole report")
 
 
-def make_workdir(folder, *, lines=400):
+def make_workdir(folder, *, count=400):
     """All that a report can show."""
     from sdjax.config import default, resolve, to_dict
 
@@ -134,14 +135,14 @@ def make_workdir(folder, *, lines=400):
     config = default()
     config.data.update(name="prepared", path=str(folder.parent / "data"), batch_size=32)
     config.data.label_template = "{} " + NASTY
-    config.train.steps = 2 * 10 * lines
+    config.train.steps = 2 * 10 * count
     config.validation.patience = 3
     text = json.dumps(to_dict(resolve(config)), indent=2)
     (folder / "config.json").write_text(text)
-    rows = make_lines(lines)
+    rows = make_lines(count)
     rows[5]["train/loss"] = "NaN"
     rows[0]["data/not_used_NASTY" + NASTY] = 12.0
-    write_lines(folder / "metrics.jsonl", rows)
+    (folder / "metrics.jsonl").write_bytes(lines(*rows))
     write_pictures(folder / "samples", (0, 1000, 2000))
     save_png(folder / "samples" / "strip.png", np.zeros((60, 900, 3), np.uint8))
     for step in (1000, 2000):

@@ -25,7 +25,7 @@ WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser") / "run"
-    return write_report(make_workdir(folder, lines=3000))  # 3,000 points: thinned
+    return write_report(make_workdir(folder, count=3000))  # 3,000 points: thinned
 
 
 @pytest.fixture(scope="module")
