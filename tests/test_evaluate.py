@@ -81,7 +81,7 @@ def test_what_it_writes(run, whole):
     curve = found["curves"]["validation_loss"]
     assert len(curve["x"]) == len(curve["y"]) == len(curve["low"]) == 8
     assert np.mean(curve["y"]) == pytest.approx(found["metrics"]["validation_loss"]["value"])
-    assert any("fid takes" in line and "--inception" in line for line in found["warnings"])
+    assert any("fid, kid" in line and "--inception" in line for line in found["warnings"])
     for name in ("grid.png", "nearest.png", "metrics.png", "validation_loss.png"):
         assert min(Image.open(whole / name).size) > 100
     pictures = sorted(file.name for file in (whole / "images").glob("*.png"))
@@ -93,7 +93,7 @@ def test_what_it_writes(run, whole):
 def test_the_table_is_for_people(whole):
     shown = (whole / "shown.txt").read_text()
     assert "memorised" in shown and "95 % interval" in shown and str(whole) in shown
-    assert "left out: clip_score takes a CLIP" in shown
+    assert "left out, cmmd, clip_score: takes a CLIP" in shown
 
 
 def test_pictures_are_those_that_sample_draws(run, whole, tmp_path):
@@ -189,7 +189,7 @@ def test_pictures_alone_take_a_dataset_by_its_folder(whole, tmp_path):
         (["--metrics=kid", "--reference=/nowhere.npz"], ["/nowhere.npz"]),
         (
             ["--metrics=coverage", "--features=pixels", "--reference_samples=4"],
-            ["too few", "4 pic"],
+            ["at least 6", "there are 4"],
         ),
         (["--num_samples=-1"], ["--num_samples=-1"]),
         (["--batch_size=0"], ["--batch_size=0"]),

@@ -77,15 +77,16 @@ NEEDS = {
     "pictures": "pictures: draw with --model and --num_samples above 0, or give --images=DIR",
     "inception": "the Inception weights: give --inception=FILE, pytorch-fid's file, published at "
     f"{INCEPTION_URL}, or --download",
-    "clip": "a CLIP: give --clip=DIR, a transformers folder as huggingface.co/"
+    "clip": "a CLIP: give --clip=DIR, a transformers folder such as https://huggingface.co/"
     f"{CLIP_EXAMPLE}, or --download",
-    "features": f"a network that makes features: give --inception=FILE ({INCEPTION_URL}), "
-    f"--clip=DIR (huggingface.co/{CLIP_EXAMPLE}) or --download; or --features=pixels, which takes "
-    "no weights and sees near copies alone",
-    "moments": "pictures to compare with: a dataset with pictures, or --reference=FILE.npz",
-    "reference": "the features of single pictures to compare with: a dataset with pictures, or a "
-    "--reference=FILE.npz that sdjax.evaluate wrote (pytorch-fid's has no features)",
-    "train": "the pictures that the model was trained on: a dataset with pictures",
+    "features": "a network that makes features: give --inception=FILE, --clip=DIR or --download; "
+    "or --features=pixels, which takes no weights and sees near copies alone",
+    "moments": "pictures to compare with: --dataset=PATH of pictures (a run's own may be encoded), "
+    "or --reference=FILE.npz",
+    "reference": "single pictures to compare with: --dataset=PATH of pictures (a run's own may be "
+    "encoded), or a --reference=FILE.npz that sdjax.evaluate wrote (pytorch-fid's has no features)",
+    "train": "the pictures that the model was trained on, of another split than those compared "
+    "with: --dataset=PATH of pictures (a run's own may be encoded)",
     "captions": "captions: draw with --model, or put a metadata.jsonl beside the pictures",
     "several": "several pictures of a prompt: draw with --per_prompt=4",
     "shapes": "captions of captioned_shapes, the only ones that the reader understands",
@@ -181,18 +182,18 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
     Raises:
         UserError: one that was asked for is none, or lacks something (says what and where it is).
     """
-    chosen, left_out = [], []
+    chosen: list[str] = []
+    left_out: dict[str, list[str]] = {}
     check_names(names or ())
     for name in METRICS if names is None else names:
         missing = [NEEDS[need] for need in lacking(inputs, name)] + _too_few(inputs, name)
         if not missing:
             chosen.append(name)
-            continue
-        why = f"{name} takes {missing[0]}"
-        if names is not None:
-            raise UserError(f"--metrics={name}: {why}")
-        left_out.append(f"left out: {why}")
-    return chosen, left_out
+        elif names is not None:
+            raise UserError(f"--metrics={name}: this takes {missing[0]}")
+        else:
+            left_out.setdefault(missing[0], []).append(name)
+    return chosen, [f"left out, {', '.join(ms)}: takes {why}" for why, ms in left_out.items()]
 
 
 def _tower(inputs: Inputs) -> Tower | None:
