@@ -3,7 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -171,8 +175,9 @@ def test_pictures_alone_take_a_dataset_by_its_folder(whole, tmp_path):
     options = [f"--images={data / 'test'}", f"--dataset={data}", f"--output={tmp_path / 'out'}",
                f"--data_dir={tmp_path / 'tfds'}", "--metrics=precision,coverage"]  # fmt: skip
     assert evaluate.main([*options, "--features=pixels"]) == 0
-    found = metrics(tmp_path / "out")["metrics"]
-    assert found["precision"]["value"] == found["coverage"]["value"] == 1
+    found = metrics(tmp_path / "out")
+    assert found["metrics"]["precision"]["value"] == found["metrics"]["coverage"]["value"] == 1
+    assert found["num_samples"] == 12 and found["weights"] is None
 
 
 @pytest.mark.parametrize(
@@ -372,3 +377,34 @@ def inception(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **kw: weights)
     torch.save(weights, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)
     return module.InceptionV3([3]).eval(), tmp_path / "inception.pth"
+
+
+@pytest.mark.slow
+def test_killed_on_four_devices_it_goes_on(run, whole, tmp_path):
+    """SIGKILL after some pictures; and four devices draw what one does."""
+    options = [a for a in OPTIONS if "batch" not in a] + ["--batch_size=4", "--metrics=fidelity"]
+    env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+                        "--xla_force_host_platform_device_count=4"}  # fmt: skip
+
+    def start(output):
+        command = [sys.executable, "-m", "sdjax.evaluate", f"--model={run}", f"--output={output}"]
+        return subprocess.Popen([*command, *options], env=env)
+
+    assert start(tmp_path / "a").wait(300) == 0
+    process = start(tmp_path / "b")
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "b").glob("images/*.png"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = len(list((tmp_path / "b").glob("images/*.png")))
+    assert 3 <= before < 12 or not (tmp_path / "b" / "metrics.json").exists()
+    assert start(tmp_path / "b").wait(300) == 0
+    same = (tmp_path / "a" / "metrics.json", tmp_path / "b" / "metrics.json")
+    assert same[0].read_bytes() == same[1].read_bytes()
+    for i in range(12):
+        name = f"images/{i:06d}.png"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        ours, alone = (np.asarray(Image.open(p / name), int) for p in (tmp_path / "a", whole))
+        assert np.abs(ours - alone).max() <= 1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -79,6 +80,7 @@ def mean(
     values: np.ndarray,
     *,
     groups: np.ndarray | None = None,
+    share: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
     higher_is_better: bool | None = True,
@@ -90,6 +92,8 @@ def mean(
       values: one a picture.
       groups: [N] which belong together, such as the pictures of one prompt; whole groups are
         resampled then, for their pictures are not independent.
+      share: values are 0 or 1. Where all are the same no resample differs from another, and the
+        interval is Wilson's, of as many trials as there are groups.
       resamples: 0 for no interval.
     """
     values = np.asarray(values, np.float64)
@@ -102,14 +106,18 @@ def mean(
         else:
             _, number = np.unique(groups, return_inverse=True)
             sums, sizes = np.bincount(number, values), np.bincount(number).astype(np.float64)
-        low, high = percentiles(
-            replicate(
-                lambda rows: float(sums[rows].sum() / sizes[rows].sum()),
-                len(sums),
-                resamples=resamples,
-                seed=seed,
+        if share and values.min() == values.max():
+            trials = scipy.stats.binomtest(int(values[0]) * len(sums), len(sums))
+            low, high = map(float, trials.proportion_ci(CONFIDENCE, method="wilson"))
+        else:
+            low, high = percentiles(
+                replicate(
+                    lambda rows: float(sums[rows].sum() / sizes[rows].sum()),
+                    len(sums),
+                    resamples=resamples,
+                    seed=seed,
+                )
             )
-        )
     return Estimate(
         float(values.mean()), low, high, higher_is_better, len(values), dict(details or {})
     )

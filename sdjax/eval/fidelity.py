@@ -75,6 +75,7 @@ def fidelity(
         f"fidelity_{name}": bootstrap.mean(
             np.array(right, float),
             groups=np.array(groups[name]),
+            share=True,
             resamples=resamples,
             seed=seed,
             details={"of": PROPERTIES[name]},

@@ -67,8 +67,8 @@ def precision_recall(
         recalled |= (squares <= own[rows, None]).any(0)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "details": {"k": k}}
     return {
-        "precision": bootstrap.mean(precise, **options),
-        "recall": bootstrap.mean(recalled, **options),
+        "precision": bootstrap.mean(precise, share=True, **options),
+        "recall": bootstrap.mean(recalled, share=True, **options),
     }
 
 
@@ -95,7 +95,7 @@ def density_coverage(
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "details": {"k": k}}
     return {
         "density": bootstrap.mean(inside / k, **options),
-        "coverage": bootstrap.mean(nearest < theirs, **options),
+        "coverage": bootstrap.mean(nearest < theirs, share=True, **options),
     }
 
 
@@ -154,6 +154,7 @@ def memorisation(
     }
     share = bootstrap.mean(
         distances < bound,
+        share=True,
         resamples=resamples,
         seed=seed,
         higher_is_better=False,

@@ -248,7 +248,7 @@ class Session:
             "weights": request.weights if request.model else None,
             "dataset": self.dataset,
             "split": self.split,
-            "num_samples": len(inputs.captions or ()) or self.count,
+            "num_samples": len(inputs.pictures) if inputs.pictures is not None else self.count,
             "seed": request.seed,
             "sampler": {**look.pop("sampler", {}), **look},
             "settings": {

@@ -265,6 +265,15 @@ def test_groups_are_resampled_whole():
     assert alone.high - alone.low < 0.3 and (grouped.low, grouped.high) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_of_none_or_all_has_an_interval_too(value):
+    found = bootstrap.mean(np.full(40, value), share=True)
+    want = scipy.stats.binomtest(int(40 * value), 40).proportion_ci(0.95, method="wilson")
+    assert (found.low, found.high) == pytest.approx(tuple(want)) and found.high - found.low > 0.05
+    few = bootstrap.mean(np.full(40, value), share=True, groups=np.arange(40) // 8)
+    assert few.high - few.low > 0.3  # five prompts
+
+
 def test_an_interval_covers_what_it_should():
     """Of many samples about 95 % of intervals hold the true mean, and not all of them."""
     rng = np.random.default_rng(0)
