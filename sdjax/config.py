@@ -95,7 +95,10 @@ class TrainConfig:
     sample_every: int = 1000  # 0: only at the end
     timestep_buckets: int = 4  # the loss is also logged for this many ranges of the timestep
     max_nonfinite: int = 20  # steps in a row with a NaN or Inf before the run stops
-    spike_factor: float = 6.0  # warn when the gradient norm is so many deviations above its mean
+    # A spike is a loss or gradient norm so many deviations above its running mean. It is told; and
+    # the first `rollbacks` of a run send it back to its last checkpoint, without that batch.
+    spike_factor: float = 6.0
+    rollbacks: int = 0
     export: bool = True  # write a diffusers folder at the end
 
     def __post_init__(self):
@@ -103,7 +106,7 @@ class TrainConfig:
                      "timestep_buckets", "max_nonfinite"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("keep_every", "sample_every"):
+        for name in ("keep_every", "sample_every", "rollbacks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected 0 or more")
 
@@ -114,6 +117,7 @@ class SampleConfig:
 
     prompts: tuple[str, ...] = ()  # () takes captions of the evaluation split
     count: int = 16  # how many of those
+    compare: bool = False  # also with the raw weights, and without guidance, side by side
     guidance: float = 7.5
     guidance_rescale: float = 0.0
     negative_prompt: str = ""
@@ -123,6 +127,38 @@ class SampleConfig:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"sample.count is {self.count}; expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on a fixed choice of held-out examples, and what follows from it."""
+
+    every: int = 1000  # steps between; 0: only at the end
+    examples: int = 256  # of data.eval_split; 0: no validation
+    train_examples: int = 256  # the same of data.split, so that the gap shows overfitting
+    strata: int = 8  # timesteps, the middles of so many equal parts of their range
+    rows: int = 8  # examples that a device computes at once
+    # What tells the best checkpoint, which is kept: "" is the loss of what is sampled with (the
+    # first average, or the weights themselves); else a name of metrics.jsonl, such as
+    # "validation/raw/loss_at/t0937".
+    metric: str = ""
+    mode: str = "min"  # or "max", where more is better
+    patience: int = 0  # validations without a new best after which the run stops; 0: never
+
+    def __post_init__(self):
+        for name in ("every", "examples", "train_examples", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"validation.{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("strata", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"validation.{name} is {getattr(self, name)}; expected 1 or more")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"validation.mode is {self.mode!r}; expected 'min' or 'max'")
+        if self.patience and not (self.every and self.examples):
+            raise ValueError(
+                f"validation.patience is {self.patience}, but validation.every is {self.every} and "
+                f"validation.examples is {self.examples}; expected both above 0, or patience 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +180,7 @@ class Config:
     ema: EMAConfig = EMAConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+    validation: ValidationConfig = ValidationConfig()
     mesh: MeshConfig = MeshConfig()
     compilation_cache: str = ""  # folder of XLA's persistent cache; "" is ~/.cache/sdjax/xla
 

@@ -262,6 +262,7 @@ def make_tiny_config(tiny_vae, shapes_dir):
     c.optim.learning_rate = 1e-3
     c.ema.profiles = ("warmup-0.9", "power-0.05")
     c.train.update(steps=6, log_every=1, checkpoint_every=3, sample_every=0, export=False)
+    c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2
     c.compilation_cache = str(shapes_dir / "xla")

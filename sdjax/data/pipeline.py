@@ -10,7 +10,7 @@ or threads, and the state of an iterator is the number of steps it has taken.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,7 +121,19 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self._identity = identity
         self._process = (process_index, process_count)
         self._iterator: Any = None
+        self._without: frozenset[int] = frozenset()
         self.step = 0
+
+    def pass_over(self, numbers: Iterable[int]) -> None:
+        """Never give these batches, counted from 0. Not part of the state: say it anew."""
+        self._without = frozenset(numbers)
+        self._pass()
+
+    def _pass(self) -> None:
+        while self.step in self._without:
+            if self._iterator is not None:
+                next(self._iterator)
+            self.step += 1
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
@@ -130,6 +142,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         if self._config.workers:  # out of the workers' shared memory, which is scarce
             batch = as_floats(batch, copy=True)
         self.step += 1
+        self._pass()
         return batch
 
     def _start(self) -> Any:
@@ -174,6 +187,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             )
         self.close()
         self.step = state["step"]
+        self._pass()
 
     def close(self) -> None:
         """Ends the threads or processes that work ahead; iteration starts them again."""

@@ -221,17 +221,19 @@ def denoising_loss(
     schedule: Schedule,
     objective: ObjectiveConfig,
     batch_key: jax.Array | None = None,
+    t: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted loss of each example, float32 [b], and what to log of it.
 
     denoise_fn: (xt [b,h,w,c] float32, timesteps [b] float32) -> prediction [b,h,w,c].
     x0: clean latents [b,h,w,c]; keys: [b] from example_keys; positions: int32 [b] in the global
     batch of batch_size examples; batch_key: the step's key, needed only when the objective is
-    stratified.
+    stratified; t: timesteps float32 [b] to take instead of drawing them.
     aux: "loss" unweighted [b], "timesteps" float32 [b].
     """
     x0 = x0.astype(jnp.float32)
-    t = sample_timesteps(keys, positions, batch_size, schedule, objective, batch_key)
+    if t is None:
+        t = sample_timesteps(keys, positions, batch_size, schedule, objective, batch_key)
     alpha, sigma = schedule_at(schedule, t)
 
     eps = normal_like(fold_keys(keys, NOISE), x0)

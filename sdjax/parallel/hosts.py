@@ -14,6 +14,7 @@ stack trace. With one process every function here does nothing.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import json
@@ -45,6 +46,7 @@ _SIGNS_OF_LOSS = (
 )  # fmt: skip
 
 _team: Team | None = None
+_turns: collections.Counter[str] = collections.Counter()
 
 
 def start(client: Any, coordinator: str, heartbeat_timeout: float) -> None:
@@ -88,19 +90,26 @@ def stop_step() -> int | None:
 
 
 def from_first(name: str, value: str) -> str:
-    """Process 0's value, on every host. Each name once a run; all must call it."""
+    """Process 0's value, on every host; all must call it, in the same order for each name."""
     if _team is None:
         return value
+    key = f"first/{_turn(name)}"
     if _team.index == 0:
-        _team.put(f"first/{name}", value)
+        _team.put(key, value)
         return value
-    return _team.client.blocking_key_value_get(f"sdjax/first/{name}", _LONG)
+    return _team.client.blocking_key_value_get(f"sdjax/{key}", _LONG)
 
 
 def wait_for_all(name: str) -> None:
-    """Until every host has come here. Each name once a run."""
+    """Until every host has come here."""
     if _team is not None:
-        _team.client.wait_at_barrier(f"sdjax/{name}", _LONG)
+        _team.client.wait_at_barrier(f"sdjax/{_turn(name)}", _LONG)
+
+
+def _turn(name: str) -> str:
+    """The name with how often it was said before, for the service takes each name once."""
+    _turns[name] += 1
+    return f"{name}/{_turns[name]}"
 
 
 def label() -> str:

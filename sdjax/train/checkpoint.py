@@ -22,6 +22,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+)
 
 from sdjax import paths
 from sdjax.errors import UserError
@@ -136,6 +142,16 @@ def _explained(workdir: PathLike, step: int) -> Iterator[None]:
 # ---- a run's own checkpoints -----------------------------------------------------------------
 
 
+class _Pinned(PreservationPolicy):
+    """Keeps one checkpoint, whichever is set."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """See orbax's PreservationPolicy."""
+        return [info.step == self.step for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints that a training run writes. Use as a context manager.
 
@@ -154,9 +170,11 @@ class Checkpoints:
             )
         self._workdir = workdir
         self.folder = checkpoint_folder(workdir)
+        self._pinned = _Pinned()
+        policies: list[PreservationPolicy] = [LatestN(keep_last), self._pinned]
+        policies += [EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            keep_period=keep_every or None,
+            preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -217,6 +235,10 @@ class Checkpoints:
                 config=ocp.args.JsonSave(dict(config)),
             )
             return self._manager.save(step, args=items, force=force)
+
+    def pin(self, step: int | None) -> None:
+        """Keep the checkpoint of `step`, as long as no other is pinned in its place."""
+        self._pinned.step = step
 
     def check(self) -> None:
         """Raise `CheckpointError` if the save in the background has failed. Does not wait."""

@@ -1,11 +1,9 @@
-"""Pictures while training, and at the end: what came out, where it is, and what to run next."""
+"""The end of a run: what came out, where it is, and what to run next."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,84 +13,20 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.config import Config
-from sdjax.data import pipeline, transforms
 from sdjax.data.shape_reader import score
-from sdjax.data.tokenizer import Tokenizer
-from sdjax.eval.grids import grid, save_png
 from sdjax.models import weights
 from sdjax.models.vae import VAE, sample_moments
 from sdjax.parallel.sharding import to_host
-from sdjax.train.conditioning import encode_text
+from sdjax.train.gallery import read_examples
+from sdjax.train.looks import Looks
 from sdjax.train.networks import Assembled
-from sdjax.train.optim import eval_params
 from sdjax.train.pretrained import Pretrained, write_diffusers
+from sdjax.train.selection import Selection
 from sdjax.train.startup import write_config
 from sdjax.train.state import Params, State, component
-from sdjax.train.task import Examples, Task
+from sdjax.train.task import Task
 from sdjax.train.telemetry import Telemetry
-
-
-def evaluated_params(state: State) -> Params:
-    """The parameters to judge a run by: its first EMA, else what its optimizer evaluates with."""
-    if state["ema"]:
-        return state["ema"][next(iter(state["ema"]))]
-    return eval_params(state["opt_state"], state["params"])
-
-
-def read_examples(config: Config, tokenizers: Mapping[str, Tokenizer], count: int) -> Examples:
-    """The first `count` examples of the evaluation split; of a mixture, its parts' in turn."""
-    sources = pipeline.open_parts(config.data, config.data.eval_split)
-    turns = itertools.zip_longest(*(((s, i) for i in range(min(count, len(s)))) for s in sources))
-    side = config.data.resolution
-    rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
-    captions, images = [], []
-    for source, i in itertools.islice((turn for row in turns for turn in row if turn), count):
-        example = source[i]
-        captions.append(example["text"])
-        if "image" not in example:  # encoded ahead, and drawing takes captions alone
-            images.append(np.zeros((side, side, 3), np.float32))
-            continue
-        images.append(
-            transforms.prepare(
-                example["image"], rng, height=side, width=side, crop="center", flip=False
-            ).image
-        )
-    return Examples(tuple(captions), np.stack(images), encode_text(tokenizers, captions))
-
-
-class Gallery:
-    """The same prompts (or pictures) and noise every time, so that grids can be compared."""
-
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        tokenizers: Mapping[str, Tokenizer],
-        telemetry: Telemetry,
-        folder: paths.Path,
-    ):
-        self._config, self._task, self._tokenizers = config, task, tokenizers
-        self._telemetry, self._folder = telemetry, folder / "samples"
-        self._examples = self._get_examples()  # now: a wrong split is no news for step 1000
-
-    def _get_examples(self) -> Examples:
-        prompts = self._config.sample.prompts
-        if prompts and self._tokenizers:
-            side = self._config.data.resolution
-            images = np.zeros((len(prompts), side, side, 3), np.float32)
-            return Examples(prompts, images, encode_text(self._tokenizers, prompts))
-        return read_examples(self._config, self._tokenizers, self._config.sample.count)
-
-    def show(self, step: int, state: State, frozen: Params) -> paths.Path:
-        """Draw with the evaluated parameters, write DIR/samples/STEP.png and TensorBoard images."""
-        params = {**frozen, **evaluated_params(state)}
-        images = self._task.pictures(params, self._examples, self._config.seed)
-        path = self._folder / f"{step:08d}.png"
-        if jax.process_index() == 0:
-            captions = self._examples.captions
-            save_png(path, grid(images, captions), {"step": step, "prompts": "\n".join(captions)})
-            self._telemetry.images(step, "samples", images, captions)
-        return path
+from sdjax.train.weight_sets import evaluated_params
 
 
 def finish(
@@ -101,13 +35,13 @@ def finish(
     assembled: Assembled,
     state: State,
     frozen: Params,
-    gallery: Gallery,
+    looks: Looks,
     telemetry: Telemetry,
     folder: paths.Path,
 ) -> None:
     """Last pictures, score, diffusers folder, and the last screen."""
     step = int(state["step"])
-    picture = gallery.show(step, state, frozen)
+    picture = looks.gallery.show(step, state, frozen, telemetry)
     params = {**frozen, **evaluated_params(state)}
     score_line = _fidelity(config, task, assembled, params, telemetry, step)
     exported = None
@@ -115,7 +49,7 @@ def finish(
         exported = export(config, assembled, params, folder)
     telemetry.close()
     if jax.process_index() == 0:
-        print(last_screen(config, folder, picture, exported, score_line))
+        print(last_screen(config, folder, picture, exported, score_line, step, looks.selection))
 
 
 def _fidelity(
@@ -202,6 +136,8 @@ def last_screen(
     picture: paths.Path,
     exported: paths.Path | None,
     score_line: str,
+    step: int,
+    selection: Selection,
 ) -> str:
     """Where everything is and what to run next."""
     here = Path(sys.executable)
@@ -213,6 +149,9 @@ def last_screen(
         ("TensorBoard", f"{python} -m tensorboard.main --logdir={folder}"),
         ("checkpoints", folder / "checkpoints"),
     ]
+    if selection.step is not None:
+        best = folder / "checkpoints" / str(selection.step)
+        rows.append(("best", f"{best}  ({selection.metric} {selection.value:.4f})"))
     if exported is not None:
         rows.append(("diffusers", exported))
     if config.task == "text_to_image":
@@ -229,4 +168,4 @@ def last_screen(
         rows.append(("use it", f"--config.vae_from={folder}"))
     lines = [f"  {name:12} {value}" for name, value in rows]
     head = [f"\n{score_line}"] if score_line else []
-    return "\n".join([*head, f"\ntrained to step {config.train.steps}", *lines])
+    return "\n".join([*head, f"\ntrained to step {step}", *lines])

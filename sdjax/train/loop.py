@@ -9,17 +9,18 @@ from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import make_iterator
 from sdjax.parallel.batches import check_batch, global_batch, shares
 from sdjax.parallel.mesh import make_mesh
-from sdjax.train import agreement, report, startup
-from sdjax.train import ema as ema_lib
+from sdjax.train import agreement, report, rollback, startup
 from sdjax.train.checkpoint import Checkpoints
 from sdjax.train.encode_dataset import check_encoded
-from sdjax.train.finish import Gallery, finish
+from sdjax.train.finish import finish
 from sdjax.train.health import Diverged
+from sdjax.train.looks import Looks
 from sdjax.train.model_flops import mfu_flops
 from sdjax.train.monitor import Watch
 from sdjax.train.optim import make_lr_schedule
 from sdjax.train.preemption import StopSignal
 from sdjax.train.program import Steps, build, with_pictures
+from sdjax.train.rollback import Spike
 from sdjax.train.task import make_task
 from sdjax.train.telemetry import Telemetry
 
@@ -35,6 +36,17 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     Raises:
         UserError: configuration or input cannot work; the message says what to change.
     """
+    while True:
+        try:
+            return _train(config, workdir, dry_run)
+        except Spike as spike:
+            told = rollback.record(paths.to_path(workdir), spike)
+        if jax.process_index() == 0:
+            print(told, flush=True)
+
+
+def _train(config: Config, workdir: str, dry_run: bool) -> int:
+    """`run`, but for a `Spike`, which it raises if the run may still go back."""
     # 1. Devices.
     agreement.check_config(config)
     startup.enable_compilation_cache(config.compilation_cache)
@@ -69,7 +81,10 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
         process_index=share.index,
         process_count=share.count,
     )
+    went_back = rollback.read(folder)
+    data.pass_over(event["batch"] for event in went_back)
     agreement.check_data(data.get_state(), data.summary.lines)
+    looks = Looks(config, task, tokenizers, mesh, folder)  # here: its splits may not be there
     frozen = startup.place_frozen(config, folder, assembled, split, mesh, resumed=saved is not None)
     if checkpoints.latest_step() is not None:
         start, state, data_state, _ = checkpoints.restore(program.state)
@@ -95,25 +110,35 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
         flops_per_image=mfu_flops(config),
     )
     report.announce_data(data.summary, telemetry, start)
-    gallery = Gallery(config, task, tokenizers, telemetry, folder)
-    learning_rate = make_lr_schedule(config.optim, steps)
-    watch = Watch(config, telemetry, folder, tokenizers, learning_rate, data.examples_per_epoch)
+    watch = Watch(
+        config,
+        telemetry,
+        folder,
+        tokenizers,
+        make_lr_schedule(config.optim, steps),
+        data.examples_per_epoch,
+        rollbacks=len(went_back),
+    )
     if start:
         watch.resume(data_state["watch"], state["health"])
+        looks.resume(data_state)
 
     def save(done: int) -> None:
         watch.flush()
         with telemetry.pause():
             telemetry.flush()  # a kill after the save must not lose lines from before it
             position = {"iterator": data.get_state(), "watch": watch.get_state()}
-            checkpoints.save(done, state, position, to_dict(config))
+            checkpoints.pin(looks.selection.step)
+            checkpoints.save(done, state, position | looks.get_state(), to_dict(config))
 
     # 5. The loop.
     try:
         with StopSignal() as stop, telemetry, checkpoints:
             if start == 0:
                 telemetry.hparams(to_dict(config))
-            for done in range(start + 1, steps + 1):
+            done = start
+            while done < steps and not looks.selection.stops:
+                done += 1
                 shape = data.next_shape
                 with watch.waiting():
                     batch = global_batch(next(data), mesh)
@@ -124,18 +149,11 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
                 state, metrics = train_step(state, frozen, batch)
                 watch.push(done, batch, metrics)
                 checkpoints.check()
-                every = config.train.sample_every
-                if every and done % every == 0 and done < steps:
+                if looks.due(done):
                     watch.flush()
                     with telemetry.pause():
-                        gallery.show(done, state, frozen)
-                if config.ema.snapshot_every and done % config.ema.snapshot_every == 0:
-                    watch.flush()
-                    with telemetry.pause():
-                        ema_lib.save_snapshots(
-                            folder, done, state["ema"], dtype=config.ema.snapshot_dtype
-                        )
-                if done % config.train.checkpoint_every == 0 and done < steps:
+                        looks.look(done, state, frozen, telemetry)
+                if done % config.train.checkpoint_every == 0 or looks.wants_checkpoint(done, steps):
                     save(done)
                 if stop.requested(done) and done < steps:
                     save(done)
@@ -146,11 +164,10 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
                     )
                     return STOPPED
 
-            # 6. The end: last checkpoint, pictures, a diffusers folder, and where it all is.
-            if start < steps:
-                save(steps)
+            # 6. The end: pictures, a diffusers folder, and where it all is.
+            watch.flush()
             checkpoints.wait()
-            finish(config, task, assembled, state, frozen, gallery, telemetry, folder)
+            finish(config, task, assembled, state, frozen, looks, telemetry, folder)
             return DONE
     except Diverged:
         return DIVERGED

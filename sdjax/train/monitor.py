@@ -14,6 +14,7 @@ from sdjax import paths
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.train.health import Diverged, NonFiniteCounter, SpikeDetector
+from sdjax.train.rollback import Spike
 from sdjax.train.telemetry import DelayedMetrics, Telemetry, bucket_scalars
 
 
@@ -26,6 +27,8 @@ class Watch:
         tokenizers: of which the first counts the captions that were too long, for the log.
         learning_rate: of an optimizer step, counted from 0.
         examples_per_epoch: of the training data.
+        rollbacks: done so far; while there are fewer than the configuration allows, a spike is
+            raised as `Spike`.
     """
 
     def __init__(
@@ -36,12 +39,17 @@ class Watch:
         tokenizers: Mapping[str, Tokenizer],
         learning_rate: Callable[[int], Any],
         examples_per_epoch: int,
+        rollbacks: int = 0,
     ):
         self._train, self._batch_size = config.train, config.data.batch_size
         self._telemetry, self._folder = telemetry, folder
         self._tokenizer = next(iter(tokenizers.values()), None)
         self._learning_rate, self._examples_per_epoch = learning_rate, examples_per_epoch
-        self._spikes = SpikeDetector(config.train.spike_factor)
+        self._rollbacks, self._rollbacks_left = rollbacks, config.train.rollbacks - rollbacks
+        self._spikes = {
+            "gradient norm": SpikeDetector(config.train.spike_factor),
+            "loss": SpikeDetector(config.train.spike_factor),
+        }
         self._nonfinite = NonFiniteCounter(config.train.max_nonfinite)
         self._interval = Interval(config.schedule.num_train_timesteps)
         self._queue = DelayedMetrics()
@@ -50,11 +58,13 @@ class Watch:
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able, for the checkpoint."""
-        return {"spikes": self._spikes.get_state()}
+        return {"spikes": {what: found.get_state() for what, found in self._spikes.items()}}
 
     def resume(self, state: Mapping[str, Any], health: Mapping[str, jax.Array]) -> None:
         """Judge as the run that was saved would have."""
-        self._spikes.set_state(state["spikes"])
+        for what, detector in self._spikes.items():
+            if what in state["spikes"]:  # not in the checkpoints of the time before there were two
+                detector.set_state(state["spikes"][what])
         self._nonfinite = NonFiniteCounter(
             self._train.max_nonfinite,
             in_a_row=int(health["in_a_row"]),
@@ -70,13 +80,13 @@ class Watch:
         return self._newest is not None and not self._newest.is_ready()
 
     def push(self, done: int, batch: Mapping[str, jax.Array], metrics: Any) -> None:
-        """Step `done` was dispatched. Looks at earlier ones; raises Diverged."""
+        """Step `done` was dispatched. Looks at earlier ones; raises Diverged and Spike."""
         self._batches[done] = batch
         self._newest = metrics["finite"]
         self._look(self._queue.push(done, metrics))
 
     def flush(self) -> None:
-        """Look at all that is under way, waiting for it; raises Diverged."""
+        """Look at all that is under way, waiting for it; raises Diverged and Spike."""
         self._look(self._queue.flush())
 
     def _look(self, arrived: list[tuple[int, Any]]) -> None:
@@ -88,19 +98,24 @@ class Watch:
                 scalars = self._interval.summary()
                 updates = done - self._nonfinite.total  # a skipped step does not move the schedule
                 scalars["learning_rate"] = float(self._learning_rate(max(updates - 1, 0)))
+                scalars["rollbacks"] = self._rollbacks
                 scalars["epoch"] = done * self._batch_size / self._examples_per_epoch
                 if self._tokenizer is not None:  # since the start of this process
                     scalars["truncated_captions"] = self._tokenizer.truncated
                 self._telemetry.log(done, scalars)
 
     def _judge(self, done: int, metrics: Any, batch: Mapping[str, jax.Array]) -> None:
-        norm, finite = float(metrics["grad_norm"]), bool(metrics["finite"])
-        if self._spikes.observe(norm) and finite:
-            self._interval.spikes += 1
-            self._telemetry.message(
-                f"step {done}: gradient norm {norm:.3g} stands out of its running mean "
-                f"{self._spikes.mean:.3g}"
-            )
+        finite = bool(metrics["finite"])
+        values = {"gradient norm": float(metrics["grad_norm"]), "loss": float(metrics["loss"])}
+        for what, value in values.items():
+            mean = self._spikes[what].mean
+            if self._spikes[what].observe(value) and finite:
+                if self._rollbacks_left > 0:
+                    raise Spike(done, what, value, mean)
+                self._interval.spikes += 1
+                self._telemetry.message(
+                    f"step {done}: {what} {value:.3g} stands out of its running mean {mean:.3g}"
+                )
         if not finite:
             self._telemetry.message(f"step {done}: loss or gradient not finite, update skipped")
         try:
@@ -140,7 +155,7 @@ class Interval:
         """Nested scalars for the log; starts the next interval.
 
         Losses and the gradient norm are means over the steps with finite ones (NaN if there was
-        none); norms per module group are those of the last step.
+        none); norms and ratios per module group are those of the last step.
         """
         last = self._metrics[-1]
         good = [m for m in self._metrics if m["finite"]]
@@ -153,6 +168,7 @@ class Interval:
             "data_wait": self._waited / max(time.monotonic() - self._began, 1e-9),
             "grad_norms": last["grad_norms"],
             "param_norms": last["param_norms"],
+            "update_ratios": last["update_ratios"],
         }
         scalars |= {
             f"{name}_unweighted" if name == "loss" else name: _mean([m["aux"][name] for m in good])

@@ -44,8 +44,9 @@ def make_train_step(
         batch.
         buckets: the loss is reported for so many ranges of the timestep.
 
-    Metrics are scalars on the device: loss, grad_norm, param_norm, their norms per module group,
-    loss per timestep bucket, and `finite`. A step whose loss or gradient has a NaN or Inf changes
+    Metrics are scalars on the device: loss, norms of gradients and parameters, in all and per
+    module group, the ratio of update to weights per module group, loss per timestep bucket, and
+    `finite`. A step whose loss or gradient has a NaN or Inf changes
     nothing but the counters.
     """
 
@@ -76,10 +77,15 @@ def make_train_step(
             )
 
         new_state, metrics = _advance(state, loss, grads, optimizer)
+        param_norms = group_norms(new_state["params"])
         metrics |= {
             "loss": loss,
             "grad_norms": group_norms(grads),
-            "param_norms": group_norms(new_state["params"]),
+            "param_norms": param_norms,
+            "update_ratios": {
+                group: norm / jnp.maximum(param_norms[group], 1e-12)
+                for group, norm in metrics.pop("update_norms").items()
+            },
             "aux": {name: jnp.mean(value) for name, value in aux.items() if name != "timesteps"},
         }
         if "timesteps" in aux:
@@ -115,6 +121,7 @@ def _advance(
         "finite": finite,
         "grad_norm": grad_norm,
         "update_norm": optax.tree.norm(updates),
+        "update_norms": group_norms(updates),
         "health": new_state["health"],
     }
     return new_state, metrics

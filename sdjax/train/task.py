@@ -7,6 +7,7 @@ config field; only a new kind of network needs a new task.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdjax.config import Config
 from sdjax.data.config import is_encoded
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
+    ObjectiveConfig,
     denoising_loss,
     fold_keys,
     normal_like,
@@ -33,7 +35,8 @@ from sdjax.parallel.sharding import to_host
 from sdjax.train.conditioning import Encoder, encode_text, make_conditioner
 from sdjax.train.state import component, prefixed
 
-LATENTS, DROPOUT = CALLER_STREAM, CALLER_STREAM + 1  # streams of randomness
+# Streams of randomness; from STRATA on one for each stratum of the validation.
+LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +54,20 @@ class Task:
 
     abstract: {path: ShapeDtypeStruct} of every network; paths start with the network's name.
     loss: see `sdjax.train.step.LossFn`.
-    pictures: (params of every network, examples, seed) -> uint8 [N, H, W, 3].
+    validate: (params of every network, batch, keys [b], timesteps [n]) -> losses [b, n] float32, a
+      column for each timestep, of the plain objective: nothing is dropped, weighed or perturbed.
+      An autoencoder has no timesteps, and one column.
+    timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
+    pictures: (params of every network, examples, seed, guided=) -> uint8 [N, H, W, 3].
     init: key -> parameters of every network, untrained (jittable).
     example: {name: ShapeDtypeStruct} of one example of a batch.
     """
 
     abstract: dict[str, jax.ShapeDtypeStruct]
     loss: Callable[..., Any]
-    pictures: Callable[[Mapping[str, jax.Array], Examples, int], np.ndarray]
+    validate: Callable[..., jax.Array]
+    timesteps: Callable[[int], np.ndarray]
+    pictures: Callable[..., np.ndarray]
     init: Callable[[jax.Array], dict[str, jax.Array]]
     example: dict[str, jax.ShapeDtypeStruct]
 
@@ -120,19 +129,24 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
     schedule = make_schedule(config.schedule)
     rate = config.objective.caption_dropout
 
-    def loss(params, frozen, batch, *, key, keys, positions, batch_size):
-        every = {**frozen, **params}
-        unet, vae = (
-            weights.merge(graphs[name], component(every, name)) for name in ("unet", "vae")
-        )
-        dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
+    def latents(every, batch, keys):
+        vae = weights.merge(graphs["vae"], component(every, "vae"))
         moments = vae.encode(batch["image"]) if "image" in batch else batch["moments"]
         noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
-        x0 = scale_latents(sample_moments(moments, noise), vae_config)
+        return scale_latents(sample_moments(moments, noise), vae_config)
+
+    def sides(x0):  # height and width of the pictures of latents [b, h, w, c]
+        return tuple(side * vae_config.downscale for side in x0.shape[1:3])
+
+    def loss(params, frozen, batch, *, key, keys, positions, batch_size):
+        every = {**frozen, **params}
+        unet = weights.merge(graphs["unet"], component(every, "unet"))
+        dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
+        x0 = latents(every, batch, keys)
         context = conditioner(
             every,
             {**batch, **conditioner.drop(every, batch, keys, rate)},
-            target=tuple(side * vae_config.downscale for side in moments.shape[1:3]),
+            target=sides(x0),
             key=jax.random.fold_in(dropout, 0),
         )
         return denoising_loss(
@@ -146,6 +160,32 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
             objective=config.objective,
         )
 
+    plain = plain_objective(config.objective)
+
+    def validate(every, batch, keys, timesteps):
+        unet = weights.merge(graphs["unet"], component(every, "unet"))
+        x0 = latents(every, batch, keys)
+        if rate == 1.0:  # a model that has never seen a caption
+            batch = {**batch, **conditioner.drop(every, batch, keys, rate)}
+        context = conditioner(every, batch, target=sides(x0))
+
+        def at(stratum):
+            number, t = stratum
+            per_example, _ = denoising_loss(
+                lambda xt, t: unet(xt, t, context),
+                x0,
+                keys=fold_keys(keys, STRATA + number),
+                positions=jnp.zeros(len(x0), jnp.int32),
+                batch_size=1,
+                schedule=schedule,
+                objective=plain,
+                t=jnp.full(len(x0), t),
+            )
+            return per_example
+
+        numbers = jnp.arange(len(timesteps))
+        return jax.lax.map(at, (numbers, jnp.asarray(timesteps))).T
+
     example = _moments(config) if is_encoded(config.data) else {"image": _image(config)}
     if config.data.text_embeddings:
         example |= conditioner.embedding()
@@ -154,32 +194,60 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
             example[field] = jax.ShapeDtypeStruct((tokenizer.context_length,), jnp.int32)
     if model.unet.is_xl:
         example["size"] = jax.ShapeDtypeStruct((4,), jnp.int32)
-    return Task(abstract, loss, _pictures(config, tokenizers), init, example)
+    return Task(
+        abstract,
+        loss,
+        validate,
+        functools.partial(_strata, config),
+        _pictures(config, tokenizers),
+        init,
+        example,
+    )
 
 
-def _pictures(
-    config: Config, tokenizers: Mapping[str, Encoder]
-) -> Callable[[Mapping[str, jax.Array], Examples, int], np.ndarray]:
+def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """The same prediction, judged by its plain mean squared error."""
+    return dataclasses.replace(
+        objective, weighting="uniform", loss="l2", offset_noise=0.0, input_perturbation=0.0
+    )
+
+
+def _strata(config: Config, count: int) -> np.ndarray:
+    """Whole timesteps, as a table schedule has them."""
+    low = config.objective.timestep_min
+    high = config.objective.timestep_max or config.schedule.num_train_timesteps
+    return np.floor(low + (np.arange(count) + 0.5) * (high - low) / count).astype(np.float32)
+
+
+def _pictures(config: Config, tokenizers: Mapping[str, Encoder]) -> Callable[..., np.ndarray]:
     """Drawing of captions, as `config.sample` says."""
     sample, model, side = config.sample, config.model, config.data.resolution
-    generate = make_generator(
-        model=model,
-        tokenizers=tokenizers,
-        schedule=config.schedule,
-        prediction_type=config.objective.prediction_type,
-        drawing=Drawing(
-            sampler=sample.sampler,
-            guidance=sample.guidance,
-            guidance_rescale=sample.guidance_rescale,
-        ),
-    )
+
+    @functools.cache
+    def generator(guided: bool):
+        guidance = sample.guidance if guided else 1.0
+        return make_generator(
+            model=model,
+            tokenizers=tokenizers,
+            schedule=config.schedule,
+            prediction_type=config.objective.prediction_type,
+            drawing=Drawing(sample.sampler, guidance, sample.guidance_rescale),
+        )
+
+    generator(True)  # a sampler that does not fit is an error now
     shape = latent_shape(model.unet, model.vae, side, side)
     tokens = encode_text(tokenizers, [sample.negative_prompt])
     negative = {field: rows[0] for field, rows in tokens.items()}
 
-    def pictures(params, examples: Examples, seed: int) -> np.ndarray:
+    def pictures(params, examples: Examples, seed: int, guided: bool = True) -> np.ndarray:
         return draw(
-            generate, params, examples.tokens, negative, shape=shape, seed=seed, batch_size=64
+            generator(guided),
+            params,
+            examples.tokens,
+            negative,
+            shape=shape,
+            seed=seed,
+            batch_size=64,
         )
 
     return pictures
@@ -201,7 +269,10 @@ def _autoencoder(config: Config) -> Task:
     graphs, abstract, init = abstract_networks(config, ("vae",))
 
     def loss(params, frozen, batch, *, key, keys, positions, batch_size):
-        vae = weights.merge(graphs["vae"], component({**frozen, **params}, "vae"))
+        return per_example({**frozen, **params}, batch, keys)
+
+    def per_example(every, batch, keys):
+        vae = weights.merge(graphs["vae"], component(every, "vae"))
         images = batch["image"]
         moments = vae.encode(images)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -224,9 +295,20 @@ def _autoencoder(config: Config) -> Task:
         mean, _ = jnp.split(vae.encode(images), 2, axis=-1)
         return jnp.clip(vae.decode(mean) / 2 + 0.5, 0.0, 1.0)
 
-    def pictures(params, examples: Examples, seed: int) -> np.ndarray:
+    def pictures(params, examples: Examples, seed: int, guided: bool = False) -> np.ndarray:
         """Originals on the left, reconstructions on the right."""
         both = [examples.images / 2 + 0.5, to_host(reconstruct(params, examples.images))]
         return to_uint8(np.concatenate(both, axis=2))
 
-    return Task(abstract, loss, pictures, init, {"image": _image(config)})
+    def validate(every, batch, keys, timesteps):
+        return per_example(every, batch, keys)[0][:, None]
+
+    return Task(
+        abstract,
+        loss,
+        validate,
+        lambda count: np.zeros(0, np.float32),
+        pictures,
+        init,
+        {"image": _image(config)},
+    )

@@ -24,9 +24,11 @@ from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.train import program
 from sdjax.train.networks import assemble
 from sdjax.train.task import make_task
+from sdjax.train.validation import Validator
 
 STEPS = 5
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
+VALIDATED = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 sharding.MIN_FSDP_SIZE = 64  # the model is tiny
 
 compiled_modules = 0
@@ -70,6 +72,11 @@ def run(config, assembled, sizes):
         {p: place(v, built.state["params"][p]) for p, v in drawn.items()}
     )
     frozen = {p: place(np.asarray(every[p], np.float32), built.frozen[p]) for p in built.frozen}
+    valid = None
+    if sizes in VALIDATED:
+        params = {**state["params"], **frozen}
+        validator = Validator(config, task, assembled.tokenizers, mesh, split="train", count=7)
+        valid = validator.losses(params).tolist()
     sizes_of = {name: bytes_per_device(state[name]) for name in ("params", "opt_state", "ema")}
     whole = left_whole([state["params"], state["opt_state"], state["ema"]], sizes[1])
     redrawn = jax.jit(
@@ -90,6 +97,7 @@ def run(config, assembled, sizes):
         "buckets": np.asarray(metrics["buckets"]["count"]).tolist(),
         "bytes": sizes_of,
         "whole": whole,
+        "validation": valid,
         "recompiled": compiled_modules - after_first,
         "redrawn": all(
             np.allclose(np.asarray(redrawn[p]), drawn[p], rtol=1e-6, atol=1e-7) for p in drawn

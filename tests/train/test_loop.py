@@ -103,8 +103,10 @@ def test_a_run_leaves_what_it_promises(reference, capsys):
     found = rows(reference)
     assert sorted(found) == [1, 2, 3, 4, 5, 6]
     last = found[6]
+    assert not any("validation" in name for name in last)  # of no examples
     for name in ("loss", "loss_unweighted", "grad_norm", "learning_rate", "images_seen", "epoch",
                  "skipped_steps", "grad_norms/unet.conv_in", "param_norms/unet.mid_block",
+                 "update_ratios/unet.mid_block",
                  "grad_norms/text_encoder.encoder"):  # fmt: skip
         assert np.isfinite(last[f"train/{name}"]), name
     assert any(name.startswith("train/loss_at/t") for name in last)

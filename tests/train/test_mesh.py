@@ -31,6 +31,7 @@ def eight(tiny_config, tmp_path):
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
     )
+    tiny_config.validation.rows = 2
     tiny_config.optim.clip_norm = 1.0  # the norm is over all shards
     (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(tiny_config))))
     run = subprocess.run(
@@ -55,6 +56,9 @@ def test_nothing_depends_on_the_mesh(eight):
         (1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)
     ]  # fmt: skip
     one = results[0]
+    validated = [r["validation"] for r in results if r["validation"]]
+    assert len(validated) == 3 and np.asarray(validated[0]).shape == (7, 8)
+    assert validated[0] == validated[1] == validated[2]  # to the bit
     for result in results:
         # Losses and timesteps (the buckets count them) of the same examples and noise.
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)

@@ -1,0 +1,123 @@
+"""A fixed choice of examples, always prepared in the same way: for validation.
+
+Which examples are taken depends on the dataset and their number alone, not on the run's seed, batch
+size, hosts or devices. They come in groups of one shape; an example keeps its place in its group,
+so whoever computes a group at a time does the same arithmetic on any number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import Executor
+
+import numpy as np
+
+from sdjax.data.caption_choice import Caption, CaptionConfig
+from sdjax.data.config import DataConfig, parts
+from sdjax.data.pipeline import Encoder, Transform, as_floats
+from sdjax.data.sources import Source, open_parts
+from sdjax.data.stream import Shape, bucketed, shuffled
+
+_WORDS = (20_231,)  # of the order that the choice is the beginning of; any other would do
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Examples `numbers` of source `part`, to be made into pictures of (height, width) `shape`."""
+
+    part: int
+    numbers: tuple[int, ...]
+    shape: Shape
+
+
+class FixedExamples:
+    """`count` examples of a split, or all where it has fewer; of a mixture, from each part alike.
+
+    groups: of up to `rows` examples; the last of a shape may have fewer.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizers: Mapping[str, Encoder],
+        *,
+        split: str,
+        count: int,
+        rows: int,
+        with_size: bool = False,
+    ):
+        self.rows, self.split = rows, split
+        self._sources = open_parts(config, split)
+        self._transform = Transform(
+            dict(tokenizers), config.text_embeddings, "center", False, CaptionConfig(), with_size
+        )
+        own = parts(config)
+        shares = [count // len(own) + (i < count % len(own)) for i in range(len(own))]
+        self.groups = [
+            group
+            for i, (part, source) in enumerate(zip(own, self._sources, strict=True))
+            for group in _groups(i, part, source, shares[i], rows)
+        ]
+
+    def __len__(self) -> int:
+        return sum(len(group.numbers) for group in self.groups)
+
+    def names(self) -> np.ndarray:
+        """int32 [N, 2]: (part, number) of every example, in the order of the groups."""
+        found = [(group.part, number) for group in self.groups for number in group.numbers]
+        return np.asarray(found, np.int32).reshape(-1, 2)
+
+    def read(self, group: Group, executor: Executor) -> dict[str, np.ndarray]:
+        """The fields of a batch of `rows` examples, as `make_iterator` gives them, and "name"
+        int32 [rows, 2]. A group that is short is filled up with its last example.
+
+        Raises:
+            DataError: an example cannot be read.
+        """
+        numbers = [*group.numbers, *[group.numbers[-1]] * (self.rows - len(group.numbers))]
+        read = dict(
+            zip(
+                group.numbers,
+                executor.map(lambda n: self._example(group, n), group.numbers),
+                strict=True,
+            )
+        )
+        rows = [read[number] for number in numbers]
+        batch = as_floats({field: np.stack([row[field] for row in rows]) for field in rows[0]})
+        return {**batch, "name": np.asarray([(group.part, n) for n in numbers], np.int32)}
+
+    def _example(self, group: Group, number: int) -> dict[str, np.ndarray]:
+        example = self._sources[group.part].example(number)
+        example |= {"target": group.shape, "caption": _main(example["caption"])}
+        # Centre crop, no mirroring and one caption: the generator is not drawn from.
+        return self._transform(example, np.random.default_rng(0))
+
+
+def _main(caption: Caption) -> Caption:
+    """The first caption, always."""
+    return dataclasses.replace(caption, main_share=1.0)
+
+
+def _groups(part: int, config: DataConfig, source: Source, count: int, rows: int) -> list[Group]:
+    total = len(source)
+    shapes: dict[int, Shape] | None = None
+    if config.buckets.step:
+        buckets = bucketed(config, source)
+        shapes = {
+            int(number): shape
+            for shape, members in zip(buckets.shapes, buckets.members, strict=True)
+            for number in members
+        }
+    square = (config.resolution, config.resolution)
+    chosen: dict[Shape, list[int]] = {}
+    order = (shuffled(place, total, _WORDS) for place in range(total))
+    usable = (number for number in order if shapes is None or number in shapes)
+    for number in itertools.islice(usable, count):
+        chosen.setdefault(square if shapes is None else shapes[number], []).append(number)
+    return [
+        Group(part, tuple(numbers[i : i + rows]), shape)
+        for shape, numbers in sorted(chosen.items())
+        for i in range(0, len(numbers), rows)
+    ]

@@ -1,0 +1,106 @@
+"""Pictures while training: fixed prompts and noise, so that one step can be held beside another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from sdjax import paths
+from sdjax.config import Config
+from sdjax.data import pipeline, transforms
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.eval.grids import grid, save_png
+from sdjax.eval.strips import append_column
+from sdjax.train.conditioning import encode_text
+from sdjax.train.state import Params, State
+from sdjax.train.task import Examples, Task
+from sdjax.train.telemetry import Telemetry
+from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
+
+
+def read_examples(config: Config, tokenizers: Mapping[str, Tokenizer], count: int) -> Examples:
+    """The first `count` examples of the evaluation split; of a mixture, its parts' in turn."""
+    sources = pipeline.open_parts(config.data, config.data.eval_split)
+    turns = itertools.zip_longest(*(((s, i) for i in range(min(count, len(s)))) for s in sources))
+    side = config.data.resolution
+    rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
+    captions, images = [], []
+    for source, i in itertools.islice((turn for row in turns for turn in row if turn), count):
+        example = source[i]
+        captions.append(example["text"])
+        if "image" not in example:  # encoded ahead, and drawing takes captions alone
+            images.append(np.zeros((side, side, 3), np.float32))
+            continue
+        images.append(
+            transforms.prepare(
+                example["image"], rng, height=side, width=side, crop="center", flip=False
+            ).image
+        )
+    return Examples(tuple(captions), np.stack(images), encode_text(tokenizers, captions))
+
+
+class Gallery:
+    """The same prompts (or pictures) and noise every time, so that grids can be compared.
+
+    With `sample.compare` they are drawn with the first average and with the raw weights, guided and
+    not. A model that has never seen a caption (`objective.caption_dropout = 1`) draws without.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        tokenizers: Mapping[str, Tokenizer],
+        folder: paths.Path,
+    ):
+        self._config, self._task, self._tokenizers = config, task, tokenizers
+        self._folder = folder / "samples"
+        drawn = config.task == "text_to_image"
+        self._blind = drawn and config.objective.caption_dropout == 1.0
+        self._guidance = (True, False) if drawn and not self._blind else (False,)
+        self._examples = self._get_examples()  # now: a wrong split is no news for step 1000
+
+    def _get_examples(self) -> Examples:
+        sample, side = self._config.sample, self._config.data.resolution
+        prompts = ("",) * sample.count if self._blind else sample.prompts
+        if prompts and self._tokenizers:
+            images = np.zeros((len(prompts), side, side, 3), np.float32)
+            return Examples(prompts, images, encode_text(self._tokenizers, prompts))
+        return read_examples(self._config, self._tokenizers, sample.count)
+
+    def show(self, step: int, state: State, frozen: Params, telemetry: Telemetry) -> paths.Path:
+        """Draw, write DIR/samples/STEP.png and those it is compared with, and TensorBoard images.
+
+        Returns:
+            The path of STEP.png, drawn with the weights that are exported, guided.
+        """
+        main = (evaluated_set(self._config.ema.profiles), self._guidance[0])
+        sets = weight_sets(state)
+        for weights, guided in self._variants():
+            params = {**frozen, **sets[weights]()}
+            images = self._task.pictures(params, self._examples, self._config.seed, guided=guided)
+            words = [weights, "guided" if guided else "unguided"][: len(self._guidance)]
+            variant = "" if (weights, guided) == main else "-" + "-".join(words)
+            if jax.process_index() == 0:
+                self._write(step, variant, images)
+                telemetry.images(step, f"samples{variant}", images, self._examples.captions)
+        return self._folder / f"{step:08d}.png"
+
+    def _variants(self) -> list[tuple[str, bool]]:
+        """(set of weights, whether guided) of each grid; that of STEP.png first."""
+        own = evaluated_set(self._config.ema.profiles)
+        if not self._config.sample.compare:
+            return [(own, self._guidance[0])]
+        return [(name, guided) for name in dict.fromkeys((own, RAW)) for guided in self._guidance]
+
+    def _write(self, step: int, variant: str, images: np.ndarray) -> None:
+        captions = self._examples.captions
+        save_png(
+            self._folder / f"{step:08d}{variant}.png",
+            grid(images, captions),
+            {"step": step, "prompts": "\n".join(captions)},
+        )
+        append_column(self._folder / f"strip{variant}.png", step, images)

@@ -1,0 +1,128 @@
+"""What is looked at while training, each at its own interval: pictures, validation, snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sdjax import paths
+from sdjax.config import Config
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.train import ema as ema_lib
+from sdjax.train.gallery import Gallery
+from sdjax.train.selection import Selection
+from sdjax.train.state import Params, State
+from sdjax.train.task import Task
+from sdjax.train.telemetry import Telemetry, flatten
+from sdjax.train.validation import Validator, replicate, summary
+from sdjax.train.weight_sets import evaluated_set, weight_sets
+
+
+class Looks:
+    """Looks at the state at the steps that the configuration says; changes nothing of it.
+
+    gallery: draws.
+    selection: which step is the best, and whether the run still gets better.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        tokenizers: Mapping[str, Tokenizer],
+        mesh: Mesh,
+        folder: paths.Path,
+    ):
+        self._config, self._mesh, self._folder = config, mesh, folder
+        self.gallery = Gallery(config, task, tokenizers, folder)
+        own = evaluated_set(config.ema.profiles)
+        self._own_loss = f"validation/{own}/loss"
+        self.selection = Selection(config.validation, config.validation.metric or self._own_loss)
+        validation, data = config.validation, config.data
+        wanted = {
+            "validation": (data.eval_split, validation.examples),
+            "validation_train": (data.split, validation.examples and validation.train_examples),
+        }
+        self._validators = {
+            name: Validator(config, task, tokenizers, mesh, split=split, count=count)
+            for name, (split, count) in wanted.items()
+            if count
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able, for the checkpoint."""
+        return {"selection": self.selection.get_state()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Judge as the run that was saved would have; the checkpoint may be older than this."""
+        if "selection" in state:
+            self.selection.set_state(state["selection"])
+
+    def wants_checkpoint(self, done: int, steps: int) -> bool:
+        """After `look`: the step is the last, or the best so far."""
+        return done == steps or self.selection.stops or done == self.selection.step
+
+    def _draws(self, done: int) -> bool:
+        return _every(done, self._config.train.sample_every) and done < self._config.train.steps
+
+    def _validates(self, done: int) -> bool:
+        last = done == self._config.train.steps
+        return bool(self._validators) and (last or _every(done, self._config.validation.every))
+
+    def _keeps(self, done: int) -> bool:
+        return _every(done, self._config.ema.snapshot_every)
+
+    def due(self, done: int) -> bool:
+        """Whether there is anything to look at after step `done`."""
+        return self._draws(done) or self._validates(done) or self._keeps(done)
+
+    def look(self, done: int, state: State, frozen: Params, telemetry: Telemetry) -> None:
+        """Look at the state after step `done`. All hosts call it.
+
+        Raises:
+            UserError: an example cannot be read, or a file not be written.
+        """
+        if self._draws(done):
+            self.gallery.show(done, state, frozen, telemetry)
+        if self._validates(done):
+            self._validate(done, state, frozen, telemetry)
+        if self._keeps(done):
+            dtype = self._config.ema.snapshot_dtype
+            ema_lib.save_snapshots(self._folder, done, state["ema"], dtype=dtype)
+
+    def _validate(self, done: int, state: State, frozen: Params, telemetry: Telemetry) -> None:
+        scalars: dict[str, Any] = {name: {} for name in self._validators}
+        for weights, params in weight_sets(state).items():
+            every = replicate({**frozen, **params()}, self._mesh)
+            for name, validator in self._validators.items():
+                scalars[name][weights] = summary(validator.losses(every), validator.timesteps)
+        flat = flatten(scalars)
+        best = self.selection.observe(done, flat)
+        scalars["validation"] |= {"best": self.selection.value, "best_step": self.selection.step}
+        telemetry.scalars(done, scalars)
+        telemetry.message(self._line(done, flat, best))
+
+    def _line(self, done: int, flat: Mapping[str, float], best: bool) -> str:
+        selection, config = self.selection, self._config.validation
+        parts = [f"validation at step {done}: loss {flat[self._own_loss]:.4f}"]
+        train = flat.get(self._own_loss.replace("validation/", "validation_train/", 1))
+        if train is not None:
+            parts.append(f"on training data {train:.4f}")
+        if selection.metric != self._own_loss:
+            parts.append(f"{selection.metric} {flat[selection.metric]:.4g}")
+        if best:
+            parts.append("the best so far")
+        elif selection.step is not None:
+            parts.append(f"best {selection.value:.4f} at step {selection.step}")
+        if selection.stops:
+            parts.append(
+                f"{selection.since} validations without a new best, which is "
+                f"config.validation.patience = {config.patience}: the run stops here"
+            )
+        return ", ".join(parts)
+
+
+def _every(done: int, interval: int) -> bool:
+    return bool(interval) and done % interval == 0

@@ -1,0 +1,72 @@
+"""Going back after a spike: to the last checkpoint, and on without the batch that caused it.
+
+To go back is to resume, with one batch fewer: `WORKDIR/rollbacks.json` lists what happened, and the
+batches it names are passed over by whoever trains in that folder. A run that is killed in between
+goes on to the same bits, and one that is repeated elsewhere from the start meets the same spikes.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+
+from sdjax import paths
+from sdjax.errors import UserError
+from sdjax.parallel import hosts
+
+FILE = "rollbacks.json"
+
+
+class Spike(RuntimeError):
+    """A loss or gradient norm stands far out of its running mean, and the run may go back."""
+
+    def __init__(self, step: int, what: str, value: float, mean: float):
+        self.step, self.what, self.value, self.mean = step, what, value, mean
+        super().__init__(f"step {step}: {what} {value:.3g}, running mean {mean:.3g}")
+
+
+def read(folder: paths.Path) -> list[dict[str, Any]]:
+    """What happened so far: "step", "batch" (its number in the stream), "what", "value", "mean".
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    file = folder / FILE
+    if not paths.exists(file):
+        return []
+    try:
+        return json.loads(file.read_text())
+    except paths.storage_errors(ValueError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}): it lists the batches that this run passes over. "
+            "Restore it from a copy, or start in another --workdir"
+        ) from error
+
+
+def record(folder: paths.Path, spike: Spike) -> str:
+    """Add a spike to the list. Every process must call it; returns what to tell.
+
+    The next time its batch is passed over.
+    """
+    events = read(folder)
+    number = batch_of(spike.step, {event["batch"] for event in events})
+    events.append({"step": spike.step, "batch": number, "what": spike.what,
+                   "value": spike.value, "mean": spike.mean})  # fmt: skip
+    hosts.wait_for_all("rollback read")
+    if jax.process_index() == 0:
+        paths.write_text(folder / FILE, json.dumps(events, indent=1))
+    hosts.wait_for_all("rollback written")
+    return (
+        f"{spike}: back to the last checkpoint, and on without batch {number} "
+        f"(rollback {len(events)}, listed in {folder / FILE})"
+    )
+
+
+def batch_of(step: int, passed_over: set[int]) -> int:
+    """The number, from 0, of the batch of optimizer step `step`, from 1."""
+    number = step - 1
+    for passed in sorted(passed_over):
+        number += passed <= number
+    return number

@@ -1,0 +1,31 @@
+"""The sets of weights that a run can be judged by: the parameters themselves, and each average."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from sdjax.train.optim import eval_params
+from sdjax.train.state import Params, State
+
+RAW = "raw"
+
+
+def weight_sets(state: State) -> dict[str, Callable[[], Params]]:
+    """{name: its parameters, made when called}: "raw" and each profile of the EMA."""
+    sets: dict[str, Callable[[], Params]] = {
+        RAW: lambda: eval_params(state["opt_state"], state["params"])
+    }
+    for profile in state["ema"]:
+        sets[profile] = functools.partial(state["ema"].__getitem__, profile)
+    return sets
+
+
+def evaluated_set(profiles: Sequence[str]) -> str:
+    """The set that is drawn with and exported: the first average, else "raw"."""
+    return profiles[0] if profiles else RAW
+
+
+def evaluated_params(state: State) -> Params:
+    """The parameters of `evaluated_set`."""
+    return weight_sets(state)[evaluated_set(tuple(state["ema"]))]()
