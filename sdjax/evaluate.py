@@ -89,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
     _add_data_options(p)
     _add_network_options(p)
     _add_drawing_options(p)
+    group = p.add_argument_group(
+        "several hosts", "every one runs the same command; SLURM, Open MPI and Cloud TPU say by "
+        "themselves who is who. They must share --output."
+    )  # fmt: skip
+    group.add_argument("--coordinator", default="", help="HOST:PORT of process 0; any free port")
+    group.add_argument("--num_processes", type=int, default=0, help="how many run together")
+    group.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")
     return p
 
 
@@ -193,12 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     try:
-        distributed.join(timeout=300.0, heartbeat_timeout=60.0)
+        distributed.join(
+            args.coordinator, args.num_processes, args.process_id,
+            timeout=300.0, heartbeat_timeout=60.0,
+        )  # fmt: skip
     except UserError as error:
         return explain(error)
 
     def run() -> int:
-        print(evaluate(args))
+        tell(evaluate(args))
         return 0
 
     try:
@@ -276,11 +286,19 @@ def _search(
     if not args.output:
         output = output.with_name(f"{output.name}-ema_lengths")
     session = open_session(request, loaded, output)
-    _, best = ema_lengths.search(session, lengths, output, track=progress, tell=print)
+    _, best = ema_lengths.search(session, lengths, output, track=progress, tell=tell)
     return (
         f"\nbest: {best.length:g}, with {best.metric} {number(best.estimate.value)}\n"
         f"make a model of it: {best.command}\n\n{output / FILE}, with the curve beside it"
     )
+
+
+def tell(line: str) -> None:
+    """Print, once for all hosts."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def progress(batches: Iterable[int], total: int) -> Iterable[Any]:
