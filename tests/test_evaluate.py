@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import evaluate, sample
+from sdjax import convert, evaluate, sample
 from sdjax.eval import drawing
 
 OPTIONS = ("--num_samples=12", "--per_prompt=2", "--batch_size=5", "--features=pixels")
@@ -246,7 +247,9 @@ def snapshots(run, tmp_path):
     return folder
 
 
-def test_the_best_length_of_average_is_found(snapshots, whole, capsys):
+def test_the_best_length_of_average_is_found(run, snapshots, whole, capsys):
+    from sdjax.train.pretrained import read_any
+
     assert evaluate.main([f"--model={snapshots}", "--ema_lengths=0.05:0.1:3"]) == 0
     shown = capsys.readouterr().out
     folder = snapshots / "evaluations" / "00000000-ema-captioned_shapes-ema_lengths"
@@ -258,6 +261,11 @@ def test_the_best_length_of_average_is_found(snapshots, whole, capsys):
     assert curve["y"][0] == pytest.approx(own, rel=1e-4)
     best = found["best_ema_length"]
     assert best["length"] == 0.05 and best["command"] in shown and "best: 0.05" in shown
+    params = read_any(best["model"]).params  # the snapshot's own, and whatever was not trained
+    for path, value in read_any(run).params.items():
+        np.testing.assert_allclose(params[path], value, rtol=1e-4, atol=1e-5)
+    command = shlex.split(best["command"])
+    assert command[:3] == ["python", "-m", "sdjax.convert"] and convert.main(command[3:]) == 0
     assert found["weights"] == "power-0.05" and found["step"] == 4
     assert Image.open(folder / "ema_length.png").width > 100
 

@@ -21,6 +21,7 @@ from sdjax.eval.evaluation import Inputs, Results
 from sdjax.eval.loading import Loaded
 from sdjax.eval.session import Session, Track
 from sdjax.train import ema
+from sdjax.train.pretrained import write_diffusers
 
 CURVE = "ema_length"
 
@@ -66,11 +67,15 @@ def check(loaded: Loaded | None) -> tuple[list[ema.Snapshot], paths.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best length, what it gives, and the command that makes a model of it."""
+    """The best length, what it gives, and the diffusers folder of the model with that average.
+
+    command: what converts it to a single file.
+    """
 
     length: float
     metric: str
     estimate: Estimate
+    model: paths.Path
     command: str
 
 
@@ -82,9 +87,10 @@ def search(
     track: Track = lambda starts, total: starts,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Results, Best]:
-    """Evaluate each length by the session's first metric; write metrics.json and ema_length.png.
+    """Evaluate each length by the session's first metric.
 
-    Each length's own evaluation goes into lengths/LENGTH, where it goes on after a stop.
+    Writes metrics.json, ema_length.png and diffusers/, the model with the best one. Each length's
+    own evaluation is in lengths/LENGTH, where it goes on after a stop.
 
     Args:
         tell: is told what each length gave.
@@ -119,23 +125,20 @@ def search(
         warnings = results.warnings
     more = found[0][1].higher_is_better
     length, estimate = (max if more else min)(found, key=lambda pair: pair[1].value)
-    best = Best(length, name, estimate, convert_command(workdir, length, step))
+    model = folder / "diffusers"
+    command = f"python -m sdjax.convert --input={model} --output={folder / 'model.safetensors'}"
+    best = Best(length, name, estimate, model, command)
     results = Results({name: estimate}, {CURVE: _curve(found, name)}, warnings)
     if jax.process_index() == 0:
+        params = dict(loaded.found.params) | ema.reconstruct(snapshots, length, step)
+        write_diffusers(model, dataclasses.replace(loaded.found, params=params), overwrite=True)
         about = session.about() | {"weights": f"power-{length:g}", "step": step}
         about["best_ema_length"] = {
-            "length": length, "metric": name, "value": estimate.value, "command": best.command,
+            "length": length, "metric": name, "value": estimate.value, "model": str(model),
+            "command": command,
         }  # fmt: skip
         evaluation_output.write(folder, about, Inputs(), results)
     return results, best
-
-
-def convert_command(workdir: paths.Path, length: float, step: int) -> str:
-    """What makes a diffusers folder of the average of this length."""
-    return (
-        f"python -m sdjax.convert --input={workdir} --output={workdir}-ema-{length:g} "
-        f"--ema_length={length:g} --step={step}"
-    )
 
 
 def _curve(found: list[tuple[float, Estimate]], name: str) -> dict[str, Any]:
