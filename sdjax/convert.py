@@ -4,12 +4,19 @@
     python -m sdjax.convert --input=WORKDIR --output=DIFFUSERS_FOLDER [--weights=raw]
     python -m sdjax.convert --input=WORKDIR_OR_FOLDER --output=MODEL.safetensors --dtype=float16
     python -m sdjax.convert --input=MODEL.safetensors --output=WORKDIR --tokenizer=FOLDER
+    python -m sdjax.convert --input=WORKDIR --output=FOLDER --average last:5
+    python -m sdjax.convert --output=FOLDER --average runs/a runs/b [--average_weights 1 2]
+    python -m sdjax.convert --input=WORKDIR --output=FOLDER --ema_length=0.07
 
 A diffusers pipeline (or the folder of one network, as a VAE) and a single file, as AUTOMATIC1111
 and ComfyUI read, become a workdir that sdjax.sample, --config.init_from and --config.vae_from
 accept. A workdir, or one of its checkpoints (WORKDIR/checkpoints/STEP), becomes a diffusers folder
 that torch loads. An --output that ends in .safetensors is a single file; --to says otherwise. In
 float32, there and back gives the same bits.
+
+--average writes the mean of several models in place of one: of checkpoints of a run, or of runs
+that began from the same weights. --ema_length writes the average of a run over another length than
+it tracked. Both are often better models than the last checkpoint (docs/evaluation.md).
 
 Exit codes: 0 done; 2 the input or an option is wrong.
 """
@@ -18,12 +25,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
 from sdjax import paths
+
+if TYPE_CHECKING:
+    from sdjax.train import averages
+    from sdjax.train.bundle import Pretrained
 
 FORMATS = ("workdir", "diffusers", "single_file")
 MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
@@ -31,6 +42,7 @@ MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
 _INPUT_OPTIONS = {
     "variant": "diffusers",
     "step": "workdir",
+    "ema_length": "workdir",
     "tokenizer": "single_file",
     "config_from": "single_file",
     "prediction_type": "single_file",
@@ -48,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--input",
-        required=True,
-        help="diffusers folder, workdir of sdjax or .safetensors file to read",
+        help="diffusers folder, workdir of sdjax or .safetensors file to read; left out where "
+        "--average names folders",
     )
     p.add_argument("--output", required=True, help="folder or .safetensors file to write; new")
     p.add_argument(
@@ -68,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the weights to write; a workdir is float32 (%(default)s)",
     )  # fmt: skip
     _add_file_options(p)
+    _add_average_options(p)
     p.add_argument(
         "--force", action="store_true", help="replace what an earlier conversion wrote to --output"
     )
@@ -105,8 +118,28 @@ def _add_file_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_average_options(p: argparse.ArgumentParser) -> None:
+    """What makes one model of several."""
+    group = p.add_argument_group("a mean in place of one model")
+    group.add_argument(
+        "--average", nargs="+", metavar="STEP|last:N|DIR",
+        help="mean of the weights of several models: steps of checkpoints of --input, as 8000 9000 "
+        "10000, or its newest, as last:5; or, without --input, anything that --input can be",
+    )  # fmt: skip
+    group.add_argument(
+        "--average_weights", nargs="+", type=float, metavar="W",
+        help="how much each of them counts, as 1 1 2; equal by default",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema_length", type=float, metavar="WIDTH",
+        help="of a workdir with EMA snapshots (ema.snapshot_every): the average of this relative "
+        "width, as 0.07, at its newest snapshot or at --step; `sdjax.evaluate --ema_lengths` finds "
+        "the best",
+    )  # fmt: skip
+
+
 def convert(
-    source: paths.PathLike,
+    source: paths.PathLike | None,
     target: paths.PathLike,
     *,
     to: str | None = None,
@@ -119,9 +152,15 @@ def convert(
     config_from: str = "",
     prediction_type: str = "",
     scaling_factor: float | None = None,
+    average: Sequence[str] | None = None,
+    average_weights: Sequence[float] | None = None,
+    ema_length: float | None = None,
     force: bool = False,
 ) -> list[str]:
     """Convert `source` to the layout `to` at `target`; see the options of the verb.
+
+    Args:
+        source: None where `average` names folders.
 
     Returns:
         What was done, as lines for the user.
@@ -132,10 +171,10 @@ def convert(
     """
     from sdjax.train.pretrained import Hints, PretrainedError, folder_kind, read_any
 
-    source, target = paths.to_path(source), paths.to_path(target)
-    kind = folder_kind(source)
-    to = to or default_format(kind, target)
-    _check_places(source, target, to)
+    found = _sources(source, average, average_weights, ema_length, step, weights)
+    target = paths.to_path(target)
+    kinds = [folder_kind(member.path) for member in found]
+    to = to or default_format(kinds[0], target)
     given = {
         "variant": variant,
         "step": step,
@@ -143,18 +182,91 @@ def convert(
         "config_from": config_from,
         "prediction_type": prediction_type,
         "scaling_factor": scaling_factor,
+        "ema_length": ema_length,
     }
-    if problem := _misplaced(given, kind, to, dtype, max_shard_size):
-        raise PretrainedError(f"{problem}; {source} is a {kind}, and {target} becomes a {to}")
+    for member, kind in zip(found, kinds, strict=True):
+        _check_places(member.path, target, to)
+        if problem := _misplaced(given, kind, to, dtype, max_shard_size):
+            raise PretrainedError(
+                f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}"
+            )
     like = read_any(config_from, with_weights=False) if config_from else None
     hints = Hints(tokenizer, prediction_type, scaling_factor, like)
-    read = read_any(source, weights=weights, step=step, variant=variant, hints=hints)
+
+    read, origin = _read(
+        found,
+        lambda member: read_any(
+            member.path, weights=weights, step=member.step, variant=variant, hints=hints
+        ),
+        average_weights=average_weights,
+        ema_length=ema_length,
+        step=step,
+    )
     count = sum(value.size for value in read.params.values())
-    lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {source}"]
+    lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
     if read.ignored:
         lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
     options = {"dtype": dtype, "overwrite": force}
     return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
+
+
+def _sources(
+    source: paths.PathLike | None,
+    average: Sequence[str] | None,
+    average_weights: Sequence[float] | None,
+    ema_length: float | None,
+    step: int | None,
+    weights: str,
+) -> list[averages.Member]:
+    """What is read. PretrainedError if the options that say so contradict one another."""
+    from sdjax.train import averages
+    from sdjax.train.pretrained import PretrainedError
+
+    if average:
+        for option, value in (("step", step), ("ema_length", ema_length)):
+            if value is not None:
+                raise PretrainedError(
+                    f"--{option}={value} does not go with --average: leave one out"
+                )
+        return averages.members(source, average)
+    if average_weights:
+        raise PretrainedError("--average_weights is for --average, which names the models")
+    if source is None:
+        raise PretrainedError("--input is missing, the model to convert (or --average DIR DIR ...)")
+    if ema_length is None:
+        return [averages.Member(paths.to_path(source), step)]
+    if weights != "ema":
+        raise PretrainedError(
+            f"--weights={weights} does not go with --ema_length, which says what average to take"
+        )
+    return [averages.Member(_run_of(paths.to_path(source)))]
+
+
+def _read(
+    found: Sequence[averages.Member],
+    read_one: Callable[[averages.Member], Pretrained],
+    *,
+    average_weights: Sequence[float] | None,
+    ema_length: float | None,
+    step: int | None,
+) -> tuple[Pretrained, str]:
+    """The model to write, and what it was made of."""
+    from sdjax.train import averages
+
+    if len(found) > 1:
+        read = averages.average(found, read_one, average_weights)
+        return read, f"the mean of {', '.join(map(str, found))}"
+    read, origin = read_one(found[0]), str(found[0].path)
+    if ema_length is None:
+        return read, origin
+    # The average may be of a step whose checkpoint is gone: the model around it is the newest.
+    read, at = averages.with_ema_length(read, found[0].path, ema_length, step)
+    return read, f"the average of width {ema_length:g} of {origin} at step {at}"
+
+
+def _run_of(path: paths.Path) -> paths.Path:
+    """The workdir of a checkpoint (WORKDIR/checkpoints/STEP), or the path itself."""
+    return path.parents[1] if path.parent.name == "checkpoints" else path
 
 
 def default_format(kind: str, target: paths.Path) -> str:
