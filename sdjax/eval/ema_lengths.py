@@ -101,15 +101,7 @@ def search(
     loaded = session.loaded
     snapshots, workdir = check(loaded)
     assert loaded is not None
-    # The newest snapshot, or the last before the step that was asked for.
-    limit = session.request.step
-    steps = [s.step for s in snapshots if limit is None or s.step <= limit]
-    if not steps:
-        raise UserError(
-            f"the first EMA snapshot in {workdir} is of step {min(s.step for s in snapshots)}; "
-            f"--step={limit} is before it"
-        )
-    step = max(steps)
+    step = _newest(snapshots, session.request.step, workdir)
     found: list[tuple[float, Estimate]] = []
     name = ""
     warnings: tuple[str, ...] = ()
@@ -139,6 +131,17 @@ def search(
         }  # fmt: skip
         evaluation_output.write(folder, about, Inputs(), results)
     return results, best
+
+
+def _newest(snapshots: list[ema.Snapshot], limit: int | None, workdir: paths.Path) -> int:
+    """The step of the newest snapshot, or of the last up to the step that was asked for."""
+    steps = [s.step for s in snapshots if limit is None or s.step <= limit]
+    if not steps:
+        raise UserError(
+            f"the first EMA snapshot in {workdir} is of step {min(s.step for s in snapshots)}; "
+            f"--step={limit} is before it"
+        )
+    return max(steps)
 
 
 def _curve(found: list[tuple[float, Estimate]], name: str) -> dict[str, Any]:
