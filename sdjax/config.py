@@ -100,6 +100,7 @@ class TrainConfig:
     spike_factor: float = 6.0
     rollbacks: int = 0
     export: bool = True  # write a diffusers folder at the end
+    report: bool = True  # write report.html at every validation and at the end
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "checkpoint_every", "keep_last",
@@ -144,9 +145,11 @@ class ValidationConfig:
     metric: str = ""
     mode: str = "min"  # or "max", where more is better
     patience: int = 0  # validations without a new best after which the run stops; 0: never
+    # Steps between looks at the largest activations and attention logits of the UNet; 0: never.
+    maxima_every: int = 0
 
     def __post_init__(self):
-        for name in ("every", "examples", "train_examples", "patience"):
+        for name in ("every", "examples", "train_examples", "patience", "maxima_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"validation.{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("strata", "rows"):
@@ -154,6 +157,11 @@ class ValidationConfig:
                 raise ValueError(f"validation.{name} is {getattr(self, name)}; expected 1 or more")
         if self.mode not in ("min", "max"):
             raise ValueError(f"validation.mode is {self.mode!r}; expected 'min' or 'max'")
+        if self.maxima_every and not self.examples:
+            raise ValueError(
+                f"validation.maxima_every is {self.maxima_every}, but validation.examples, which "
+                "are looked at, is 0; expected some, or maxima_every 0"
+            )
         if self.patience and not (self.every and self.examples):
             raise ValueError(
                 f"validation.patience is {self.patience}, but validation.every is {self.every} and "
@@ -197,6 +205,11 @@ class Config:
                 f"sample.fidelity is {self.sample.fidelity} with data.name {self.data.name!r}"
                 f"{' and a mixture' if self.data.mixture else ''}; "
                 "pictures of captioned_shapes alone can be read back, set it to 0"
+            )
+        if self.task == "autoencoder" and self.validation.maxima_every:
+            raise ValueError(
+                f"validation.maxima_every is {self.validation.maxima_every} with task "
+                "'autoencoder'; it looks at UNets only, set it to 0"
             )
         if self.task == "text_to_image":
             check_objective(self.schedule, self.objective)

@@ -261,7 +261,8 @@ def make_tiny_config(tiny_vae, shapes_dir):
     c.tokenizer.vocab_size = 560
     c.optim.learning_rate = 1e-3
     c.ema.profiles = ("warmup-0.9", "power-0.05")
-    c.train.update(steps=6, log_every=1, checkpoint_every=3, sample_every=0, export=False)
+    c.train.update(steps=6, log_every=1, checkpoint_every=3, sample_every=0, export=False,
+                   report=False)  # fmt: skip
     c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2

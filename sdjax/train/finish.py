@@ -14,6 +14,7 @@ import numpy as np
 from sdjax import paths
 from sdjax.config import Config
 from sdjax.data.shape_reader import score
+from sdjax.eval.report_page import REPORT_FILE
 from sdjax.models import weights
 from sdjax.models.vae import VAE, sample_moments
 from sdjax.parallel.sharding import to_host
@@ -47,6 +48,7 @@ def finish(
     exported = None
     if config.train.export:
         exported = export(config, assembled, params, folder)
+    looks.report(telemetry)
     telemetry.close()
     if jax.process_index() == 0:
         print(last_screen(config, folder, picture, exported, score_line, step, looks.selection))
@@ -145,6 +147,7 @@ def last_screen(
     python = str(here.relative_to(Path.cwd())) if inside else "python"
     rows: list[tuple[str, Any]] = [
         ("pictures", picture),
+        *([("report", folder / REPORT_FILE)] if config.train.report else []),
         ("metrics", folder / "metrics.jsonl"),
         ("TensorBoard", f"{python} -m tensorboard.main --logdir={folder}"),
         ("checkpoints", folder / "checkpoints"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from sdjax import paths
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
+from sdjax.eval.report_page import REPORT_FILE, write_report
 from sdjax.train import ema as ema_lib
 from sdjax.train.gallery import Gallery
 from sdjax.train.selection import Selection
@@ -74,9 +76,13 @@ class Looks:
     def _keeps(self, done: int) -> bool:
         return _every(done, self._config.ema.snapshot_every)
 
+    def _measures(self, done: int) -> bool:
+        return _every(done, self._config.validation.maxima_every)
+
     def due(self, done: int) -> bool:
         """Whether there is anything to look at after step `done`."""
-        return self._draws(done) or self._validates(done) or self._keeps(done)
+        looks = (self._draws, self._validates, self._measures, self._keeps)
+        return any(look(done) for look in looks)
 
     def look(self, done: int, state: State, frozen: Params, telemetry: Telemetry) -> None:
         """Look at the state after step `done`. All hosts call it.
@@ -88,9 +94,22 @@ class Looks:
             self.gallery.show(done, state, frozen, telemetry)
         if self._validates(done):
             self._validate(done, state, frozen, telemetry)
+            self.report(telemetry)
+        if self._measures(done):
+            raw = {**frozen, **state["params"]}
+            telemetry.scalars(done, {"maxima": self._validators["validation"].maxima(raw)})
         if self._keeps(done):
             dtype = self._config.ema.snapshot_dtype
             ema_lib.save_snapshots(self._folder, done, state["ema"], dtype=dtype)
+
+    def report(self, telemetry: Telemetry) -> None:
+        """Write report.html anew, on process 0. Where it cannot be written, that is only told."""
+        if self._config.train.report and jax.process_index() == 0:
+            telemetry.flush()
+            try:
+                write_report(self._folder)
+            except paths.storage_errors() as error:
+                telemetry.message(f"{self._folder / REPORT_FILE} cannot be written: {error}")
 
     def _validate(self, done: int, state: State, frozen: Params, telemetry: Telemetry) -> None:
         scalars: dict[str, Any] = {name: {} for name in self._validators}

@@ -18,9 +18,6 @@ import numpy as np
 from sdjax.config import Config
 from sdjax.data.config import is_encoded
 from sdjax.diffusion.losses import (
-    CALLER_STREAM,
-    ObjectiveConfig,
-    denoising_loss,
     fold_keys,
     normal_like,
 )
@@ -30,13 +27,11 @@ from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator, to_
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText
 from sdjax.models.unet import UNet
-from sdjax.models.vae import VAE, sample_moments, scale_latents
+from sdjax.models.vae import VAE, sample_moments
 from sdjax.parallel.sharding import to_host
 from sdjax.train.conditioning import Encoder, encode_text, make_conditioner
+from sdjax.train.latent_diffusion import LATENTS, LatentDiffusion
 from sdjax.train.state import component, prefixed
-
-# Streams of randomness; from STRATA on one for each stratum of the validation.
-LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +52,8 @@ class Task:
     validate: (params of every network, batch, keys [b], timesteps [n]) -> losses [b, n] float32, a
       column for each timestep, of the plain objective: nothing is dropped, weighed or perturbed.
       An autoencoder has no timesteps, and one column.
+    maxima: the same arguments -> {path: scalar}, the largest activations and attention logits of
+      what is trained; None where that is not offered.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: (params of every network, examples, seed, guided=) -> uint8 [N, H, W, 3].
     init: key -> parameters of every network, untrained (jittable).
@@ -66,6 +63,7 @@ class Task:
     abstract: dict[str, jax.ShapeDtypeStruct]
     loss: Callable[..., Any]
     validate: Callable[..., jax.Array]
+    maxima: Callable[..., dict[str, jax.Array]] | None
     timesteps: Callable[[int], np.ndarray]
     pictures: Callable[..., np.ndarray]
     init: Callable[[jax.Array], dict[str, jax.Array]]
@@ -116,7 +114,7 @@ def abstract_networks(config: Config, names: tuple[str, ...]) -> tuple[dict, dic
 
 
 def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
-    """Latent diffusion: frozen VAE, text encoders (trained or frozen), UNet."""
+    """See `LatentDiffusion`."""
     model, vae_config = config.model, config.model.vae
     if model.unet.in_channels != vae_config.latent_channels:
         raise UserError(
@@ -126,66 +124,7 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
         )
     conditioner = make_conditioner(model, tokenizers, remat=model.remat)
     graphs, abstract, init = abstract_networks(config, ("unet", *model.text_encoders, "vae"))
-    schedule = make_schedule(config.schedule)
-    rate = config.objective.caption_dropout
-
-    def latents(every, batch, keys):
-        vae = weights.merge(graphs["vae"], component(every, "vae"))
-        moments = vae.encode(batch["image"]) if "image" in batch else batch["moments"]
-        noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
-        return scale_latents(sample_moments(moments, noise), vae_config)
-
-    def sides(x0):  # height and width of the pictures of latents [b, h, w, c]
-        return tuple(side * vae_config.downscale for side in x0.shape[1:3])
-
-    def loss(params, frozen, batch, *, key, keys, positions, batch_size):
-        every = {**frozen, **params}
-        unet = weights.merge(graphs["unet"], component(every, "unet"))
-        dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        x0 = latents(every, batch, keys)
-        context = conditioner(
-            every,
-            {**batch, **conditioner.drop(every, batch, keys, rate)},
-            target=sides(x0),
-            key=jax.random.fold_in(dropout, 0),
-        )
-        return denoising_loss(
-            lambda xt, t: unet(xt, t, context, key=jax.random.fold_in(dropout, 1)),
-            jax.lax.stop_gradient(x0),
-            keys=keys,
-            positions=positions,
-            batch_size=batch_size,
-            batch_key=key,
-            schedule=schedule,
-            objective=config.objective,
-        )
-
-    plain = plain_objective(config.objective)
-
-    def validate(every, batch, keys, timesteps):
-        unet = weights.merge(graphs["unet"], component(every, "unet"))
-        x0 = latents(every, batch, keys)
-        if rate == 1.0:  # a model that has never seen a caption
-            batch = {**batch, **conditioner.drop(every, batch, keys, rate)}
-        context = conditioner(every, batch, target=sides(x0))
-
-        def at(stratum):
-            number, t = stratum
-            per_example, _ = denoising_loss(
-                lambda xt, t: unet(xt, t, context),
-                x0,
-                keys=fold_keys(keys, STRATA + number),
-                positions=jnp.zeros(len(x0), jnp.int32),
-                batch_size=1,
-                schedule=schedule,
-                objective=plain,
-                t=jnp.full(len(x0), t),
-            )
-            return per_example
-
-        numbers = jnp.arange(len(timesteps))
-        return jax.lax.map(at, (numbers, jnp.asarray(timesteps))).T
-
+    networks = LatentDiffusion(config, graphs, conditioner, make_schedule(config.schedule))
     example = _moments(config) if is_encoded(config.data) else {"image": _image(config)}
     if config.data.text_embeddings:
         example |= conditioner.embedding()
@@ -195,28 +134,15 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
     if model.unet.is_xl:
         example["size"] = jax.ShapeDtypeStruct((4,), jnp.int32)
     return Task(
-        abstract,
-        loss,
-        validate,
-        functools.partial(_strata, config),
-        _pictures(config, tokenizers),
-        init,
-        example,
+        abstract=abstract,
+        loss=networks.loss,
+        validate=networks.validate,
+        maxima=networks.maxima,
+        timesteps=networks.timesteps,
+        pictures=_pictures(config, tokenizers),
+        init=init,
+        example=example,
     )
-
-
-def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """The same prediction, judged by its plain mean squared error."""
-    return dataclasses.replace(
-        objective, weighting="uniform", loss="l2", offset_noise=0.0, input_perturbation=0.0
-    )
-
-
-def _strata(config: Config, count: int) -> np.ndarray:
-    """Whole timesteps, as a table schedule has them."""
-    low = config.objective.timestep_min
-    high = config.objective.timestep_max or config.schedule.num_train_timesteps
-    return np.floor(low + (np.arange(count) + 0.5) * (high - low) / count).astype(np.float32)
 
 
 def _pictures(config: Config, tokenizers: Mapping[str, Encoder]) -> Callable[..., np.ndarray]:
@@ -304,11 +230,12 @@ def _autoencoder(config: Config) -> Task:
         return per_example(every, batch, keys)[0][:, None]
 
     return Task(
-        abstract,
-        loss,
-        validate,
-        lambda count: np.zeros(0, np.float32),
-        pictures,
-        init,
-        {"image": _image(config)},
+        abstract=abstract,
+        loss=loss,
+        validate=validate,
+        maxima=None,
+        timesteps=lambda count: np.zeros(0, np.float32),
+        pictures=pictures,
+        init=init,
+        example={"image": _image(config)},
     )

@@ -67,6 +67,13 @@ class Validator:
         self._mesh, self._threads = mesh, max(1, config.data.threads)
         self._program = _make_program(task, mesh, self.timesteps)
 
+        @jax.jit
+        def largest(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            assert task.maxima is not None, "the configuration refuses maxima for this task"
+            return task.maxima(params, _fields(batch), _keys(batch["name"]), self.timesteps)
+
+        self._maxima = largest
+
     def losses(self, params: Params) -> np.ndarray:
         """Float32 [N, n]: each example's loss at each of the n `timesteps`, on every host.
 
@@ -96,6 +103,14 @@ class Validator:
             while pending:
                 take()
         return np.concatenate(found)
+
+    def maxima(self, params: Params) -> dict[str, float]:
+        """{path: value} of the first group of examples, see `Task.maxima`. All hosts call it."""
+        with ThreadPoolExecutor(self._threads) as executor:
+            batch = self.examples.read(self.examples.groups[0], executor)
+        whole = NamedSharding(self._mesh, P())
+        found = self._maxima(replicate(params, self._mesh), jax.device_put(batch, whole))
+        return {path: float(value) for path, value in found.items()}
 
     def _round(self, groups: list[Group], executor: ThreadPoolExecutor) -> dict[str, jax.Array]:
         """A group for each device; this host reads those of its own."""
@@ -130,14 +145,18 @@ def _make_program(
     """(whole parameters, batch over all axes) -> losses over all axes; jitted."""
 
     def on_device(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        fields = {field: value for field, value in batch.items() if field != "name"}
-        return task.validate(params, fields, _keys(batch["name"]), timesteps)
+        return task.validate(params, _fields(batch), _keys(batch["name"]), timesteps)
 
     return jax.jit(
         jax.shard_map(
             on_device, mesh=mesh, in_specs=(P(), P(AXES)), out_specs=P(AXES), check_vma=False
         )
     )
+
+
+def _fields(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What the networks take."""
+    return {field: value for field, value in batch.items() if field != "name"}
 
 
 def _keys(names: jax.Array) -> jax.Array:

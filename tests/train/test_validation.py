@@ -62,7 +62,7 @@ def test_losses_are_those_of_the_training_objective(validator):
     from sdjax.models.vae import VAE, sample_moments, scale_latents
     from sdjax.train.conditioning import make_conditioner
     from sdjax.train.state import component
-    from sdjax.train.task import LATENTS, STRATA
+    from sdjax.train.latent_diffusion import LATENTS, STRATA
     from sdjax.train.validation import _keys
 
     made, _, params, assembled = validator
@@ -127,6 +127,19 @@ def test_an_unknown_split_is_an_error_at_the_start(validating, tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()  # before anything is compiled
 
 
+def test_maxima_are_those_of_the_captured_network(validator):
+    made, task, params, _ = validator
+    found = made.maxima(params)
+    logits = {path for path in found if path.endswith(("attn1", "attn2"))}
+    assert logits and any(path.endswith("resnets.0") for path in found)
+    assert all(np.isfinite(value) for value in found.values())
+    # The output projection of an attention scales what comes after it, and not its own logits.
+    doubled = {p: v * 2 if p.endswith("attn2.to_out.0.kernel") else v for p, v in params.items()}
+    again = made.maxima(doubled)
+    first = next(path for path in found if path.endswith("attn2"))
+    assert again[first] == found[first] and again != found
+
+
 def test_summary_is_a_mean_in_float64():
     losses = np.asarray([[1.0, 2.0], [1e8, 4.0]], np.float32)
     found = summary(losses, np.asarray([10.0, 20.0]))
@@ -143,7 +156,11 @@ def run(config, workdir, **changes):
 
 def test_a_run_validates_and_keeps_the_best(validating, tmp_path, capsys):
     # A checkpoint at each validation that is the best so far, and of the others only the newest.
-    assert run(validating, tmp_path, **{"train.keep_last": 1, "train.steps": 6}) == loop.DONE
+    changes = {"train.keep_last": 1, "train.steps": 6, "train.report": True,
+               "validation.maxima_every": 3}  # fmt: skip
+    assert run(validating, tmp_path, **changes) == loop.DONE
+    assert sorted(lines(tmp_path, "maxima/")) == [3, 6]
+    assert "validation" in (tmp_path / "report.html").read_text()
     found = lines(tmp_path, "validation")
     assert sorted(found) == [2, 4, 6]
     for weights in ("raw", "warmup-0.9", "power-0.05"):
