@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--resamples", type=int, default=1000,
-        help="of the bootstrap of the intervals; 0 for none; at most 100 are used for fid, 200 for "
-        "kid and cmmd, where one costs more (%(default)s)",
+        help="of the bootstrap of the intervals; 0 for none; kid and cmmd, where one costs more, "
+        "use at most 200 (%(default)s)",
     )  # fmt: skip
     _add_data_options(p)
     _add_network_options(p)

@@ -26,7 +26,7 @@ from sdjax.eval.towers import CLIP_EXAMPLE, INCEPTION_URL
 
 FEATURES = ("inception", "clip", "pixels")
 FEW = 2048  # pictures, below which FID's bias is worth a warning
-MOMENTS_RESAMPLES, KERNEL_RESAMPLES = 100, 200  # at most: these metrics cost more to resample
+KERNEL_RESAMPLES = 200  # at most: pairs of pictures cost more to resample
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -296,7 +296,7 @@ def _distances(
         found["fid"] = frechet.frechet(
             bench.generated(inception),
             bench.reference(inception).moments,
-            resamples=min(resamples, MOMENTS_RESAMPLES),
+            resamples=resamples,
             seed=seed,
         )
     few = min(resamples, KERNEL_RESAMPLES)

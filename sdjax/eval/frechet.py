@@ -46,50 +46,49 @@ def distance(one: Moments, other: Moments) -> float:
 
 
 def frechet(
-    generated: np.ndarray, reference: Moments, *, resamples: int = 100, seed: int = 0
+    generated: np.ndarray,
+    reference: Moments,
+    *,
+    resamples: int = bootstrap.RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """The distance of features [N, D] to those of a reference, with its interval.
 
-    Each replicate is the distance of the moments of resampled features. The reference's root is
-    taken once and multiplied into the features, so that a replicate costs the eigenvalues of one
-    symmetric matrix of min(N, D) rows.
+    The interval resamples `influence`, the first order of what each picture adds: a resample then
+    costs a mean, and not the moments of N pictures and the eigenvalues of a D x D matrix. Where
+    pictures are few it is also the truer one: with N = 80, D = 128 other pictures gave a deviation
+    of 0.094, this 0.105, and moments of resampled pictures, half of which are repeats, 0.18.
     """
     generated = np.asarray(generated, np.float64)
     value = distance(moments(generated), reference)
     low = high = None
     if resamples:
-        replicates = _Replicates(generated, reference)
-        found = bootstrap.replicate(replicates, len(generated), resamples=resamples, seed=seed)
+        each = influence(generated, reference)
+        found = bootstrap.replicate(
+            lambda rows: float(each[rows].mean()), len(each), resamples=resamples, seed=seed
+        )
         low, high = bootstrap.around(value, found)
         low = max(low, 0.0)
     return Estimate(value, low, high, higher_is_better=False, count=len(generated))
 
 
-class _Replicates:
-    """The distance of resampled features, by their indices."""
+def influence(features: np.ndarray, reference: Moments) -> np.ndarray:
+    """How the distance changes with the weight of each of features [N, D]: [N], of mean 0.
 
-    def __init__(self, generated: np.ndarray, reference: Moments):
-        # About the reference's mean: what is far from it would lose digits in the products.
-        self._features = generated - reference.mu
-        self._turned = self._features @ _root(reference.sigma)  # [N, D]
-        self._squares = (self._features**2).sum(1)
-        self._trace = float(np.trace(reference.sigma))
-        wide = self._turned.shape[0] < self._turned.shape[1]
-        self._gram = self._turned @ self._turned.T if wide else None
-
-    def __call__(self, rows: np.ndarray) -> float:
-        n = len(rows)
-        offset = self._features[rows].mean(0)
-        own_trace = (self._squares[rows].sum() - n * offset @ offset) / (n - 1)
-        if self._gram is None:
-            turned = self._turned[rows]
-            turned = turned - turned.mean(0)
-            product = turned.T @ turned
-        else:  # the same eigenvalues but for zeros
-            product = self._gram[np.ix_(rows, rows)]
-            product = product - product.mean(0) - product.mean(1)[:, None] + product.mean()
-        shared = _sum_of_roots(product / (n - 1))
-        return float(offset @ offset + own_trace + self._trace - 2 * shared)
+    The derivative in the direction of one picture's delta. That of tr S - 2 tr (S S2)^(1/2) by the
+    covariance S is I - T, with the optimal map T = R (R S R)^(-1/2) R, R = S2^(1/2), of one
+    Gaussian to the other (Takatsu 2011, on the Wasserstein geometry of Gaussians).
+    """
+    centred = np.asarray(features, np.float64) - np.mean(features, axis=0, dtype=np.float64)
+    n = len(centred)
+    offset = np.mean(features, axis=0, dtype=np.float64) - reference.mu
+    turned = centred @ _root(reference.sigma)
+    values, vectors = np.linalg.eigh(turned.T @ turned / (n - 1))
+    kept = values > values.max() * 1e-12  # with N below D the others are zeros but for rounding
+    scores = (turned @ vectors[:, kept]) ** 2 / np.sqrt(values[kept])
+    spread = ((centred**2).sum(1) - scores.sum(1)) * n / (n - 1)
+    found = 2 * centred @ offset + spread
+    return found - found.mean()
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

@@ -67,17 +67,41 @@ def test_frechet_is_torchmetrics():
     assert ours == pytest.approx(float(theirs.compute()), rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [60, 15])  # by the covariance, and by the Gram matrix
-def test_replicates_of_frechet_are_distances_of_resampled_features(count):
-    x, reference = X[:count], frechet.moments(Y)
-    rng = np.random.default_rng(3)
-    drawn = [rng.integers(0, count, count) for _ in range(8)]
-    want = np.array([pytorch_fid(x[rows], Y) for rows in drawn])
-    value = pytorch_fid(x, Y)
-    found = frechet.frechet(x, reference, resamples=8, seed=3)
-    low, high = np.percentile(want - want.mean(), [2.5, 97.5]) + value
-    assert found.value == pytest.approx(value, rel=1e-5)
-    assert (found.low, found.high) == pytest.approx((max(low, 0), high), rel=1e-5)
+@pytest.mark.parametrize("count", [120, 40])
+def test_influence_is_the_derivative_of_pytorch_fids_distance(count):
+    """By weights: a little more of one picture, and less of all."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    x, y = np.float64(X[:count]), np.float64(Y)
+    theirs = y.mean(0), covariance(y)
+
+    def weighted(i, h):
+        weights = np.full(count, (1 - h) / count)
+        weights[i] += h
+        mu = weights @ x
+        sigma = (weights[:, None] * (x - mu)).T @ (x - mu) * count / (count - 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return calculate_frechet_distance(mu, sigma, *theirs)
+
+    found = frechet.influence(X[:count], frechet.moments(Y))
+    h = 1e-5
+    want = [(weighted(i, h) - weighted(i, -h)) / (2 * h) for i in range(5)]
+    np.testing.assert_allclose(found[:5], want, rtol=1e-4, atol=1e-5 * np.abs(found).max())
+
+
+@pytest.mark.parametrize("count", [600, 30])
+def test_the_interval_of_frechet_is_as_wide_as_other_pictures_say(count):
+    """Many more pictures than features, and hardly more. It errs to the safe side."""
+    reference = frechet.moments(features(1, 2000))
+    others = [frechet.distance(frechet.moments(features(10 + i, count, shift=0.05)), reference)
+              for i in range(100)]  # fmt: skip
+    true = np.percentile(others, 97.5) - np.percentile(others, 2.5)
+    mine = [frechet.frechet(features(500 + i, count, shift=0.05), reference, resamples=300)
+            for i in range(10)]  # fmt: skip
+    width = np.mean([one.high - one.low for one in mine])
+    assert 0.75 * true < width < 1.7 * true
+    assert all(one.low < one.value < one.high for one in mine)
 
 
 def test_kid_is_torchmetrics():
