@@ -6,6 +6,8 @@
 #         a run of several hosts, and for the rare model that one process per GPU suits better.
 # Start   launch/local.sh 2 --config=configs/base.py --workdir=runs/two
 #         GPUS=1 launch/local.sh 8 --config=... --workdir=...
+#         VERB=sdjax.sweep GPUS=1 launch/local.sh 8 --config=... --space=... --workdir=...
+#         Another verb is not joined: each process works by itself, as the workers of a sweep do.
 # Stop    Ctrl-C or SIGTERM: passed on to every process; all save together and exit with 75.
 # Resume  the same command; another number of processes will do too.
 #
@@ -25,6 +27,7 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
+VERB=${VERB:-sdjax.main}
 GRACE=${GRACE:-60}
 PORT=${PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
@@ -39,6 +42,7 @@ process() { # INDEX, flags of sdjax.main
   local index=$1
   shift
   if [ "${GPUS:-0}" = 1 ]; then export CUDA_VISIBLE_DEVICES=$index; else export JAX_PLATFORMS=cpu; fi
+  if [ "$VERB" != sdjax.main ]; then exec "$PYTHON" -u -m "$VERB" "$@"; fi
   exec "$PYTHON" -u -m sdjax.main --coordinator="127.0.0.1:$PORT" --num_processes="$count" \
     --process_id="$index" "$@"
 }

@@ -154,6 +154,15 @@ def test_local_gives_every_process_one_gpu(stubs, record):
     assert {(call[0], call[1], call[2]) for call in record()} == {("0", "", "0"), ("1", "", "1")}
 
 
+def test_local_leaves_the_workers_of_a_sweep_to_themselves(stubs, record):
+    run = bash("local.sh", "2", "--config=x", "--space=y", VERB="sdjax.sweep", GPUS="1")
+    assert run.returncode == 0, run.stderr
+    assert [call[4:] for call in record()] == [
+        ["-u", "-m", "sdjax.sweep", "--config=x", "--space=y"]
+    ] * 2
+    assert {call[2] for call in record()} == {"0", "1"}
+
+
 @pytest.mark.parametrize(
     ("behave", "code"),
     [

@@ -241,27 +241,9 @@ def _precision(run: Run) -> str:
 
 def recipe(run: Run) -> str:
     """A recipe file that `sdjax.main` runs: the fields of config.json that are not the defaults."""
-    from sdjax.config import Config as Defaults
-    from sdjax.config import to_dict
+    from sdjax import recipes
 
-    defaults = json.loads(json.dumps(to_dict(Defaults())))  # tuples become lists, as in the file
-    lines = [f"    c.{name} = {value!r}" for name, value in _differences(defaults, run.config)]
-    return "\n".join([
-        '"""Made by sdjax.report from the configuration of a run."""', "",
-        "from sdjax.config import default", "", "",
-        "def get_config():", "    c = default()", *lines, "    return c", "",
-    ])  # fmt: skip
-
-
-def _differences(defaults: Any, config: Config, prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in config.items():
-        default = defaults.get(name)
-        if isinstance(value, dict) and isinstance(default, dict):
-            found += _differences(default, value, f"{prefix}{name}.")
-        elif value != default or name not in defaults:
-            found.append((prefix + name, value))
-    return found
+    return recipes.recipe(run.config, "Made by sdjax.report from the configuration of a run.")
 
 
 def versions() -> dict[str, str]:

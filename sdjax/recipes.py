@@ -1,0 +1,59 @@
+"""A recipe file out of a configuration: what differs from the defaults, as `sdjax.main` runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sdjax.config import Config, to_dict
+
+
+def recipe(config: Mapping[str, Any], about: str) -> str:
+    """Python code with a `get_config()` that gives `config` again.
+
+    Args:
+        config: nested, as `to_dict` gives it or as config.json holds it.
+        about: docstring of the file.
+    """
+    defaults = json.loads(json.dumps(to_dict(Config())))  # tuples become lists, as in a file
+    lines = [f"    c.{name} = {_literal(value)}" for name, value in differences(defaults, config)]
+    quoted = about.replace("\\", "\\\\").replace('"""', "'''")
+    return "\n".join([
+        f'"""{quoted}"""', "",
+        "from sdjax.config import default", "", "",
+        "def get_config():", "    c = default()", *lines, "    return c", "",
+    ])  # fmt: skip
+
+
+def differences(
+    defaults: Mapping[str, Any], config: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any]]:
+    """(dotted name, value) of the fields of `config` that are not the defaults'."""
+    found = []
+    for name, value in config.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            found += differences(default, value, f"{prefix}{name}.")
+        elif name not in defaults or _plain(value) != default:
+            found.append((prefix + name, _plain(value)))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """With lists for tuples, as JSON has them; `resolve` makes tuples of them again."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _literal(value: Any) -> str:
+    """`repr`, which writes inf and nan as names that Python does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_literal(v)}' for k, v in value.items())}}}"
+    return repr(value)

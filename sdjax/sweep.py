@@ -1,0 +1,152 @@
+"""Find good values of a configuration's fields by training with many: a sweep.
+
+    python -m sdjax.sweep --config=configs/base.py --space=space.yaml --workdir=sweeps/first
+        [--trials=20] [--config.field=value ...]
+
+A space file says which fields are tried, within what, and when a trial is given up:
+
+    fields:
+      optim.learning_rate: {low: 1e-5, high: 1e-2, log: true}
+      data.batch_size: {low: 32, high: 256, step: 32}
+      objective.weighting: {choices: [uniform, min_snr]}
+    pruner: {name: median, startup_trials: 5}
+
+Each trial is a run of `python -m sdjax.main` in WORKDIR/trials/NNNN. Optuna chooses its values by
+what the trials before it gave, and it is stopped early where its validation loss falls behind
+theirs. A trial counts by its best validation, whose checkpoint is kept.
+
+Stop the sweep at any time; the same command goes on where it was, within a trial too. To run
+several trials at once start the same command several times, on one machine or on several that share
+WORKDIR: each takes the next trial, and those that another left behind by dying.
+
+At the end: a table with the best first, which fields mattered, WORKDIR/sweep.json with all of it,
+and WORKDIR/best.py, a recipe for `python -m sdjax.main --config=WORKDIR/best.py --workdir=DIR`.
+
+Exit codes: 0 done, or the rest is with other workers; 2 wrong input; 3 no trial came to its end; 75
+stopped by SIGTERM or Ctrl-C, to go on with the same command.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from sdjax import paths
+from sdjax.errors import UserError, explain
+from sdjax.main import parse
+
+if TYPE_CHECKING:
+    import optuna
+
+    from sdjax.train.sweep_study import Sweep
+
+# Flags of its own: those of `sdjax.main` say how processes of one run find each other.
+FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe that all trials start from; change its fields with "
+    "--config.FIELD=VALUE.", flag_values=FLAGS,
+)  # fmt: skip
+_SPACE = flags.DEFINE_string(
+    "space", None, "YAML file with the fields to try; see above and docs/evaluation.md.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the sweep, local or on NFS; made if it is not there.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_TRIALS = flags.DEFINE_integer(
+    "trials", 20, "How many, of all workers together; more can be had later by the same command.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
+
+NOTHING, STOPPED = 3, 75
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; `argv` with the program's name first."""
+    try:
+        rest = parse(list(argv), parser=FLAGS)
+        if _HELP.value:
+            print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
+            return 0
+        _check_flags(rest[1:])
+        return _run()
+    except paths.storage_errors(UserError, flags.Error) as error:
+        return explain(error)
+
+
+def _check_flags(rest: list[str]) -> None:
+    """Raise UserError for what is missing or too much."""
+    if rest:
+        raise UserError(f"unexpected arguments {rest}; options start with --")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for instance --config=configs/base.py")
+    if not isinstance(_CONFIG.value, ConfigDict):
+        name = config_flags.get_config_filename(FLAGS["config"])
+        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
+    if not _SPACE.value:
+        raise UserError("--space is missing, a YAML file with the fields to try; see --help")
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; for instance --workdir=sweeps/first")
+    if _TRIALS.value < 1:
+        raise UserError(f"--trials={_TRIALS.value}: expected 1 or more")
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("a sweep takes another package: pip install 'sdjax[sweep]' (it is Optuna)")
+
+
+def _run() -> int:
+    """With the flags checked."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.captureWarnings(True)  # Optuna warns of what it calls experimental
+    from sdjax.config import resolve
+    from sdjax.train.sweep_space import read_space
+    from sdjax.train.sweep_study import make_sweep
+    from sdjax.train.sweep_worker import Stopped, work
+
+    base = resolve(_CONFIG.value)
+    sweep = make_sweep(_WORKDIR.value or "", base, read_space(_SPACE.value or "", base))
+    try:
+        study = work(sweep, _TRIALS.value, tell=lambda line: print(line, flush=True))
+    except Stopped:
+        print(f"stopped; the same command goes on ({sweep.folder})", file=sys.stderr)
+        return STOPPED
+    return _show(sweep, study)
+
+
+def _show(sweep: Sweep, study: optuna.Study) -> int:
+    """The ranking and where everything is."""
+    from rich.console import Console
+
+    from sdjax.train import sweep_ranking
+    from sdjax.train.sweep_worker import unfinished
+
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(sweep_ranking.table(sweep, study))
+    if found := sweep_ranking.importances(study):
+        console.print(sweep_ranking.importance_table(found))
+    if left := unfinished(study):
+        numbers = ", ".join(str(trial.number) for trial in left)
+        print(f"not finished yet: {numbers}. If no other worker has them, run the same command")
+    print(f"all of it: {sweep.folder / sweep_ranking.RESULT}")
+    if sweep_ranking.best_config(sweep, study) is None:
+        print("no trial came to its end")
+        return 0 if left else NOTHING
+    best = sweep_ranking.ranking(sweep, study)[0]
+    print(f"the best model: {sweep.trial_folder(best.number)}")
+    print(
+        f"train it again: {sys.executable} -m sdjax.main "
+        f"--config={sweep.folder / sweep_ranking.BEST} --workdir=DIR"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

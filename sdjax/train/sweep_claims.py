@@ -1,0 +1,183 @@
+"""Which worker of a sweep has which trial: one small file for each trial that somebody works on.
+
+A file names host, process and the run it started, and counts a beat every few seconds. On the same
+host a worker is dead when its process is gone. On another it is taken for dead when its beat has
+stood still for `STALE` seconds by the watcher's own clock, so clocks need not agree.
+
+All changes happen under one lock file, which is made with O_EXCL: exclusive on local disks and on
+NFS from version 3. A lock that its owner left behind by dying is broken after 30 s.
+
+Limits: a worker on another host that is suspended, or cut off from the disk, for longer than
+`STALE` counts as dead. When it comes back it sees that its trial is another's, kills its run and
+leaves; until then two runs may write into one folder. Hosts must have different names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import JournalFileOpenLock
+
+from sdjax import paths
+
+BEAT, STALE = 10.0, 120.0  # seconds
+
+
+class Lost(Exception):
+    """Another worker has taken this one for dead."""
+
+
+class Claims:
+    """The claims of one worker.
+
+    Args:
+        folder: for the files, the same for all workers.
+    """
+
+    def __init__(self, folder: Path, *, beat: float = BEAT, stale: float = STALE):
+        self._folder, self._beat, self._stale = folder, beat, stale
+        folder.mkdir(parents=True, exist_ok=True)
+        self._token = uuid.uuid4().hex
+        self._count = 0
+        self._last = 0.0  # when the beat was written
+        self._seen: dict[int, tuple[str, float]] = {}  # first sight of another's unchanged claim
+        self._alive: set[int] = set()  # numbers whose claim was seen to beat
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone among the workers; for moments only."""
+        lock = JournalFileOpenLock(str(self._folder / "claims"))
+        lock.acquire()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):  # taken for left behind: we were too slow
+                lock.release()
+
+    def take(self, number: int) -> bool:
+        """Whether the trial is this worker's now: nobody had it, or somebody dead."""
+        with self.locked():
+            text = self._read(number)
+            if text and not self._is_dead(number, text):
+                return False
+            self._write(number, None)
+            return True
+
+    def undecided(self, number: int) -> bool:
+        """Whether it may still turn out that whoever has the trial is dead."""
+        text = self._read(number)
+        return bool(text) and number not in self._alive
+
+    def holder(self, number: int) -> str:
+        """Who has the trial, in words; "" if nobody."""
+        held = _parse(self._read(number))
+        return f"process {held['pid']} on {held['host']}" if held else ""
+
+    def beat(self, number: int, child: subprocess.Popen | None, *, now: bool = False) -> None:
+        """Say that this worker lives, if it is time; raises Lost if another has the trial."""
+        if not now and time.monotonic() - self._last < self._beat:
+            return
+        with self.locked():
+            held = _parse(self._read(number))
+            if held is None or held["token"] != self._token:
+                raise Lost
+            self._write(number, child)
+
+    def release(self, number: int) -> None:
+        """Give the trial up, if it is this worker's."""
+        with self.locked():
+            held = _parse(self._read(number))
+            if held is not None and held["token"] == self._token:
+                self._file(number).unlink(missing_ok=True)
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:04d}.json"
+
+    def _read(self, number: int) -> str:
+        try:
+            return self._file(number).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def _write(self, number: int, child: subprocess.Popen | None) -> None:
+        self._count += 1
+        self._last = time.monotonic()
+        content = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "child": child.pid if child is not None else None,
+            "child_started": _started(child.pid) if child is not None else None,
+            "beat": self._count,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        paths.write_text(self._file(number), json.dumps(content, indent=2) + "\n")
+
+    def _is_dead(self, number: int, text: str) -> bool:
+        held = _parse(text)
+        if held is not None and held["host"] == socket.gethostname():
+            if _is_running(held["pid"], held["started"]):
+                self._alive.add(number)
+                return False
+            self._alive.discard(number)
+            if held["child"] is None or not _is_running(held["child"], held["child_started"]):
+                return True
+            # Its run outlived it: asked to stop, it saves, and the trial is free.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(held["child"], signal.SIGTERM)
+            return False
+        seen, since = self._seen.get(number, ("", 0.0))
+        if seen != text:
+            if seen:
+                self._alive.add(number)
+            self._seen[number] = (text, time.monotonic())
+            return False
+        if time.monotonic() - since > self._stale:
+            self._alive.discard(number)
+            return True
+        return False
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A claim's content; None if there is none, or it cannot be read."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks, so that a number that is used again is told apart."""
+    try:
+        # proc(5): field 22, counted after the name, which is in parentheses.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None  # no Linux, or gone
+
+
+def _is_running(pid: int, started: str | None) -> bool:
+    """Whether the process is there, and the one that had the number then; a zombie is not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    if started is None:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return _started(pid) == started and state != "Z"
