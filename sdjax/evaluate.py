@@ -289,8 +289,7 @@ def _search(
     _, best = ema_lengths.search(session, lengths, output, track=progress, tell=tell)
     return (
         f"\nbest: {best.length:g}, with {best.metric} {number(best.estimate.value)}\n"
-        f"the model with it, as sdjax.sample and diffusers read it: {best.model}\n"
-        f"as one file: {best.command}\n\n{output / FILE}, with the curve beside it"
+        f"make a model of it: {best.command}\n\n{output / FILE}, with the curve beside it"
     )
 
 

@@ -261,13 +261,13 @@ def test_the_best_length_of_average_is_found(run, snapshots, whole, capsys):
     assert curve["y"][0] == pytest.approx(own, rel=1e-4)
     best = found["best_ema_length"]
     assert best["length"] == 0.05 and best["command"] in shown and "best: 0.05" in shown
-    params = read_any(best["model"]).params  # the snapshot's own, and whatever was not trained
-    for path, value in read_any(run).params.items():
-        np.testing.assert_allclose(params[path], value, rtol=1e-4, atol=1e-5)
-    command = shlex.split(best["command"])
-    assert command[:3] == ["python", "-m", "sdjax.convert"] and convert.main(command[3:]) == 0
     assert found["weights"] == "power-0.05" and found["step"] == 4
     assert Image.open(folder / "ema_length.png").width > 100
+    command = shlex.split(best["command"])
+    assert command[:3] == ["python", "-m", "sdjax.convert"] and convert.main(command[3:]) == 0
+    params = read_any(folder / "diffusers").params
+    for path, value in read_any(run).params.items():  # the snapshot's, and what was not trained
+        np.testing.assert_allclose(params[path], value, rtol=1e-4, atol=1e-5)
 
 
 def test_lengths_of_pictures_go_on_too(snapshots, tmp_path):

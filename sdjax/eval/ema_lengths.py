@@ -7,6 +7,7 @@ of any other relative width can be made afterwards. Each of a range of widths is
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,6 @@ from sdjax.eval.evaluation import Inputs, Results
 from sdjax.eval.loading import Loaded
 from sdjax.eval.session import Session, Track
 from sdjax.train import ema
-from sdjax.train.pretrained import write_diffusers
 
 CURVE = "ema_length"
 
@@ -67,15 +67,11 @@ def check(loaded: Loaded | None) -> tuple[list[ema.Snapshot], paths.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best length, what it gives, and the diffusers folder of the model with that average.
-
-    command: what converts it to a single file.
-    """
+    """The best length, what it gives, and the command that makes a model with that average."""
 
     length: float
     metric: str
     estimate: Estimate
-    model: paths.Path
     command: str
 
 
@@ -89,8 +85,8 @@ def search(
 ) -> tuple[Results, Best]:
     """Evaluate each length by the session's first metric.
 
-    Writes metrics.json, ema_length.png and diffusers/, the model with the best one. Each length's
-    own evaluation is in lengths/LENGTH, where it goes on after a stop.
+    Writes metrics.json and ema_length.png. Each length's own evaluation is in lengths/LENGTH, where
+    it goes on after a stop.
 
     Args:
         tell: is told what each length gave.
@@ -117,20 +113,23 @@ def search(
         warnings = results.warnings
     more = found[0][1].higher_is_better
     length, estimate = (max if more else min)(found, key=lambda pair: pair[1].value)
-    model = folder / "diffusers"
-    command = f"python -m sdjax.convert --input={model} --output={folder / 'model.safetensors'}"
-    best = Best(length, name, estimate, model, command)
+    best = Best(length, name, estimate, convert_command(workdir, folder, length, step))
     results = Results({name: estimate}, {CURVE: _curve(found, name)}, warnings)
     if jax.process_index() == 0:
-        params = dict(loaded.found.params) | ema.reconstruct(snapshots, length, step)
-        write_diffusers(model, dataclasses.replace(loaded.found, params=params), overwrite=True)
         about = session.about() | {"weights": f"power-{length:g}", "step": step}
         about["best_ema_length"] = {
-            "length": length, "metric": name, "value": estimate.value, "model": str(model),
-            "command": command,
+            "length": length, "metric": name, "value": estimate.value, "command": best.command,
         }  # fmt: skip
         evaluation_output.write(folder, about, Inputs(), results)
     return results, best
+
+
+def convert_command(workdir: paths.Path, folder: paths.Path, length: float, step: int) -> str:
+    """What writes the model with the average of this length as a diffusers folder."""
+    options = (f"--input={workdir}", f"--output={folder / 'diffusers'}")
+    return shlex.join(
+        ["python", "-m", "sdjax.convert", *options, f"--ema_length={length:g}", f"--step={step}"]
+    )
 
 
 def _newest(snapshots: list[ema.Snapshot], limit: int | None, workdir: paths.Path) -> int:
