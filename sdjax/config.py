@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from sdjax.data.mixture import Part
 from sdjax.data.pipeline import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.diffusion.losses import check as check_objective
@@ -170,6 +171,19 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """From step `start` on the run goes on with these; what is 0, None or () stays as it was."""
+
+    start: int = 0  # optimizer steps done before it
+    resolution: int = 0  # data.resolution
+    batch_size: int = 0  # data.batch_size
+    mixture: tuple[Part, ...] = ()  # data.mixture, its own steps counted from `start`
+    timestep_min: int | None = None  # objective.timestep_min
+    timestep_max: int | None = None  # objective.timestep_max
+    learning_rate: float | None = None  # optim.learning_rate, the peak of the one schedule
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -190,6 +204,7 @@ class Config:
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
     mesh: MeshConfig = MeshConfig()
+    stages: tuple[Stage, ...] = ()  # a curriculum: what changes on the way, in order
     compilation_cache: str = ""  # folder of XLA's persistent cache; "" is ~/.cache/sdjax/xla
 
     def __post_init__(self):
@@ -213,6 +228,37 @@ class Config:
             )
         if self.task == "text_to_image":
             check_objective(self.schedule, self.objective)
+        starts = [0, *(stage.start for stage in self.stages)]
+        if sorted(set(starts)) != starts:
+            raise ValueError(f"stages start at {starts[1:]}; expected rising steps above 0")
+        for i, stage in enumerate(self.stages):
+            try:
+                self.at_step(stage.start)
+            except ValueError as error:
+                raise ValueError(f"stages[{i}]: {error}") from error
+
+    def at_step(self, step: int) -> Config:
+        """The configuration in force after `step` optimizer steps, without stages."""
+        begun = [stage for stage in self.stages if stage.start <= step]
+        groups: dict[str, dict[str, Any]] = {"data": {}, "objective": {}, "optim": {}}
+        for stage in begun:
+            for group, names in _STAGED.items():
+                changed = {name: getattr(stage, name) for name in names}
+                groups[group] |= {k: v for k, v in changed.items() if v not in (None, ())
+                                  and (v or group != "data")}  # fmt: skip
+        replaced = {
+            group: dataclasses.replace(getattr(self, group), **fields)
+            for group, fields in groups.items()
+        }
+        return dataclasses.replace(self, stages=(), **replaced)
+
+
+# The groups of the configuration that a stage's fields belong to.
+_STAGED = {
+    "data": ("resolution", "batch_size", "mixture"),
+    "objective": ("timestep_min", "timestep_max"),
+    "optim": ("learning_rate",),
+}
 
 
 def default() -> ml_collections.ConfigDict:

@@ -57,14 +57,15 @@ class Looks:
         """JSON-able, for the checkpoint."""
         return {"selection": self.selection.get_state()}
 
-    def resume(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Judge as the run that was saved would have; the checkpoint may be older than this."""
         if "selection" in state:
             self.selection.set_state(state["selection"])
 
-    def wants_checkpoint(self, done: int, steps: int) -> bool:
-        """After `look`: the step is the last, or the best so far."""
-        return done == steps or self.selection.stops or done == self.selection.step
+    def wants_checkpoint(self, done: int, end: int) -> bool:
+        """After `look`: it is time for one, or step `done` is the last or the best so far."""
+        regular = done % self._config.train.checkpoint_every == 0
+        return regular or done == end or self.selection.stops or done == self.selection.step
 
     def _draws(self, done: int) -> bool:
         return _every(done, self._config.train.sample_every) and done < self._config.train.steps

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from sdjax import paths
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import make_iterator
-from sdjax.parallel.batches import check_batch, global_batch, shares
+from sdjax.parallel.batches import global_batch, shares
 from sdjax.parallel.mesh import make_mesh
-from sdjax.train import agreement, report, rollback, startup
-from sdjax.train.checkpoint import Checkpoints
+from sdjax.train import agreement, report, rollback, stages, startup
+from sdjax.train.checkpoint import Checkpoints, latest_step
 from sdjax.train.encode_dataset import check_encoded
 from sdjax.train.finish import finish
 from sdjax.train.health import Diverged
@@ -38,20 +40,24 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     """
     while True:
         try:
-            return _train(config, workdir, dry_run)
+            code = _train(config, workdir, dry_run)
+            if code is not None:
+                return code
         except Spike as spike:
-            told = rollback.record(paths.to_path(workdir), spike)
-        if jax.process_index() == 0:
-            print(told, flush=True)
+            report.announce_line(rollback.record(paths.to_path(workdir), spike))
 
 
-def _train(config: Config, workdir: str, dry_run: bool) -> int:
-    """`run`, but for a `Spike`, which it raises if the run may still go back."""
+def _train(config: Config, workdir: str, dry_run: bool) -> int | None:
+    """One stage of the run, from its newest checkpoint; None if another stage follows.
+
+    Raises:
+        Spike: the run may go back.
+    """
     # 1. Devices.
     agreement.check_config(config)
     startup.enable_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh)
-    check_batch(config.data.batch_size, config.train.accumulation, mesh)
+    stages.check(config, mesh)
     if dry_run:
         return report.describe(config, mesh)
     folder = paths.to_path(workdir)
@@ -60,9 +66,14 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
 
     # 2. Networks, their weights, the tokenizer; what is trained and what is not.
     assembled = startup.load(config, folder, saved)
-    config, tokenizers = assembled.config, assembled.tokenizers
+    whole, tokenizers = assembled.config, assembled.tokenizers
+    newest = latest_step(folder)
+    stages.check_data(whole, newest or 0)
+    if saved is not None:
+        stages.check_begun(saved, whole, newest or 0)
+    stage = stages.segment_at(whole, newest or 0)
+    config, steps = stage.config, whole.train.steps
     task = make_task(config, tokenizers)
-    steps, batch_size = config.train.steps, config.data.batch_size
 
     # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
     program = build(config, task, mesh)
@@ -77,18 +88,19 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
         tokenizers,
         with_size="size" in task.example,
         split=config.data.split,
-        seed=config.seed,
+        seed=stage.seed,
         process_index=share.index,
         process_count=share.count,
     )
     went_back = rollback.read(folder)
-    data.pass_over(event["batch"] for event in went_back)
+    data.pass_over(event["batch"] for event in went_back if event["first"] == stage.first)
     agreement.check_data(data.get_state(), data.summary.lines)
     looks = Looks(config, task, tokenizers, mesh, folder)  # here: its splits may not be there
-    frozen = startup.place_frozen(config, folder, assembled, split, mesh, resumed=saved is not None)
-    if checkpoints.latest_step() is not None:
-        start, state, data_state, _ = checkpoints.restore(program.state)
-        data.set_state(data_state["iterator"])
+    frozen = startup.place_frozen(whole, folder, assembled, split, mesh, resumed=saved is not None)
+    if newest is not None:
+        start, state, before, _ = checkpoints.restore(program.state, newest)
+        if start > stage.first:
+            data.set_state(before["iterator"])
     else:
         start = 0
         params = startup.initial_params(config, task, assembled, split, mesh)
@@ -105,8 +117,9 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
     telemetry = Telemetry(
         folder,
         total_steps=steps,
-        batch_size=batch_size,
+        batch_size=config.data.batch_size,
         start_step=start,
+        images_seen=functools.partial(stages.images_seen, whole),
         flops_per_image=mfu_flops(config),
     )
     report.announce_data(data.summary, telemetry, start)
@@ -118,10 +131,13 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
         make_lr_schedule(config.optim, steps),
         data.examples_per_epoch,
         rollbacks=len(went_back),
+        first=stage.first,
     )
     if start:
-        watch.resume(data_state["watch"], state["health"])
-        looks.resume(data_state)
+        watch.resume(state["health"])
+    if start > stage.first:  # what was usual in one stage is not in the next
+        watch.set_state(before["watch"])
+        looks.set_state(before)
 
     def save(done: int) -> None:
         watch.flush()
@@ -129,15 +145,15 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
             telemetry.flush()  # a kill after the save must not lose lines from before it
             position = {"iterator": data.get_state(), "watch": watch.get_state()}
             checkpoints.pin(looks.selection.step)
-            checkpoints.save(done, state, position | looks.get_state(), to_dict(config))
+            checkpoints.save(done, state, position | looks.get_state(), to_dict(whole))
 
     # 5. The loop.
     try:
         with StopSignal() as stop, telemetry, checkpoints:
             if start == 0:
-                telemetry.hparams(to_dict(config))
+                telemetry.hparams(to_dict(whole))
             done = start
-            while done < steps and not looks.selection.stops:
+            while done < stage.end and not looks.selection.stops:
                 done += 1
                 shape = data.next_shape
                 with watch.waiting():
@@ -153,7 +169,7 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
                     watch.flush()
                     with telemetry.pause():
                         looks.look(done, state, frozen, telemetry)
-                if done % config.train.checkpoint_every == 0 or looks.wants_checkpoint(done, steps):
+                if looks.wants_checkpoint(done, stage.end):
                     save(done)
                 if stop.requested(done) and done < steps:
                     save(done)
@@ -163,6 +179,11 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int:
                         "again to go on"
                     )
                     return STOPPED
+
+            if done == stage.end < steps and not looks.selection.stops:
+                watch.flush()
+                checkpoints.wait()
+                return None
 
             # 6. The end: pictures, a diffusers folder, and where it all is.
             watch.flush()

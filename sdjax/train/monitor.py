@@ -29,6 +29,7 @@ class Watch:
         examples_per_epoch: of the training data.
         rollbacks: done so far; while there are fewer than the configuration allows, a spike is
             raised as `Spike`.
+        first: steps done when the stream of data began.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Watch:
         learning_rate: Callable[[int], Any],
         examples_per_epoch: int,
         rollbacks: int = 0,
+        first: int = 0,
     ):
         self._train, self._batch_size = config.train, config.data.batch_size
         self._telemetry, self._folder = telemetry, folder
         self._tokenizer = next(iter(tokenizers.values()), None)
+        self._first = first
         self._learning_rate, self._examples_per_epoch = learning_rate, examples_per_epoch
         self._rollbacks, self._rollbacks_left = rollbacks, config.train.rollbacks - rollbacks
         self._spikes = {
@@ -60,11 +63,14 @@ class Watch:
         """JSON-able, for the checkpoint."""
         return {"spikes": {what: found.get_state() for what, found in self._spikes.items()}}
 
-    def resume(self, state: Mapping[str, Any], health: Mapping[str, jax.Array]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Judge as the run that was saved would have."""
         for what, detector in self._spikes.items():
             if what in state["spikes"]:  # not in the checkpoints of the time before there were two
                 detector.set_state(state["spikes"][what])
+
+    def resume(self, health: Mapping[str, jax.Array]) -> None:
+        """Count skipped steps on from those of the state."""
         self._nonfinite = NonFiniteCounter(
             self._train.max_nonfinite,
             in_a_row=int(health["in_a_row"]),
@@ -99,7 +105,8 @@ class Watch:
                 updates = done - self._nonfinite.total  # a skipped step does not move the schedule
                 scalars["learning_rate"] = float(self._learning_rate(max(updates - 1, 0)))
                 scalars["rollbacks"] = self._rollbacks
-                scalars["epoch"] = done * self._batch_size / self._examples_per_epoch
+                images = (done - self._first) * self._batch_size  # of this stream of data
+                scalars["epoch"] = images / self._examples_per_epoch
                 if self._tokenizer is not None:  # since the start of this process
                     scalars["truncated_captions"] = self._tokenizer.truncated
                 self._telemetry.log(done, scalars)
@@ -111,7 +118,7 @@ class Watch:
             mean = self._spikes[what].mean
             if self._spikes[what].observe(value) and finite:
                 if self._rollbacks_left > 0:
-                    raise Spike(done, what, value, mean)
+                    raise Spike(done, what, value, mean, self._first)
                 self._interval.spikes += 1
                 self._telemetry.message(
                     f"step {done}: {what} {value:.3g} stands out of its running mean {mean:.3g}"

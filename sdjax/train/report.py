@@ -54,6 +54,12 @@ def announce(
     print("\n".join([*lines, *assembled.notes]), flush=True)
 
 
+def announce_line(text: str) -> None:
+    """Print on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def announce_data(summary: Summary, telemetry: Telemetry, start: int) -> None:
     """The datasets and buckets, what is left out and why; once a run also as scalars."""
     telemetry.message("\n".join(summary.lines))

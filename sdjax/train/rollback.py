@@ -20,15 +20,20 @@ FILE = "rollbacks.json"
 
 
 class Spike(RuntimeError):
-    """A loss or gradient norm stands far out of its running mean, and the run may go back."""
+    """A loss or gradient norm stands far out of its running mean, and the run may go back.
 
-    def __init__(self, step: int, what: str, value: float, mean: float):
+    first: steps done when the stream of data began.
+    """
+
+    def __init__(self, step: int, what: str, value: float, mean: float, first: int = 0):
         self.step, self.what, self.value, self.mean = step, what, value, mean
+        self.first = first
         super().__init__(f"step {step}: {what} {value:.3g}, running mean {mean:.3g}")
 
 
 def read(folder: paths.Path) -> list[dict[str, Any]]:
-    """What happened so far: "step", "batch" (its number in the stream), "what", "value", "mean".
+    """What happened so far: "step", "what", "value", "mean", and which batch it was: number "batch"
+    of the stream of data that began after "first" steps.
 
     Raises:
         UserError: the file cannot be read.
@@ -51,8 +56,9 @@ def record(folder: paths.Path, spike: Spike) -> str:
     The next time its batch is passed over.
     """
     events = read(folder)
-    number = batch_of(spike.step, {event["batch"] for event in events})
-    events.append({"step": spike.step, "batch": number, "what": spike.what,
+    passed_over = {event["batch"] for event in events if event["first"] == spike.first}
+    number = batch_of(spike.step - spike.first, passed_over)
+    events.append({"step": spike.step, "first": spike.first, "batch": number, "what": spike.what,
                    "value": spike.value, "mean": spike.mean})  # fmt: skip
     hosts.wait_for_all("rollback read")
     if jax.process_index() == 0:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,6 +133,7 @@ class Telemetry:
       start_step: steps done before, when resuming; later lines of `metrics.jsonl` are dropped.
       flops_per_image: of one training step; None = no MFU.
       terminal: draw a progress bar; by default, if stdout is a terminal.
+      images_seen: by steps done; by default `batch_size` a step.
     """
 
     def __init__(
@@ -144,9 +145,11 @@ class Telemetry:
         start_step: int = 0,
         flops_per_image: float | None = None,
         terminal: bool | None = None,
+        images_seen: Callable[[int], int] | None = None,
     ):
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image = flops_per_image
+        self._images_seen = images_seen or (lambda step: step * batch_size)
         self.throughput = Throughput(batch_size)
         self._speed: float | None = None
         self._writer = None
@@ -192,7 +195,7 @@ class Telemetry:
         """
         speed = self.throughput.measure()
         self._speed = self._speed if speed is None else speed
-        scalars = dict(metrics) | {"images_seen": step * self.batch_size}
+        scalars = dict(metrics) | {"images_seen": self._images_seen(step)}
         if speed is not None:
             scalars["images_per_second"] = speed
             mfu = self._mfu(speed)
