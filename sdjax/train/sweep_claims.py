@@ -51,7 +51,7 @@ class Claims:
         self._count = 0
         self._last = 0.0  # when the beat was written
         self._seen: dict[int, tuple[str, float]] = {}  # first sight of another's unchanged claim
-        self._alive: set[int] = set()  # numbers whose claim was seen to beat
+        self._alive: set[str] = set()  # tokens of workers that were seen to live
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -76,7 +76,7 @@ class Claims:
     def undecided(self, number: int) -> bool:
         """Whether it may still turn out that whoever has the trial is dead."""
         text = self._read(number)
-        return bool(text) and number not in self._alive
+        return bool(text) and (_parse(text) or {}).get("token") not in self._alive
 
     def holder(self, number: int) -> str:
         """Who has the trial, in words; "" if nobody."""
@@ -125,12 +125,13 @@ class Claims:
         paths.write_text(self._file(number), json.dumps(content, indent=2) + "\n")
 
     def _is_dead(self, number: int, text: str) -> bool:
-        held = _parse(text)
-        if held is not None and held["host"] == socket.gethostname():
+        held = _parse(text) or {}
+        token = held.get("token", "")
+        if held.get("host") == socket.gethostname():
             if _is_running(held["pid"], held["started"]):
-                self._alive.add(number)
+                self._alive.add(token)
                 return False
-            self._alive.discard(number)
+            self._alive.discard(token)
             if held["child"] is None or not _is_running(held["child"], held["child_started"]):
                 return True
             # Its run outlived it: asked to stop, it saves, and the trial is free.
@@ -139,12 +140,12 @@ class Claims:
             return False
         seen, since = self._seen.get(number, ("", 0.0))
         if seen != text:
-            if seen:
-                self._alive.add(number)
+            if (_parse(seen) or {}).get("token") == token:
+                self._alive.add(token)
             self._seen[number] = (text, time.monotonic())
             return False
         if time.monotonic() - since > self._stale:
-            self._alive.discard(number)
+            self._alive.discard(token)
             return True
         return False
 

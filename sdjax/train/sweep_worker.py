@@ -116,9 +116,13 @@ def _next(worker: Worker, trials: int) -> int | None:
     claims, told = worker.claims, set[int]()
     while True:
         there = worker.study.get_trials(deepcopy=False)
-        open_ = [t.number for t in there if not t.state.is_finished()]
-        open_ += [len(there)] if len(there) < trials else []
-        for number in open_:
+        begun = [t.number for t in there if not t.state.is_finished()]
+        new = [len(there)] if len(there) < trials else []
+        for number in begun + new:
+            # What a dead worker left behind comes first, so that an interruption changes nothing
+            # of what later trials are suggested by; so first it must be known who is dead.
+            if number in new and any(claims.undecided(n) for n in begun):
+                break
             if claims.take(number):
                 if _is_open(worker, number):
                     return number
@@ -128,15 +132,15 @@ def _next(worker: Worker, trials: int) -> int | None:
         now = worker.study.get_trials(deepcopy=False)
         if [t.state for t in now] != [t.state for t in there]:
             continue  # something has begun or ended since we looked
-        free = [number for number in open_ if not claims.holder(number)]
+        free = [n for n in begun if not claims.holder(n)]
+        waiting = [n for n in begun if claims.undecided(n)]
         # What is claimed and not begun will be in a moment, and there may be one after it.
-        waiting = [n for n in open_ if n == len(there) or claims.undecided(n)]
-        if not waiting and not free:
-            for number in open_:
+        if not (new or free or waiting):
+            for number in begun:
                 worker.tell(f"trial {number} is left to {claims.holder(number)}")
             return None
         for number in waiting:
-            if number < len(there) and number not in told:
+            if number not in told:
                 told.add(number)
                 worker.tell(f"trial {number}: seeing whether {claims.holder(number)} lives")
         time.sleep(worker.poll)
