@@ -5,8 +5,8 @@
     python benchmarks/tpu_plans.py --table          # compile nothing, print the tables
 
 Each plan is `python -m sdjax.plan` with the flags printed beside its result; the answer goes to
-docs/plans/NAME.json. The compiler takes some 20 minutes of processor time for each of v5p, and more
-than 44 for v5e and v6e, and 14 GB of memory. What it has compiled before it takes from its cache.
+docs/plans/NAME.json. The compiler takes some 20 minutes of processor time for each of v5p, and 48
+for v6e, and 14 GB of memory. What it has compiled before it takes from its cache.
 
 The peer: MaxDiffusion on v5p, 86.4 images/s/chip on 8 chips and 79.4 on 64 (MLPerf Training 4.1,
 "stable_diffusion": SD2-base at 512 px with cached latents, which saves the VAE's encoder).

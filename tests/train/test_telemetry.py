@@ -447,7 +447,7 @@ def test_tensorflow_is_quiet_and_sees_no_accelerator(writers):
 def test_waiting_for_data_counts_where_nothing_else_runs():
     metrics = {
         "finite": True, "loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0, "grad_norms": {},
-        "param_norms": {}, "aux": {}, "health": {"skipped": 0},
+        "param_norms": {}, "update_ratios": {}, "aux": {}, "health": {"skipped": 0},
     }  # fmt: skip
     for busy in (True, False):
         interval = Interval(1000)
