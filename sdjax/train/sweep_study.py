@@ -44,6 +44,7 @@ class Sweep:
     """What is swept; the same for all workers.
 
     folder: absolute and local (or NFS), since the journal is a file that grows.
+    metric: of the base configuration, see `metric_of`.
     """
 
     folder: Path
@@ -51,6 +52,12 @@ class Sweep:
     space: Space
     metric: str
     mode: str
+
+    def metric_of(self, config: Config) -> str:
+        """What a trial is judged by: what the space file or `validation.metric` names, else the
+        loss of the weights that it would be drawn with, whose name is its own."""
+        own = f"validation/{evaluated_set(config.ema.profiles)}/loss"
+        return self.space.metric or config.validation.metric or own
 
     def trial_folder(self, number: int) -> Path:
         """The workdir of a trial."""
@@ -68,9 +75,9 @@ def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
             f"--workdir={folder}: a sweep's journal is a file that grows, which a bucket does not "
             "have; take a local folder, or one on NFS for workers on several machines"
         )
-    own = f"validation/{evaluated_set(base.ema.profiles)}/loss"
-    metric = space.metric or base.validation.metric or own
     mode = space.mode or base.validation.mode
+    sweep = Sweep(Path(folder).expanduser().resolve(), base, space, "", mode)
+    metric = sweep.metric_of(base)
     if metric.startswith("validation"):
         if not base.validation.examples:
             raise ConfigError(
@@ -84,7 +91,7 @@ def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
                 f"{space.pruner['name']} would see nothing before the end; validate more often, or "
                 "write `pruner: none` into the space file"
             )
-    return Sweep(Path(folder).expanduser().resolve(), base, space, metric, mode)
+    return dataclasses.replace(sweep, metric=metric)
 
 
 def begin(sweep: Sweep, claims: Claims) -> None:

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sdjax import paths
-from sdjax.config import to_dict
+from sdjax.config import Config, to_dict
 from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.recipes import recipe
@@ -174,7 +174,7 @@ def _run(worker: Worker, number: int) -> None:
     about = f"Trial {number} of the sweep in {sweep.folder}: {shown}."
     folder.mkdir(parents=True, exist_ok=True)
     paths.write_text(folder / "recipe.py", recipe(to_dict(config), about))
-    follow = Follower(worker, trial, config.train.steps)
+    follow = Follower(worker, trial, config)
     began = time.monotonic()
     code = None if follow.look() else _watch(worker, number, follow)
     trial.set_user_attr("seconds", round(time.monotonic() - began, 1))
@@ -188,8 +188,9 @@ class Follower:
     does not depend on when they are seen.
     """
 
-    def __init__(self, worker: Worker, trial: optuna.Trial, steps: int):
-        self._worker, self._trial, self._steps = worker, trial, steps
+    def __init__(self, worker: Worker, trial: optuna.Trial, config: Config):
+        self._worker, self._trial, self._steps = worker, trial, config.train.steps
+        self.metric = worker.sweep.metric_of(config)
         self._file = worker.sweep.trial_folder(trial.number) / "metrics.jsonl"
         saved = worker.study.get_trials(deepcopy=False)[trial.number]
         self.values = dict(saved.intermediate_values)
@@ -200,15 +201,14 @@ class Follower:
 
     def look(self) -> bool:
         """Read what is new; True if the trial is pruned."""
-        metric = self._worker.sweep.metric
-        for step, value in sweep_run.read_values(self._file, metric).items():
+        for step, value in sweep_run.read_values(self._file, self.metric).items():
             if self.pruned:
                 break
             if step in self.values:
                 continue
             self._trial.report(value, step)
             self.values[step] = value
-            self._worker.tell(f"trial {self._trial.number}: step {step}, {metric} {value:.5g}")
+            self._worker.tell(f"trial {self._trial.number}: step {step}, {self.metric} {value:.5g}")
             self.pruned = self._is_hopeless()
         return self.pruned
 
@@ -276,11 +276,11 @@ def _judge(worker: Worker, trial: optuna.Trial, follow: Follower, code: int | No
         _failed(worker, trial, f"ended with {how}; {folder / sweep_run.LOG} ends\n{words}")
     elif found is None:
         has = ", ".join(sweep_run.names(folder / "metrics.jsonl")) or "nothing"
-        reason = f"no finite {sweep.metric} in {folder / 'metrics.jsonl'}, which has {has}"
+        reason = f"no finite {follow.metric} in {folder / 'metrics.jsonl'}, which has {has}"
         _failed(worker, trial, reason, wrong=not follow.values)
     else:
         worker.study.tell(trial, found[1])
-        worker.tell(f"trial {number}: {sweep.metric} {found[1]:.5g} at step {found[0]}")
+        worker.tell(f"trial {number}: {follow.metric} {found[1]:.5g} at step {found[0]}")
 
 
 def _failed(worker: Worker, trial: optuna.Trial, reason: str, *, wrong: bool | None = None) -> None:

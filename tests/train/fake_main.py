@@ -30,6 +30,8 @@ behaviour = ""
 for name, trial in re.findall(r"(\w+)@(\S+)", os.environ.get("FAKE", "")):
     if trial == "*" or int(trial) == int(folder.name):
         behaviour = name
+profile = re.search(r"c\.ema\.profiles = \['([^']+)'", recipe)
+name = f"validation/{profile[1] if profile else 'warmup-0.9999'}/loss"
 file = folder / "metrics.jsonl"
 done = len(file.read_text().splitlines()) if file.exists() else 0
 with open(folder / "starts", "a") as starts:
@@ -50,7 +52,7 @@ while done * 10 < steps:
     loss = (math.log10(rate) + 3) ** 2 + 1 / done
     value = "NaN" if behaviour == "diverge" else loss
     with open(file, "a") as metrics:
-        row = {"step": done * 10, "train/loss": 1.0, "validation/warmup-0.9999/loss": value}
+        row = {"step": done * 10, "train/loss": 1.0, name: value}
         metrics.write(json.dumps(row) + "\n")
     if behaviour == "diverge":
         sys.exit(3)
