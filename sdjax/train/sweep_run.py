@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -14,7 +13,14 @@ from pathlib import Path
 
 LOG = "sweep.log"  # what the run printed, in its workdir
 GRACE = 300.0  # seconds that a run has to save after SIGTERM
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+# Ask for SIGTERM when the parent dies (prctl(2), PR_SET_PDEATHSIG), and become the command. In a
+# process of its own, since code between fork and exec may hang where JAX has threads.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen:
@@ -24,18 +30,12 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen:
     Linux it is told to stop when the sweep dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prepare: Callable[[], object] | None = None
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        number = signal.SIGTERM
-
-        def prepare() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, number)
-
+        command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
     with open(folder / LOG, "ab") as log:
         return subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=prepare,
+            start_new_session=True,
         )  # fmt: skip
 
 
