@@ -13,6 +13,8 @@ from sdjax.train.changes import BREAKING, MISSING, compare_configs
 
 # What a run may change half-way, and why that is no break.
 HARMLESS = (
+    "stages",  # those that have begun are checked by themselves
+    "validation.*",
     # The weight of a loss, and what pictures are told: the state means the same.
     "objective.timestep_*", "objective.stratified", "objective.logit_*", "objective.mode_scale",
     "objective.weighting", "objective.min_snr_gamma", "objective.p2_*", "objective.sigma_data",
