@@ -7,7 +7,8 @@
 # Start   launch/local.sh 2 --config=configs/base.py --workdir=runs/two
 #         GPUS=1 launch/local.sh 8 --config=... --workdir=...
 #         VERB=sdjax.sweep GPUS=1 launch/local.sh 8 --config=... --space=... --workdir=...
-#         Another verb is not joined: each process works by itself, as the workers of a sweep do.
+#         Another verb is not joined: each process works by itself, as the workers of a sweep do,
+#         and the end of one does not concern the others.
 # Stop    Ctrl-C or SIGTERM: passed on to every process; all save together and exit with 75.
 # Resume  the same command; another number of processes will do too.
 #
@@ -86,7 +87,7 @@ while [ ${#waiting[@]} -gt 0 ]; do
     wait "$pid"
     code=$?
     if [ "$(rank $code)" -gt "$(rank $worst)" ]; then worst=$code; fi
-    if [ $code -ne 0 ] && [ -z "$deadline" ]; then
+    if [ $code -ne 0 ] && [ -z "$deadline" ] && [ "$VERB" = sdjax.main ]; then
       deadline=$((SECONDS + GRACE))
       # After 75 the others are on their way out by themselves: all hosts save together.
       if [ $code -ne 75 ]; then

@@ -161,6 +161,10 @@ def test_local_leaves_the_workers_of_a_sweep_to_themselves(stubs, record):
         ["-u", "-m", "sdjax.sweep", "--config=x", "--space=y"]
     ] * 2
     assert {call[2] for call in record()} == {"0", "1"}
+    # One that dies leaves its trial to the others.
+    behave = '[ "$CUDA_VISIBLE_DEVICES" = 1 ] && kill -KILL $$; sleep 1; echo done'
+    run = bash("local.sh", "2", "--config=x", VERB="sdjax.sweep", GPUS="1", BEHAVE=behave)
+    assert run.returncode == 137 and "[0] done" in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize(
