@@ -53,6 +53,8 @@ def get_config():
     c.train.log_every = 50
     c.train.sample_every = 1000
     c.train.checkpoint_every = 1000
+    c.validation.examples = 128  # a validation then takes some seconds
+    c.validation.train_examples = 128
     c.sample.guidance = 3.0
     c.sample.sampler.steps = 25
     c.sample.fidelity = 256

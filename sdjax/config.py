@@ -28,6 +28,7 @@ from sdjax.models.vae import VAEConfig
 from sdjax.parallel.mesh import MeshConfig
 from sdjax.train.ema import EMAConfig
 from sdjax.train.optim import OptimConfig
+from sdjax.train.validation_config import ValidationConfig
 
 T = TypeVar("T")
 
@@ -132,45 +133,6 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ValidationConfig:
-    """The loss on a fixed choice of held-out examples, and what follows from it."""
-
-    every: int = 1000  # steps between; 0: only at the end
-    examples: int = 256  # of data.eval_split; 0: no validation
-    train_examples: int = 256  # the same of data.split, so that the gap shows overfitting
-    strata: int = 8  # timesteps, the middles of so many equal parts of their range
-    rows: int = 8  # examples that a device computes at once
-    # What tells the best checkpoint, which is kept: "" is the loss of what is sampled with (the
-    # first average, or the weights themselves); else a name of metrics.jsonl, such as
-    # "validation/raw/loss_at/t0937".
-    metric: str = ""
-    mode: str = "min"  # or "max", where more is better
-    patience: int = 0  # validations without a new best after which the run stops; 0: never
-    # Steps between looks at the largest activations and attention logits of the UNet; 0: never.
-    maxima_every: int = 0
-
-    def __post_init__(self):
-        for name in ("every", "examples", "train_examples", "patience", "maxima_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"validation.{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("strata", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"validation.{name} is {getattr(self, name)}; expected 1 or more")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"validation.mode is {self.mode!r}; expected 'min' or 'max'")
-        if self.maxima_every and not self.examples:
-            raise ValueError(
-                f"validation.maxima_every is {self.maxima_every}, but validation.examples, which "
-                "are looked at, is 0; expected some, or maxima_every 0"
-            )
-        if self.patience and not (self.every and self.examples):
-            raise ValueError(
-                f"validation.patience is {self.patience}, but validation.every is {self.every} and "
-                f"validation.examples is {self.examples}; expected both above 0, or patience 0"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
     """From step `start` on the run goes on with these; what is 0, None or () stays as it was."""
 
@@ -221,10 +183,11 @@ class Config:
                 f"{' and a mixture' if self.data.mixture else ''}; "
                 "pictures of captioned_shapes alone can be read back, set it to 0"
             )
-        if self.task == "autoencoder" and self.validation.maxima_every:
+        if self.task == "autoencoder" and (self.validation.maxima_every or self.validation.metrics):
             raise ValueError(
-                f"validation.maxima_every is {self.validation.maxima_every} with task "
-                "'autoencoder'; it looks at UNets only, set it to 0"
+                f"validation.maxima_every is {self.validation.maxima_every} and validation.metrics "
+                f"is {self.validation.metrics!r} with task 'autoencoder'; they are of UNets and "
+                "what these draw, set them to 0 and ()"
             )
         if self.task == "text_to_image":
             check_objective(self.schedule, self.objective)

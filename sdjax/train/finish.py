@@ -20,7 +20,7 @@ from sdjax.models.vae import VAE, sample_moments
 from sdjax.parallel.sharding import to_host
 from sdjax.train.gallery import read_examples
 from sdjax.train.looks import Looks
-from sdjax.train.networks import Assembled
+from sdjax.train.networks import Assembled, bundle
 from sdjax.train.pretrained import Pretrained, write_diffusers
 from sdjax.train.selection import Selection
 from sdjax.train.startup import write_config
@@ -84,23 +84,11 @@ def export(config: Config, assembled: Assembled, params: Params, folder: paths.P
         model = dataclasses.replace(model, vae=dataclasses.replace(model.vae, scaling_factor=scale))
         # Who names this workdir in `vae_from` needs the factor too.
         write_config(folder, dataclasses.replace(config, model=model))
-        bundle = Pretrained(vae=model.vae, params=host)
+        found = Pretrained(vae=model.vae, params=host)
     else:
-        bundle = Pretrained(
-            unet=model.unet,
-            vae=model.vae,
-            text_encoder=model.text_encoder,
-            text_encoder_2=model.text_encoder_2,
-            schedule=config.schedule,
-            prediction_type=config.objective.prediction_type,
-            sampler=config.sample.sampler,
-            params=host,
-            tokenizer=assembled.tokenizers.get("tokens"),
-            tokenizer_2=assembled.tokenizers.get("tokens_2"),
-            zero_empty_prompt=model.zero_empty_prompt,
-        )
+        found = bundle(config, assembled.tokenizers, host)
     if jax.process_index() == 0:
-        write_diffusers(path, bundle, overwrite=True)
+        write_diffusers(path, found, overwrite=True)
     return path
 
 

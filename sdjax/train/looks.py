@@ -12,14 +12,16 @@ from sdjax import paths
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.eval.report_page import REPORT_FILE, write_report
+from sdjax.models.config import ConfigError
 from sdjax.train import ema as ema_lib
 from sdjax.train.gallery import Gallery
+from sdjax.train.judging import Judge
 from sdjax.train.selection import Selection
 from sdjax.train.state import Params, State
 from sdjax.train.task import Task
 from sdjax.train.telemetry import Telemetry, flatten
 from sdjax.train.validation import Validator, replicate, summary
-from sdjax.train.weight_sets import evaluated_set, weight_sets
+from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
 
 
 class Looks:
@@ -52,6 +54,25 @@ class Looks:
             for name, (split, count) in wanted.items()
             if count
         }
+        self._judge = Judge(config, tokenizers, folder) if validation.metrics else None
+        self._check_metric()
+
+    def _check_metric(self) -> None:
+        """What tells the best is something that a validation gives: better now than in a day."""
+        metric, metrics = self.selection.metric, self._config.validation.metrics
+        known = {
+            f"{group}/{weights}/{name}"
+            for group, validator in self._validators.items()
+            for weights in (RAW, *self._config.ema.profiles)
+            for name in ("loss", *(f"loss_at/t{int(t):04d}" for t in validator.timesteps))
+        }
+        drawn = metric.removeprefix("evaluation/")
+        of_pictures = drawn != metric and any(drawn.startswith(name) for name in metrics)
+        if self._validators and metric not in known and not of_pictures:
+            listed = ", ".join([*sorted(known), *(f"evaluation/{name}" for name in metrics)])
+            raise ConfigError(
+                f"config.validation.metric is {metric!r}; a validation gives {listed}"
+            )
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able, for the checkpoint."""
@@ -118,6 +139,9 @@ class Looks:
             every = replicate({**frozen, **params()}, self._mesh)
             for name, validator in self._validators.items():
                 scalars[name][weights] = summary(validator.losses(every), validator.timesteps)
+        if self._judge is not None:
+            own = weight_sets(state)[evaluated_set(self._config.ema.profiles)]()
+            scalars["evaluation"] = self._judge(done, {**frozen, **own})
         flat = flatten(scalars)
         best = self.selection.observe(done, flat)
         scalars["validation"] |= {"best": self.selection.value, "best_step": self.selection.step}

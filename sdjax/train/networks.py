@@ -85,6 +85,26 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     return Assembled(config, params, tokenizers, tuple(notes))
 
 
+def bundle(
+    config: Config, tokenizers: Mapping[str, Tokenizer], params: Mapping[str, np.ndarray]
+) -> Pretrained:
+    """A text-to-image run as a pipeline with these parameters."""
+    model = config.model
+    return Pretrained(
+        unet=model.unet,
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        text_encoder_2=model.text_encoder_2,
+        schedule=config.schedule,
+        prediction_type=config.objective.prediction_type,
+        sampler=config.sample.sampler,
+        params=params,
+        tokenizer=tokenizers.get("tokens"),
+        tokenizer_2=tokenizers.get("tokens_2"),
+        zero_empty_prompt=model.zero_empty_prompt,
+    )
+
+
 def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
     """What is not trained must have been loaded from somewhere.
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax.config import ValidationConfig
 from sdjax.models.config import ConfigError
+from sdjax.train.validation_config import ValidationConfig
 
 
 class Selection:

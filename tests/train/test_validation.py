@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.config import ValidationConfig, resolve
+from sdjax.config import resolve
 from sdjax.data.fixed import FixedExamples
 from sdjax.models.config import ConfigError
 from sdjax.parallel.mesh import make_mesh
@@ -15,6 +15,7 @@ from sdjax.train.networks import assemble
 from sdjax.train.selection import Selection
 from sdjax.train.task import make_task
 from sdjax.train.validation import Validator, summary
+from sdjax.train.validation_config import ValidationConfig
 from tests.conftest import make_tiny_config
 
 
@@ -61,8 +62,8 @@ def test_losses_are_those_of_the_training_objective(validator):
     from sdjax.models.unet import UNet
     from sdjax.models.vae import VAE, sample_moments, scale_latents
     from sdjax.train.conditioning import make_conditioner
-    from sdjax.train.state import component
     from sdjax.train.latent_diffusion import LATENTS, STRATA
+    from sdjax.train.state import component
     from sdjax.train.validation import _keys
 
     made, _, params, assembled = validator
@@ -215,6 +216,39 @@ def test_selection():
     assert other.step is None
     with pytest.raises(ConfigError, match=r"'a'; a validation gives b"):
         selection.observe(4, {"b": 1.0})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"metric": "validation/rwa/loss"}, "'validation/rwa/loss'; a validation gives .*raw/loss"),
+        ({"metrics": ("fidelty",)}, "has fidelty; expected some of fid"),
+        ({"metrics": ("fid",)}, "config.validation.metrics.*Inception weights"),
+    ],
+)
+def test_metrics_that_there_are_not_are_errors_at_the_start(validating, tmp_path, changes, message):
+    validating.validation.update(changes)
+    with pytest.raises(ConfigError, match="(?s)" + message):
+        loop.run(resolve(validating), str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_best_by_a_metric_of_pictures(validating, tmp_path):
+    changes = {
+        "validation.metrics": ("fidelity",), "validation.num_samples": 4, "train.steps": 4,
+        "validation.metric": "evaluation/fidelity_colour", "validation.mode": "max",
+    }  # fmt: skip
+    assert run(validating, tmp_path, **changes) == loop.DONE
+    found = lines(tmp_path, "evaluation/fidelity_colour")
+    values = {step: row["evaluation/fidelity_colour"] for step, row in found.items()}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert sorted(values) == [2, 4]
+    assert lines(tmp_path, "validation/best_step")[4]["validation/best_step"] == best
+    written = json.loads(
+        next((tmp_path / "evaluations").glob("00000004-*/metrics.json")).read_text()
+    )
+    assert written["step"] == 4
+    assert written["metrics"]["fidelity_colour"]["value"] == values[4]
 
 
 def test_patience_without_validation_is_an_error():
