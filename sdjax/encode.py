@@ -19,15 +19,15 @@ from logging import WARNING
 from pathlib import PurePath
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from sdjax.errors import UserError, explain
-from sdjax.main import parse
+from sdjax import verbs
+from sdjax.errors import UserError
 
 FLAGS = flags.FlagValues()
 _ENCODE = flags.DEFINE_bool("encode", True, "This mode of sdjax.prepare.", flag_values=FLAGS)
-_HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
-_CONFIG = config_flags.DEFINE_config_file(
+flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
+config_flags.DEFINE_config_file(
     "config", None, "Recipe whose data and networks these are.", flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
@@ -62,24 +62,11 @@ _HOSTS = flags.DEFINE_integer("hosts", 1, "How many hosts share the work.", flag
 
 def main(argv: Sequence[str]) -> int:
     """The verb; `argv` with the program's name first."""
-    try:
-        rest = parse(list(argv), parser=FLAGS)
-        if _HELP.value:
-            print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
-            return 0
-        return _run(rest[1:])
-    except (UserError, flags.Error) as error:
-        return explain(error)
+    return verbs.run(argv, FLAGS, __name__, __doc__ or "", _run)
 
 
-def _run(rest: list[str]) -> int:
-    if rest:
-        raise UserError(f"unexpected arguments {rest}; options start with --")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for instance --config=configs/sd15_finetune.py")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        name = config_flags.get_config_filename(FLAGS["config"])
-        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
+def _run() -> int:
+    recipe = verbs.recipe(FLAGS, "configs/sd15_finetune.py")
     if not _OUTPUT.value:
         raise UserError("--output is missing, the folder of the encoded dataset")
     if not 0 <= _HOST.value < _HOSTS.value:
@@ -106,7 +93,7 @@ def _run(rest: list[str]) -> int:
         batch=_BATCH.value,
         shard_examples=_SHARD.value,
     )
-    config = resolve(_CONFIG.value)
+    config = resolve(recipe)
     enable_compilation_cache(config.compilation_cache)
     report = encode_dataset(config, _OUTPUT.value, options, host=_HOST.value, hosts=_HOSTS.value)
     if report is None:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sdjax import verbs
 from sdjax.errors import UserError, explain
-from sdjax.main import parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Flags of its own: those of `sdjax.main` (--workdir, --coordinator, ...) mean nothing here.
 FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
+config_flags.DEFINE_config_file(
     "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE.",
     flag_values=FLAGS,
 )  # fmt: skip
@@ -61,19 +61,12 @@ _CACHE = flags.DEFINE_string(
 )
 _CHILD = "SDJAX_PLAN_CHILD"  # set in the process that compiles
 _EMBEDDING = "embeddings.token_embedding.embedding"  # of a text encoder
-_HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
+flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; `argv` with the program's name first."""
-    try:
-        rest = parse(list(argv), parser=FLAGS)
-        if _HELP.value:
-            print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
-            return 0
-        return _run(rest[1:])
-    except (UserError, flags.Error) as error:
-        return explain(error)
+    return verbs.run(argv, FLAGS, __name__, __doc__ or "", _run)
 
 
 def in_a_child(argv: Sequence[str]) -> int:
@@ -100,9 +93,10 @@ def in_a_child(argv: Sequence[str]) -> int:
     return explain(UserError(f"the plan was ended by {name}{hint}"))
 
 
-def _run(rest: list[str]) -> int:
+def _run() -> int:
     """With the flags parsed."""
-    _check_flags(rest)
+    recipe = verbs.recipe(FLAGS, "configs/sd15.py")
+    _check_flags()
     logging.set_verbosity(logging.ERROR)
     from sdjax.parallel import topologies
 
@@ -114,7 +108,7 @@ def _run(rest: list[str]) -> int:
     from sdjax.train.planning import Planner
 
     planner = Planner(topology, devices, Path(_CACHE.value).expanduser())
-    config = _config(_CONFIG.value)
+    config = _config(recipe)
     as_json = _FORMAT.value == "json"
     console = Console(stderr=as_json, width=None if Console().is_terminal else 120)
     if _SEARCH.value:
@@ -137,15 +131,8 @@ def _run(rest: list[str]) -> int:
     return 0 if fits else 1
 
 
-def _check_flags(rest: list[str]) -> None:
+def _check_flags() -> None:
     """Raise UserError for what is missing or too much."""
-    if rest:
-        raise UserError(f"unexpected arguments {rest}; options start with --")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for instance --config=configs/sd15.py")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        name = config_flags.get_config_filename(FLAGS["config"])
-        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for instance --topology=v5e:2x4 or gpu:h100:8")
     if _OUTPUT.value and not Path(_OUTPUT.value).absolute().parent.is_dir():

@@ -36,11 +36,10 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from sdjax import paths
-from sdjax.errors import UserError, explain
-from sdjax.main import parse
+from sdjax import verbs
+from sdjax.errors import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 # Flags of its own: those of `sdjax.main` say how processes of one run find each other.
 FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
+config_flags.DEFINE_config_file(
     "config", None, "Recipe that all trials start from; change its fields with "
     "--config.FIELD=VALUE.", flag_values=FLAGS,
 )  # fmt: skip
@@ -65,33 +64,18 @@ _TRIALS = flags.DEFINE_integer(
     "trials", 20, "How many, of all workers together; more can be had later by the same command.",
     flag_values=FLAGS,
 )  # fmt: skip
-_HELP = flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
+flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
 
 NOTHING, STOPPED = 3, 75
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb; `argv` with the program's name first."""
-    try:
-        rest = parse(list(argv), parser=FLAGS)
-        if _HELP.value:
-            print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
-            return 0
-        _check_flags(rest[1:])
-        return _run()
-    except paths.storage_errors(UserError, flags.Error) as error:
-        return explain(error)
+    return verbs.run(argv, FLAGS, __name__, __doc__ or "", _run)
 
 
-def _check_flags(rest: list[str]) -> None:
+def _check_flags() -> None:
     """Raise UserError for what is missing or too much."""
-    if rest:
-        raise UserError(f"unexpected arguments {rest}; options start with --")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for instance --config=configs/base.py")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        name = config_flags.get_config_filename(FLAGS["config"])
-        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
     if not _SPACE.value:
         raise UserError("--space is missing, a YAML file with the fields to try; see --help")
     if not _WORKDIR.value:
@@ -103,7 +87,9 @@ def _check_flags(rest: list[str]) -> None:
 
 
 def _run() -> int:
-    """With the flags checked."""
+    """With the flags parsed."""
+    recipe = verbs.recipe(FLAGS, "configs/base.py")
+    _check_flags()
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.captureWarnings(True)  # Optuna warns of what it calls experimental
     from sdjax.config import resolve
@@ -111,7 +97,7 @@ def _run() -> int:
     from sdjax.train.sweep_study import make_sweep
     from sdjax.train.sweep_worker import Stopped, work
 
-    base = resolve(_CONFIG.value)
+    base = resolve(recipe)
     sweep = make_sweep(_WORKDIR.value or "", base, read_space(_SPACE.value or "", base))
     try:
         study = work(sweep, _TRIALS.value, tell=lambda line: print(line, flush=True))

@@ -1,0 +1,52 @@
+"""What the verbs that take a recipe (`encode`, `plan`, `sweep`) have in common: their beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sdjax import paths
+from sdjax.errors import UserError, explain
+from sdjax.main import parse
+
+
+def run(
+    argv: Sequence[str], values: flags.FlagValues, module: str, about: str, body: Callable[[], int]
+) -> int:
+    """Parse the flags, answer --help, else call `body`; an exit code.
+
+    Args:
+        argv: with the program's name first.
+        values: the verb's own flags, of which "help" is one.
+        module: the verb's, whose flags --help lists; about: its docstring.
+    """
+    try:
+        rest = parse(list(argv), parser=values)
+        if values["help"].value:
+            print(f"{about}\n{values.module_help(module) or values.get_help()}")
+            return 0
+        if rest[1:]:
+            raise UserError(f"unexpected arguments {rest[1:]}; options start with --")
+        return body()
+    except paths.storage_errors(UserError, flags.Error) as error:
+        return explain(error)
+
+
+def recipe(values: flags.FlagValues, example: str) -> ConfigDict:
+    """The recipe of --config, with its overrides.
+
+    Args:
+        example: the file that an error names as one.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = values["config"].value
+    if found is None:
+        raise UserError(f"--config is missing; for instance --config={example}")
+    if not isinstance(found, ConfigDict):
+        name = config_flags.get_config_filename(values["config"])
+        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
+    return found
