@@ -36,7 +36,8 @@ HARMLESS = (
     "optim.rsqrt_steps", "optim.boundaries", "optim.scales", "optim.clip_norm", "optim.groups",
     # How long, how often, and what is looked at.
     "train.steps", "train.*_every", "train.keep_last", "train.timestep_buckets",
-    "train.max_nonfinite", "train.spike_factor", "train.export", "ema.snapshot_*", "sample.*",
+    "train.max_nonfinite", "train.spike_factor", "train.rollbacks", "train.export",
+    "train.report", "ema.snapshot_*", "sample.*",
     "data.eval_split",
 )  # fmt: skip
 EVERY = Config(model=ModelConfig(text_encoder_2=CLIPTextConfig(projection_dim=8)))

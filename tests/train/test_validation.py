@@ -180,6 +180,7 @@ def test_a_run_validates_and_keeps_the_best(validating, tmp_path, capsys):
 def test_it_stops_when_patience_ends_and_the_same_command_does_not_go_on(validating, tmp_path):
     """A high learning rate breaks the model: the best is an early step."""
     validating.optim.learning_rate = 0.3
+    validating.ema.profiles = ("warmup-0.9",)
     validating.validation.metric = "validation/raw/loss"
     changes = {"train.steps": 40, "validation.patience": 2, "train.checkpoint_every": 100}
     assert run(validating, tmp_path, **changes) == loop.DONE
