@@ -94,10 +94,8 @@ class Validator:
 
         with ThreadPoolExecutor(self._threads) as executor:
             for groups in _in_rounds(self.examples.groups, self._mesh.size):
-                batch = self._round(
-                    groups, executor
-                )  # read while the devices are at the one before
-                pending.append((groups, self._program(whole, batch)))
+                # Read while the devices are at the round before.
+                pending.append((groups, self._program(whole, self._round(groups, executor))))
                 if len(pending) > 1:
                     take()
             while pending:
