@@ -33,6 +33,7 @@ def test_raw_and_averaged_guided_and_not(drawing, tmp_path):
         assert Image.open(tmp_path / "samples" / f"strip{variant}.png").text["steps"] == "2,4"
 
 
+@pytest.mark.slow
 def test_a_model_without_captions_is_drawn_without(drawing, tmp_path):
     drawing.objective.caption_dropout = 1.0
     drawing.sample.update(compare=True, count=3)

@@ -106,7 +106,7 @@ def test_the_first_step_of_a_stage_is_that_of_its_own_configuration(staged, unbr
     assert float(metrics["loss"]) == pytest.approx(rows(unbroken)[4]["train/loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("broken_off", [3, 4])
+@pytest.mark.parametrize("broken_off", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_broken_off_at_or_after_a_change_it_goes_on_to_the_same_bits(
     staged, unbroken, tmp_path, broken_off
 ):
