@@ -1,4 +1,4 @@
-"""What the benchmarks share: functions timed in turn, the machine they ran on, tables of results."""
+"""What the benchmarks share: functions timed in turn, where they ran, tables of the results."""
 
 from __future__ import annotations
 
