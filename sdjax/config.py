@@ -11,12 +11,10 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import ml_collections
-
+from sdjax.data.config import DataConfig
 from sdjax.data.mixture import Part
-from sdjax.data.pipeline import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.diffusion.losses import check as check_objective
 from sdjax.diffusion.samplers import SamplerConfig
@@ -29,6 +27,9 @@ from sdjax.parallel.mesh import MeshConfig
 from sdjax.train.ema import EMAConfig
 from sdjax.train.optim import OptimConfig
 from sdjax.train.validation_config import ValidationConfig
+
+if TYPE_CHECKING:
+    import ml_collections  # of the verbs alone: the dataclasses are complete without it
 
 T = TypeVar("T")
 
@@ -226,6 +227,8 @@ _STAGED = {
 
 def default() -> ml_collections.ConfigDict:
     """All fields at their defaults, locked: setting a field that does not exist is an error."""
+    import ml_collections
+
     # Types are checked by `resolve`, which also knows unions such as `int | tuple`.
     config = ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
     return config.lock()
@@ -246,7 +249,7 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     Raises:
         ConfigError: lists every unknown field, wrong type and value out of range at once.
     """
-    if isinstance(config, ml_collections.ConfigDict):
+    if hasattr(config, "to_dict"):
         config = config.to_dict()
     errors: list[str] = []
     resolved = _build(Config, config, "config", errors)

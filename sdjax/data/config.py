@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sdjax.data import mixture, transforms
+from sdjax.data import mixture
 from sdjax.data.buckets import BucketConfig
 from sdjax.data.caption_choice import CaptionConfig
 from sdjax.data.mixture import Part
@@ -13,6 +13,8 @@ from sdjax.errors import UserError
 
 RAW_NAMES = ("image_text_folder", "webdataset", "parquet")  # imported from data.path
 WITH_PATH = (*RAW_NAMES, "prepared", "encoded")
+MAX_PIXELS = 50_000_000
+CROPS = ("center", "random")
 
 
 class DataError(UserError):
@@ -49,7 +51,7 @@ class DataConfig:
     workers: int = 0  # processes that decode; 0 decodes in `threads` of this process
     threads: int = 4
     prefetch: int = 4  # batches kept ready (per worker); 0 makes each when it is asked for
-    max_pixels: int = transforms.MAX_PIXELS  # larger images are refused before decoding
+    max_pixels: int = MAX_PIXELS  # larger images are refused before decoding
     # Raw data: what is skipped (and reported), and how much of that is an error
     min_side: int = 16
     max_aspect: float = 8.0  # long side over short side; 0 for any
@@ -66,8 +68,8 @@ class DataConfig:
         for field in ("workers", "threads", "prefetch", "min_side", "max_aspect"):
             if getattr(self, field) < 0:
                 raise UserError(f"data.{field} is {getattr(self, field)}; expected 0 or more")
-        if self.crop not in transforms.CROPS:
-            raise UserError(f"data.crop is {self.crop!r}; expected one of {transforms.CROPS}")
+        if self.crop not in CROPS:
+            raise UserError(f"data.crop is {self.crop!r}; expected one of {CROPS}")
         if "{}" not in self.label_template:
             raise UserError(
                 f"data.label_template is {self.label_template!r}; expected a '{{}}' in it, where "

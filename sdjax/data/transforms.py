@@ -14,8 +14,7 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 50_000_000
-CROPS = ("center", "random")
+from sdjax.data.config import MAX_PIXELS
 
 
 class ImageError(ValueError):
