@@ -72,24 +72,32 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_model(args: argparse.Namespace) -> Any:
-    """diffusers' UNet with its own random weights, float32, on the device."""
+def import_diffusers() -> Any:
+    """The package, or an error that says how to get it."""
     # diffusers and transformers import torchvision if it is there, and fail if its operators are of
-    # another torch. A UNet needs none of it.
+    # another torch. Nothing here needs it.
     if "torchvision" not in sys.modules:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
     try:
-        from diffusers import UNet2DConditionModel
+        import diffusers
+
+        diffusers.UNet2DConditionModel  # noqa: B018  imported when it is first asked for
     except ImportError as error:
         raise SystemExit(
             f"error: the peer is diffusers, which cannot be imported ({error}); install it with "
-            "pip install diffusers accelerate"
+            "pip install diffusers transformers accelerate"
         ) from error
+    return diffusers
+
+
+def make_model(args: argparse.Namespace) -> Any:
+    """diffusers' UNet with its own random weights, float32, on the device."""
+    diffusers = import_diffusers()
     if args.dtype == "bfloat16" or torch_device() == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     fields = SIZES[args.size].unet.to_json()
     fields.pop("_class_name")
-    model = UNet2DConditionModel(**fields).to(torch_device())
+    model = diffusers.UNet2DConditionModel(**fields).to(torch_device())
     return model.to(memory_format=torch.channels_last) if args.channels_last else model

@@ -252,6 +252,8 @@ def measure(args: argparse.Namespace, threads: int) -> dict[str, Any]:
     found = {name: first_steps(each, tensors) for name, each in contenders.items()}
     exactness = args.dtype if args.dtype == "bfloat16" else "tf32" if on_gpu else "exact"
     difference = compare(found, TOLERANCES[exactness])
+    if os.getloadavg()[0] > threads and "OMP_WAIT_POLICY" not in os.environ:
+        print("note: other programs run here; see above about OMP_WAIT_POLICY (--help)\n")
     print(
         f"The first {CHECKED_STEPS} losses and gradient norms agree: they differ by "
         f"{difference:.1e} at most, relative; {TOLERANCES[exactness]:.0e} is allowed.\n"
