@@ -162,8 +162,11 @@ class Conditioner:
     ) -> dict[str, jax.Array]:  # fmt: skip
         """Captions of a batch with those that training drops replaced by the empty one.
 
-        The same draw for every field: a caption is dropped from all encoders or none.
+        The same draw for every field: a caption is dropped from all encoders or none. At a rate of
+        0 nothing is replaced, and stored embeddings train without a run of the text encoders.
         """
+        if rate == 0.0:
+            return {}
         null = {field: jnp.asarray(tokens) for field, tokens in self.null.items()}
         if "context" not in batch:
             return {f: drop_captions(keys, batch[f], tokens, rate) for f, tokens in null.items()}
