@@ -1,14 +1,16 @@
 """FLOPs of a traced function: 2 x the multiply-adds of its matrix products and convolutions.
 
 These are the FLOPs of the mathematics, the numerator of MFU. A compiler's own count has what it
-computes twice in it (rematerialisation) and leaves out what it cannot see (loops, kernels).
+computes twice in it (rematerialisation) and leaves out what it cannot see (loops, kernels). Those
+of a gradient follow from the function itself, for its traced gradient may compute things twice as
+well: a product costs once more for each of its two sides that a gradient flows through.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +32,19 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
     A loop whose length is decided at run time counts as one pass, a `lax.cond` as its dearest
     branch, a Pallas kernel as its `pl.CostEstimate` says.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _walk(jaxpr, [False] * len(jaxpr.invars))[0]
+
+
+def gradient_flops(function: Callable[..., Any], *args: Any) -> float:
+    """FLOPs of `function(*args)` and of its gradient with respect to the first argument.
+
+    The gradient of a Pallas kernel counts twice the kernel. Of what ends in a `stop_gradient` after
+    products with parameters, the gradient is counted although it is not computed.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    trained = len(jax.tree.leaves(args[0]))
+    return _walk(jaxpr, [i < trained for i in range(len(jaxpr.invars))])[0]
 
 
 def mfu_flops(config: Config) -> float | None:
@@ -57,7 +71,7 @@ def train_flops(config: Config) -> float:
         )
 
     positions = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return count_flops(jax.grad(loss), split.trained, split.frozen, batch, positions)
+    return gradient_flops(loss, split.trained, split.frozen, batch, positions)
 
 
 def unet_flops(config: Config, latent: tuple[int, int, int]) -> float:
@@ -83,22 +97,63 @@ def unet_flops(config: Config, latent: tuple[int, int, int]) -> float:
     )
 
 
-def _jaxpr(jaxpr: Any) -> float:
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+def _walk(jaxpr: Any, trained: Sequence[bool]) -> tuple[float, list[bool]]:
+    """FLOPs with the gradient's, and which outputs a gradient flows through.
+
+    Args:
+        trained: for each input, whether the gradient is wanted with respect to it or flows on to
+            what is. With none, these are the FLOPs of the function alone.
+    """
+    flows = {var for var, one in zip(jaxpr.invars, trained, strict=True) if one}
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inputs = [not isinstance(var, core.Literal) and var in flows for var in equation.invars]
+        flops, outputs = _equation(equation, inputs)
+        total += flops
+        flows |= {
+            var
+            for var, one in zip(equation.outvars, outputs, strict=True)
+            if one and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+        }
+    outputs = [not isinstance(var, core.Literal) and var in flows for var in jaxpr.outvars]
+    return total, outputs
 
 
-def _equation(equation: Any) -> float:
+def _equation(equation: Any, trained: list[bool]) -> tuple[float, list[bool]]:
     name, params = equation.primitive.name, equation.params
+    every = [any(trained) and name != "stop_gradient"] * len(equation.outvars)
     if name == "dot_general":
-        return _dot(equation)
+        return _dot(equation) * (1 + sum(trained)), every
     if name == "conv_general_dilated":
-        return _convolution(equation)
+        return _convolution(equation) * (1 + sum(trained)), every
     if name == "pallas_call":
-        return float(params["cost_estimate"].flops) if params.get("cost_estimate") else 0.0
-    inner = [_jaxpr(jaxpr) for jaxpr in _inner(params)]
-    if name == "cond":
-        return max(inner, default=0.0)
-    return sum(inner) * params["length"] if name == "scan" else sum(inner)
+        flops = float(params["cost_estimate"].flops) if params.get("cost_estimate") else 0.0
+        return flops * (3 if any(trained) else 1), every
+    if name == "scan":
+        return _scan(params, trained)
+    inner = _inner(params)
+    if not inner:
+        return 0.0, every
+    # A `cond` has its index before what the branches take.
+    given = trained[1:] if name == "cond" else trained
+    if any(len(jaxpr.invars) != len(given) for jaxpr in inner):  # a loop without a known length
+        return sum(_walk(jaxpr, [False] * len(jaxpr.invars))[0] for jaxpr in inner), every
+    each, outputs = zip(*(_walk(jaxpr, given) for jaxpr in inner), strict=True)
+    found = [any(column) for column in zip(*outputs, strict=True)]
+    return (max(each) if name == "cond" else sum(each)), found
+
+
+def _scan(params: dict[str, Any], trained: list[bool]) -> tuple[float, list[bool]]:
+    """A carry that a gradient reaches in one pass has it in the next ones."""
+    jaxpr, consts, carried = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    carry = trained[consts : consts + carried]
+    while True:
+        given = [*trained[:consts], *carry, *trained[consts + carried :]]
+        flops, outputs = _walk(jaxpr, given)
+        reached = [a or b for a, b in zip(carry, outputs[:carried], strict=True)]
+        if reached == carry:
+            return flops * params["length"], [*reached, *outputs[carried:]]
+        carry = reached
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:

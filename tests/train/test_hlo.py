@@ -9,7 +9,7 @@ from sdjax.config import default, resolve
 from sdjax.parallel import topologies
 from sdjax.train import estimate, hlo
 from sdjax.train.hlo_text import parse_arrays, replica_group
-from sdjax.train.model_flops import count_flops, train_flops, unet_flops
+from sdjax.train.model_flops import count_flops, gradient_flops, train_flops, unet_flops
 
 # A matrix product whose operand goes around a ring: a loop from 0 to 4 in steps of 2, the step
 # carried along as a constant of the state.
@@ -288,6 +288,33 @@ def test_flops_of_products_convolutions_loops_and_kernels():
     cost = pl.CostEstimate(flops=1234, transcendentals=0, bytes_accessed=1)
     kernel_call = pl.pallas_call(copy, out_shape=x, cost_estimate=cost)
     assert count_flops(kernel_call, x) == 1234
+
+
+def test_gradients_cost_a_product_for_each_side_and_nothing_that_is_computed_again():
+    x, product = jnp.eye(4), 2 * 4**3
+
+    def twice(w, x):  # the first product has no gradient on its left, the second on both sides
+        return ((x @ w) @ w).sum()
+
+    def carried(w, x):  # from the second pass on, both sides of a product have a gradient
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=3)[0].sum()
+
+    @jax.custom_vjp
+    def again(a, b):
+        return a @ b
+
+    again.defvjp(
+        lambda a, b: (a @ b, (a, b)),
+        lambda saved, d: ((saved[0] @ saved[1]) @ d, (saved[0] @ saved[1]) @ d),
+    )
+    assert gradient_flops(twice, x, x) == 5 * product
+    assert gradient_flops(jax.checkpoint(twice), x, x) == 5 * product
+    assert gradient_flops(carried, x, x) == 9 * product
+    assert gradient_flops(lambda w, x: again(w, x).sum(), x, x) == 2 * product
+    assert gradient_flops(lambda w, x: again(w, w).sum(), x, x) == 3 * product
+    either = lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: w @ x, lambda: w @ w).sum()  # noqa: E731
+    assert gradient_flops(either, x, x) == 3 * product
+    assert gradient_flops(lambda w, x: (jax.lax.stop_gradient(w) @ x).sum(), x, x) == product
 
 
 @pytest.mark.parametrize(
