@@ -71,20 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(_preface(before, ceilings), end="\n\n", flush=True)
     print(table(HEADER, []), flush=True)
-    rows = []
-    for row, config in settings:
-        best = max(ceilings[row.dtype].values())
-        rows.append(measure(row, config, best, blocks=args.blocks, seconds=args.seconds))
-        print(table(cells(rows[-1]), []).splitlines()[0], flush=True)
-    result = {
+    result: dict[str, Any] = {
         "environment": before,
-        "load_after": os.getloadavg()[0],
         "optimizer": "adamw",
         "matmul_flops_per_s": ceilings,
         "data_sheet_flops_per_s": peak_flops(jax.devices()[0].device_kind),
-        "rows": rows,
+        "rows": [],
     }
-    write_json(args.json, result)
+    for row, config in settings:
+        best = max(ceilings[row.dtype].values())
+        found = measure(row, config, best, blocks=args.blocks, seconds=args.seconds)
+        print(table(cells(found), []).splitlines()[0], flush=True)
+        result["rows"].append(found | {"load_after": os.getloadavg()[0]})
+        write_json(args.json, result)  # so far: the next row may take long, or never end
 
 
 def _parser() -> argparse.ArgumentParser:
