@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from sdjax.config import resolve, to_dict
+from tests.conftest import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,8 +37,8 @@ def start_host(recipe, workdir, *options, devices=1, env=()):
     """One process; its output goes to files, so that none waits for a reader."""
     log = Path(f"{workdir}.{time.monotonic_ns()}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    # LLVM's optimisations take longer than they save here. Tests compare runs of equal flags.
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    # Tests compare runs of equal flags.
+    xla = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     with log.open("wb") as out, log.with_suffix(".err").open("wb") as err:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "sdjax.main", f"--config={recipe}",

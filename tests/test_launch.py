@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import XLA_FLAGS, small_autoencoder
 from tests.hosts import write_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -365,12 +366,11 @@ def test_slurm_called_from_elsewhere_says_so(slurm, tmp_path):
 def test_two_real_processes_by_local_and_then_by_slurm(slurm, tiny_config, tmp_path):
     """The same run, begun by local.sh and finished by slurm.sbatch, as two hosts each time."""
     tiny_config.train.update(checkpoint_every=2, log_every=1)
-    tiny_config.task = "autoencoder"  # compiles in a fraction of the other task's time
+    small_autoencoder(tiny_config)
     recipe, workdir = write_recipe(tmp_path / "recipe.py", tiny_config), tmp_path / "run"
     flags = (f"--config={recipe}", f"--workdir={workdir}")
     settings = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "timeout": 240}
-    # Compiling without LLVM's optimisations takes half the time.
-    settings["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    settings["XLA_FLAGS"] = XLA_FLAGS  # of which the stand-ins know nothing
 
     def steps():
         lines = (workdir / "metrics.jsonl").read_text().splitlines()

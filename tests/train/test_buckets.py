@@ -17,7 +17,7 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.train import checkpoint, loop, program
 from sdjax.train.conditioning import blank_tokenizers
 from sdjax.train.task import make_task
-from tests.conftest import make_tiny_config
+from tests.conftest import make_tiny_config, small_autoencoder
 from tests.hosts import losses, run_hosts, write_recipe
 
 SIZES = [(16, 16), (16, 32)]  # height, width; the buckets have the same aspects
@@ -53,12 +53,7 @@ def config(tiny_vae, shapes_dir, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("tfds"))
     Wide(data_dir=folder, file_format="array_record").download_and_prepare()
     config = make_tiny_config(tiny_vae, shapes_dir)
-    config.update(task="autoencoder", vae_from="")
-    config.model.vae.update(
-        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",), layers_per_block=1, norm_num_groups=2,
-        sample_size=16,
-    )  # fmt: skip
+    small_autoencoder(config)
     config.ema.profiles = ()
     config.data.update(name="wide", data_dir=folder, batch_size=4, resolution=16)
     config.data.buckets.update(step=2, max_aspect=2.5)

@@ -13,13 +13,14 @@ import pytest
 
 from sdjax.config import resolve, to_dict
 from sdjax.train import checkpoint
+from tests.conftest import XLA_FLAGS
 from tests.hosts import free_port
 
 SCRIPT = Path(__file__).with_name("reshape_devices.py")
 
 
 def start(devices, *arguments):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
