@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.train import checkpoint, loop
 from sdjax.train.checkpoint import CheckpointError
+from tests.conftest import small_autoencoder
 
 
 def run(config, workdir, **changes):
@@ -95,7 +97,8 @@ def unbroken(tmp_path_factory):
 @pytest.fixture
 def reference(unbroken, tiny_config):
     if not unbroken.exists():
-        assert run(tiny_config, unbroken) == loop.DONE
+        config = tiny_config.copy_and_resolve_references()
+        assert run(config, unbroken, **{"train.export": True}) == loop.DONE
     return unbroken
 
 
@@ -151,7 +154,7 @@ def test_sigterm_saves_and_exits_with_its_code(reference, tiny_config, tmp_path)
 
 
 def test_another_configuration_is_refused_and_named(reference, tiny_config):
-    tiny_config.model.unet.block_out_channels = (16, 16)
+    tiny_config.model.unet.block_out_channels = (32,)
     tiny_config.seed = 5
     with pytest.raises(ConfigError) as caught:
         run(tiny_config, reference)
@@ -166,15 +169,16 @@ def test_harmless_changes_are_told(reference, tiny_config, capsys):
     assert "train.log_every: was 1, is 2" in capsys.readouterr().out
 
 
-def test_an_unreadable_checkpoint_is_an_error_not_a_restart(tiny_config, tmp_path):
-    assert run(tiny_config, tmp_path, **{"train.steps": 3}) == loop.DONE
-    state = tmp_path / "checkpoints" / "3" / "state"
+def test_an_unreadable_checkpoint_is_an_error_not_a_restart(reference, tiny_config, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "checkpoints" / "6" / "state"
     for file in state.rglob("*"):
         if file.is_file():
             os.truncate(file, 1)
-    with pytest.raises(CheckpointError, match="checkpoints/3"):
-        run(tiny_config, tmp_path, **{"train.steps": 6})
-    assert max(rows(tmp_path)) == 3
+    with pytest.raises(CheckpointError, match="checkpoints/6"):
+        run(tiny_config, tmp_path, **{"train.steps": 9})
+    assert rows(tmp_path) == rows(reference)
+    assert checkpoint.all_steps(tmp_path) == [3, 6]
 
 
 class Poison:
@@ -218,17 +222,13 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch(tiny_config, tmp_path, mo
     assert batch["tokens"].shape == (8, 24)
 
 
-def test_what_is_frozen_does_not_move_and_has_no_moments(tiny_config, tmp_path):
+def test_what_is_frozen_does_not_move_and_has_no_moments(reference, tiny_config, tmp_path):
     tiny_config.optim.groups = ((r"^unet\.mid_block\.", 0.0), (r"^text_encoder\.", 0.1))
     # The part that is frozen must come from somewhere: from nothing it is an error ...
     with pytest.raises(ConfigError, match="unet has no weights"):
         run(tiny_config, tmp_path / "nothing")
     # ... from another run it is fine.
-    tiny_config.optim.groups = ()
-    tiny_config.train.export = True
-    assert run(tiny_config, tmp_path / "first", **{"train.steps": 2}) == loop.DONE
-    tiny_config.update(init_from=str(tmp_path / "first" / "diffusers"), vae_from="")
-    tiny_config.optim.groups = ((r"^unet\.mid_block\.", 0.0), (r"^text_encoder\.", 0.1))
+    tiny_config.update(init_from=str(reference / "diffusers"), vae_from="")
     assert run(tiny_config, tmp_path / "second") == loop.DONE
     _, state, _ = final_state(tmp_path / "second")
     assert not any("unet.mid_block" in name for name in state)
@@ -245,6 +245,7 @@ def test_dry_run_describes_and_trains_nothing(tiny_config, tmp_path, capsys):
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny_config, tmp_path):
+    small_autoencoder(tiny_config)
     tiny_config.data.batch_size = 9
     tiny_config.train.accumulation = 3
     assert run(tiny_config, tmp_path, **{"train.steps": 1}) == loop.DONE
@@ -274,15 +275,7 @@ def test_what_is_needed_late_is_checked_early(tiny_config, tmp_path, field, valu
 
 
 def test_an_autoencoder_takes_the_same_road(tiny_config, tmp_path):
-    tiny_config.update(task="autoencoder", vae_from="")
-    tiny_config.model.vae.update(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    small_autoencoder(tiny_config)
     tiny_config.train.export = True
     assert run(tiny_config, tmp_path) == loop.DONE
     found = rows(tmp_path)
