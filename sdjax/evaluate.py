@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax import paths
+from sdjax.allocator import use_large_pages
 from sdjax.sample import SAMPLER_NAMES
 
 if TYPE_CHECKING:
@@ -311,4 +312,5 @@ def progress(batches: Iterable[int], total: int) -> Iterable[Any]:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     sys.exit(main())

@@ -22,6 +22,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sdjax.allocator import use_large_pages
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE."
 )
@@ -116,4 +118,5 @@ def parse(
 
 
 if __name__ == "__main__":
+    use_large_pages()
     app.run(main, flags_parser=parse)

@@ -199,6 +199,8 @@ def _run(rest: list[str]) -> int:
 if __name__ == "__main__":
     if any(re.fullmatch("--?encode(=.*)?", argument) for argument in sys.argv):
         from sdjax import encode
+        from sdjax.allocator import use_large_pages
 
+        use_large_pages()
         sys.exit(encode.main(sys.argv))
     sys.exit(main(sys.argv))

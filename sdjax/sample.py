@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax import paths
+from sdjax.allocator import use_large_pages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -394,4 +395,5 @@ def sample(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     sys.exit(main())
