@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdjax.models import capture, flash, placement
+from sdjax.models.dense_attention import dense_attention
 from sdjax.models.layers import Array, GroupNorm, LayerNorm, gelu, linear, pointwise, rematerialised
 from sdjax.models.placement import activation
 
@@ -37,17 +38,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if placement.kernels() == "tpu" and flash.fits(q, k, causal=causal):
         return placement.per_device(flash.flash_attention, q, k, v).astype(dtype)
-    logits = _logits(q, k)
-    if causal:
-        visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    total = weights.sum(-1)  # [B, heads, L]
-    out = jnp.einsum(
-        "bhlm,bmhd->blhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    # Dividing after the second product touches D numbers a row instead of M.
-    return (out / total.swapaxes(1, 2)[..., None]).astype(dtype)
+    return dense_attention(q, k, v, causal=causal).astype(dtype)
 
 
 def _logits(q: Array, k: Array) -> Array:

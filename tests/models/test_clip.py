@@ -290,14 +290,19 @@ def test_rematerialisation_changes_no_gradient(remat):
 
     def gradients(remat):
         graphdef, _ = weights.abstract(CLIPText, SMALL, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.square(weights.merge(graphdef, p)(tokens)).sum()))(
-            params
-        )
+
+        def loss(params):  # not a function of the norm, which the final LayerNorm holds constant
+            out = weights.merge(graphdef, params)(tokens)
+            return jnp.vdot(out, jax.random.normal(jax.random.key(1), out.shape))
+
+        return jax.jit(jax.grad(loss))(params)
 
     plain = gradients("none")
+    largest = max(np.abs(gradient).max() for gradient in plain.values())
     for path, gradient in gradients(remat).items():
-        scale = np.abs(plain[path]).max()
-        np.testing.assert_allclose(gradient, plain[path], rtol=0, atol=1e-5 * scale + 1e-6)
+        # Gradients of the keys' biases are zero, up to the rounding of what cancels.
+        bound = 1e-5 * np.abs(plain[path]).max() + 1e-8 * largest
+        np.testing.assert_allclose(gradient, plain[path], rtol=0, atol=bound)
 
 
 def test_dropout_differs_by_key_and_layer_and_averages_out():

@@ -1,0 +1,92 @@
+"""Attention as plain matrix products, with a backward pass that computes its weights again.
+
+What differentiating the products would do is store the softmax's weights, L x M float32 numbers a
+head, for the backward pass. Computing them again from q, k and one number a row costs a third
+product and leaves nothing of that size behind (Dao et al., arXiv:2205.14135, section 3.1).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def dense_attention(q: Array, k: Array, v: Array, *, causal: bool) -> Array:
+    """Scaled dot-product attention; softmax and sums in float32, products of the inputs' dtype.
+
+    Args:
+        q: [B, L, heads, D].
+        k, v: [B, M, heads, D].
+        causal: position i attends to positions <= i.
+
+    Returns:
+        [B, L, heads, D] float32.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, L, D]
+    return _attend(q, k, v, causal).swapaxes(1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, k: Array, v: Array, causal: bool) -> Array:
+    return _forward(q, k, v, causal)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, causal: bool) -> tuple[Array, tuple[Array, ...]]:
+    """The output, and what the backward pass needs: the inputs, it, and log sum exp of each row."""
+    scale = q.shape[-1] ** -0.5
+    scores = _scores(q, k, causal)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp((scores - top) * scale)
+    total = weights.sum(-1, keepdims=True)
+    # Dividing after the product touches D numbers a row instead of M.
+    out = _product(weights.astype(v.dtype), v, 3, 2) / total
+    return out, (q, k, v, out, top * scale + jnp.log(total))
+
+
+def _backward(causal: bool, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, lse = saved
+    scale = q.shape[-1] ** -0.5
+    weights = jnp.exp(_scores(q, k, causal) * scale - lse)
+    delta = (dout * out).sum(-1, keepdims=True)
+    dout = dout.astype(v.dtype)
+    dv = _over_queries(weights.astype(v.dtype), dout)
+    dscores = (weights * (_product(dout, v, 3, 3) - delta)).astype(q.dtype)
+    dq = _product(dscores, k, 3, 2) * scale
+    dk = _over_queries(dscores, q) * scale
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(q: Array, k: Array, causal: bool) -> Array:
+    """[B, heads, L, M] float32, not scaled."""
+    scores = _product(q, k, 3, 3)
+    if not causal:
+        return scores
+    visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+
+def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """The sum over one axis of each, for every example and head; float32."""
+    dimensions = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _over_queries(weights: Array, x: Array) -> Array:
+    """weights [B, heads, L, M], x [B, heads, L, D] -> [B, heads, M, D] float32."""
+
+    def columns(weights: Array, x: Array) -> Array:
+        # XLA would rather turn this around, into a product that takes CPUs six times as long.
+        return lax.optimization_barrier(_product(x, weights, 2, 2)).swapaxes(2, 3)
+
+    def rows(weights: Array, x: Array) -> Array:
+        return _product(weights, x, 2, 2)
+
+    return lax.platform_dependent(weights, x, cpu=columns, default=rows)
