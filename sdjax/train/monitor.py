@@ -17,6 +17,9 @@ from sdjax.train.health import Diverged, NonFiniteCounter, SpikeDetector
 from sdjax.train.rollback import Spike
 from sdjax.train.telemetry import DelayedMetrics, Telemetry, bucket_scalars
 
+# What the log has of the newest step alone: a number for each module group.
+_OF_LAST_STEP = ("grad_norms", "param_norms", "update_ratios")
+
 
 class Watch:
     """Looks at the metrics of every step as they arrive from the device, two steps late.
@@ -89,7 +92,12 @@ class Watch:
         """Step `done` was dispatched. Looks at earlier ones; raises Diverged and Spike."""
         self._batches[done] = batch
         self._newest = metrics["finite"]
+        if not self._logs(done):  # most numbers of a step then need not come from the device
+            metrics = {name: v for name, v in metrics.items() if name not in _OF_LAST_STEP}
         self._look(self._queue.push(done, metrics))
+
+    def _logs(self, done: int) -> bool:
+        return done % self._train.log_every == 0 or done == self._train.steps
 
     def flush(self) -> None:
         """Look at all that is under way, waiting for it; raises Diverged and Spike."""
@@ -100,7 +108,7 @@ class Watch:
             self._telemetry.done(done)
             self._interval.add(metrics)
             self._judge(done, metrics, self._batches.pop(done))
-            if done % self._train.log_every == 0 or done == self._train.steps:
+            if self._logs(done):
                 scalars = self._interval.summary()
                 updates = done - self._nonfinite.total  # a skipped step does not move the schedule
                 scalars["learning_rate"] = float(self._learning_rate(max(updates - 1, 0)))
@@ -155,7 +163,7 @@ class Interval:
             self._waited += time.monotonic() - begin
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """The metrics of one step, on the host."""
+        """The metrics of one step, on the host; norms per module group may be left out."""
         self._metrics.append(metrics)
 
     def summary(self) -> dict[str, Any]:
