@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -107,7 +106,9 @@ def mean(
             _, number = np.unique(groups, return_inverse=True)
             sums, sizes = np.bincount(number, values), np.bincount(number).astype(np.float64)
         if share and values.min() == values.max():
-            trials = scipy.stats.binomtest(int(values[0]) * len(sums), len(sums))
+            from scipy import stats  # takes a second to import, which training would wait for
+
+            trials = stats.binomtest(int(values[0]) * len(sums), len(sums))
             low, high = map(float, trials.proportion_ci(CONFIDENCE, method="wilson"))
         else:
             low, high = percentiles(
