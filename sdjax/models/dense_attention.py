@@ -52,8 +52,8 @@ def _backward(causal: bool, saved: tuple[Array, ...], dout: Array) -> tuple[Arra
     q, k, v, out, lse = saved
     scale = q.shape[-1] ** -0.5
     weights = jnp.exp(_scores(q, k, causal) * scale - lse)
-    delta = (dout * out).sum(-1, keepdims=True)
     dout = dout.astype(v.dtype)
+    delta = (dout * out).sum(-1, keepdims=True)
     dv = _over_queries(weights.astype(v.dtype), dout)
     dscores = (weights * (_product(dout, v, 3, 3) - delta)).astype(q.dtype)
     dq = _product(dscores, k, 3, 2) * scale
