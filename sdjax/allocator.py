@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb"
+# Set beside it: a Python with privileges of its own loses GLIBC_TUNABLES, and would start for ever.
+STARTED = "SDJAX_STARTED_AGAIN"
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Of NVIDIA and AMD GPUs and of TPUs: where there is one, the arrays are not in the host's memory.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
@@ -28,8 +30,11 @@ def use_large_pages() -> None:
     word on it already, beside an accelerator, and under a debugger.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE in tunables or sys.gettrace() is not None or not _would_help():
+    if TUNABLE in tunables or STARTED in os.environ or sys.gettrace() is not None:
         return
+    if not _would_help():
+        return
+    os.environ[STARTED] = "1"
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
