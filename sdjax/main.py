@@ -14,17 +14,16 @@ Exit codes: 0 finished; 2 the configuration or the input is wrong, or the other 
 from __future__ import annotations
 
 import os
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdjax.allocator import use_large_pages
+from sdjax.errors import UserError, explain
+from sdjax.verbs import parse, recipe
 
-_CONFIG = config_flags.DEFINE_config_file(
+config_flags.DEFINE_config_file(
     "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE."
 )
 _WORKDIR = flags.DEFINE_string(
@@ -57,21 +56,19 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_float(
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options start with --")
-    if _CONFIG.value is None:
-        raise app.UsageError("--config is missing; for instance --config=configs/base.py")
-    if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise app.UsageError(f"--config={name}: there is no such file; recipes are in configs/")
-    if _WORKDIR.value is None and not _DRY_RUN.value:
-        raise app.UsageError("--workdir is missing; for instance --workdir=runs/base")
+    try:
+        if argv[1:]:
+            raise UserError(f"unexpected arguments {argv[1:]}; options start with --")
+        config = recipe(flags.FLAGS, "configs/base.py")
+        if _WORKDIR.value is None and not _DRY_RUN.value:
+            raise UserError("--workdir is missing; for instance --workdir=runs/base")
+    except UserError as error:
+        return explain(error)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax and Grain tell of every file they touch
 
     # Imported here so that --help and a mistyped flag answer at once; joining comes before
     # anything that touches a device.
-    from sdjax.errors import UserError, explain
     from sdjax.parallel import distributed, hosts
 
     try:
@@ -90,31 +87,14 @@ def main(argv: Sequence[str]) -> int:
         from sdjax.config import resolve
         from sdjax.train import loop
 
-        if _DRY_RUN.value and not _CONFIG.value.data.path:
-            _CONFIG.value.data.path = "(not read)"  # a dry run looks at no data
-        return loop.run(resolve(_CONFIG.value), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
+        if _DRY_RUN.value and not config.data.path:
+            config.data.path = "(not read)"  # a dry run looks at no data
+        return loop.run(resolve(config), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
 
     try:
         return hosts.together(train)
     except UserError as error:
         return explain(error)
-
-
-def parse(
-    argv: list[str], parser: Callable[[list[str]], list[str]] = app.parse_flags_with_usage
-) -> list[str]:
-    """absl's own parsing, with an unknown field of the config as one line."""
-    try:
-        return parser(argv)
-    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
-        unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
-        name = unknown.group() if unknown else ""
-        culprit = next((arg for arg in argv if arg.startswith("--config.") and name in arg), None)
-        if culprit is None:
-            raise
-        hint = f"; did you mean {close.group(1)}?" if close else ""
-        print(f"error: {culprit}: the configuration has no field {name!r}{hint}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields
 from sdjax.errors import UserError, explain
-from sdjax.main import parse
+from sdjax.verbs import parse
 
 FLAGS = flags.FlagValues()  # of its own: those of `sdjax.main` mean nothing here
 _KINDS: dict[type, Any] = {
@@ -160,7 +160,7 @@ def settings_of_flags() -> Settings:
 def main(argv: Sequence[str]) -> int:
     """The verb; `argv` with the program's name first."""
     try:
-        rest = parse(list(argv), parser=FLAGS)
+        rest = parse(list(argv), FLAGS)
         if _HELP.value:
             print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
             return 0

@@ -1,7 +1,9 @@
-"""What the verbs that take a recipe (`encode`, `plan`, `sweep`) have in common: their beginning."""
+"""What the verbs with absl's flags have in common: their beginning."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
@@ -9,7 +11,6 @@ from ml_collections import ConfigDict, config_flags
 
 from sdjax import paths
 from sdjax.errors import UserError, explain
-from sdjax.main import parse
 
 
 def run(
@@ -23,7 +24,7 @@ def run(
         module: the verb's, whose flags --help lists; about: its docstring.
     """
     try:
-        rest = parse(list(argv), parser=values)
+        rest = parse(list(argv), values)
         if values["help"].value:
             print(f"{about}\n{values.module_help(module) or values.get_help()}")
             return 0
@@ -50,3 +51,19 @@ def recipe(values: flags.FlagValues, example: str) -> ConfigDict:
         name = config_flags.get_config_filename(values["config"])
         raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
     return found
+
+
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """What absl leaves of the arguments; a mistake in them is one line and exit code 2."""
+    try:
+        return values(argv)
+    except flags.Error as error:
+        sys.exit(explain(error))
+    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
+        unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
+        name = unknown.group() if unknown else ""
+        culprit = next((arg for arg in argv if arg.startswith("--config.") and name in arg), None)
+        if culprit is None:
+            raise
+        hint = f"; did you mean {close.group(1)}?" if close else ""
+        sys.exit(explain(UserError(f"{culprit}: the configuration has no field {name!r}{hint}")))

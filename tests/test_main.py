@@ -50,7 +50,7 @@ def runs():
 @pytest.mark.parametrize(("options", "word"), MISTAKES)
 def test_mistakes_are_named_without_a_traceback(runs, options, word):
     run = runs[tuple(options)]
-    assert run.returncode != 0
+    assert run.returncode == 2
     assert "Traceback" not in run.stderr, run.stderr
     assert word in run.stderr + run.stdout, run.stderr
     assert not (ROOT / "x").exists()
