@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
-from sdjax.verbs import parse, recipe
+from sdjax.verbs import parse_or_exit, recipe
 
 config_flags.DEFINE_config_file(
     "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE."
@@ -99,4 +99,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     use_large_pages()
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_or_exit)

@@ -53,12 +53,15 @@ def recipe(values: flags.FlagValues, example: str) -> ConfigDict:
     return found
 
 
-def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """What absl leaves of the arguments; a mistake in them is one line and exit code 2."""
+def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
+    """What absl leaves of the arguments.
+
+    Raises:
+        flags.Error: an unknown flag or a wrong value.
+        UserError: the configuration has no such field.
+    """
     try:
         return values(argv)
-    except flags.Error as error:
-        sys.exit(explain(error))
     except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
         unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
         name = unknown.group() if unknown else ""
@@ -66,4 +69,12 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
         if culprit is None:
             raise
         hint = f"; did you mean {close.group(1)}?" if close else ""
-        sys.exit(explain(UserError(f"{culprit}: the configuration has no field {name!r}{hint}")))
+        raise UserError(f"{culprit}: the configuration has no field {name!r}{hint}") from None
+
+
+def parse_or_exit(argv: list[str]) -> list[str]:
+    """`parse` for absl's `app.run`, whose flags are those of the whole program."""
+    try:
+        return parse(argv, flags.FLAGS)
+    except (UserError, flags.Error) as error:
+        sys.exit(explain(error))
