@@ -14,9 +14,10 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from sdjax.data.batches import as_floats
 from sdjax.data.caption_choice import Caption, CaptionConfig
 from sdjax.data.config import DataConfig, parts
-from sdjax.data.pipeline import Encoder, Transform, as_floats
+from sdjax.data.pipeline import Encoder, Transform
 from sdjax.data.sources import Source, open_parts
 from sdjax.data.stream import Shape, bucketed, shuffled
 

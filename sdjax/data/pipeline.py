@@ -1,10 +1,11 @@
 """Batches from datasets, through Grain: deterministic in (seed, step), for any number of hosts.
 
 The stream is source -> shuffle (anew each epoch) -> repeat -> transform -> batches of one host's
-size, dealt out to the hosts in turn. Mixtures and buckets put a `Stream` in the place of the first
-three. Element i of the stream and the randomness spent on it depend
-on seed and i alone, so the global batch of a step does not change with the number of hosts, workers
-or threads, and the state of an iterator is the number of steps it has taken.
+size, dealt out to the hosts in turn; all but the dealing is one Grain source, `batches.Batches`.
+Mixtures and buckets put a `Stream` in the place of the first three. Element i of the stream and the
+randomness spent on it depend on seed and i alone, so the global batch of a step does not change
+with the number of hosts, workers or threads, and the state of an iterator is the number of steps it
+has taken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from absl import flags, logging
 
 from sdjax.data import transforms
+from sdjax.data.batches import Batches, Epochs, Places, as_floats, grain_seed
 from sdjax.data.buckets import Buckets
 from sdjax.data.caption_choice import CaptionConfig, choose
 from sdjax.data.config import DataConfig, DataError, parts
@@ -34,19 +36,6 @@ class Encoder(Protocol):
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """n texts -> int32 [n, L]"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """What Grain reads of a source that stands alone."""
-
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source.example(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,22 +77,6 @@ class Transform:
             original=example.get("original"),
         )  # fmt: skip
         return {"image": prepared.pixels}, prepared.size
-
-
-def as_floats(batch: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
-    """A batch as the networks take it: float32, pictures in [-1, 1].
-
-    Until then pictures are uint8 and what was encoded ahead may be bfloat16: less to stack, and to
-    send from process to process. copy: nothing is left in the memory of the batch.
-    """
-    made = {}
-    for name, value in batch.items():
-        value = np.asarray(value)  # the workers' arrays are of a class of their own
-        kind = np.int32 if value.dtype.kind == "i" else np.float32
-        made[name] = (
-            transforms.normalise(value) if name == "image" else value.astype(kind, copy=copy)
-        )
-    return made
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
@@ -151,8 +124,6 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         index, count = self._process
         config = self._config
         mine = self._dataset[self.step * count + index :: count]
-        if not config.workers:
-            mine = mine.map(as_floats)
         threads = config.threads if config.prefetch else 0
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
         batches = mine.to_iter_dataset(options)
@@ -254,11 +225,18 @@ def make_iterator(
         config.captions,
         with_size,
     )
-    examples, shape_at, buckets = _endless(config, sources, seed=seed, shuffle=shuffle)
-    # No remainder, or Grain rounds the endless length up past the largest integer.
-    per_host = config.batch_size // process_count
+    import grain.python as grain
+
+    stream, depth, shape_at, buckets = _endless(config, sources, seed=seed, shuffle=shuffle)
+    batches = Batches(
+        stream,
+        transform,
+        config.batch_size // process_count,
+        seed=grain_seed(seed, depth),
+        floats=not config.workers,
+    )
     return BatchIterator(
-        examples.random_map(transform).batch(per_host, drop_remainder=True),
+        grain.MapDataset.source(batches),
         config,
         _identity(config, sources, buckets, split=split, seed=seed, shuffle=shuffle),
         process_index=process_index,
@@ -270,18 +248,18 @@ def make_iterator(
 
 def _endless(
     config: DataConfig, sources: Sequence[Source], *, seed: int, shuffle: bool
-) -> tuple[Any, Callable[[int], tuple[int, int]], list[Buckets]]:
-    """The examples in their order, for ever; step -> shape of its pictures; buckets, if any."""
-    import grain.python as grain
+) -> tuple[Places, int, Callable[[int], tuple[int, int]], list[Buckets]]:
+    """The examples in their order, for ever; the layers of Grain that gives their randomness.
 
+    And step -> shape of its pictures; buckets, if any.
+    """
     if config.mixture or config.buckets.step:
         stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)
-        dataset = grain.MapDataset.source(stream).seed(seed)
-        return dataset, lambda step: stream.locate(step * config.batch_size)[2], buckets
-    dataset = grain.MapDataset.source(Examples(sources[0])).seed(seed)
+        return stream, 1, lambda step: stream.locate(step * config.batch_size)[2], buckets
+    square = config.resolution, config.resolution
     if shuffle:
-        dataset = dataset.shuffle()
-    return dataset.repeat(), lambda step: (config.resolution, config.resolution), []
+        return Epochs(sources[0], grain_seed(seed, 1)), 3, lambda step: square, []
+    return Epochs(sources[0], None), 2, lambda step: square, []
 
 
 def _identity(

@@ -24,6 +24,7 @@ BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 END_OF_WORD = "</w>"
 DEFAULT_CONTEXT_LENGTH = 77  # OpenAI CLIP, clip/model.py
+KEPT = 16_384  # captions whose tokens are remembered, some 10 MB: they come again every epoch
 # What transformers takes for the tokens that the files leave open, in the order it adds them.
 DEFAULT_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 # OpenAI CLIP, clip/simple_tokenizer.py
@@ -56,6 +57,7 @@ class Tokenizer:
             )
         self.context_length = int(context_length)
         self.truncated = 0  # captions cut so far, counted in this process
+        self._kept: dict[str, tuple[np.ndarray, int]] = {}
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         self._special = {**DEFAULT_SPECIAL, **(special or {})}
         self._added = dict(added or {})
@@ -98,7 +100,33 @@ class Tokenizer:
             raise TypeError(
                 "captions: expected a list of strings, got one string; wrap it in a list"
             )
-        encodings = self._backend.encode_batch([_valid_text(text) for text in captions])
+        if len(captions) == 1:
+            row, length = self._remembered(captions[0])
+            tokens, lengths = row[None].copy(), np.array([length], np.int32)
+        else:
+            tokens, lengths = self._encode(captions)
+        self.truncated += int((lengths > self.context_length).sum())
+        return tokens, lengths
+
+    def _remembered(self, caption: str) -> tuple[np.ndarray, int]:
+        """Of one caption, as the input pipeline asks: tokens [context_length] and their number."""
+        found = self._kept.get(caption)
+        if found is None:
+            tokens, lengths = self._encode([caption])
+            found = tokens[0], int(lengths[0])
+            if len(self._kept) >= KEPT:  # more captions than fit: few come again before long
+                self._kept.clear()
+            self._kept[caption] = found
+        return found
+
+    def _encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `encode_with_lengths`."""
+        texts = [_valid_text(text) for text in captions]
+        # Its threads are for many captions; a single one waits longer for them than it takes.
+        single = len(texts) == 1
+        encodings = (
+            [self._backend.encode(texts[0])] if single else self._backend.encode_batch(texts)
+        )
         tokens = np.full((len(encodings), self.context_length), self.pad_id, np.int32)
         lengths = np.zeros(len(encodings), np.int32)
         for row, encoding in enumerate(encodings):
@@ -107,7 +135,6 @@ class Tokenizer:
             if len(ids) > self.context_length:
                 ids = [*ids[: self.context_length - 1], self.eos_id]
             tokens[row, : len(ids)] = ids
-        self.truncated += int((lengths > self.context_length).sum())
         return tokens, lengths
 
     @classmethod

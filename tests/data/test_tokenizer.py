@@ -184,6 +184,21 @@ def test_truncation_keeps_eos_and_is_counted(trained):
     assert tokenizer.truncated == 3
 
 
+def test_a_caption_that_comes_again_is_encoded_once(trained, monkeypatch):
+    tokenizer = Tokenizer.train(CAPTIONS, 640, context_length=6)
+    long = "a photo of a cat on a mat by the door"
+    first, expected = tokenizer.encode([long]), tokenizer.encode([long, "cat"])
+    first[:] = -1  # what was handed out is the caller's
+    monkeypatch.setattr(tokenizer, "_encode", None)  # nothing is encoded any more
+    np.testing.assert_array_equal(tokenizer.encode([long]), expected[:1])
+    assert tokenizer.encode_with_lengths([long])[1][0] > 6
+    assert tokenizer.truncated == 4  # each time
+    monkeypatch.undo()
+    monkeypatch.setattr("sdjax.data.tokenizer.KEPT", 2)
+    for text in ("one", "two", "three", "one", long):  # more than are remembered
+        np.testing.assert_array_equal(tokenizer.encode([text]), tokenizer.encode([text, ""])[:1])
+
+
 def test_pickled_tokenizer_is_the_same(trained):
     again = pickle.loads(pickle.dumps(trained))
     np.testing.assert_array_equal(trained.encode(HARD), again.encode(HARD))

@@ -1,0 +1,101 @@
+"""Whole batches at random access: the examples of their places in the stream, made and stacked.
+
+Grain is given batches, not examples: each of its layers costs an example 20 to 50 microseconds of
+bookkeeping, together more than to read and decode a small picture. The order and the randomness
+are those of Grain's `seed(seed).shuffle().repeat().random_map(...)`, in closed form from what Grain
+and NumPy make public, and tests hold them to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from sdjax.data import transforms
+from sdjax.data.sources import Source
+
+
+class Places(Protocol):
+    """The endless stream of examples."""
+
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+
+
+def grain_seed(seed: int, depth: int) -> int:
+    """What Grain's transformation gets from `.seed(seed)`, `depth` layers below it."""
+    return int(np.random.SeedSequence((seed, depth)).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """All examples of one source, epoch after epoch, each in an order of its own.
+
+    seed: of the order, see `grain_seed`; None leaves the examples as they are stored.
+    """
+
+    source: Source
+    seed: int | None
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        count = len(self.source)
+        epoch, index = divmod(place, count)
+        if self.seed is not None:
+            seed = (self.seed + epoch) % 2**32
+            index = index_shuffle(index, max_index=count - 1, seed=seed, rounds=4)
+        return self.source.example(index)
+
+
+class Batches:
+    """Batch i holds what `transform` makes of the examples at places i * size to (i + 1) * size.
+
+    A source for Grain that can be sent to its worker processes.
+
+    Args:
+        seed: of the randomness of a place, see `grain_seed`.
+        floats: as the networks take them (`as_floats`); else as they are sent between processes.
+    """
+
+    def __init__(
+        self, stream: Places, transform: Callable[..., dict[str, np.ndarray]], size: int, *,
+        seed: int, floats: bool,
+    ):  # fmt: skip
+        self._stream, self._transform = stream, transform
+        self._size, self._floats = size, floats
+        # The key of Philox; a generator made from it costs a third of one made from the seed.
+        self._key = np.random.Philox(seed).state["state"]["key"]
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        first = index * self._size
+        rows = [self._row(place) for place in range(first, first + self._size)]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return as_floats(batch) if self._floats else batch
+
+    def _row(self, place: int) -> dict[str, np.ndarray]:
+        # Grain's counter: the index of the transformation in a fused chain, and of the example.
+        counter = np.array((0, 0, 0, place), np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+        return self._transform(self._stream[place], rng)
+
+
+def as_floats(batch: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
+    """A batch as the networks take it: float32, pictures in [-1, 1].
+
+    Until then pictures are uint8 and what was encoded ahead may be bfloat16: less to stack, and to
+    send from process to process. copy: nothing is left in the memory of the batch.
+    """
+    made = {}
+    for name, value in batch.items():
+        value = np.asarray(value)  # the workers' arrays are of a class of their own
+        kind = np.int32 if value.dtype.kind == "i" else np.float32
+        made[name] = (
+            transforms.normalise(value) if name == "image" else value.astype(kind, copy=copy)
+        )
+    return made
