@@ -24,6 +24,7 @@ from sdjax.models.config import ConfigError
 from sdjax.models.unet import UNetConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.parallel.mesh import MeshConfig
+from sdjax.train import xla
 from sdjax.train.ema import EMAConfig
 from sdjax.train.optim import OptimConfig
 from sdjax.train.validation_config import ValidationConfig
@@ -104,6 +105,7 @@ class TrainConfig:
     rollbacks: int = 0
     export: bool = True  # write a diffusers folder at the end
     report: bool = True  # write report.html at every validation and at the end
+    xla_options: tuple[str, ...] = ()  # of the step, "NAME=VALUE"; they win over sdjax/train/xla.py
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "checkpoint_every", "keep_last",
@@ -113,6 +115,7 @@ class TrainConfig:
         for name in ("keep_every", "sample_every", "rollbacks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected 0 or more")
+        xla.parse(self.xla_options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,15 @@ import dataclasses
 import math
 
 from sdjax.parallel.topologies import Topology
-from sdjax.train.hlo import Collective, Schedule, Work
+from sdjax.train.hlo import Collective, Kernel, Schedule, Work
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Of one JAX device: FLOP/s; bytes/s to HBM, over its links, and over the host's network."""
+    """Of one JAX device: FLOP/s, and in kernels; bytes/s to HBM, over its links, the network."""
 
     flops: float
+    kernels: float
     hbm: float
     links: float
     network: float
@@ -26,6 +27,7 @@ class Rates:
         chip = topology.chip
         return cls(
             flops=chip.flops / chip.devices,
+            kernels=chip.kernels * chip.flops / chip.devices,
             hbm=chip.hbm_bandwidth / chip.devices,
             links=chip.links / chip.devices,
             network=chip.network / chip.devices,
@@ -39,8 +41,9 @@ class StepTime:
 
     step = operations + kernels + exposed. operations: one after the other, see `work_seconds`.
     kernels: those of Pallas, by their declared cost. exposed: collectives during which nothing
-    else runs. collectives: all of them. roofline: the least any schedule could take, the larger of
-    FLOPs over peak and HBM traffic over bandwidth.
+    else runs: synchronous ones, and what asynchronous ones take beyond the operations scheduled
+    beside them. collectives: all of them. roofline: the least any schedule could take, the larger
+    of FLOPs over peak and HBM traffic over bandwidth.
     """
 
     step: float
@@ -104,12 +107,29 @@ def _bandwidth(group: int, topology: Topology) -> float:
     return bandwidth
 
 
+def kernel_seconds(kernel: Kernel, rates: Rates) -> float:
+    """One call of a kernel, by its declared cost."""
+    return max((kernel.flops or 0.0) / rates.flops, (kernel.bytes or 0.0) / rates.hbm)
+
+
+def _uncovered(collective: Collective, topology: Topology) -> float:
+    """Seconds of an asynchronous collective, once, that outlast what is scheduled beside it."""
+    if collective.beside is None:
+        return 0.0
+    rates = Rates.of(topology)
+    covered = math.fsum(
+        work_seconds(one, rates) if isinstance(one, Work) else kernel_seconds(one, rates)
+        for one in collective.beside
+    )
+    return max(0.0, collective_seconds(collective, topology) - covered)
+
+
 def step_time(schedule: Schedule, topology: Topology, flops: float) -> StepTime:
     """The estimate for a schedule with `flops` of work on each device."""
     rates = Rates.of(topology)
     operations = math.fsum(w.times * work_seconds(w, rates) for w in schedule.work)
     kernels = math.fsum(
-        k.times * max((k.flops or 0.0) / rates.flops, (k.bytes or 0.0) / rates.hbm)
+        k.times * max((k.flops or 0.0) / rates.kernels, (k.bytes or 0.0) / rates.hbm)
         for k in schedule.kernels
     )
     roofline = max(flops / rates.flops, hbm_bytes(schedule) / rates.hbm)
@@ -123,7 +143,10 @@ def step_time(schedule: Schedule, topology: Topology, flops: float) -> StepTime:
         )
         for asynchronous in (False, True)
     )
-    exposed = waiting + max(0.0, beside - operations - kernels)
+    uncovered = math.fsum(
+        c.times * _uncovered(c, topology) for c in schedule.collectives if c.asynchronous
+    )
+    exposed = waiting + max(uncovered, beside - operations - kernels)
     return StepTime(
         step=operations + kernels + exposed,
         operations=operations,

@@ -36,7 +36,8 @@ class Collective:
     bytes: of the whole array, as on one device after an all-gather or before a reduce-scatter.
     times: how often it runs in a step. group: devices that take part in each; islands: over how
     many networks these are spread. asynchronous: other work may run meanwhile. in_loop: it is
-    inside a `while`.
+    inside a `while`. beside: what is scheduled between its start and its end; None if that is not
+    to be seen in the text.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Collective:
     times: int
     asynchronous: bool
     in_loop: bool
+    beside: tuple[Work | Kernel, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,20 @@ def read(text: str, devices: int, island: int = 0) -> Schedule:
     module = parse(text)
     unknown: list[str] = []
     steps = list(_walk(module, module.entry, 1, False, unknown))
+    work, kernels = dict(_work(module, steps)), dict(_kernels(steps))
+    done = _ends(module, steps)
+    collectives = []
+    for start, found in _collectives(module, steps, devices, island or devices):
+        if found.asynchronous and start in done:
+            between = range(start + 1, done[start])
+            both = {i: one for i in between for one in (work.get(i), kernels.get(i)) if one}
+            found = dataclasses.replace(found, beside=tuple(both.values()))
+        collectives.append(found)
     return Schedule(
-        work=tuple(_work(module, steps)),
-        collectives=tuple(_collectives(module, steps, devices, island or devices)),
+        work=tuple(work.values()),
+        collectives=tuple(collectives),
         buffers=tuple(_buffers(module, steps)),
-        kernels=tuple(_kernels(steps)),
+        kernels=tuple(kernels.values()),
         unknown_loops=len(unknown),
     )
 
@@ -154,27 +165,58 @@ def _called(instruction: Instruction) -> list[str]:
     return [name for name in map(instruction.attribute, keys) if name]
 
 
-def _work(module: Module, steps: list[_Step]) -> Iterator[Work]:
+def _ends(module: Module, steps: list[_Step]) -> dict[int, int]:
+    """Where in the schedule each asynchronous operation ends, by where it starts.
+
+    It ends where its `-done` takes what its `-start` gave; or, on TPU, where a fusion has its
+    channel for the last time: first it is in one that starts it, then in those that compute
+    meanwhile, at last in one that waits for it.
+    """
+    names, channels, ends = {}, {}, {}
+    for i, step in enumerate(steps):
+        instruction = step.instruction
+        if instruction.opcode.endswith("-done") and instruction.operands:
+            start = names.get((step.computation, instruction.operands[0]))
+            if start is not None:
+                ends[start] = i
+        names[step.computation, instruction.name] = i
+        if instruction.opcode == "fusion":
+            for inner in module.computations.get(instruction.attribute("calls"), []):
+                channel = inner.attribute("channel_id") if _kind(inner) else ""
+                if channel:
+                    first = channels.setdefault((step.computation, channel), i)
+                    if first != i:
+                        ends[first] = i
+    return ends
+
+
+def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
+    """With its place in `steps`."""
     written = {
         name: {i.name: i for i in instructions}
         for name, instructions in module.computations.items()
         if name in {step.computation for step in steps}
     }
-    for step in steps:
+    for i, step in enumerate(steps):
         instruction = step.instruction
         if instruction.opcode in FREE or _kind(instruction) or instruction.opcode == "custom-call":
             continue
+        if instruction.name.startswith(("async-collective-start", "async-collective-done")):
+            continue  # what they move is the collective's
         names = written[step.computation]
         arrays = [a for name in instruction.operands if name in names for a in names[name].arrays]
         arrays += instruction.arrays
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-        yield Work(
-            opcode=instruction.opcode,
-            op_name=instruction.op_name,
-            cycles=int(cycles.group(1)) if cycles else 0,
-            bytes=sum(array.bytes for array in arrays if not array.on_chip),
-            matrix=_multiplies(module, instruction),
-            times=step.times,
+        yield (
+            i,
+            Work(
+                opcode=instruction.opcode,
+                op_name=instruction.op_name,
+                cycles=int(cycles.group(1)) if cycles else 0,
+                bytes=sum(array.bytes for array in arrays if not array.on_chip),
+                matrix=_multiplies(module, instruction),
+                times=step.times,
+            ),
         )
 
 
@@ -193,13 +235,13 @@ def _kind(instruction: Instruction) -> str:
 
 def _collectives(
     module: Module, steps: list[_Step], devices: int, island: int
-) -> Iterator[Collective]:
-    """Each collective once, also where TPU spreads it over fusions that share a channel."""
+) -> Iterator[tuple[int, Collective]]:
+    """Each once, with its place in `steps`, also where TPU spreads it over fusions of a channel."""
     seen: set[str] = set()
-    for step in steps:
+    for i, step in enumerate(steps):
         outer = step.instruction
         if outer.opcode == "send" and "_xla_megascale_transfer_type" in outer.attributes:
-            yield _between_slices(step, devices // island)
+            yield i, _between_slices(step, devices // island)
             continue
         fused = outer.opcode == "fusion"
         inside = module.computations.get(outer.attribute("calls"), []) if fused else [outer]
@@ -213,17 +255,20 @@ def _collectives(
             seen.add(channel)
             members = replica_group(instruction.attributes, devices)
             group = len(members)
-            scatters = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i in inside)
-            yield Collective(
-                kind="reduce-scatter" if scatters else kind,
-                bytes=_payload(instruction, kind, group),
-                group=group,
-                islands=len({member // island for member in members}),
-                times=step.times,
-                asynchronous=instruction.opcode.endswith("-start")
-                or (fused and any("AsyncCollective" in i.attributes for i in inside))
-                or outer.name.startswith("async-collective"),
-                in_loop=step.in_loop,
+            scatters = kind == "all-reduce" and any(one.opcode == "dynamic-slice" for one in inside)
+            yield (
+                i,
+                Collective(
+                    kind="reduce-scatter" if scatters else kind,
+                    bytes=_payload(instruction, kind, group),
+                    group=group,
+                    islands=len({member // island for member in members}),
+                    times=step.times,
+                    asynchronous=instruction.opcode.endswith("-start")
+                    or (fused and any("AsyncCollective" in one.attributes for one in inside))
+                    or outer.name.startswith("async-collective"),
+                    in_loop=step.in_loop,
+                ),
             )
 
 
@@ -282,9 +327,10 @@ def _buffers(module: Module, steps: list[_Step]) -> Iterator[Buffer]:
         yield Buffer(shape, op_name, size, count)
 
 
-def _kernels(steps: list[_Step]) -> Iterator[Kernel]:
-    """Kernels of Pallas, with the `pl.CostEstimate` they were given or the cost we know them by."""
-    for step in steps:
+def _kernels(steps: list[_Step]) -> Iterator[tuple[int, Kernel]]:
+    """Kernels of Pallas, with the `pl.CostEstimate` they were given or the cost we know them by,
+    each with its place in `steps`."""
+    for i, step in enumerate(steps):
         text = step.instruction.attributes
         target = re.search(r'custom_call_target="([^"]+)"', text)
         if target is None or not target.group(1).startswith(KERNELS):
@@ -297,12 +343,15 @@ def _kernels(steps: list[_Step]) -> Iterator[Kernel]:
         declares = flops is not None
         if not declares and known is not None:
             flops, bytes_ = known
-        yield Kernel(
-            name=name,
-            flops=None if flops is None else float(flops),
-            bytes=None if bytes_ is None else float(bytes_),
-            declared=declares,
-            times=step.times,
+        yield (
+            i,
+            Kernel(
+                name=name,
+                flops=None if flops is None else float(flops),
+                bytes=None if bytes_ is None else float(bytes_),
+                declared=declares,
+                times=step.times,
+            ),
         )
 
 

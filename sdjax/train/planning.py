@@ -24,9 +24,10 @@ from sdjax.parallel.topologies import Topology
 from sdjax.train import estimate, hlo, plan_cache
 from sdjax.train.conditioning import blank_tokenizers
 from sdjax.train.model_flops import count_flops, train_flops, unet_flops
-from sdjax.train.program import Program, build, compiler_options
+from sdjax.train.program import Program, build
 from sdjax.train.report import memory_classes
 from sdjax.train.task import make_task
+from sdjax.train.xla import compiler_options
 
 SCHEMA = 2  # of the result; raise it when its meaning changes
 LISTED = 10  # temporaries in a plan
@@ -79,7 +80,8 @@ class Planner:
         program = self.program(config)
         lowered = program.step.lower(program.state, program.frozen, program.batch)
         is_tpu = self.topology.chip.is_tpu
-        options = compiler_options(program.mesh) if is_tpu else _CPU_OPTIONS
+        own = config.train.xla_options
+        options = compiler_options(program.mesh, own) if is_tpu else _CPU_OPTIONS
         order = [device.id for device in program.mesh.devices.flat]
         key = _digest(lowered.as_text(), order, self.topology.name, versions(), options)
         with plan_cache.entry(self.cache / "plans", _digest(SCHEMA, key, to_dict(config))) as kept:

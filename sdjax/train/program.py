@@ -26,6 +26,7 @@ from sdjax.train.optim import OptimConfig, make_optimizer, trainable_paths
 from sdjax.train.state import Params, State, init_state
 from sdjax.train.step import make_train_step
 from sdjax.train.task import Task, trainable_networks
+from sdjax.train.xla import as_config_error, compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,25 +137,14 @@ def trained_groups(optim: OptimConfig) -> OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The compiled step and what the compiler says of it."""
+    """The compiled step, what the compiler says of it, and what it was told (`xla.OPTIONS`)."""
 
     step: Any
     seconds: float
     flops_per_image: float | None
     temporary_bytes: int | None
     argument_bytes: int | None
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What XLA is told for the devices of a mesh; the planner tells it the same.
-
-    On TPUs XLA turns the gather of a split weight and the product after it into a loop of
-    collective-permutes and partial products. That suits large weights split over few chips; here it
-    made programs several times as long, with more traffic, so gathers stay gathers.
-    """
-    if mesh.devices.flat[0].platform != "tpu":
-        return {}
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": str(10**6)}
+    options: Mapping[str, str | bool]
 
 
 def check_shapes(config: Config) -> None:
@@ -226,10 +216,19 @@ def _resized(array: jax.ShapeDtypeStruct, height: int, width: int) -> jax.ShapeD
 
 
 def compile_step(program: Program, config: Config) -> Compiled:
-    """Compile ahead of the first batch, for the devices of the program's mesh."""
+    """Compile ahead of the first batch, for the devices of the program's mesh.
+
+    Raises:
+        ConfigError: XLA does not take one of `train.xla_options`.
+    """
     begin = time.monotonic()
     lowered = program.step.lower(program.state, program.frozen, program.batch)
-    compiled = lowered.compile(compiler_options=compiler_options(program.mesh))
+    own = config.train.xla_options
+    options = compiler_options(program.mesh, own)
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        raise as_config_error(error, own) or error from error
     seconds = time.monotonic() - begin
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops = cost.get("flops") if isinstance(cost, dict) else None
@@ -241,4 +240,5 @@ def compile_step(program: Program, config: Config) -> Compiled:
         flops * scale if flops else None,
         getattr(memory, "temp_size_in_bytes", None),
         getattr(memory, "argument_size_in_bytes", None),
+        options,
     )

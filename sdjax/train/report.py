@@ -18,6 +18,7 @@ from sdjax.config import Config, to_dict
 from sdjax.data.summary import Summary
 from sdjax.parallel.batches import shares
 from sdjax.parallel.sharding import param_spec
+from sdjax.train import xla
 from sdjax.train.conditioning import blank_tokenizers
 from sdjax.train.networks import Assembled, assemble
 from sdjax.train.program import Compiled, Program, Split, build
@@ -50,6 +51,7 @@ def announce(
         + (f", in {parts} parts" if parts > 1 else "")
         + f"), {config.train.steps} steps, {config.train.steps * batch:,} images",
         f"step compiled in {compiled.seconds:.1f} s{_costs(compiled)}",
+        *filter(None, [xla.describe(compiled.options)]),
     ]
     print("\n".join([*lines, *assembled.notes]), flush=True)
 

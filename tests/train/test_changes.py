@@ -23,6 +23,7 @@ HARMLESS = (
     "model.aesthetic_score", "model.negative_aesthetic_score",
     # How it is computed, and where.
     "model.dtype", "model.remat", "model.attention", "mesh.*", "compilation_cache",
+    "train.xla_options",
     "train.accumulation", "data.data_dir", "data.workers", "data.threads", "data.prefetch",
     # How an example is shown, not which one stands where.
     "data.crop", "data.flip", "data.captions.main_share", "data.captions.templates",

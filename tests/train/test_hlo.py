@@ -166,6 +166,55 @@ def test_collectives_in_fusions_count_once():
     assert [c.bytes for c in found] == [2048 * 8192 * 2, 8192 * 128 * 4, 330 * 4, 8192 * 128 * 4]
 
 
+BESIDE = """HloModule jit_f, is_scheduled=true
+
+%start (a: f32[8,128]) -> (f32[8,128], f32[8,128]) {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %sum.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%a), channel_id=3, to_apply=%add
+  ROOT %call.1 = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) custom-call(%a, %sum.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (b: f32[8,128]) -> f32[8,128] {
+  %b = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %sum.2 = f32[8,128]{1,0:T(8,128)} all-reduce(%b), channel_id=3, to_apply=%add
+  ROOT %product = f32[8,128]{1,0:T(8,128)} convolution(%b, %sum.2)
+}
+
+%end (c: f32[8,128]) -> f32[8,128] {
+  %c = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %sum.3 = f32[8,128]{1,0:T(8,128)} all-reduce(%c), channel_id=3, to_apply=%add
+  ROOT %call.2 = f32[8,128]{1,0:T(8,128)} custom-call(%c, %sum.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %gather.1 = (f32[8,128]{1,0:T(8,128)}, f32[64,128]{1,0:T(8,128)}) all-gather-start(%p), channel_id=1, dimensions={0}
+  %before = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%none
+  %gather.2 = f32[64,128]{1,0:T(8,128)} all-gather-done(%gather.1)
+  %async-collective-start = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) fusion(%before), kind=kCustom, calls=%start
+  %got = f32[8,128]{1,0:T(8,128)} get-tuple-element(%async-collective-start), index=0
+  %fusion.7 = f32[8,128]{1,0:T(8,128)} fusion(%got), kind=kOutput, calls=%middle, backend_config={"window_config":{},"estimated_cycles":"15000"}
+  %async-collective-done = f32[8,128]{1,0:T(8,128)} fusion(%fusion.7), kind=kCustom, calls=%end
+  ROOT %after = f32[8,128]{1,0:T(8,128)} fusion(%async-collective-done), kind=kLoop, calls=%none
+}
+"""  # noqa: E501
+
+
+def test_of_asynchronous_collectives_only_what_is_scheduled_beside_them_hides():
+    schedule = hlo.read(BESIDE, 8)
+    gather, reduce = schedule.collectives
+    assert gather.asynchronous and reduce.asynchronous
+    assert [one.bytes for one in gather.beside] == [2 * 8 * 128 * 4]
+    assert [(one.cycles, one.matrix) for one in reduce.beside] == [(15000, True)]
+    assert len(schedule.work) == 3  # what starts and ends a collective is no work of its own
+    topology = topologies.parse("v5e:2x4")
+    took = estimate.step_time(schedule, topology, 0.0)
+    alone = (
+        64 * 128 * 4 * 7 / 8 / 100e9 - 2 * 8 * 128 * 4 / 819e9
+    )  # the other takes less than 10 us
+    assert took.exposed == pytest.approx(alone)
+
+
 def test_transfers_between_slices_are_collectives():
     text = """ENTRY %main (p: f32[1,4,128]) -> f32[1,4,128] {
   %p = f32[1,4,128]{2,1,0:T(4,128)} parameter(0)

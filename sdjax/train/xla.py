@@ -1,0 +1,122 @@
+"""What XLA is told beyond its defaults, on each backend, in one place, each with its reason.
+
+The options go with the compilation of the step and nowhere else, so the planner and the trainer
+tell the compiler the same, and no environment variable has to be set. Who sets a flag in XLA_FLAGS
+or LIBTPU_INIT_ARGS, or names it in `train.xla_options`, is right. docs/benchmarks.md lists what was
+tried and left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh
+
+from sdjax.models.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One setting. platform: of `jax.Device`. collectives: only where devices exchange anything."""
+
+    platform: str
+    name: str
+    value: str
+    collectives: bool = True
+
+
+OPTIONS = (
+    # XLA turns the gather of a split weight and the product after it into a loop of
+    # collective-permutes and partial products. That suits large weights split over few chips; here
+    # it made programs several times as long, with more traffic, so gathers stay gathers.
+    # (docs/scaling.md; found with the planner.)
+    Option("tpu", "xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000", collectives=False),
+    # Sums of gradients run in the background of what is computed next ("async collective fusion",
+    # as MaxText's benchmarks/xla_flags_library.py sets it; with gathers XLA does so by itself). An
+    # all-reduce of several arrays at once cannot, and XLA combines them up to 100 MiB and more; so
+    # only what is small, biases and scales, is combined.
+    Option("tpu", "xla_enable_async_all_reduce", "true"),
+    Option("tpu", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true"),
+    Option("tpu", "xla_jf_crs_combiner_threshold_in_bytes", str(2**20)),
+    # Sums of gradients, and fsdp's gathers and scatters, run beside the backward pass: without it
+    # XLA waits for each where it stands. Off by default, and what NVIDIA sets in its images:
+    # docs.jax.dev/en/latest/gpu_performance_tips.html, docs.nvidia.com/jax-toolbox.
+    Option("gpu", "xla_gpu_enable_latency_hiding_scheduler", "true"),
+)
+
+
+def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str | bool]:
+    """What `lowered.compile` is given for the devices of a mesh.
+
+    own: `train.xla_options`, "NAME=VALUE" each; they come last and win.
+    """
+    platform, several = mesh.devices.flat[0].platform, mesh.size > 1
+    elsewhere = set_in_environment(os.environ)
+    chosen = {
+        option.name: option.value
+        for option in OPTIONS
+        if option.platform == platform
+        and (several or not option.collectives)
+        and option.name not in elsewhere
+    }
+    chosen |= parse(own)
+    if platform == "tpu":  # whose compiler reads them from text, as from its environment
+        return dict(chosen)
+    return {name: _as_flag(value) for name, value in chosen.items()}
+
+
+def parse(options: Sequence[str]) -> dict[str, str]:
+    """`train.xla_options` as {name: value}.
+
+    Raises:
+        ValueError: one is not of the form NAME=VALUE, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (re.fullmatch(r"xla_\w+", name) and equals and value):
+            raise ValueError(
+                f"train.xla_options has {option!r}; expected NAME=VALUE without dashes, as "
+                "'xla_gpu_autotune_level=5'"
+            )
+        if name in found:
+            raise ValueError(f"train.xla_options sets {name} twice; keep one of them")
+        found[name] = value
+    return found
+
+
+def set_in_environment(environment: Mapping[str, str]) -> set[str]:
+    """Names of the flags that XLA, or the compiler for TPUs, reads there by itself."""
+    words = " ".join(environment.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+    return set(re.findall(r"(?:^|\s)--(xla_\w+)", words))
+
+
+def describe(options: Mapping[str, str | bool]) -> str:
+    """A line for the log; "" where XLA is told nothing."""
+    if not options:
+        return ""
+    listed = ", ".join(f"{name}={str(value).lower()}" for name, value in options.items())
+    return f"XLA options: {listed}"
+
+
+def as_config_error(error: Exception, own: Sequence[str]) -> ConfigError | None:
+    """What the compiler says of an option of `train.xla_options` that it does not take, or None."""
+    found = re.search(
+        r"No such compile option: '(\w+)'|While setting option (\w+), (.*)", str(error)
+    )
+    name = (found[1] or found[2]) if found else ""
+    if found is None or name not in parse(own):
+        return None
+    what = found[3] or "this version has no such option for this device"
+    return ConfigError(
+        f"train.xla_options: XLA does not take {name}={parse(own)[name]}: {what.strip()} Leave it "
+        "out or mend it"
+    )
+
+
+def _as_flag(value: str) -> str | bool:
+    """XLA takes numbers as text here, but not truth values."""
+    return value.lower() == "true" if value.lower() in ("true", "false") else value
