@@ -40,8 +40,6 @@ echo "launch/gpu_host.sh: $(grep -c . <<<"$gpus") GPUs"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 # JAX takes 75 % of the memory unless told; the rest is for cuDNN, NCCL and the CUDA context.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-# Gradient reductions and fsdp's gathers run beside the matrix products, not after them.
-export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 
 child=
 stopping=0
