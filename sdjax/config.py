@@ -21,6 +21,7 @@ from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError
+from sdjax.models.kernels import WANTED
 from sdjax.models.unet import UNetConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.parallel.mesh import MeshConfig
@@ -49,14 +50,23 @@ class ModelConfig:
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
     dtype: str = "float32"  # of matmuls and convolutions; parameters stay in float32
-    remat: str = "none"  # "none", "block", "full" or the name of a jax.checkpoint policy
-    attention: str = "auto"  # "dense" never takes a kernel; "auto" does where one is faster
+    remat: str = "none"  # "attention", "block", "full" or the name of a jax.checkpoint policy
+    # "auto": the kernel that is faster there; "dense": none; "flash" (TPU), "cudnn" (NVIDIA GPUs):
+    # that one, wherever it takes the shape.
+    attention: str = "auto"
 
     def __post_init__(self):
-        if self.attention not in ("auto", "dense"):
-            raise ValueError(f"model.attention is {self.attention!r}; expected 'auto' or 'dense'")
+        if self.attention not in WANTED:
+            raise ValueError(
+                f"model.attention is {self.attention!r}; expected one of {', '.join(WANTED)}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError(
+                "model.attention is 'cudnn', which has no float32; set model.dtype to 'bfloat16', "
+                "or model.attention to 'auto'"
+            )
 
     @property
     def text_encoders(self) -> dict[str, CLIPTextConfig]:

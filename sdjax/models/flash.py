@@ -17,24 +17,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 Array = jax.Array
 
-# Below this many scores a row-block fits on the chip anyway, and fusing loses to plain products.
-MIN_QUERIES = 1024
+MIN_QUERIES = 1024  # below this the products are small, and the kernels of `short_keys` do better
 LANES = 128  # queries and keys come in blocks of this
-BLOCKS = (1024, 512, 256, 128)  # the largest that divides the length and fits is used
+BLOCKS = (2048, 1536, 1024, 512, 384, 256, 128)  # the largest that divides the length and fits
 ROW_BYTES = 2**18  # of a block, one array; the kernels hold some twenty such in 16 MiB
+RESIDUALS = "attention"  # what `jax.checkpoint` may keep instead of running the kernel again
 
 
-def fits(q: Array, k: Array, *, causal: bool) -> bool:
-    """Whether the kernel takes q [B, L, heads, D] and k [B, M, heads, D], and is worth it."""
-    # Mosaic refuses a product of bfloat16 in "highest" precision, instead of ignoring the wish.
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return (
-        not causal
-        and (q.dtype == jnp.float32 or precision in (None, "default", "fastest", "bfloat16"))
-        and q.shape[1] >= MIN_QUERIES
-        and q.shape[1] % LANES == 0
-        and k.shape[1] % LANES == 0
-    )
+def fits(q: Array, k: Array) -> bool:
+    """Whether the kernel takes q [B, L, heads, D] and k [B, M, heads, D]."""
+    return q.shape[1] % LANES == 0 and k.shape[1] % LANES == 0
+
+
+def pays(q: Array, k: Array) -> bool:
+    """Whether it beats the dense one on every TPU, by benchmarks/tpu_layers.py."""
+    return q.shape[1] >= MIN_QUERIES and k.shape[1] >= MIN_QUERIES
 
 
 def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
@@ -50,42 +47,50 @@ def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) ->
     largest = ROW_BYTES // (max(width, LANES) * q.dtype.itemsize)
     # The kernel does not scale. In float32, or bfloat16 would round once more.
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    kernel = _kernel(heads, _block(length, largest), _block(keys, largest), length, keys, interpret)
+    kernel = _kernel(heads, largest, length, keys, interpret)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, L, D]
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
 
-def _block(length: int, largest: int = BLOCKS[0]) -> int:
+def _block(length: int, largest: int) -> int:
     return next(size for size in BLOCKS if length % size == 0 and size <= max(largest, LANES))
 
 
 @functools.lru_cache
-def _kernel(heads: int, rows: int, columns: int, length: int, keys: int, interpret: bool):
+def _kernel(heads: int, largest: int, length: int, keys: int, interpret: bool):
+    columns, columns_back = (_block(keys, size) for size in (largest, 2 * largest))
     blocks = splash.BlockSizes(
-        block_q=rows,
+        block_q=_block(length, largest),
         block_kv=columns,
-        block_kv_compute=min(columns, 512),
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
-        block_kv_dkv_compute=min(columns, 512),
-        block_q_dq=rows,
-        block_kv_dq=columns,
+        block_kv_compute=_block(columns, 512),
+        # One kernel for all three gradients: it computes the scores once less, and leaves a part of
+        # dq for each block of keys to be added up, so that these blocks had better be long.
+        block_q_dkv=_block(length, largest // 2),
+        block_kv_dkv=columns_back,
+        block_kv_dkv_compute=_block(columns_back, 512),
+        use_fused_bwd_kernel=True,
     )
     mask = masks.MultiHeadMask([masks.FullMask((length, keys))] * heads)
     with jax.ensure_compile_time_eval():  # its tables are constants, whatever is being traced
-        return splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+        return splash.make_splash_mha_single_device(
+            mask, block_sizes=blocks, residual_checkpoint_name=RESIDUALS, interpret=interpret
+        )
 
 
-# Matrix products of L x M x D in each kernel: scores and output; scores, dP and dQ; scores, dV, dP
-# and dK (Dao, arXiv:2307.08691, section 3.1).
-PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# Matrix products of L x M x D in each kernel: scores and output; scores, dV, dP, dK and dQ (Dao,
+# arXiv:2307.08691, section 3.1).
+PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+# What the vector units add to that, in products of 128 lanes, by the instructions the kernels
+# compile to for v5p (docs/benchmarks.md): 6.6 and 11 cycles for tiles of 8 x 128 scores, of which
+# each product takes 2.
+VECTOR = {"splash_mha_fwd": 1.3, "splash_mha_dkv": 0.5}
 
 
 def kernel_cost(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float] | None:
     """(FLOPs, bytes) of one call of a kernel of this file, which the compiler does not see into.
 
-    FLOPs are those the matrix unit takes time for: head dimensions are padded to its 128 lanes.
-    Bytes are of bfloat16 inputs that each row of blocks reads anew, and the outputs.
+    FLOPs are those the matrix unit could do in the time the kernel takes: head dimensions are
+    padded to its 128 lanes, and it waits for the vector units. Bytes are of bfloat16 arrays.
 
     Args:
         name: of the kernel, as in the compiled program: "splash_mha_fwd_residuals".
@@ -95,13 +100,15 @@ def kernel_cost(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, fl
     Returns:
         None for a kernel of another file.
     """
-    products = next((n for start, n in PRODUCTS.items() if name.startswith(start)), None)
-    if products is None:
+    kind = next((start for start in PRODUCTS if start in name), None)
+    if kind is None:
         return None
     (batch, heads, length, width), (_, _, keys, _) = [s for s in shapes if len(s) == 4][:2]
     padded = -(-width // LANES) * LANES
-    flops = 2.0 * products * batch * heads * length * keys * padded
-    rows = length // _block(length, ROW_BYTES // (2 * padded))
-    read = length + 2 * rows * keys  # q once, k and v for each row of blocks
-    written = length * (products - 1)
-    return flops, 2.0 * batch * heads * padded * (read + written)
+    products = PRODUCTS[kind] * padded + VECTOR[kind] * LANES
+    largest = ROW_BYTES // (2 * padded)
+    if kind == "splash_mha_fwd":  # q and the output once, k and v for each block of queries
+        moved = 2 * length + 2 * keys * (length // _block(length, largest))
+    else:  # k, v, dk and dv once; q, its gradient and the output's for each block of keys
+        moved = 4 * keys + 3 * length * (keys // _block(keys, 2 * largest))
+    return 2.0 * batch * heads * length * keys * products, 2.0 * batch * heads * padded * moved

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from sdjax.models import capture
+from sdjax.models.flash import RESIDUALS
 from sdjax.models.products import Conv, Linear
 
 Array = jax.Array
@@ -204,10 +205,10 @@ def upsample_nearest(x: Array, height: int, width: int) -> Array:
 
 
 def check_remat(remat: str) -> None:
-    """Raises a ValueError unless `remat` is none, block, full or a jax.checkpoint policy."""
-    if remat not in ("none", "block", "full") and remat not in _policies():
+    """Raises a ValueError unless `remat` is one of `rematerialised`'s."""
+    if remat not in ("none", "block", "attention", "full") and remat not in _policies():
         raise ValueError(
-            f"remat = {remat!r}: expected 'none', 'block', 'full' or the name of a "
+            f"remat = {remat!r}: expected 'none', 'block', 'attention', 'full' or the name of a "
             f"jax.checkpoint policy ({', '.join(_policies())})"
         )
 
@@ -218,15 +219,20 @@ def rematerialised(function: Callable, remat: str, *, level: str) -> Callable:
     Args:
         function: a module or function of arrays (and None); it may close over parameters.
         remat: "none" stores all activations; "block" recomputes each residual or transformer
-            block; "full" each level of the network at once, and within it nothing is stored
-            beyond what its backward pass needs; a policy name works at blocks and stores what the
-            policy allows.
+            block; "attention" too, but keeps what its flash kernels (of long sequences, on TPUs)
+            give, so that they need not run again; "full" each level of the network at once, and
+            within it nothing is stored beyond what its backward pass needs; a policy name works at
+            blocks and stores what the policy allows.
         level: "block" or "stage", the size of `function`.
     """
     if remat == "none" or level != ("stage" if remat == "full" else "block"):
         return function
     capture.refuse_remat(remat)
-    policy = None if remat in ("block", "full") else getattr(jax.checkpoint_policies, remat)
+    policy = None
+    if remat == "attention":
+        policy = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+    elif remat not in ("block", "full"):
+        policy = getattr(jax.checkpoint_policies, remat)
     return jax.checkpoint(lambda *args: function(*args), policy=policy)
 
 

@@ -24,7 +24,11 @@ class Placement(Protocol):
 
     @property
     def kernels(self) -> str:
-        """The platform whose kernels may be used, as "tpu"; "" for none."""
+        """The platform whose kernels may be used: "tpu", "cuda", or another, without any."""
+
+    @property
+    def attention(self) -> str:
+        """The kernel that is wanted, a value of `model.attention`."""
 
     def activation(self, x: Array) -> Array:
         """x [B, ...] -> the same array, split along its batch alone."""
@@ -56,6 +60,12 @@ def kernels() -> str:
     """The platform whose kernels may be used; "" for none, as outside `placed`."""
     placement = _placement.get()
     return "" if placement is None else placement.kernels
+
+
+def attention() -> str:
+    """The kernel that is wanted; "auto" outside `placed`."""
+    placement = _placement.get()
+    return "auto" if placement is None else placement.attention
 
 
 def per_device(kernel: Callable[..., Array], *arrays: Array) -> Array:

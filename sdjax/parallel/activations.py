@@ -10,6 +10,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = ("data", "fsdp")
+AMPERE = 8.0  # compute capability: the first NVIDIA GPUs that cuDNN's fused attention runs on
+
+
+def kernels_of(device: jax.Device) -> str:
+    """The platform whose kernels a device runs: "tpu", "cuda", or "" where there are none."""
+    if device.platform == "tpu":
+        return "tpu"
+    # "cuda A.B" is what a GPU of NVIDIA says of itself; AMD's says "rocm".
+    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return "cuda" if is_cuda and float(device.compute_capability) >= AMPERE else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +27,8 @@ class Activations:
     """What `sdjax.models.placement` asks for, on this mesh."""
 
     mesh: Mesh
-    kernels: str  # the platform whose kernels may be used, as "tpu"; "" for none
+    kernels: str  # the platform whose kernels may be used, see `kernels_of`
+    attention: str = "auto"  # the kernel that is wanted, as `model.attention`
 
     def activation(self, x: jax.Array) -> jax.Array:
         """x [B, ...] -> the same array, split along its batch alone."""

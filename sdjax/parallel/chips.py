@@ -18,7 +18,8 @@ class Chip:
     program have, which is a little less than is on the chip. hbm_bandwidth, links, network:
     bytes/s to its memory, out of the chip over ICI or NVLink (one direction, all links), and out
     of the host over the data-centre network (a chip's share). clock: Hz, of TPUs, for the
-    compiler's estimates in cycles. dims: of a TPU slice's shape.
+    compiler's estimates in cycles. dims: of a TPU slice's shape. kernels: the share of `flops` that
+    kernels of Pallas have, whose cost is counted as of matrix units of 128 x 128.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Chip:
     devices: int = 1
     clock: float = 0.0
     dims: int = 0
+    kernels: float = 1.0
 
     @property
     def is_tpu(self) -> bool:
@@ -43,15 +45,18 @@ class Chip:
 # refuses a program ("exceeds available HBM (15.75G)"), times the devices of a chip. The clock is
 # the peak over the FLOPs of all matrix units in a cycle: 128 x 128 units, 1 a core on v2, 2 on v3,
 # 4 on v4, v5e and v5p; 256 x 256 units on v6e and tpu7x, as many as the compiler counts (its
-# estimate for a large matrix product is 83 to 97 % of this).
+# estimate for a large matrix product is 83 to 97 % of this). Kernels: in the units of 256 x 256 the
+# heads of attention fill a part, and the vector units are no faster: by the instructions that they
+# compile to, v6e takes 1.15 (splash) to 1.5 times (models/short_keys.py) as long as v5p, with twice
+# its FLOP/s.
 TPUS = (
     Chip("v2", ("TPU v2",), 45e12, 2 * 7.48 * GIB, 700e9, 248e9, 3.1e9, 2, 0.70e9, 2),
     Chip("v3", ("TPU v3",), 123e12, 2 * 15.48 * GIB, 900e9, 328e9, 3.1e9, 2, 0.94e9, 2),
     Chip("v4", ("TPU v4",), 275e12, 30.75 * GIB, 1228e9, 300e9, 6.25e9, 1, 1.05e9, 3),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 200e9, 3.1e9, 1, 1.5e9, 2),
     Chip("v5p", ("TPU v5",), 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 1, 1.75e9, 3),
-    Chip("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 1, 1.75e9, 2),
-    Chip("tpu7x", ("TPU7x",), 2307e12, 2 * 94.75 * GIB, 7380e9, 600e9, 12.5e9, 2, 2.2e9, 3),
+    Chip("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 1, 1.75e9, 2, 0.4),
+    Chip("tpu7x", ("TPU7x",), 2307e12, 2 * 94.75 * GIB, 7380e9, 600e9, 12.5e9, 2, 2.2e9, 3, 0.4),
 )
 
 # NVIDIA: the data sheets (A100, H100, H200, L4, L40S, GH200, B200), bfloat16 without sparsity;

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax.config import Config
 from sdjax.models import placement
 from sdjax.models.config import ConfigError
-from sdjax.parallel.activations import Activations
+from sdjax.parallel.activations import Activations, kernels_of
 from sdjax.parallel.batches import batch_sharding, check_batch, positions
 from sdjax.parallel.sharding import placed, state_shardings
 from sdjax.train.optim import OptimConfig, make_optimizer, trainable_paths
@@ -87,8 +87,8 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
         num_timesteps=config.schedule.num_train_timesteps,
     )
 
-    kernels = mesh.devices.flat[0].platform if config.model.attention == "auto" else ""
-    activations = Activations(mesh, kernels)
+    kernels = kernels_of(mesh.devices.flat[0])
+    activations = Activations(mesh, kernels, config.model.attention)
 
     def on_mesh(state: State, frozen: Params, batch: dict) -> tuple[State, dict]:
         with placement.placed(activations):

@@ -18,6 +18,7 @@ from sdjax.config import resolve
 from sdjax.data.pipeline import make_iterator
 from sdjax.models.attention import attention
 from sdjax.models.flash import flash_attention
+from sdjax.models.short_keys import short_attention
 from sdjax.parallel import batches, sharding
 from sdjax.parallel.activations import Activations
 from sdjax.parallel.mesh import MeshConfig, make_mesh
@@ -106,9 +107,9 @@ def run(config, assembled, sizes):
 
 
 def kernel_error() -> float:
-    """Of attention by the kernel on each device's examples and heads, gradients included."""
+    """Of attention by the kernels on each device's examples and heads, gradients included."""
     placement = Activations(make_mesh(MeshConfig(2, 2, 2)), kernels="tpu")
-    kernel = functools.partial(flash_attention, interpret=True)
+    kernels = [functools.partial(f, interpret=True) for f in (flash_attention, short_attention)]
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, cotangent = (jax.random.normal(key, (4, 128, 2, 8)) for key in keys)
 
@@ -116,8 +117,9 @@ def kernel_error() -> float:
         out, pullback = jax.vjp(function, q, k, v)
         return out, *pullback(cotangent)
 
-    ours = jax.jit(lambda: both(lambda *x: placement.per_device(kernel, *x)))()
-    return max(float(abs(a - b).max()) for a, b in zip(ours, both(attention), strict=True))
+    exact = both(attention)
+    ours = jax.jit(lambda: [both(lambda *x, f=f: placement.per_device(f, *x)) for f in kernels])()
+    return max(float(abs(a - b).max()) for one in ours for a, b in zip(one, exact, strict=True))
 
 
 def main():

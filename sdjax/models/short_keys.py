@@ -1,0 +1,219 @@
+"""Attention to few keys, as one TPU kernel each way: text, and self-attention of small maps.
+
+All keys of an example lie in the chip's vector memory at once, so that no softmax is put together
+from parts, and the backward pass needs q, k and v alone: it computes the weights again and gives
+all three gradients from the same scores. Heads stay side by side along the lanes, as the
+projections write and read them: [B, L, heads * D] is never transposed, and never padded to 128
+lanes a head in HBM. A head's product runs over the tiles of 128 lanes that the head touches, with
+the other heads' lanes of the keys at zero, which takes the matrix unit no longer than the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Array = jax.Array
+
+LANES = 128
+MAX_KEYS = 256
+MIN_QUERIES = 256  # below this the dense one's scores are nothing
+KEY_BYTES = 2**23  # of the 16 MiB that a kernel may hold, for all that is as long as the keys
+ROW_BYTES = 3 * 2**18  # of a block of queries; the backward kernel holds six such
+ROWS = (512, 256, 128, 64)
+HIDDEN = -1e30  # the score of padding: its weight is 0 exactly
+
+
+def fits(q: Array, k: Array) -> bool:
+    """Whether the kernel takes q [B, L, heads, D] and k [B, M, heads, D]."""
+    (_, length, heads, width), keys = q.shape, _up(k.shape[1])
+    # k and v, the sums of their gradients, and of each another that is under way.
+    held = 2 * keys * _up(heads * width) * 2 * (q.dtype.itemsize + 4)
+    return keys <= MAX_KEYS and length % ROWS[-1] == 0 and held <= KEY_BYTES
+
+
+def pays(q: Array, k: Array) -> bool:
+    """Whether it beats the dense one on every TPU, by benchmarks/tpu_layers.py."""
+    return q.shape[1] >= MIN_QUERIES
+
+
+def short_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
+    """Scaled dot-product attention of q [B, L, heads, D] with few keys k, v [B, M, heads, D].
+
+    Softmax and sums in float32. Equal to the dense one, in value and gradient, up to the rounding
+    of the inputs' dtype. `interpret` runs the kernel on any backend, slowly.
+
+    Returns:
+        [B, L, heads, D] in the dtype of `q`.
+    """
+    (batch, length, heads, width), keys = q.shape, k.shape[1]
+    q, k, v = (x.reshape(batch, x.shape[1], heads * width) for x in (q, k, v))
+    k, v = (jnp.pad(x, ((0, 0), (0, _up(keys) - keys), (0, 0))) for x in (k, v))
+    out = _attend(q, k, v, heads, width, keys, interpret)
+    return out.reshape(batch, length, heads, width)
+
+
+def _up(size: int) -> int:
+    return -(-size // LANES) * LANES
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _attend(q: Array, k: Array, v: Array, heads: int, width: int, keys: int, interpret: bool):
+    """q [B, L, C], k, v [B, M, C] with M a multiple of 128 -> [B, L, C]."""
+    (batch, length, channels), padded = q.shape, k.shape[1]
+    rows, whole = _specs(length, channels, padded, q.dtype)
+    kernel = functools.partial(_forward_kernel, heads=heads, width=width, keys=keys)
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, length // rows.block_shape[1]),
+        in_specs=[rows, whole, whole],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(q, k, heads, width, products=2),
+        interpret=interpret,
+        name="short_attention_forward",
+    )(q, k, v)
+
+
+def _forward(q: Array, k: Array, v: Array, *static) -> tuple[Array, tuple[Array, ...]]:
+    return _attend(q, k, v, *static), (q, k, v)
+
+
+def _backward(heads: int, width: int, keys: int, interpret: bool, saved, dout: Array):
+    q, k, v = saved
+    (batch, length, channels), padded = q.shape, k.shape[1]
+    rows, whole = _specs(length, channels, padded, q.dtype)
+    kernel = functools.partial(_backward_kernel, heads=heads, width=width, keys=keys)
+    sums = jax.ShapeDtypeStruct(k.shape, jnp.float32)
+    dq, dk, dv = pl.pallas_call(
+        kernel,
+        grid=(batch, length // rows.block_shape[1]),
+        in_specs=[rows, whole, whole, rows],
+        out_specs=[rows, whole, whole],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(q, k, heads, width, products=5),
+        interpret=interpret,
+        name="short_attention_backward",
+    )(q, k, v, dout.astype(q.dtype))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _specs(length: int, channels: int, padded: int, dtype) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    """Of an example's block of queries and of all its keys."""
+    largest = ROW_BYTES // (channels * jnp.dtype(dtype).itemsize)
+    rows = next(n for n in ROWS if length % n == 0 and (n <= largest or n == ROWS[-1]))
+    return (
+        pl.BlockSpec((1, rows, channels), lambda b, i: (b, i, 0)),
+        pl.BlockSpec((1, padded, channels), lambda b, i: (b, 0, 0)),
+    )
+
+
+def _cost(q: Array, k: Array, heads: int, width: int, *, products: int) -> pl.CostEstimate:
+    """What a kernel costs: FLOPs that the matrix unit could do in the time it takes.
+
+    Each product runs over whole tiles of 128 lanes. What the vector units do with the scores
+    between them takes as long again, by the instructions these kernels compile to for v5p (docs/
+    benchmarks.md): for tiles of 8 x 128 scores forward 7 to 11 cycles, of which 4 are products,
+    backward 17 to 22, of which 10 are.
+    """
+    (batch, length, channels), padded = q.shape, k.shape[1]
+    tiles = sum(_up((h + 1) * width) - h * width // LANES * LANES for h in range(heads)) // LANES
+    vector = 3 * heads if products == 2 else 5 * heads  # in products of one tile
+    scores = batch * length * padded
+    large = 2 if products == 2 else 3  # q and out; q, dout and dq
+    small = 2 * q.dtype.itemsize if products == 2 else 2 * q.dtype.itemsize + 8
+    moved = batch * channels * (length * large * q.dtype.itemsize + padded * small)
+    return pl.CostEstimate(
+        flops=2 * scores * LANES * (products * tiles + vector),
+        transcendentals=scores * heads,
+        bytes_accessed=moved,
+    )
+
+
+# ---- inside the kernels ------------------------------------------------------------------------
+
+
+def _head_tiles(heads: int, width: int, padded: int) -> Iterator[tuple[slice, Array]]:
+    """For each head the tiles of lanes that it touches, and which of their lanes are its."""
+    for head in range(heads):
+        begin, end = head * width, (head + 1) * width
+        low, high = begin // LANES * LANES, min(_up(end), heads * width)
+        lane = low + lax.broadcasted_iota(jnp.int32, (padded, high - low), 1)
+        yield slice(low, high), (lane >= begin) & (lane < end)
+
+
+def _weights(q: Array, k: Array, scale: float, keys: int) -> Array:
+    """q [L, D], k [M, D] -> the softmax over the first `keys` keys [L, M] float32."""
+    scores = _product(q, k, 1, 1)
+    if keys < k.shape[0]:
+        column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(column < keys, scores, HIDDEN)
+    # The unit that exponentiates does so to base 2: one factor for both.
+    weights = jnp.exp2((scores - scores.max(-1, keepdims=True)) * (scale * math.log2(math.e)))
+    return weights * (1.0 / weights.sum(-1, keepdims=True))
+
+
+def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """The sum over one axis of each; float32."""
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, heads: int, width: int, keys: int):
+    """q, out [1, rows, C]; k, v [1, M, C]."""
+    out: dict[int, Array] = {}
+    for tiles, mine in _head_tiles(heads, width, k_ref.shape[1]):
+        k, v = (jnp.where(mine, ref[0, :, tiles], 0) for ref in (k_ref, v_ref))
+        weights = _weights(q_ref[0, :, tiles], k, width**-0.5, keys).astype(v.dtype)
+        _add(out, tiles, _product(weights, v, 1, 0))
+    _write(out_ref, out)
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, dout_ref, dq_ref, dk_ref, dv_ref, *, heads: int, width: int, keys: int
+):
+    """q, dout, dq [1, rows, C]; k, v, dk, dv [1, M, C], the last two added up over the blocks."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        dk_ref[...] = jnp.zeros_like(dk_ref)
+        dv_ref[...] = jnp.zeros_like(dv_ref)
+
+    dq_tiles: dict[int, Array] = {}
+    for tiles, mine in _head_tiles(heads, width, k_ref.shape[1]):
+        k, v = (jnp.where(mine, ref[0, :, tiles], 0) for ref in (k_ref, v_ref))
+        q, dout = q_ref[0, :, tiles], dout_ref[0, :, tiles]
+        weights = _weights(q, k, width**-0.5, keys)
+        dweights = _product(dout, v, 1, 1)
+        delta = (weights * dweights).sum(-1, keepdims=True)
+        dscores = (weights * (dweights - delta)).astype(q.dtype)  # but for the scale
+        _add(dq_tiles, tiles, _product(dscores, k, 1, 0))
+        # The tiles hold other heads' queries too.
+        dk, dv = _product(dscores, q, 0, 0), _product(weights.astype(v.dtype), dout, 0, 0)
+        dk_ref[0, :, tiles] += jnp.where(mine, dk * width**-0.5, 0.0)
+        dv_ref[0, :, tiles] += jnp.where(mine, dv, 0.0)
+    _write(dq_ref, {low: dq * width**-0.5 for low, dq in dq_tiles.items()})
+
+
+def _add(sums: dict[int, Array], tiles: slice, x: Array) -> None:
+    """Add x [rows, tiles] to the sums, which are kept by tile."""
+    for low in range(tiles.start, tiles.stop, LANES):
+        part = x[:, low - tiles.start : min(low + LANES, tiles.stop) - tiles.start]
+        sums[low] = sums[low] + part if low in sums else part
+
+
+def _write(ref, sums: dict[int, Array]) -> None:
+    for low, part in sums.items():
+        ref[0, :, low : low + part.shape[1]] = part.astype(ref.dtype)
