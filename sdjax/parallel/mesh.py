@@ -26,6 +26,8 @@ class MeshConfig:
     # Groups of devices with a slow network between them, which `data` alone crosses. 0 asks the
     # devices for their TPU slices; a number makes that many groups of neighbouring hosts.
     slices: int = 0
+    # ZeRO-1: moments, EMA and the work of the update are split over `data` too (within a slice).
+    shard_optimizer: bool = False
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in AXES]
@@ -50,8 +52,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config, len(devices))
-    found = len({getattr(device, "slice_index", None) or 0 for device in devices})
-    slices = config.slices or (found if devices[0].platform == "tpu" else 1)
+    found, slices = _found(devices), count_slices(config, devices)
     if slices > 1 and (len(devices) % slices or sizes[0] % slices):
         raise UserError(
             f"{len(devices)} devices in {slices} slices with mesh.data = {sizes[0]}: `data` alone "
@@ -72,6 +73,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             ]
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(config: MeshConfig, devices: Sequence[Any]) -> int:
+    """Groups of devices with a slow network between them, which `data` crosses."""
+    return config.slices or (_found(devices) if devices[0].platform == "tpu" else 1)
+
+
+def _found(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, int, int]:

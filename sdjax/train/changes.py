@@ -43,6 +43,7 @@ BREAKING = (
     "data.batch_size",
     "data.shapes_*",
     "optim.name",
+    "optim.moments",
     "ema.profiles",
 )
 

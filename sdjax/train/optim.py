@@ -3,7 +3,7 @@
 Every optimizer is the same chain: clip by global norm, the optimizer's direction, weight decay,
 the multiplier of the parameter group, the learning rate. Parameters are one flat dict
 `{path: array}`; groups are regular expressions over its paths. All state is float32, whatever the
-dtype of the parameters.
+dtype of the parameters, unless `optim.moments` says otherwise.
 
 A schedule is a function of the number of optimizer steps already taken: it does not know of
 devices, hosts or gradient accumulation. Step `k` (from 0) uses `schedule(k)`; the last one,
@@ -23,10 +23,17 @@ import optax
 from optax import contrib
 
 from sdjax.errors import UserError
+from sdjax.train.moments import in_blocks
 
 OPTIMIZERS = (
     "adamw", "adam", "adafactor", "lion", "rmsprop", "sgd", "muon", "schedule_free",
 )  # fmt: skip
+# Ways to keep the moments, and the optimizers that can.
+MOMENTS = {
+    "float32": OPTIMIZERS,
+    "bfloat16": ("adamw", "adam", "lion", "muon"),
+    "8bit": ("adamw", "adam"),
+}
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "piecewise", "polynomial")
 
 # Decay as a penalty in the gradient, as torch.optim's Adam, SGD and RMSprop do; all others
@@ -67,6 +74,8 @@ class OptimConfig:
       clip_norm: largest global norm of the gradient, 0 = no clipping.
       groups: `(regex, multiplier)` pairs searched in the parameter path; the first that matches
         multiplies the learning rate, 0.0 freezes. What none matches has multiplier 1.
+      moments: how they are kept between steps, one of `MOMENTS`: "float32"; "bfloat16", the first
+        alone, the second stays in float32; "8bit", both (see `sdjax.train.moments`).
     """
 
     name: str = "adamw"
@@ -85,6 +94,7 @@ class OptimConfig:
     scales: tuple[float, ...] = ()
     clip_norm: float = 1.0
     groups: tuple[tuple[str, float], ...] = ()
+    moments: str = "float32"
 
     def __post_init__(self) -> None:
         _check("name", self.name, self.name in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
@@ -102,6 +112,10 @@ class OptimConfig:
             value = getattr(self, field)
             _check(field, value, value >= 0, "0 or more")
         _check("power", self.power, self.power > 0, "above 0")
+        _check("moments", self.moments, self.moments in MOMENTS, f"one of {', '.join(MOMENTS)}")
+        able = MOMENTS[self.moments]
+        expected = f"'float32' with optim.name={self.name!r}; only {', '.join(able)} keep such"
+        _check("moments", self.moments, self.name in able, expected)
         self._check_piecewise()
         self._check_groups()
 
@@ -249,10 +263,12 @@ def make_optimizer(
 
 def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation:
     """What is subtracted from the parameters at learning rate 1, without weight decay."""
+    first = jnp.bfloat16 if cfg.moments == "bfloat16" else None  # None: as the parameters
     if cfg.name in ("adamw", "adam"):
-        return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+        adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=first)
+        return in_blocks(adam) if cfg.moments == "8bit" else adam
     if cfg.name == "lion":
-        return optax.scale_by_lion(cfg.b1, cfg.b2)
+        return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=first)
     if cfg.name == "sgd":
         return optax.trace(cfg.momentum) if cfg.momentum > 0 else optax.identity()
     if cfg.name == "rmsprop":
@@ -263,7 +279,8 @@ def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation
     if cfg.name == "muon":
         muon = contrib.muon(
             1.0, beta=cfg.momentum, eps=cfg.eps, adam_b1=cfg.b1, adam_b2=cfg.b2,
-            consistent_rms=_MUON_RMS, muon_weight_dimension_numbers=muon_dimensions(params),
+            consistent_rms=_MUON_RMS, mu_dtype=first,
+            muon_weight_dimension_numbers=muon_dimensions(params),
         )  # fmt: skip
         return optax.chain(muon, optax.scale(-1.0))
     # schedule_free: AdamW without its first moment (optax.contrib.schedule_free_adamw).

@@ -7,6 +7,7 @@ is not there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from sdjax.models import placement
 from sdjax.models.config import ConfigError
 from sdjax.parallel.activations import Activations, kernels_of
 from sdjax.parallel.batches import batch_sharding, check_batch, positions
-from sdjax.parallel.sharding import placed, state_shardings
+from sdjax.parallel.sharding import placed, state_shardings, train_shardings
 from sdjax.train.optim import OptimConfig, make_optimizer, trainable_paths
 from sdjax.train.state import Params, State, init_state
 from sdjax.train.step import make_train_step
@@ -76,7 +77,7 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
         return init_state(params, optimizer, config.ema)
 
     abstract = jax.eval_shape(fresh, split.trained)
-    shardings = state_shardings(abstract, split.trained, mesh)
+    shardings, update = train_shardings(abstract, split.trained, mesh, config.mesh)
     train_step = make_train_step(
         task.loss,
         optimizer,
@@ -85,6 +86,7 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
         accumulation=config.train.accumulation,
         buckets=config.train.timestep_buckets,
         num_timesteps=config.schedule.num_train_timesteps,
+        spread=update and functools.partial(jax.lax.with_sharding_constraint, shardings=update),
     )
 
     kernels = kernels_of(mesh.devices.flat[0])

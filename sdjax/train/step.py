@@ -34,6 +34,7 @@ def make_train_step(
     accumulation: int,
     buckets: int,
     num_timesteps: int,
+    spread: Callable[[Params], Params] | None = None,
 ) -> Callable[[State, Params, dict[str, jax.Array]], tuple[State, dict[str, Any]]]:
     """Build `train_step(state, frozen, batch) -> (state, metrics)`.
 
@@ -43,6 +44,9 @@ def make_train_step(
         accumulation: micro-batches computed one after the other; the result is that of the whole
         batch.
         buckets: the loss is reported for so many ranges of the timestep.
+        spread: splits gradients, and parameters, over the devices that share the update (see
+            `sdjax.parallel.sharding.train_shardings`); the caller's output shardings join the new
+            parameters again.
 
     Metrics are scalars on the device: loss, norms of gradients and parameters, in all and per
     module group, the ratio of update to weights per module group, loss per timestep bucket, and
@@ -68,7 +72,10 @@ def make_train_step(
             )
             return jnp.mean(per_example), aux
 
-        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+        def value_and_grad(*args: Any):
+            loss_and_aux, grads = jax.value_and_grad(mean_loss, has_aux=True)(*args)
+            return loss_and_aux, spread(grads) if spread else grads
+
         if accumulation == 1:
             (loss, aux), grads = value_and_grad(state["params"], batch, jnp.asarray(positions))
         else:
@@ -76,7 +83,8 @@ def make_train_step(
                 value_and_grad, state["params"], batch, jnp.asarray(positions), accumulation
             )
 
-        new_state, metrics = _advance(state, loss, grads, optimizer)
+        old = state | {"params": spread(state["params"])} if spread else state
+        new_state, metrics = _advance(old, loss, grads, optimizer)
         param_norms = group_norms(new_state["params"])
         metrics |= {
             "loss": loss,

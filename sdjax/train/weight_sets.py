@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+from sdjax.parallel.sharding import placed_like
 from sdjax.train.optim import eval_params
 from sdjax.train.state import Params, State
 
@@ -17,8 +18,13 @@ def weight_sets(state: State) -> dict[str, Callable[[], Params]]:
         RAW: lambda: eval_params(state["opt_state"], state["params"])
     }
     for profile in state["ema"]:
-        sets[profile] = functools.partial(state["ema"].__getitem__, profile)
+        sets[profile] = functools.partial(_as_the_parameters, state, profile)
     return sets
+
+
+def _as_the_parameters(state: State, profile: str) -> Params:
+    """An average, which may be split over more devices, joined once and not at each use."""
+    return placed_like(state["ema"][profile], state["params"])
 
 
 def evaluated_set(profiles: Sequence[str]) -> str:
