@@ -80,7 +80,8 @@ def block_specs(path: str, shape: tuple[int, ...], mesh: Mesh, axes: Iterable[st
     Both are split along `split_dim` alone, which no block crosses; `n` is its size. The `axes` that
     do not divide it leave them whole.
     """
-    dim, taken = split_dim(path, shape), ()
+    dim = split_dim(path, shape)
+    taken: tuple[str, ...] = ()
     for axis in axes:
         if shape[dim] % (mesh.shape[axis] * _ways(taken, mesh)) == 0 and mesh.shape[axis] > 1:
             taken = (*taken, axis)

@@ -86,7 +86,9 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
         accumulation=config.train.accumulation,
         buckets=config.train.timestep_buckets,
         num_timesteps=config.schedule.num_train_timesteps,
-        spread=update and functools.partial(jax.lax.with_sharding_constraint, shardings=update),
+        spread=functools.partial(jax.lax.with_sharding_constraint, shardings=update)
+        if update
+        else None,
     )
 
     kernels = kernels_of(mesh.devices.flat[0])

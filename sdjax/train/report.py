@@ -46,7 +46,8 @@ def announce(
         f"mesh {_axes(mesh)}: {mesh.size} x {jax.devices()[0].device_kind}, "
         f"{jax.process_count()} host(s)",
         f"{_millions(split.trained)} parameters trained, {_millions(split.frozen)} frozen; "
-        f"compute in {config.model.dtype}, parameters, moments, EMA and gradient sums in float32",
+        f"compute in {config.model.dtype}, moments in {config.optim.moments}, "
+        "parameters, EMA and gradient sums in float32",
         f"batch {batch} ({batch // share.count} per host"
         + (f", in {parts} parts" if parts > 1 else "")
         + f"), {config.train.steps} steps, {config.train.steps * batch:,} images",
