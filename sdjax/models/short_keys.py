@@ -68,11 +68,12 @@ def _up(size: int) -> int:
 def _attend(q: Array, k: Array, v: Array, heads: int, width: int, keys: int, interpret: bool):
     """q [B, L, C], k, v [B, M, C] with M a multiple of 128 -> [B, L, C]."""
     (batch, length, channels), padded = q.shape, k.shape[1]
-    rows, whole = _specs(length, channels, padded, q.dtype)
+    size = _block(length, channels, q.dtype)
+    rows, whole = _specs(size, channels, padded)
     kernel = functools.partial(_forward_kernel, heads=heads, width=width, keys=keys)
     return pl.pallas_call(
         kernel,
-        grid=(batch, length // rows.block_shape[1]),
+        grid=(batch, length // size),
         in_specs=[rows, whole, whole],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -90,12 +91,13 @@ def _forward(q: Array, k: Array, v: Array, *static) -> tuple[Array, tuple[Array,
 def _backward(heads: int, width: int, keys: int, interpret: bool, saved, dout: Array):
     q, k, v = saved
     (batch, length, channels), padded = q.shape, k.shape[1]
-    rows, whole = _specs(length, channels, padded, q.dtype)
+    size = _block(length, channels, q.dtype)
+    rows, whole = _specs(size, channels, padded)
     kernel = functools.partial(_backward_kernel, heads=heads, width=width, keys=keys)
     sums = jax.ShapeDtypeStruct(k.shape, jnp.float32)
     dq, dk, dv = pl.pallas_call(
         kernel,
-        grid=(batch, length // rows.block_shape[1]),
+        grid=(batch, length // size),
         in_specs=[rows, whole, whole, rows],
         out_specs=[rows, whole, whole],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums],
@@ -110,10 +112,14 @@ def _backward(heads: int, width: int, keys: int, interpret: bool, saved, dout: A
 _attend.defvjp(_forward, _backward)
 
 
-def _specs(length: int, channels: int, padded: int, dtype) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    """Of an example's block of queries and of all its keys."""
+def _block(length: int, channels: int, dtype) -> int:
+    """Queries that a kernel takes at once."""
     largest = ROW_BYTES // (channels * jnp.dtype(dtype).itemsize)
-    rows = next(n for n in ROWS if length % n == 0 and (n <= largest or n == ROWS[-1]))
+    return next(n for n in ROWS if length % n == 0 and (n <= largest or n == ROWS[-1]))
+
+
+def _specs(rows: int, channels: int, padded: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    """Of an example's block of queries and of all its keys."""
     return (
         pl.BlockSpec((1, rows, channels), lambda b, i: (b, i, 0)),
         pl.BlockSpec((1, padded, channels), lambda b, i: (b, 0, 0)),

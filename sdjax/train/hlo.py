@@ -172,7 +172,9 @@ def _ends(module: Module, steps: list[_Step]) -> dict[int, int]:
     channel for the last time: first it is in one that starts it, then in those that compute
     meanwhile, at last in one that waits for it.
     """
-    names, channels, ends = {}, {}, {}
+    names: dict[tuple[str, str], int] = {}
+    channels: dict[tuple[str, str], int] = {}
+    ends: dict[int, int] = {}
     for i, step in enumerate(steps):
         instruction = step.instruction
         if instruction.opcode.endswith("-done") and instruction.operands:
