@@ -258,19 +258,10 @@ def test_gpu_host_without_gpus_says_so(stubs, record):
     assert run.returncode == 2 and "finds no GPU" in run.stderr and not record()
 
 
-def test_xla_flags_of_the_launchers_are_known():
-    """XLA ends the process at a flag that it does not know."""
-    texts = [file.read_text() for file in (*SCRIPTS, *LAUNCH.rglob("*.yaml"))]
-    flags = {flag for text in texts for flag in re.findall(r"--xla_\w+=\w+", text)}
-    assert flags
-    run = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"],
-        env={**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
+def test_launchers_leave_xla_to_the_trainer():
+    """A flag of theirs would take the place of one of sdjax/train/xla.py unseen."""
+    for file in (*SCRIPTS, *LAUNCH.rglob("*.yaml")):
+        assert not re.search(r"--xla_\w+=", file.read_text()), file
 
 
 # --- slurm.sbatch -----------------------------------------------------------------------------
