@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from measure import Blocks, environment, table, write_json
 from ml_collections import ConfigDict
 
+from sdjax.allocator import use_large_pages
 from sdjax.config import Config, resolve
 from sdjax.errors import UserError
 from sdjax.train import loop
@@ -242,4 +243,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the trainer does
     main()

@@ -32,6 +32,7 @@ import numpy as np
 from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 
+from sdjax.allocator import use_large_pages
 from sdjax.config import ModelConfig
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
@@ -328,4 +329,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the trainer does
     main()

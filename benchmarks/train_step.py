@@ -31,6 +31,7 @@ from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 from train_program import Bench, Row, make_bench, make_config, own_resolution
 
+from sdjax.allocator import use_large_pages
 from sdjax.config import Config
 from sdjax.parallel.batches import check_batch
 from sdjax.parallel.chips import peak_flops
@@ -348,4 +349,5 @@ def _preface(where: dict[str, Any], ceilings: dict[str, dict[int, float]]) -> st
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the trainer does
     main()

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sizes import SIZES
 
+from sdjax.allocator import use_large_pages
+
 if TYPE_CHECKING:
     from torch_peer import Torch
 
@@ -351,4 +353,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the trainer does
     main()
