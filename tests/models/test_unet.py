@@ -330,7 +330,7 @@ def test_rematerialisation_changes_memory_but_no_result(reference):
 
 
 def test_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="remat = 'blocks'.*'block', 'full'.*dots_saveable"):
+    with pytest.raises(ValueError, match="remat = 'blocks'.*'block', 'attention', 'full'.*dots"):
         weights.abstract(UNet, SMALL, remat="blocks")
 
 
