@@ -6,7 +6,6 @@ What is compared is the step as the loop runs it: compiled ahead of time from ab
 batches from the pipeline, and the state placed by the rules.
 """
 
-import dataclasses
 import functools
 import json
 import sys
@@ -30,8 +29,6 @@ from sdjax.train.validation import Validator
 
 STEPS = 5
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
-# Here moments and averages are split over `data` too.
-SPECIAL = {(8, 1, 1): {"shard_optimizer": True}, (4, 1, 2): {"shard_optimizer": True, "slices": 2}}
 VALIDATED = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 sharding.MIN_FSDP_SIZE = 64  # the model is tiny
 
@@ -63,9 +60,7 @@ def left_whole(tree, ways: int) -> list[str]:
 
 def run(config, assembled, sizes):
     count = int(np.prod(sizes))
-    own = MeshConfig(*sizes, **SPECIAL.get(sizes, {}))
-    config = dataclasses.replace(config, mesh=own)
-    mesh = make_mesh(own, jax.devices()[:count])
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
     task = make_task(config, assembled.tokenizers)
     built = program.build(config, task, mesh)
     step = program.compile_step(built, config).step
