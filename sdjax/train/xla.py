@@ -110,7 +110,7 @@ def as_config_error(error: Exception, own: Sequence[str]) -> ConfigError | None:
     name = (found[1] or found[2]) if found else ""
     if found is None or name not in parse(own):
         return None
-    what = found[3] or "this version has no such option for this device"
+    what = found[3] or "this version has no such option for this device."
     return ConfigError(
         f"train.xla_options: XLA does not take {name}={parse(own)[name]}: {what.strip()} Leave it "
         "out or mend it"
