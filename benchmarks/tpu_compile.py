@@ -29,7 +29,8 @@ PLANS = Path(__file__).parents[1] / "docs" / "plans"
 class Case:
     """A recipe on a slice.
 
-    rows: images a chip computes at once. cached: latents and text were encoded ahead of training.
+    rows: images a chip computes at once. remat: `model.remat`, least where there is room for more.
+    cached: latents and text were encoded ahead of training.
     """
 
     recipe: str
@@ -38,6 +39,7 @@ class Case:
     chips: int
     fsdp: int
     rows: int
+    remat: str
     cached: bool = False
 
     @property
@@ -53,24 +55,26 @@ class Case:
             f"--topology={self.chip}:{self.shape}",
             f"--config.mesh.fsdp={self.fsdp}",
             f"--config.data.batch_size={self.rows * self.chips}",
+            f"--config.model.remat={self.remat}",
             *(cached if self.cached else ()),
         ]
 
 
 # Eight images a chip: 2,048 on 256 chips, the batch of the recipes. Parameters, two moments and the
-# average take 14 GB, which the 16 GB of a v5e have to split; v5p and v6e leave them whole.
+# average take 14 GB, which the 16 GB of a v5e have to split, and compute activations again; v5p and
+# v6e leave them whole.
 SLICES = (
-    ("v5e", "2x4", 8, 8, 8),
-    ("v5e", "16x16", 256, 8, 8),
-    ("v6e", "2x4", 8, 1, 8),
-    ("v6e", "16x16", 256, 1, 8),
-    ("v5p", "2x2x2", 8, 1, 8),
-    ("v5p", "4x8x8", 256, 1, 8),
+    ("v5e", "2x4", 8, 8, 8, "block"),
+    ("v5e", "16x16", 256, 8, 8, "block"),
+    ("v6e", "2x4", 8, 1, 8, "none"),
+    ("v6e", "16x16", 256, 1, 8, "none"),
+    ("v5p", "2x2x2", 8, 1, 8, "none"),
+    ("v5p", "4x8x8", 256, 1, 8, "none"),
 )
 CASES = [Case(recipe, *slice_) for recipe in ("sd15", "sd21_base") for slice_ in SLICES]
 # As MLPerf's runs on v5p have it, at the largest batch of theirs a chip.
 CASES += [
-    Case("sd21_base", "v5p", shape, chips, 1, 32, cached=True)
+    Case("sd21_base", "v5p", shape, chips, 1, 32, "none", cached=True)
     for shape, chips in (("2x2x1", 4), ("4x8x8", 256))
 ]
 

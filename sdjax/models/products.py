@@ -99,6 +99,8 @@ class Embed(nnx.Module):
 
 
 # ---- the products and their gradients ----------------------------------------------------------
+# Forward rules compute the product in the open, not by calling the function that they belong to: a
+# policy of jax.checkpoint such as "dots_saveable" does not see what is within one.
 
 
 @jax.custom_vjp
@@ -107,7 +109,7 @@ def _dense(x: Array, kernel: Array) -> Array:
 
 
 def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _dense(x, kernel), (x, kernel)
+    return x @ kernel.astype(x.dtype), (x, kernel)
 
 
 def _dense_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -133,7 +135,7 @@ def _convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Paddin
 def _conv_forward(
     x: Array, kernel: Array, strides: tuple[int, int], padding: Padding
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _conv(x, kernel, strides, padding), (x, kernel)
+    return _convolve(x, kernel.astype(x.dtype), strides, padding), (x, kernel)
 
 
 def _conv_backward(
@@ -178,7 +180,7 @@ def _add_bias(y: Array, bias: Array) -> Array:
 
 
 def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
-    return _add_bias(y, bias), bias
+    return y + bias.astype(y.dtype), bias
 
 
 def _add_bias_backward(bias: Array, dy: Array) -> tuple[Array, Array]:

@@ -75,3 +75,18 @@ def test_rows_that_are_used_often_add_up_in_float32():
     gradient = jax.grad(lambda p: call(p, index).astype(jnp.float32).sum())(params)
     # In bfloat16 a sum of ones stops at 256.
     np.testing.assert_array_equal(gradient["embedding"][...], [[1000, 1000], [0, 0], [0, 0]])
+
+
+def test_policies_of_rematerialisation_see_the_products():
+    layer = Linear(8, 8, kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+
+    def products(**policy):
+        def loss(x):
+            run = jax.checkpoint(lambda x: jnp.tanh(layer(x)), **policy) if policy else layer
+            return run(x).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 8)))).count("dot_general[")
+
+    forward_and_back = products()
+    assert products(policy=jax.checkpoint_policies.dots_saveable) == forward_and_back
+    assert products(policy=jax.checkpoint_policies.nothing_saveable) == forward_and_back + 1
