@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sdjax import paths
 from sdjax.config import Config, to_dict
-from sdjax.data.pipeline import make_iterator
+from sdjax.data.pipeline import BatchIterator, make_iterator
 from sdjax.parallel.batches import global_batch, shares
 from sdjax.parallel.mesh import make_mesh
 from sdjax.train import agreement, report, rollback, stages, startup
@@ -23,6 +26,7 @@ from sdjax.train.optim import make_lr_schedule
 from sdjax.train.preemption import StopSignal
 from sdjax.train.program import Steps, build, with_pictures
 from sdjax.train.rollback import Spike
+from sdjax.train.state import State
 from sdjax.train.task import make_task
 from sdjax.train.telemetry import Telemetry
 
@@ -53,144 +57,179 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int | None:
     Raises:
         Spike: the run may go back.
     """
-    # 1. Devices.
     agreement.check_config(config)
     startup.enable_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     stages.check(config, mesh)
     if dry_run:
         return report.describe(config, mesh)
-    folder = paths.to_path(workdir)
-    saved = startup.open_workdir(folder, config)
-    agreement.check_shared(folder)
+    return _Training(config, mesh, paths.to_path(workdir)).run()
 
-    # 2. Networks, their weights, the tokenizer; what is trained and what is not.
-    assembled = startup.load(config, folder, saved)
-    whole, tokenizers = assembled.config, assembled.tokenizers
-    newest = latest_step(folder)
-    stages.check_data(whole, newest or 0)
-    if saved is not None:
-        stages.check_begun(saved, whole, newest or 0)
-    stage = stages.segment_at(whole, newest or 0)
-    config, steps = stage.config, whole.train.steps
-    task = make_task(config, tokenizers)
 
-    # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
-    program = build(config, task, mesh)
-    split = program.split
-    check_encoded(config, assembled if saved is None else None, split.trained)
-    checkpoints = Checkpoints(
-        folder, keep_last=config.train.keep_last, keep_every=config.train.keep_every
-    )
-    share = shares(mesh)[jax.process_index()]
-    data = make_iterator(
-        config.data,
-        tokenizers,
-        with_size="size" in task.example,
-        split=config.data.split,
-        seed=stage.seed,
-        process_index=share.index,
-        process_count=share.count,
-    )
-    went_back = rollback.read(folder)
-    data.pass_over(event["batch"] for event in went_back if event["first"] == stage.first)
-    agreement.check_data(data.get_state(), data.summary.lines)
-    looks = Looks(config, task, tokenizers, mesh, folder)  # here: its splits may not be there
-    frozen = startup.place_frozen(whole, folder, assembled, split, mesh, resumed=saved is not None)
-    if newest is not None:
-        start, state, before, _ = checkpoints.restore(program.state, newest)
-        if start > stage.first:
-            data.set_state(before["iterator"])
-    else:
-        start = 0
-        params = startup.initial_params(config, task, assembled, split, mesh)
-        state = jax.jit(program.fresh, out_shardings=program.state_shardings)(params)
-        del params
+class _Training:
+    """One stage of a run. Made in the order of the chapters below, then run once."""
 
-    # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
-    train_step = Steps(program, config)
-    compiled = train_step.compile(
-        with_pictures(program.batch, data.next_shape, config.model.vae.downscale)
-    )
-    report.announce(config, assembled, split, mesh, folder, start, compiled)
+    def __init__(self, config: Config, mesh: Mesh, folder: paths.Path):
+        self.mesh, self.folder = mesh, folder
+        saved = startup.open_workdir(folder, config)
+        agreement.check_shared(folder)
+        self.resumed = saved is not None
 
-    telemetry = Telemetry(
-        folder,
-        total_steps=steps,
-        batch_size=config.data.batch_size,
-        start_step=start,
-        images_seen=functools.partial(stages.images_seen, whole),
-        flops_per_image=mfu_flops(config),
-    )
-    report.announce_data(data.summary, telemetry, start)
-    watch = Watch(
-        config,
-        telemetry,
-        folder,
-        tokenizers,
-        make_lr_schedule(config.optim, steps),
-        data.examples_per_epoch,
-        rollbacks=len(went_back),
-        first=stage.first,
-    )
-    if start:
-        watch.resume(state["health"])
-    if start > stage.first:  # what was usual in one stage is not in the next
-        watch.set_state(before["watch"])
-        looks.set_state(before)
+        # 1. Networks, their weights, the tokenizer; what is trained and what is not.
+        self.assembled = startup.load(config, folder, saved)
+        self.whole = self.assembled.config
+        newest = latest_step(folder)
+        stages.check_data(self.whole, newest or 0)
+        if saved is not None:
+            stages.check_begun(saved, self.whole, newest or 0)
+        self.stage = stages.segment_at(self.whole, newest or 0)
+        self.config = self.stage.config
+        self.task = make_task(self.config, self.assembled.tokenizers)
+        self.program = build(self.config, self.task, mesh)
+        loaded = None if self.resumed else self.assembled
+        check_encoded(self.config, loaded, self.program.split.trained)
 
-    def save(done: int) -> None:
-        watch.flush()
-        with telemetry.pause():
-            telemetry.flush()  # a kill after the save must not lose lines from before it
-            position = {"iterator": data.get_state(), "watch": watch.get_state()}
-            checkpoints.pin(looks.selection.step)
-            checkpoints.save(done, state, position | looks.get_state(), to_dict(whole))
+        # 2. Data, and what looks at the run, whose own data may not be there.
+        went_back = rollback.read(folder)
+        self.data = self._open_data(went_back)
+        self.looks = Looks(self.config, self.task, self.assembled.tokenizers, mesh, folder)
 
-    # 5. The loop.
-    try:
-        with StopSignal() as stop, telemetry, checkpoints:
-            if start == 0:
-                telemetry.hparams(to_dict(whole))
-            done = start
-            while done < stage.end and not looks.selection.stops:
-                done += 1
-                shape = data.next_shape
-                with watch.waiting():
-                    batch = global_batch(next(data), mesh)
-                if not train_step.has(batch):
-                    watch.flush()
-                    with telemetry.pause():
-                        report.announce_shape(shape, train_step.compile(batch), telemetry)
-                state, metrics = train_step(state, frozen, batch)
-                watch.push(done, batch, metrics)
-                checkpoints.check()
-                if looks.due(done):
-                    watch.flush()
-                    with telemetry.pause():
-                        looks.look(done, state, frozen, telemetry)
-                if looks.wants_checkpoint(done, stage.end):
-                    save(done)
-                if stop.requested(done) and done < steps:
-                    save(done)
-                    checkpoints.wait()
-                    telemetry.message(
-                        f"stopped by a signal after step {done} and saved; run the same command "
-                        "again to go on"
-                    )
-                    return STOPPED
+        # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
+        keep_last, keep_every = self.config.train.keep_last, self.config.train.keep_every
+        self.checkpoints = Checkpoints(folder, keep_last=keep_last, keep_every=keep_every)
+        split = self.program.split
+        self.frozen = startup.place_frozen(
+            self.whole, folder, self.assembled, split, mesh, resumed=self.resumed
+        )
+        before: dict[str, Any] = {}
+        self.done = 0
+        if newest is None:
+            self.state = self._first_state()
+        else:
+            self.done, self.state, before, _ = self.checkpoints.restore(self.program.state, newest)
 
-            if done == stage.end < steps and not looks.selection.stops:
-                watch.flush()
-                checkpoints.wait()
-                return None
+        # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
+        if self.done > self.stage.first:  # what was usual in one stage is not in the next
+            self.data.set_state(before["iterator"])
+            self.looks.set_state(before)
+        self.train_step = Steps(self.program, self.config)
+        shape = self.data.next_shape, self.config.model.vae.downscale
+        compiled = self.train_step.compile(with_pictures(self.program.batch, *shape))
+        report.announce(self.config, self.assembled, split, mesh, folder, self.done, compiled)
 
-            # 6. The end: pictures, a diffusers folder, and where it all is.
-            watch.flush()
-            checkpoints.wait()
-            finish(config, task, assembled, state, frozen, looks, telemetry, folder)
-            return DONE
-    except Diverged:
-        return DIVERGED
-    finally:
-        data.close()
+        # 5. Those who watch it.
+        self.telemetry = self._make_telemetry()
+        report.announce_data(self.data.summary, self.telemetry, self.done)
+        self.watch = self._make_watch(len(went_back))
+        if self.done:
+            self.watch.resume(self.state["health"])
+        if self.done > self.stage.first:
+            self.watch.set_state(before["watch"])
+
+    def _open_data(self, went_back: Sequence[Mapping[str, Any]]) -> BatchIterator:
+        """This host's share, without the batches that the run has gone back for."""
+        share = shares(self.mesh)[jax.process_index()]
+        data = make_iterator(
+            self.config.data,
+            self.assembled.tokenizers,
+            with_size="size" in self.task.example,
+            split=self.config.data.split,
+            seed=self.stage.seed,
+            process_index=share.index,
+            process_count=share.count,
+        )
+        data.pass_over(event["batch"] for event in went_back if event["first"] == self.stage.first)
+        agreement.check_data(data.get_state(), data.summary.lines)
+        return data
+
+    def _first_state(self) -> State:
+        program, split = self.program, self.program.split
+        params = startup.initial_params(self.config, self.task, self.assembled, split, self.mesh)
+        return jax.jit(program.fresh, out_shardings=program.state_shardings)(params)
+
+    def _make_telemetry(self) -> Telemetry:
+        return Telemetry(
+            self.folder,
+            total_steps=self.whole.train.steps,
+            batch_size=self.config.data.batch_size,
+            start_step=self.done,
+            images_seen=functools.partial(stages.images_seen, self.whole),
+            flops_per_image=mfu_flops(self.config),
+        )
+
+    def _make_watch(self, rollbacks: int) -> Watch:
+        return Watch(
+            self.config,
+            self.telemetry,
+            self.folder,
+            self.assembled.tokenizers,
+            make_lr_schedule(self.config.optim, self.whole.train.steps),
+            self.data.examples_per_epoch,
+            rollbacks=rollbacks,
+            first=self.stage.first,
+        )
+
+    def run(self) -> int | None:
+        """To the end of the stage; None if another follows."""
+        try:
+            with StopSignal() as stop, self.telemetry, self.checkpoints:
+                if self.done == 0:
+                    self.telemetry.hparams(to_dict(self.whole))
+                while self.done < self.stage.end and not self.looks.selection.stops:
+                    self._step()
+                    self._look_and_save()
+                    if stop.requested(self.done) and self.done < self.whole.train.steps:
+                        return self._stop()
+                self.watch.flush()
+                self.checkpoints.wait()
+                if self.done < self.whole.train.steps and not self.looks.selection.stops:
+                    return None
+                # Pictures, a diffusers folder, and where it all is.
+                finish(
+                    self.config, self.task, self.assembled, self.state, self.frozen, self.looks,
+                    self.telemetry, self.folder,
+                )  # fmt: skip
+                return DONE
+        except Diverged:
+            return DIVERGED
+        finally:
+            self.data.close()
+
+    def _step(self) -> None:
+        self.done += 1
+        shape = self.data.next_shape
+        with self.watch.waiting():
+            batch = global_batch(next(self.data), self.mesh)
+        if not self.train_step.has(batch):
+            self.watch.flush()
+            with self.telemetry.pause():
+                report.announce_shape(shape, self.train_step.compile(batch), self.telemetry)
+        self.state, metrics = self.train_step(self.state, self.frozen, batch)
+        self.watch.push(self.done, batch, metrics)
+        self.checkpoints.check()
+
+    def _look_and_save(self) -> None:
+        if self.looks.due(self.done):
+            self.watch.flush()
+            with self.telemetry.pause():
+                self.looks.look(self.done, self.state, self.frozen, self.telemetry)
+        if self.looks.wants_checkpoint(self.done, self.stage.end):
+            self._save()
+
+    def _save(self) -> None:
+        self.watch.flush()
+        with self.telemetry.pause():
+            self.telemetry.flush()  # a kill after the save must not lose lines from before it
+            position = {"iterator": self.data.get_state(), "watch": self.watch.get_state()}
+            position |= self.looks.get_state()
+            self.checkpoints.pin(self.looks.selection.step)
+            self.checkpoints.save(self.done, self.state, position, to_dict(self.whole))
+
+    def _stop(self) -> int:
+        self._save()
+        self.checkpoints.wait()
+        self.telemetry.message(
+            f"stopped by a signal after step {self.done} and saved; run the same command again to "
+            "go on"
+        )
+        return STOPPED

@@ -85,15 +85,10 @@ def make_train_step(
 
         old = state | {"params": spread(state["params"])} if spread else state
         new_state, metrics = _advance(old, loss, grads, optimizer)
-        param_norms = group_norms(new_state["params"])
         metrics |= {
             "loss": loss,
             "grad_norms": group_norms(grads),
-            "param_norms": param_norms,
-            "update_ratios": {
-                group: norm / jnp.maximum(param_norms[group], 1e-12)
-                for group, norm in metrics.pop("update_norms").items()
-            },
+            **_relative(metrics.pop("update_norms"), group_norms(new_state["params"])),
             "aux": {name: jnp.mean(value) for name, value in aux.items() if name != "timesteps"},
         }
         if "timesteps" in aux:
@@ -133,6 +128,14 @@ def _advance(
         "health": new_state["health"],
     }
     return new_state, metrics
+
+
+def _relative(
+    update_norms: dict[str, jax.Array], param_norms: dict[str, jax.Array]
+) -> dict[str, dict[str, jax.Array]]:
+    """Per module group, what an update is of the weights, and their norm."""
+    ratios = {g: norm / jnp.maximum(param_norms[g], 1e-12) for g, norm in update_norms.items()}
+    return {"param_norms": param_norms, "update_ratios": ratios}
 
 
 def _accumulate(
