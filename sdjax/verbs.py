@@ -73,7 +73,13 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
 
 
 def parse_or_exit(argv: list[str]) -> list[str]:
-    """`parse` for absl's `app.run`, whose flags are those of the whole program."""
+    """`parse` for absl's `app.run`, whose flags are those of the whole program.
+
+    --help is answered here, with exit code 0; absl's own answer ends with 1.
+    """
+    if {"-h", "--help"} & set(argv[1:]):
+        print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
     try:
         return parse(argv, flags.FLAGS)
     except (UserError, flags.Error) as error:

@@ -42,6 +42,7 @@ DRY_RUNS = [
 def runs():
     """{options: the run with them}, two at a time: most of each is imports."""
     every = [tuple(options) for options, _ in MISTAKES]
+    every += [("--help",)]
     every += [(f"--config=configs/{name}.py", *DRY) for name, *_ in DRY_RUNS]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(every, pool.map(lambda options: main(*options), every), strict=True))
@@ -54,6 +55,13 @@ def test_mistakes_are_named_without_a_traceback(runs, options, word):
     assert "Traceback" not in run.stderr, run.stderr
     assert word in run.stderr + run.stdout, run.stderr
     assert not (ROOT / "x").exists()
+
+
+def test_help_is_an_answer_and_no_mistake(runs):
+    run = runs["--help",]
+    assert run.returncode == 0
+    for word in ("--config=configs/base.py", "--[no]dry_run", "Exit codes"):
+        assert word in run.stdout
 
 
 def test_an_empty_or_missing_dataset_is_named(tmp_path):
