@@ -108,10 +108,10 @@ class _Training:
         else:
             self.done, self.state, before, _ = self.checkpoints.restore(self.program.state, newest)
 
-        # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
-        if self.done > self.stage.first:  # what was usual in one stage is not in the next
+        if self.done > self.stage.first:  # at its beginning a stage has data of its own
             self.data.set_state(before["iterator"])
-            self.looks.set_state(before)
+
+        # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
         self.train_step = Steps(self.program, self.config)
         shape = self.data.next_shape, self.config.model.vae.downscale
         compiled = self.train_step.compile(with_pictures(self.program.batch, *shape))
@@ -123,8 +123,9 @@ class _Training:
         self.watch = self._make_watch(len(went_back))
         if self.done:
             self.watch.resume(self.state["health"])
-        if self.done > self.stage.first:
+        if self.done > self.stage.first:  # what was usual in one stage is not in the next
             self.watch.set_state(before["watch"])
+            self.looks.set_state(before)
 
     def _open_data(self, went_back: Sequence[Mapping[str, Any]]) -> BatchIterator:
         """This host's share, without the batches that the run has gone back for."""
