@@ -61,8 +61,7 @@ class Case:
 
 
 # Eight images a chip: 2,048 on 256 chips, the batch of the recipes. Parameters, two moments and the
-# average take 14 GB, which the 16 GB of a v5e have to split, and compute activations again; v5p and
-# v6e leave them whole.
+# average take 14 GB, which the 16 GB of a v5e have to split; v5p and v6e leave them whole.
 SLICES = (
     ("v5e", "2x4", 8, 8, 8, "none"),
     ("v5e", "16x16", 256, 8, 8, "none"),
