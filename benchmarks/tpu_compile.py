@@ -1,14 +1,14 @@
 """Stable Diffusion compiled for slices of TPU chips: the yardstick for work on their speed.
 
-    python benchmarks/tpu_compile.py                # all fourteen, one after the other
-    python benchmarks/tpu_compile.py sd15 v5e-8     # those whose name has both words in it
-    python benchmarks/tpu_compile.py --table        # compile nothing, print the tables
+    python benchmarks/tpu_compile.py --quick          # all, one after the other, as schedules
+    python benchmarks/tpu_compile.py sd15 v5e-8       # those whose name has both words in it
+    python benchmarks/tpu_compile.py --table          # compile nothing, print the tables
 
 Each plan is `python -m sdjax.plan` with the flags printed beside its result; the answer goes to
 docs/plans/NAME.json, and what has changed since the answer that was there is printed as a table.
-No TPU is needed, and the same program always gives the same numbers. The compiler takes some 35
-minutes of processor time for each of v5p, and 60 for v6e, and 13 to 18 GB of memory. What it has
-compiled before it takes from its cache.
+No TPU is needed, and the same program always gives the same numbers. A whole compilation takes
+some 35 minutes of processor time for each of v5p, and 60 for v6e, and 13 to 18 GB of memory; with
+--quick 6 minutes and 6 GB. What was compiled before is taken from the cache.
 
 The peer: MaxDiffusion on v5p, 86.4 images/s/chip on 8 chips and 79.4 on 64 (MLPerf Training 4.1,
 "stable_diffusion": SD2-base at 512 px with cached latents, which saves the VAE's encoder).
@@ -29,8 +29,7 @@ PLANS = Path(__file__).parents[1] / "docs" / "plans"
 class Case:
     """A recipe on a slice.
 
-    rows: images a chip computes at once. remat: `model.remat`, least where there is room for more.
-    cached: latents and text were encoded ahead of training.
+    rows: images a chip computes at once. cached: latents and text were encoded ahead of training.
     """
 
     recipe: str
@@ -39,7 +38,6 @@ class Case:
     chips: int
     fsdp: int
     rows: int
-    remat: str
     cached: bool = False
 
     @property
@@ -55,7 +53,6 @@ class Case:
             f"--topology={self.chip}:{self.shape}",
             f"--config.mesh.fsdp={self.fsdp}",
             f"--config.data.batch_size={self.rows * self.chips}",
-            f"--config.model.remat={self.remat}",
             *(cached if self.cached else ()),
         ]
 
@@ -63,17 +60,17 @@ class Case:
 # Eight images a chip: 2,048 on 256 chips, the batch of the recipes. Parameters, two moments and the
 # average take 14 GB, which the 16 GB of a v5e have to split; v5p and v6e leave them whole.
 SLICES = (
-    ("v5e", "2x4", 8, 8, 8, "none"),
-    ("v5e", "16x16", 256, 8, 8, "none"),
-    ("v6e", "2x4", 8, 1, 8, "none"),
-    ("v6e", "16x16", 256, 1, 8, "none"),
-    ("v5p", "2x2x2", 8, 1, 8, "none"),
-    ("v5p", "4x8x8", 256, 1, 8, "none"),
+    ("v5e", "2x4", 8, 8, 8),
+    ("v5e", "16x16", 256, 8, 8),
+    ("v6e", "2x4", 8, 1, 8),
+    ("v6e", "16x16", 256, 1, 8),
+    ("v5p", "2x2x2", 8, 1, 8),
+    ("v5p", "4x8x8", 256, 1, 8),
 )
 CASES = [Case(recipe, *slice_) for recipe in ("sd15", "sd21_base") for slice_ in SLICES]
 # As MLPerf's runs on v5p have it, at the largest batch of theirs a chip.
 CASES += [
-    Case("sd21_base", "v5p", shape, chips, 1, 32, "none", cached=True)
+    Case("sd21_base", "v5p", shape, chips, 1, 32, cached=True)
     for shape, chips in (("2x2x1", 4), ("4x8x8", 256))
 ]
 
@@ -87,8 +84,9 @@ def main(words: list[str]) -> int:
     for case in chosen if "--table" not in words else ():
         file = PLANS / f"{case.name}.json"
         before = json.loads(file.read_text()) if file.is_file() else None
-        command = [sys.executable, "-m", "sdjax.plan", *case.flags, f"--output={file}"]
-        print(f"== {case.name}: python -m sdjax.plan {' '.join(case.flags)}", flush=True)
+        quick = ["--quick"] if "--quick" in words else []
+        command = [sys.executable, "-m", "sdjax.plan", *case.flags, *quick, f"--output={file}"]
+        print(f"== {case.name}: python -m sdjax.plan {' '.join(command[3:-1])}", flush=True)
         if subprocess.run(command, check=False).returncode not in (0, 1):
             failed += 1
             continue
@@ -132,8 +130,8 @@ def table(cases: list[Case]) -> str:
     """Markdown of the plans that there are."""
     lines = [
         "| slice | mesh (data x fsdp x tensor) | batch | GiB a chip | step | collectives (bare) | "
-        "images/s/chip | MFU | flags |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "images/s/chip | MFU | by | flags |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in cases:
         file = PLANS / f"{case.name}.json"
@@ -145,6 +143,7 @@ def table(cases: list[Case]) -> str:
 def row(plan: dict, case: Case) -> str:
     """One plan, with the flags that it was made with, which the case may have no longer."""
     memory, flags = plan["memory"], " ".join(plan["flags"][2:])
+    by = "schedule" if "without machine code" in plan["basis"] else "machine code"
     start = (
         f"| {case.chip}:{case.shape} ({case.chips}) | {' x '.join(map(str, plan['mesh'].values()))}"
         f" | {plan['batch']['global']} | "
@@ -153,12 +152,12 @@ def row(plan: dict, case: Case) -> str:
     if not plan["fits"]:
         needed = memory["needed"] or memory["total"]
         size = f"{needed / 2**30:.1f}" if needed else "more"
-        return f"{start}does not fit: {size} {limit} | | | | | `{flags}` |"
+        return f"{start}does not fit: {size} {limit} | | | | | | `{flags}` |"
     took = plan["time"]
     return (
         f"{start}{memory['total'] / 2**30:.1f} {limit} | {took['step'] * 1e3:.0f} ms | "
         f"{took['collectives'] * 1e3:.0f} ms ({took['exposed'] * 1e3:.0f}) | "
-        f"{plan['images_per_second_per_chip']:.1f} | {plan['mfu']:.1%} | `{flags}` |"
+        f"{plan['images_per_second_per_chip']:.1f} | {plan['mfu']:.1%} | {by} | `{flags}` |"
     )
 
 

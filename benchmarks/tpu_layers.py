@@ -31,8 +31,8 @@ from sdjax.models.attention import Attention, BasicTransformerBlock
 from sdjax.models.layers import GroupNorm, conv, linear, rematerialised, silu
 from sdjax.parallel import topologies
 from sdjax.train import estimate, hlo
+from sdjax.train.compilation import compile_lowered
 from sdjax.train.model_flops import count_flops
-from sdjax.train.planning import compile_lowered
 
 # The smallest slice of each chip; the layer runs on one of its chips.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -19,7 +19,6 @@ from sdjax.config import default
 def get_config():
     c = default()  # whose networks, schedule and objective are those of SD 1.5
     c.model.dtype = "bfloat16"
-    c.model.remat = "block"
 
     c.data.name = "image_text_folder"
     c.data.resolution = 512

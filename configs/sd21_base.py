@@ -18,7 +18,6 @@ def get_config():
     c.model.unet.update(to_dict(presets.UNET_SD2))
     c.model.text_encoder.update(to_dict(presets.CLIP_H))
     c.model.dtype = "bfloat16"
-    c.model.remat = "block"
 
     c.data.name = "image_text_folder"
     c.data.resolution = 512

@@ -1,11 +1,12 @@
 """Whether a configuration fits a machine and how fast it should go, without the machine.
 
     python -m sdjax.plan --config=configs/sd21_base.py --topology=v5p:4x4x4
-        [--config.field=value ...] [--format=json] [--output=FILE] [--search]
+        [--config.field=value ...] [--quick] [--format=json] [--output=FILE] [--search]
 
 For TPU the real train step is compiled by the real compiler (pip install -e '.[tpu]'; no TPU is
-needed); a step of Stable Diffusion takes it ten minutes on two cores and 13 GB of memory. For GPUs
-the answer is an estimate. Results are kept in --cache. Nothing is read of `data.path`.
+needed). A step of Stable Diffusion takes it half an hour to an hour of a core and up to 18 GB of
+memory; with --quick, which leaves out machine code, four minutes and 6 GB. For GPUs the answer is
+an estimate. Results are kept in --cache. Nothing is read of `data.path`.
 
 Exit codes: 0 it fits; 1 it does not; 2 wrong configuration or option, or the compiler died.
 """
@@ -56,6 +57,12 @@ _SEARCH = flags.DEFINE_bool(
     "search", False, "Look for the largest batch that fits and the fastest mesh, in several plans.",
     flag_values=FLAGS,
 )  # fmt: skip
+_QUICK = flags.DEFINE_bool(
+    "quick", False,
+    "For TPU: let the compiler go as far as the schedule, which takes a tenth of the time. Memory "
+    "and collectives are known then; matrix products are taken to have the share of the chip's "
+    "FLOP/s that compiled ones had.", flag_values=FLAGS,
+)  # fmt: skip
 _CACHE = flags.DEFINE_string(
     "cache", "~/.cache/sdjax/plan", "Folder where results are kept.", flag_values=FLAGS
 )
@@ -85,8 +92,8 @@ def in_a_child(argv: Sequence[str]) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         hint = (
             f", most likely for want of memory: this machine has {memory:.0f} GiB, and a step of "
-            "Stable Diffusion takes the compiler 13 GB, more where the state is split over fsdp. "
-            "Close other programs or plan on a larger machine"
+            "Stable Diffusion takes the compiler 13 to 18 GB, with --quick 3 to 6. Plan with that, "
+            "close other programs or plan on a larger machine"
         )
     elif name != "SIGTERM":
         hint = "; the compiler (libtpu) crashed, and its last words are above"
@@ -106,8 +113,10 @@ def _run() -> int:
 
     from sdjax.train.plan_report import show, show_search
     from sdjax.train.planning import Planner
+    from sdjax.train.quick_plan import QuickPlanner
 
-    planner = Planner(topology, devices, Path(_CACHE.value).expanduser())
+    make = QuickPlanner if _QUICK.value else Planner
+    planner = make(topology, devices, Path(_CACHE.value).expanduser())
     config = _config(recipe)
     as_json = _FORMAT.value == "json"
     console = Console(stderr=as_json, width=None if Console().is_terminal else 120)

@@ -1,19 +1,21 @@
 """The planner: chips, slices by name, arithmetic, memory, search, cache, one real compilation."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from sdjax import plan as verb
 from sdjax.config import default, resolve
 from sdjax.errors import UserError
 from sdjax.parallel import chips, topologies
-from sdjax.parallel.mesh import MeshConfig
-from sdjax.train import estimate, plan_cache, plan_search, planning
+from sdjax.parallel.mesh import MeshConfig, make_mesh
+from sdjax.train import compilation, estimate, plan_cache, plan_search, planning
 from sdjax.train.hlo import Collective, Schedule, Work
 
 GIB = 2**30
@@ -81,6 +83,23 @@ def test_without_libtpu_the_remedy_is_told(monkeypatch):
         topologies.devices(topologies.parse("v5e:2x4"))
 
 
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("v5e:16x16", (8, 1)), ("v5p:4x4x4", (8, 1)), ("v5p:4x4x8", (8, 2)), ("2*v5e:16x16", (8, 1))],
+)
+def test_an_axis_may_be_a_part_of_a_dimension_of_the_slice(name, sizes):
+    pytest.importorskip("libtpu")
+    topology = topologies.parse(name)
+    fsdp, tensor = sizes
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), topologies.devices(topology))
+    assert mesh.devices.shape == (topology.devices // (fsdp * tensor), fsdp, tensor)
+    assert len({device.id for device in mesh.devices.flat}) == topology.devices
+    for group in mesh.devices.reshape(-1, fsdp * tensor):  # neighbours: a row, or a block
+        assert len({getattr(device, "slice_index", 0) for device in group}) == 1
+        lengths = np.ptp([device.coords for device in group], axis=0) + 1
+        assert math.prod(lengths) == fsdp * tensor
+
+
 # ---- time --------------------------------------------------------------------------------------
 
 
@@ -97,6 +116,9 @@ def test_collectives_take_what_their_links_allow():
     assert seconds(collective("reduce-scatter", group=4), torus) == seconds(
         collective("all-gather", group=4), torus
     )
+    flat = topologies.parse("v5e:16x16")
+    assert seconds(collective("all-gather", group=16), flat) == pytest.approx(1e9 * 15 / 16 / 100e9)
+    assert seconds(collective("all-gather"), flat) == pytest.approx(1e9 * 7 / 8 / 50e9)  # of a ring
     assert seconds(collective("collective-permute", group=2), torus) == pytest.approx(1e9 / 200e9)
     assert seconds(collective(group=1), torus) == 0
     nodes = topologies.parse("gpu:h100:4x8")
@@ -121,6 +143,17 @@ def test_a_step_is_its_operations_and_the_collectives_that_nothing_hides():
     assert took.collectives == pytest.approx(1.1 * took.exposed)
     assert took.step == pytest.approx(took.operations + took.exposed)
     assert took.roofline == pytest.approx(max(1e-3, (2 * 819e3 + 81.9e6 + 819e6) / 819e9))
+
+
+def test_without_cycles_products_take_their_flops_at_the_chips_rate():
+    topology = topologies.parse("v5e:16x16")
+    slow = Work("fusion", "product", 0, 819_000, True, 2, flops=197e9)
+    thin = Work("fusion", "thin product", 0, 819_000_000, True, 1, flops=197e6)
+    took = estimate.step_time(Schedule((slow, thin), (), (), (), 0), topology, flops=0.0)
+    assert topology.chip.products == 0.75
+    assert took.operations == pytest.approx(2 * 1e-3 / 0.75 + 1e-3)
+    gpus = topologies.parse("gpu:h100:8")  # no compiler, no rate: the roofline of the whole
+    assert estimate.work_seconds(slow, estimate.Rates.of(gpus)) == 819_000 / 3350e9
 
 
 @pytest.mark.parametrize(
@@ -193,10 +226,10 @@ class Refusing:
 
 def test_only_running_out_of_hbm_is_an_answer():
     for message in (SHORT, LONG, "RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes."):
-        assert planning.compile_lowered(Refusing(message), {}).error == message
+        assert compilation.compile_lowered(Refusing(message), {}).error == message
     for message in ("INTERNAL: a bug", VMEM):
         with pytest.raises(UserError, match="not for lack of HBM") as error:
-            planning.compile_lowered(Refusing(message), {})
+            compilation.compile_lowered(Refusing(message), {})
         assert message in str(error.value)
 
 
@@ -208,7 +241,7 @@ def test_what_does_not_fit_comes_with_advice(tiny_config):
                                                                       "tensor": 1}))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "memory_classes", lambda _: {**known, "gradients": GIB})
-        plan = planning.make_plan(config, program, topology, planning.Outcome(1.0, error=LONG))
+        plan = planning.make_plan(config, program, topology, compilation.Outcome(1.0, error=LONG))
     assert plan["fits"] is False and plan["memory"]["needed"] == int(20.5 * GIB)
     advice = "\n".join(plan["advice"])
     assert "config.model.remat=block" in advice
@@ -390,13 +423,24 @@ def get_config():
 """
 
 
+def make(folder, *flags, topology="v5e:2x4"):
+    """A plan of RECIPE by the command line."""
+    (folder / "tiny.py").write_text(RECIPE)
+    command = [sys.executable, "-m", "sdjax.plan", f"--config={folder}/tiny.py",
+               f"--topology={topology}", f"--cache={folder}/cache", "--format=json",
+               *flags]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
 def test_a_small_step_compiled_for_a_slice(tmp_path):
-    """Compiled by libtpu for eight TPU v5e, without one."""
+    """Compiled by libtpu for eight TPU v5e, without one: as far as the schedule, then all of it."""
     pytest.importorskip("libtpu")
-    (tmp_path / "tiny.py").write_text(RECIPE)
-    command = [sys.executable, "-m", "sdjax.plan", f"--config={tmp_path}/tiny.py",
-               "--topology=v5e:2x4", f"--cache={tmp_path}/cache", "--format=json"]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    quick = make(tmp_path, "--quick")
+    assert quick.returncode == 0, quick.stderr[-2000:]
+    assert os.listdir(tmp_path / "cache" / "scheduled") and not any(
+        (tmp_path / "cache" / "compiled").glob("*")
+    )
+    run = make(tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     plan = json.loads(run.stdout)
     assert plan["fits"] and plan["chips"] == 8 and plan["basis"] == "compiled for v5e by libtpu"
@@ -412,3 +456,95 @@ def test_a_small_step_compiled_for_a_slice(tmp_path):
     assert plan["images_per_second"] == pytest.approx(16 / plan["time"]["step"])
     assert plan["temporaries"] and plan["flops"] > 2 * plan["model_flops_per_image"] * 0.5
     assert len(os.listdir(tmp_path / "cache" / "compiled")) == 1
+    same_but_for_machine_code(json.loads(quick.stdout), plan)
+    # What was compiled already is not estimated.
+    again = make(tmp_path, "--quick")
+    assert json.loads(again.stdout) == plan
+
+
+def same_but_for_machine_code(quick, plan):
+    assert quick["basis"] == "scheduled, without machine code, for v5e by libtpu"
+    assert "75% of the chip's FLOP/s" in quick["warnings"][0]
+    for key in ("fits", "mesh", "batch", "collectives", "temporaries", "kernels"):
+        assert quick[key] == plan[key], key
+    known, classes = quick["memory"]["classes"], plan["memory"]["classes"]
+    assert known["program"] == planning.CODE_BYTES
+    for name in classes.keys() - {"program", "temporaries"}:
+        assert known[name] == classes[name], name
+    # Machine code keeps something of its own there.
+    assert 0 <= classes["temporaries"] - known["temporaries"] < 2**26
+    assert 0.7 * plan["flops"] < quick["flops"] < plan["flops"]  # products alone
+    assert quick["hbm_bytes"] == pytest.approx(plan["hbm_bytes"], rel=0.01)
+    assert quick["time"]["optimal_seconds"] is None
+
+
+def test_a_quick_plan_passes_errors_on(tmp_path):
+    pytest.importorskip("libtpu")
+    for flag, topology, reason in [
+        ("--config.data.batch_size=15", "v5e:2x4", "15"),
+        ("--config.mesh.fsdp=1", "gpu:h100:8", "for GPUs no compiler is asked"),
+    ]:
+        run = make(tmp_path, "--quick", flag, topology=topology)
+        assert run.returncode == 2 and reason in run.stderr, run.stderr[-2000:]
+        assert "Traceback" not in run.stderr
+
+
+BUFFERS = """BufferAssignment:
+allocation 0: size 512, output shape is |(f32[4], f32[4])|, maybe-live-out:
+ value: <549 tuple.5{} @0> (size=512,offset=0): (f32[4]{0:T(128)}, f32[4]{0:T(128)})
+allocation 1: size 2000, parameter 0, shape |f32[4]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 300, parameter 1, shape |f32[4]| at ShapeIndex {}:
+allocation 3: size 40, maybe-live-out:
+allocation 14: size 106561536, color 1, preallocated-temp:
+allocation 15: size 5, preallocated-temp:
+allocation 16: size 36, color 2, preallocated-temp:
+
+Total bytes used: 1
+"""
+
+
+def test_buffers_of_a_schedule():
+    assert compilation.read_buffers(BUFFERS) == {
+        "argument": 2300, "output": 2552, "alias": 2000, "temp": 5,
+    }  # fmt: skip
+
+
+class Printing:
+    """A compiler that prints what it is told and then fails, or ends."""
+
+    def __init__(self, text, error=None):
+        self.text, self.error = text, error
+
+    def compile(self, compiler_options):
+        from pathlib import Path
+
+        folder = Path(compiler_options["xla_dump_to"])
+        (folder / "module_0.after_optimizations-buffer-assignment.txt").write_text(BUFFERS)
+        name = "module_0.after_optimizations_after_buffer_assignment.txt"
+        (folder / name).write_text(self.text)
+        if self.error:
+            raise self.error
+        return types.SimpleNamespace(
+            memory_analysis=lambda: None, cost_analysis=dict, as_text=lambda: "all of it"
+        )
+
+
+def test_a_schedule_is_taken_when_it_is_whole(tmp_path):
+    whole = "HloModule jit_f\n\n%f () -> f32[] {\n}\n\nENTRY %main () -> f32[] {\n}\n\n"
+    folders = (tmp_path / str(number) for number in range(9))
+
+    def ask(compiler):
+        folder = next(folders)
+        folder.mkdir()
+        return compilation.schedule_lowered(compiler, {}, folder, lambda: True)
+
+    found = ask(Printing(whole))
+    assert found.text == whole and found.quick and found.memory["temp"] == 5
+    for end in (-3, whole.index("ENTRY")):
+        with pytest.raises(UserError, match="without --quick"):
+            ask(Printing(whole[:end]))
+    import jax
+
+    assert ask(Printing("", jax.errors.JaxRuntimeError(LONG))).error == LONG
+    with pytest.raises(UserError, match="not for lack of HBM"):
+        ask(Printing("", jax.errors.JaxRuntimeError("a bug")))

@@ -19,7 +19,8 @@ class Chip:
     bytes/s to its memory, out of the chip over ICI or NVLink (one direction, all links), and out
     of the host over the data-centre network (a chip's share). clock: Hz, of TPUs, for the
     compiler's estimates in cycles. dims: of a TPU slice's shape. kernels: the share of `flops` that
-    kernels of Pallas have, whose cost is counted as of matrix units of 128 x 128.
+    kernels of Pallas have, whose cost is counted as of matrix units of 128 x 128. products: the
+    share that matrix products and convolutions have, by the compiler's cycles.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Chip:
     clock: float = 0.0
     dims: int = 0
     kernels: float = 1.0
+    products: float = 0.66  # of TPUs
 
     @property
     def is_tpu(self) -> bool:
@@ -48,16 +50,21 @@ class Chip:
 # estimate for a large matrix product is 83 to 97 % of this). Kernels: in the units of 256 x 256 the
 # heads of attention fill a part, and the vector units are no faster: by the instructions that they
 # compile to, v6e takes 1.15 (splash) to 1.5 times (models/short_keys.py) as long as v5p, with twice
-# its FLOP/s.
+# its FLOP/s. Products: all those of a training step of SD 1.5 and 2.1 at 512 px, in full plans (by
+# the cycles of v5e 0.75, of v5p 0.65 to 0.68, of v6e 0.43 to 0.46); v2 to v4 are taken to be as
+# v5p, and tpu7x as v6e.
 TPUS = (
     Chip("v2", ("TPU v2",), 45e12, 2 * 7.48 * GIB, 700e9, 248e9, 3.1e9, 2, 0.70e9, 2),
     Chip("v3", ("TPU v3",), 123e12, 2 * 15.48 * GIB, 900e9, 328e9, 3.1e9, 2, 0.94e9, 2),
     Chip("v4", ("TPU v4",), 275e12, 30.75 * GIB, 1228e9, 300e9, 6.25e9, 1, 1.05e9, 3),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 200e9, 3.1e9, 1, 1.5e9, 2),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 200e9, 3.1e9, 1, 1.5e9, 2,
+         products=0.75),
     Chip("v5p", ("TPU v5",), 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, 1, 1.75e9, 3),
-    Chip("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 1, 1.75e9, 2, 0.4),
-    Chip("tpu7x", ("TPU7x",), 2307e12, 2 * 94.75 * GIB, 7380e9, 600e9, 12.5e9, 2, 2.2e9, 3, 0.4),
-)
+    Chip("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 400e9, 12.5e9, 1, 1.75e9, 2,
+         kernels=0.4, products=0.44),
+    Chip("tpu7x", ("TPU7x",), 2307e12, 2 * 94.75 * GIB, 7380e9, 600e9, 12.5e9, 2, 2.2e9, 3,
+         kernels=0.4, products=0.44),
+)  # fmt: skip
 
 # NVIDIA: the data sheets (A100, H100, H200, L4, L40S, GH200, B200), bfloat16 without sparsity;
 # NVLink is listed for both directions together and halved here, PCIe 4.0 x16 where there is none.

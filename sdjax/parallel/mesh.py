@@ -61,14 +61,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     inner = (sizes[0] // slices, *sizes[1:])
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(inner, devices=devices)
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     elif slices == found:
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:  # the devices know of no such groups: take hosts in turn
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         grid = np.concatenate(
             [
-                mesh_utils.create_device_mesh(inner, devices=list(group))
+                mesh_utils.create_device_mesh(inner, list(group), allow_split_physical_axes=True)
                 for group in np.split(np.array(devices, dtype=object), slices)
             ]
         )

@@ -12,10 +12,12 @@ from sdjax.train.hlo import Collective, Kernel, Schedule, Work
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Of one JAX device: FLOP/s, and in kernels; bytes/s to HBM, over its links, the network."""
+    """Of one JAX device: FLOP/s at most, in kernels, in products; bytes/s to HBM, over its links,
+    the network; Hz."""
 
     flops: float
     kernels: float
+    products: float
     hbm: float
     links: float
     network: float
@@ -28,6 +30,7 @@ class Rates:
         return cls(
             flops=chip.flops / chip.devices,
             kernels=chip.kernels * chip.flops / chip.devices,
+            products=chip.products * chip.flops / chip.devices,
             hbm=chip.hbm_bandwidth / chip.devices,
             links=chip.links / chip.devices,
             network=chip.network / chip.devices,
@@ -57,13 +60,16 @@ class StepTime:
 def work_seconds(work: Work, rates: Rates) -> float:
     """One operation, once.
 
-    A matrix product takes what the compiler estimates in cycles, but at least its HBM traffic;
-    anything else takes its traffic. (The compiler's cycles for elementwise work serve to choose
-    window sizes: they come to 2.4 times the traffic at the bandwidth of the data sheet.)
+    A matrix product takes what the compiler estimates in cycles or, where no machine code was made,
+    its FLOPs at the rate that such estimates come to (`Chip.products`); but at least its HBM
+    traffic. Anything else takes its traffic. (The compiler's cycles for elementwise work serve to
+    choose window sizes: they come to 2.4 times the traffic at the bandwidth of the data sheet.)
     """
     traffic = work.bytes / rates.hbm
-    if not (work.cycles and rates.clock):
+    if not rates.clock:  # of GPUs nothing is known but the roofline of the whole
         return traffic
+    if not work.cycles:
+        return max(work.flops / rates.products, traffic) if work.matrix else traffic
     cycles = work.cycles / rates.clock
     return max(cycles, traffic) if work.matrix else min(cycles, traffic)
 
@@ -81,7 +87,8 @@ def collective_seconds(collective: Collective, topology: Topology) -> float:
         return 0.0
     passes = 2.0 if collective.kind == "all-reduce" else 1.0
     if collective.kind in ("collective-permute", "collective-broadcast"):
-        return size / (_bandwidth(2, topology) if collective.islands == 1 else rates.network)
+        along = _bandwidth(max(topology.shape), topology)  # one dimension
+        return size / (along if collective.islands == 1 else rates.network)
     inner, outer = group // collective.islands, collective.islands
     seconds = passes * size * (inner - 1) / inner / _bandwidth(inner, topology)
     return seconds + passes * (size / inner) * (outer - 1) / outer / rates.network
@@ -90,9 +97,10 @@ def collective_seconds(collective: Collective, topology: Topology) -> float:
 def _bandwidth(group: int, topology: Topology) -> float:
     """Bytes/s a device sends to a group of neighbours.
 
-    Of a torus, a group has the links along as many dimensions as it needs, largest first; a
-    dimension that does not wrap around has half of them (3-D slices wrap at multiples of 4, 2-D
-    ones at 16: cloud.google.com/tpu/docs, system architecture). NVLink switches give all to any.
+    Of a torus, a group has the links along as many dimensions as it needs, largest first; half of
+    them along a dimension that does not wrap around (3-D slices wrap at multiples of 4, 2-D ones at
+    16: cloud.google.com/tpu/docs, system architecture), or that it has a part of. NVLink switches
+    give all to any.
     """
     rates = Rates.of(topology)
     if not topology.chip.is_tpu:
@@ -102,8 +110,9 @@ def _bandwidth(group: int, topology: Topology) -> float:
     for size in sorted(topology.shape, reverse=True):
         if bandwidth and reached >= group:
             break
+        around = size % wrap == 0 and group >= reached * size
+        bandwidth += rates.links / topology.chip.dims * (1.0 if around else 0.5)
         reached *= size
-        bandwidth += rates.links / topology.chip.dims * (1.0 if size % wrap == 0 else 0.5)
     return bandwidth
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from sdjax.models import flash
+from sdjax.train.hlo_flops import product_flops
 from sdjax.train.hlo_text import Instruction, Module, parse, replica_group, trip_count
 
 COLLECTIVES = (
@@ -54,7 +55,7 @@ class Collective:
 class Work:
     """One operation of the schedule. cycles: the compiler's estimate, 0 if it gives none.
 
-    matrix: it multiplies matrices (or convolves). bytes: read from and written to HBM.
+    matrix: it multiplies matrices (or convolves), in `flops`. bytes: read from and written to HBM.
     """
 
     opcode: str
@@ -63,6 +64,7 @@ class Work:
     bytes: int
     matrix: bool
     times: int
+    flops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,15 @@ def _walk(
             yield from _walk(module, body, times * (1 if trips is None else trips), True, unknown)
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for called in _called(instruction):
-                yield from _walk(module, called, times, in_loop, unknown)
+                # Before machine code a slice-start is printed as what it stands for.
+                if not (instruction.opcode == "async-start" and _copies(module, called)):
+                    yield from _walk(module, called, times, in_loop, unknown)
+
+
+def _copies(module: Module, computation: str) -> bool:
+    """Whether a computation does nothing but what `slice-start` does."""
+    inside = module.computations.get(computation, [])
+    return {one.opcode for one in inside} == {"parameter", "slice"}
 
 
 def _called(instruction: Instruction) -> list[str]:
@@ -218,6 +228,7 @@ def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
                 bytes=sum(array.bytes for array in arrays if not array.on_chip),
                 matrix=_multiplies(module, instruction),
                 times=step.times,
+                flops=product_flops(module, instruction, names),
             ),
         )
 

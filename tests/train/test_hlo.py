@@ -177,7 +177,7 @@ BESIDE = """HloModule jit_f, is_scheduled=true
 %middle (b: f32[8,128]) -> f32[8,128] {
   %b = f32[8,128]{1,0:T(8,128)} parameter(0)
   %sum.2 = f32[8,128]{1,0:T(8,128)} all-reduce(%b), channel_id=3, to_apply=%add
-  ROOT %product = f32[8,128]{1,0:T(8,128)} convolution(%b, %sum.2)
+  ROOT %product = f32[8,128]{1,0:T(8,128)} convolution(%b, %sum.2), dim_labels=bf_io->bf
 }
 
 %end (c: f32[8,128]) -> f32[8,128] {
@@ -234,6 +234,28 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
     assert found.asynchronous and not schedule.work
     seconds = estimate.collective_seconds(found, topologies.parse("2*v5e:2x4"))
     assert seconds == pytest.approx(2 * 2048 / 2 / 3.1e9)
+
+
+# A copy of a part into VMEM as it is printed before machine code is made; after that it is
+# `%slice-start = (...) slice-start(%p), slice={[0:2]}`.
+COPIED = """ENTRY %main (p: f32[8,128]) -> f32[2,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %part = ((f32[8,128]{1,0:T(8,128)}), f32[2,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) async-start(%p), calls=%async
+  ROOT %done = f32[2,128]{1,0:T(8,128)S(1)} async-done(%part)
+}
+
+%async (q: f32[8,128]) -> f32[2,128] {
+  %q = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %slice.1 = f32[2,128]{1,0:T(8,128)S(1)} slice(%q), slice={[0:2], [0:128]}
+}
+"""  # noqa: E501
+
+
+def test_copies_into_the_chip_run_beside_the_rest_however_they_are_printed():
+    assert not hlo.read(COPIED, 1).work
+    assert hlo.read(
+        COPIED.replace("ROOT %slice.1 =", "%a = f32[] add(%q, %q)\n  ROOT %b ="), 1
+    ).work
 
 
 def test_what_is_no_hlo_is_refused():
@@ -307,10 +329,45 @@ def test_a_kernel_without_a_cost_is_shouted_about():
 def estimate_notes(schedule):
     from sdjax.train.planning import warnings
 
-    return "\n".join(warnings(schedule, topologies.parse("v5e:2x2")))
+    return "\n".join(warnings(schedule, topologies.parse("v5e:2x2"), quick=False))
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------
+
+
+def convolution(x, kernel, **options):
+    options = {"window_strides": (1, 1), "padding": "SAME", **options}
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=names, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_strides": (2, 2), "padding": ((0, 1), (0, 1))},
+        {"rhs_dilation": (2, 3), "padding": "VALID"},
+        {"lhs_dilation": (2, 2), "padding": ((2, 2), (1, 2))},
+        {"feature_group_count": 3},
+    ],
+    ids=str,
+)
+def test_flops_of_products_in_the_text_are_those_that_xla_counts(options):
+    """Forward and both gradients, which XLA makes convolutions of other windows and dilations."""
+    x = jnp.ones((2, 9, 8, 6))
+    kernel = jnp.ones((3, 3, 6 // options.get("feature_group_count", 1), 12))
+    out, pullback = jax.vjp(lambda x, k: convolution(x, k, **options), x, kernel)
+    for function, argument in [
+        (lambda x: convolution(x, kernel, **options), x),
+        (lambda dy: pullback(dy)[0], out),
+        (lambda dy: pullback(dy)[1], out),
+        (lambda x: jnp.einsum("bhwc,bhwd->bcd", x, x), x),
+    ]:
+        lowered = jax.jit(function).lower(argument)
+        text = lowered.as_text(dialect="hlo").replace("main.1 {", "main.1 () -> f32[] {")
+        found = hlo.read(text, 1)
+        flops = sum(work.flops for work in found.work)
+        assert flops > 0 and flops == lowered.cost_analysis()["flops"]
 
 
 def test_flops_of_products_convolutions_loops_and_kernels():
