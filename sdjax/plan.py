@@ -128,6 +128,10 @@ def _run() -> int:
             show_search(tried, best, console)
             show(best or tried[-1], console)
     else:
+        if topology.chip.is_tpu and not _QUICK.value:
+            console.print(
+                "compiling; --quick leaves out machine code and takes a tenth of the time"
+            )
         plan = planner.plan(config)
         result, fits = plan, plan["fits"]
         if not as_json:

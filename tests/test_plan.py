@@ -1,11 +1,14 @@
 """The planner: chips, slices by name, arithmetic, memory, search, cache, one real compilation."""
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -489,6 +492,35 @@ def test_a_quick_plan_passes_errors_on(tmp_path):
         assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow  # a step that keeps the compiler busy has to be traced first
+def test_a_quick_plan_that_is_stopped_leaves_nothing(tmp_path):
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "sdjax.plan", "--quick", "--config=configs/sd15.py",
+               "--topology=v5e:2x4", f"--cache={tmp_path}/cache"]  # fmt: skip
+    run = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, text=True,
+                           stderr=subprocess.PIPE)  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("sdjax-plan-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert len(processes(tmp_path)) >= 2
+    run.terminate()
+    assert run.wait(60) == 2 and "ended by SIGTERM" in run.stderr.read()
+    deadline = time.monotonic() + 30
+    while processes(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not processes(tmp_path) and not list(tmp_path.glob("sdjax-plan-*"))
+
+
+def processes(folder):
+    """Those that have TMPDIR at `folder`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"TMPDIR={folder}".encode() in file.read_bytes().split(b"\0"):
+                found.append(file.parent.name)
+    return found
+
+
 BUFFERS = """BufferAssignment:
 allocation 0: size 512, output shape is |(f32[4], f32[4])|, maybe-live-out:
  value: <549 tuple.5{} @0> (size=512,offset=0): (f32[4]{0:T(128)}, f32[4]{0:T(128)})
@@ -516,8 +548,6 @@ class Printing:
         self.text, self.error = text, error
 
     def compile(self, compiler_options):
-        from pathlib import Path
-
         folder = Path(compiler_options["xla_dump_to"])
         (folder / "module_0.after_optimizations-buffer-assignment.txt").write_text(BUFFERS)
         name = "module_0.after_optimizations_after_buffer_assignment.txt"
