@@ -58,8 +58,8 @@ class Case:
 
 
 # Eight images a chip: 2,048 on 256 chips, the batch of the recipes. Parameters, two moments and the
-# average take 14 GB, which the 16 GB of a v5e have to split, over the host's chips or a whole row of
-# the torus, a part of which would have half the bandwidth; v5p and v6e leave them whole.
+# average take 14 GB, which the 16 GB of a v5e have to split, over a host's chips or a whole row of
+# the torus (a part of one has half the bandwidth); v5p and v6e leave them whole.
 SLICES = (
     ("v5e", "2x4", 8, 8, 8),
     ("v5e", "16x16", 256, 16, 8),

@@ -314,6 +314,16 @@ def test_search_finds_the_largest_batch_and_the_best_mesh(tiny_config, monkeypat
     assert all(tensor == 1 for _, tensor, _ in planner.asked)
 
 
+@pytest.mark.parametrize(
+    "name, ways",
+    [("v5e:2x4", [1, 8]), ("v5e:16x16", [1, 16, 256]), ("v5p:4x4x4", [1, 8, 64]),
+     ("v5p:4x8x8", [1, 8, 256]), ("gpu:h100:16x8", [1, 8])],
+)  # fmt: skip
+def test_search_splits_over_a_host_or_a_whole_row(name, ways):
+    found = plan_search.candidates(topologies.parse(name))
+    assert [mesh.fsdp for mesh in found if mesh.tensor == 1] == ways
+
+
 def test_search_follows_the_slope_of_memory(tiny_config, monkeypatch):
     planner = FormulaPlanner("v5p:2x2x2", per_row=0.2)
     found, _ = run_search(planner, monkeypatch, resolve(tiny_config))

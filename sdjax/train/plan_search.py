@@ -42,13 +42,15 @@ class Found:
 def candidates(topology: Topology) -> list[MeshConfig]:
     """Meshes worth a try, fewest collectives first.
 
-    Parameters split over nothing, over a host's worth of devices (8), or over all of an island;
-    never over more, since `data` alone crosses the slow network. Tensor parallelism moves
-    activations instead of parameters, and for networks below some ten billion parameters that is
-    more: it is the last resort, for state that fits nowhere else.
+    Parameters split over nothing, over a host's worth of devices (8) or a whole row of the torus if
+    that is longer (a part of one has half its bandwidth), or over all of an island; never over
+    more, since `data` alone crosses the slow network. Tensor parallelism moves activations instead
+    of parameters, and for networks below some ten billion parameters that is more: it is the last
+    resort, for state that fits nowhere else.
     """
     island = topology.island
-    ways = [n for n in (1, 8, island) if n <= island and island % n == 0]
+    row = max(8, *topology.shape)
+    ways = [n for n in (1, row, island) if n <= island and island % n == 0]
     meshes = [MeshConfig(data=-1, fsdp=n) for n in dict.fromkeys(ways)]
     slices = topology.devices // island
     if slices > 1:
