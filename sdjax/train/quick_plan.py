@@ -54,7 +54,7 @@ class QuickPlanner(Planner):
                 code = process.exitcode or 0
                 if code < 0:  # it died, of its memory perhaps: as if this process had
                     signal.raise_signal(-code)
-                raise RuntimeError("no plan was made; the reason is above") from error
+                raise UserError("no plan was made: its process failed, as told above") from error
             finally:
                 process.kill()
                 process.join()
