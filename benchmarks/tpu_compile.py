@@ -1,4 +1,4 @@
-"""Stable Diffusion compiled for slices of TPU chips: the yardstick for work on their speed.
+"""Stable Diffusion compiled for TPU slices and GPUs: the yardstick for work on their speed.
 
     python benchmarks/tpu_compile.py --quick          # all, one after the other, as schedules
     python benchmarks/tpu_compile.py sd15 v5e-8       # those whose name has both words in it
@@ -6,12 +6,14 @@
 
 Each plan is `python -m sdjax.plan` with the flags printed beside its result; the answer goes to
 docs/plans/NAME.json, and what has changed since the answer that was there is printed as a table.
-No TPU is needed, and the same program always gives the same numbers. A whole compilation takes
-some 35 minutes of processor time for each of v5p, and 60 for v6e, and 13 to 18 GB of memory; with
---quick 6 minutes and 6 GB. What was compiled before is taken from the cache.
+No TPU or GPU is needed, and the same program always gives the same numbers. A whole compilation
+takes some 35 minutes of processor time for each of v5p, and 60 for v6e, and 13 to 18 GB of memory;
+with --quick 6 minutes and 6 GB. One for GPUs takes 4 minutes and 4 GB, and JAX's plugin for CUDA.
+What was compiled before is taken from the cache.
 
-The peer: MaxDiffusion on v5p, 86.4 images/s/chip on 8 chips and 79.4 on 64 (MLPerf Training 4.1,
-"stable_diffusion": SD2-base at 512 px with cached latents, which saves the VAE's encoder).
+The peers, in MLPerf Training's "stable_diffusion" (SD2-base at 512 px with cached latents, which
+saves the VAE's encoder): MaxDiffusion on v5p, 86.4 images/s/chip on 8 chips and 79.4 on 64 (4.1);
+NVIDIA NeMo on 8 H100, 137.3 images/s/GPU (4.1), HPE on 8 H200, 149.6 (5.0).
 """
 
 from __future__ import annotations
@@ -42,7 +44,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}{'_cached' if self.cached else ''}_{self.chip}-{self.chips}"
+        chip = self.chip.removeprefix("gpu:")
+        return f"{self.recipe}{'_cached' if self.cached else ''}_{chip}-{self.chips}"
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.chip.startswith("gpu:")
 
     @property
     def flags(self) -> list[str]:
@@ -74,6 +81,12 @@ CASES += [
     Case("sd21_base", "v5p", shape, chips, 1, 32, cached=True)
     for shape, chips in (("2x2x1", 4), ("4x8x8", 256))
 ]
+CASES += [Case(recipe, "gpu:h100", "8", 8, 1, 8) for recipe in ("sd15", "sd21_base")]
+CASES.append(Case("sd21_base", "gpu:a100-80", "8", 8, 1, 8))
+CASES += [
+    Case("sd21_base", chip, shape, chips, 1, 32, cached=True)
+    for chip, shape, chips in (("gpu:h100", "8", 8), ("gpu:h100", "4x8", 32), ("gpu:h200", "8", 8))
+]
 
 
 def main(words: list[str]) -> int:
@@ -85,7 +98,7 @@ def main(words: list[str]) -> int:
     for case in chosen if "--table" not in words else ():
         file = PLANS / f"{case.name}.json"
         before = json.loads(file.read_text()) if file.is_file() else None
-        quick = ["--quick"] if "--quick" in words else []
+        quick = ["--quick"] if "--quick" in words and not case.is_gpu else []
         command = [sys.executable, "-m", "sdjax.plan", *case.flags, *quick, f"--output={file}"]
         print(f"== {case.name}: python -m sdjax.plan {' '.join(command[3:-1])}", flush=True)
         if subprocess.run(command, check=False).returncode not in (0, 1):

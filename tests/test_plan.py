@@ -155,8 +155,6 @@ def test_without_cycles_products_take_their_flops_at_the_chips_rate():
     took = estimate.step_time(Schedule((slow, thin), (), (), (), 0), topology, flops=0.0)
     assert topology.chip.products == 0.75
     assert took.operations == pytest.approx(2 * 1e-3 / 0.75 + 1e-3)
-    gpus = topologies.parse("gpu:h100:8")  # no compiler, no rate: the roofline of the whole
-    assert estimate.work_seconds(slow, estimate.Rates.of(gpus)) == 819_000 / 3350e9
 
 
 @pytest.mark.parametrize(
@@ -495,7 +493,7 @@ def test_a_quick_plan_passes_errors_on(tmp_path):
     pytest.importorskip("libtpu")
     for flag, topology, reason in [
         ("--config.data.batch_size=15", "v5e:2x4", "15"),
-        ("--config.mesh.fsdp=1", "gpu:h100:8", "for GPUs no compiler is asked"),
+        ("--config.mesh.fsdp=1", "gpu:h100:8", "it shortens the compilation for TPUs"),
     ]:
         run = make(tmp_path, "--quick", flag, topology=topology)
         assert run.returncode == 2 and reason in run.stderr, run.stderr[-2000:]

@@ -110,7 +110,7 @@ class GEGLU(nnx.Module):
         self.proj = linear(channels, 2 * features, **kw)
 
     def __call__(self, x: Array) -> Array:
-        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        hidden, gate = self.proj.parts(x, 2)
         return hidden * gelu(gate)
 
 

@@ -6,6 +6,8 @@ what holds no scores in memory (cuDNN).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ Array = jax.Array
 
 WANTED = ("auto", "dense", "flash", "cudnn")  # values of `model.attention`
 _PLATFORMS = {"flash": "tpu", "cudnn": "cuda"}
+CUDNN_CALL = "__cudnn$fmha"  # how custom calls of its attention begin
 CUDNN_WIDTH = 128  # of a head; Hopper takes up to 256, older GPUs do not
 
 
@@ -67,6 +70,25 @@ def _mosaic_takes(dtype) -> bool:
     """Mosaic refuses a product of bfloat16 in "highest" precision, instead of ignoring the wish."""
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return dtype == jnp.float32 or precision in (None, "default", "fastest", "bfloat16")
+
+
+def cudnn_cost(target: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float] | None:
+    """(FLOPs, bytes) of one call of cuDNN's attention, which the compiler does not see into.
+
+    Two products a score going forward; five going back, where scores are computed again.
+
+    Args:
+        target: of the custom call, "__cudnn$fmhaSoftmax" or another.
+        shapes: of its operands; the first two are q [B, L, heads, D] and k [B, M, heads, D], of 16
+            bits a number.
+    """
+    if not target.startswith(CUDNN_CALL):
+        return None
+    (batch, length, heads, width), (_, keys, *_) = shapes[:2]
+    back = target.endswith("Backward")
+    flops = (10.0 if back else 4.0) * batch * heads * length * keys * width
+    arrays = 4 if back else 2  # q, the output and their gradients; k, v and theirs
+    return flops, 2.0 * arrays * batch * heads * width * (length + keys)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array) -> Array:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -32,6 +33,9 @@ class Placement(Protocol):
 
     def activation(self, x: Array) -> Array:
         """x [B, ...] -> the same array, split along its batch alone."""
+
+    def summed(self, product: Callable[[Array, Array], Array], x: Array, dy: Array) -> Array:
+        """`product(x, dy)`, a sum over examples, in float32; x and dy are [B, ...]."""
 
     def per_device(self, kernel: Callable[..., Array], *arrays: Array) -> Array:
         """`kernel(*arrays)` of arrays [B, L, heads, D], on each device's examples and heads."""
@@ -72,3 +76,14 @@ def per_device(kernel: Callable[..., Array], *arrays: Array) -> Array:
     """`kernel(*arrays)` of arrays [B, L, heads, D]; outside `placed` simply that."""
     placement = _placement.get()
     return kernel(*arrays) if placement is None else placement.per_device(kernel, *arrays)
+
+
+def summed(product: Callable[[Array, Array], Array], x: Array, dy: Array) -> Array:
+    """`product(x, dy)`, a sum over the examples of x and dy [B, ...], in float32.
+
+    What devices have of it is added up in float32, also where the product is in 16 bits.
+    """
+    placement = _placement.get()
+    if placement is None:
+        return product(x, dy).astype(jnp.float32)
+    return placement.summed(product, x, dy)

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from sdjax.models.placement import summed
 
 Array = jax.Array
 Dtype = Any
@@ -44,8 +47,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., in] -> [..., out] in `dtype`."""
-        y = _dense(x.astype(self.dtype), self.kernel[...])
-        return y if self.bias is None else _add_bias(y, self.bias[...])
+        (y,) = self.parts(x, 1)
+        return y
+
+    def parts(self, x: Array, count: int) -> list[Array]:
+        """`jnp.split(self(x), count, axis=-1)`, by as many products.
+
+        Going back, the gradients of the parts are then not put together into one large array.
+        """
+        x = x.astype(self.dtype)
+        ys = [_dense(x, kernel) for kernel in jnp.split(self.kernel[...], count, axis=1)]
+        if self.bias is None:
+            return ys
+        biases = jnp.split(self.bias[...], count)
+        return [_add_bias(y, bias) for y, bias in zip(ys, biases, strict=True)]
 
 
 class Conv(nnx.Module):
@@ -166,10 +181,14 @@ def _conv_dkernel(
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
     )
 
-    def rounded(x: Array, dy: Array) -> Array:
-        return correlate(x, dy).astype(jnp.float32)
+    def ordered(x: Array, dy: Array) -> Array:
+        # cuDNN gives [out, kH, kW, in]. Put in order at once, it is half as large as in float32,
+        # and the optimizer goes through arrays of one order.
+        return with_layout_constraint(correlate(x, dy), Layout((0, 1, 2, 3)))
 
-    # cuDNN has no such convolution from 16 bits to 32: it accumulates in 32 and rounds the result.
+    # cuDNN has no such convolution from 16 bits to 32: it accumulates in 32 and rounds the result,
+    # that of each device.
+    rounded = partial(summed, ordered)
     wide = partial(correlate, preferred_element_type=jnp.float32)
     return lax.platform_dependent(x, dy, cuda=rounded, rocm=rounded, default=wide)
 

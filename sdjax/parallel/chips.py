@@ -6,6 +6,7 @@ Telemetry takes the peak FLOP/s from here for MFU, `sdjax.plan` everything else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 GIB = 2**30
 
@@ -19,8 +20,9 @@ class Chip:
     bytes/s to its memory, out of the chip over ICI or NVLink (one direction, all links), and out
     of the host over the data-centre network (a chip's share). clock: Hz, of TPUs, for the
     compiler's estimates in cycles. dims: of a TPU slice's shape. kernels: the share of `flops` that
-    kernels of Pallas have, whose cost is counted as of matrix units of 128 x 128. products: the
-    share that matrix products and convolutions have, by the compiler's cycles.
+    kernels of Pallas have, whose cost is counted as of matrix units of 128 x 128, or of GPUs those
+    of cuDNN's attention. products: the share that matrix products and convolutions have, of TPUs by
+    the compiler's cycles.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Chip:
     clock: float = 0.0
     dims: int = 0
     kernels: float = 1.0
-    products: float = 0.66  # of TPUs
+    products: float = 0.66
 
     @property
     def is_tpu(self) -> bool:
@@ -69,17 +71,23 @@ TPUS = (
 # NVIDIA: the data sheets (A100, H100, H200, L4, L40S, GH200, B200), bfloat16 without sparsity;
 # NVLink is listed for both directions together and halved here, PCIe 4.0 x16 where there is none.
 # Network: 400 Gbit/s a GPU on DGX H100 and B200, 200 on DGX A100; 100 for a host of L4 or L40S.
+# Products and kernels are assumed, not measured: cuBLAS and cuDNN reach 60 to 75 % of the data
+# sheet in large products, less in convolutions; attention with heads of 64, forward and backward,
+# 350 to 450 TFLOP/s on an H100, half of the peak on an A100 (papers on FlashAttention-2 and -3).
+_hopper = functools.partial(Chip, kernels=0.4, products=0.6)  # and later ones
+_ampere = functools.partial(Chip, kernels=0.5, products=0.6)
 GPUS = (
-    Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 8000e9, 900e9, 50e9),
-    Chip("gh200", ("NVIDIA GH200",), 989e12, 96e9, 4000e9, 450e9, 50e9),
-    Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 50e9),
-    Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2000e9, 32e9, 25e9),
-    Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 50e9),
-    Chip("a100-80", ("NVIDIA A100-SXM4-80", "NVIDIA A100 80"), 312e12, 80e9, 2039e9, 300e9, 25e9),
-    Chip("a100-40", ("NVIDIA A100",), 312e12, 40e9, 1555e9, 300e9, 25e9),
-    Chip("l40s", ("NVIDIA L40S",), 362e12, 48e9, 864e9, 32e9, 12.5e9),
-    Chip("l4", ("NVIDIA L4",), 121e12, 24e9, 300e9, 32e9, 12.5e9),
-)
+    _hopper("b200", ("NVIDIA B200",), 2250e12, 180e9, 8000e9, 900e9, 50e9),
+    _hopper("gh200", ("NVIDIA GH200",), 989e12, 96e9, 4000e9, 450e9, 50e9),
+    _hopper("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 50e9),
+    _hopper("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2000e9, 32e9, 25e9),
+    _hopper("h100", ("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 50e9),
+    _ampere("a100-80", ("NVIDIA A100-SXM4-80", "NVIDIA A100 80"), 312e12, 80e9, 2039e9, 300e9,
+            25e9),
+    _ampere("a100-40", ("NVIDIA A100",), 312e12, 40e9, 1555e9, 300e9, 25e9),
+    _ampere("l40s", ("NVIDIA L40S",), 362e12, 48e9, 864e9, 32e9, 12.5e9),
+    _ampere("l4", ("NVIDIA L4",), 121e12, 24e9, 300e9, 32e9, 12.5e9),
+)  # fmt: skip
 
 # Devices that train but that nobody plans for.
 _OTHER_FLOPS = {"TPU v4 lite": 138e12}

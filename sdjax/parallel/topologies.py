@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from sdjax.errors import UserError
+from sdjax.parallel import gpus
 from sdjax.parallel.chips import GPUS, TPUS, Chip
 
 # What Cloud TPU calls an accelerator type, by chips: docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p}.
@@ -115,15 +116,19 @@ def _unknown(text: str, reason: str) -> UserError:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The devices of a slice, to compile for; of GPUs as many virtual CPU devices instead.
+    """The devices of a slice or of GPU hosts, to compile for.
+
+    Where there is no compiler for GPUs, as many virtual CPU devices instead.
 
     Call it before anything else touches a device.
 
     Raises:
-        UserError: libtpu is not installed, or its compiler knows no such slice.
+        UserError: libtpu is not installed, or the compiler knows no such hardware.
     """
     jax.config.update("jax_platforms", "cpu")
     if not topology.chip.is_tpu:
+        if gpus.compiler():
+            return gpus.devices(topology.chip, *topology.shape)
         jax.config.update("jax_num_cpu_devices", topology.devices)
         return jax.devices("cpu")
     # libtpu locks the machine for one process, and asks the cloud's metadata server (which is not

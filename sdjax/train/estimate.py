@@ -9,11 +9,14 @@ import math
 from sdjax.parallel.topologies import Topology
 from sdjax.train.hlo import Collective, Kernel, Schedule, Work
 
+# To start a GPU's kernel, by XLA's own reckoning (gpu_performance_model_base.h).
+LAUNCH = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """Of one JAX device: FLOP/s at most, in kernels, in products; bytes/s to HBM, over its links,
-    the network; Hz."""
+    the network; Hz; seconds to start an operation."""
 
     flops: float
     kernels: float
@@ -22,6 +25,7 @@ class Rates:
     links: float
     network: float
     clock: float
+    launch: float
 
     @classmethod
     def of(cls, topology: Topology) -> Rates:
@@ -35,6 +39,7 @@ class Rates:
             links=chip.links / chip.devices,
             network=chip.network / chip.devices,
             clock=chip.clock,
+            launch=0.0 if chip.is_tpu else LAUNCH,
         )
 
 
@@ -60,16 +65,15 @@ class StepTime:
 def work_seconds(work: Work, rates: Rates) -> float:
     """One operation, once.
 
-    A matrix product takes what the compiler estimates in cycles or, where no machine code was made,
-    its FLOPs at the rate that such estimates come to (`Chip.products`); but at least its HBM
-    traffic. Anything else takes its traffic. (The compiler's cycles for elementwise work serve to
-    choose window sizes: they come to 2.4 times the traffic at the bandwidth of the data sheet.)
+    A matrix product takes what the compiler estimates in cycles or, where it gives none, its FLOPs
+    at the rate of `Chip.products`; but at least its HBM traffic. Anything else takes its traffic.
+    (The compiler's cycles for elementwise work serve to choose window sizes: they come to 2.4 times
+    the traffic at the bandwidth of the data sheet.)
     """
     traffic = work.bytes / rates.hbm
-    if not rates.clock:  # of GPUs nothing is known but the roofline of the whole
-        return traffic
-    if not work.cycles:
-        return max(work.flops / rates.products, traffic) if work.matrix else traffic
+    if not (work.cycles and rates.clock):
+        products = work.flops / rates.products if work.matrix else 0.0
+        return max(products, traffic) + rates.launch
     cycles = work.cycles / rates.clock
     return max(cycles, traffic) if work.matrix else min(cycles, traffic)
 
@@ -118,7 +122,8 @@ def _bandwidth(group: int, topology: Topology) -> float:
 
 def kernel_seconds(kernel: Kernel, rates: Rates) -> float:
     """One call of a kernel, by its declared cost."""
-    return max((kernel.flops or 0.0) / rates.flops, (kernel.bytes or 0.0) / rates.hbm)
+    busy = max((kernel.flops or 0.0) / rates.kernels, (kernel.bytes or 0.0) / rates.hbm)
+    return busy + rates.launch
 
 
 def _uncovered(collective: Collective, topology: Topology) -> float:
@@ -133,16 +138,19 @@ def _uncovered(collective: Collective, topology: Topology) -> float:
     return max(0.0, collective_seconds(collective, topology) - covered)
 
 
-def step_time(schedule: Schedule, topology: Topology, flops: float) -> StepTime:
-    """The estimate for a schedule with `flops` of work on each device."""
+def step_time(
+    schedule: Schedule, topology: Topology, flops: float, *, foreign: bool = False
+) -> StepTime:
+    """The estimate for a schedule with `flops` of work on each device.
+
+    foreign: it is of a compiler for other hardware, so its operations say nothing of this, and
+    the roofline of the whole is all that there is.
+    """
     rates = Rates.of(topology)
-    operations = math.fsum(w.times * work_seconds(w, rates) for w in schedule.work)
-    kernels = math.fsum(
-        k.times * max((k.flops or 0.0) / rates.kernels, (k.bytes or 0.0) / rates.hbm)
-        for k in schedule.kernels
-    )
+    seen = () if foreign else schedule.work
+    operations = math.fsum(w.times * work_seconds(w, rates) for w in seen)
+    kernels = math.fsum(k.times * kernel_seconds(k, rates) for k in schedule.kernels)
     roofline = max(flops / rates.flops, hbm_bytes(schedule) / rates.hbm)
-    # Without the compiler's cycles (GPU) the products are in the roofline alone.
     operations = max(operations, roofline - kernels)
     waiting, beside = (
         math.fsum(

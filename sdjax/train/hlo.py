@@ -11,15 +11,16 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from sdjax.models import flash
-from sdjax.train.hlo_flops import product_flops
+from sdjax.models import flash, kernels
+from sdjax.train.hlo_flops import library_call, product_flops
 from sdjax.train.hlo_text import Instruction, Module, parse, replica_group, trip_count
+from sdjax.train.hlo_traffic import traffic
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
-KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2", kernels.CUDNN_CALL)
 # No work of their own, or (copies between HBM and VMEM) work that runs beside the rest.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
@@ -123,20 +124,20 @@ def read(text: str, devices: int, island: int = 0) -> Schedule:
     module = parse(text)
     unknown: list[str] = []
     steps = list(_walk(module, module.entry, 1, False, unknown))
-    work, kernels = dict(_work(module, steps)), dict(_kernels(steps))
+    work, calls = dict(_work(module, steps)), dict(_kernels(steps))
     done = _ends(module, steps)
     collectives = []
     for start, found in _collectives(module, steps, devices, island or devices):
         if found.asynchronous and start in done:
             between = range(start + 1, done[start])
-            both = {i: one for i in between for one in (work.get(i), kernels.get(i)) if one}
+            both = {i: one for i in between for one in (work.get(i), calls.get(i)) if one}
             found = dataclasses.replace(found, beside=tuple(both.values()))
         collectives.append(found)
     return Schedule(
         work=tuple(work.values()),
         collectives=tuple(collectives),
         buffers=tuple(_buffers(module, steps)),
-        kernels=tuple(kernels.values()),
+        kernels=tuple(calls.values()),
         unknown_loops=len(unknown),
     )
 
@@ -211,13 +212,13 @@ def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
     }
     for i, step in enumerate(steps):
         instruction = step.instruction
-        if instruction.opcode in FREE or _kind(instruction) or instruction.opcode == "custom-call":
+        if instruction.opcode in FREE or _kind(instruction):
+            continue
+        if instruction.opcode == "custom-call" and not library_call(instruction):
             continue
         if instruction.name.startswith(("async-collective-start", "async-collective-done")):
             continue  # what they move is the collective's
         names = written[step.computation]
-        arrays = [a for name in instruction.operands if name in names for a in names[name].arrays]
-        arrays += instruction.arrays
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         yield (
             i,
@@ -225,7 +226,7 @@ def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
                 opcode=instruction.opcode,
                 op_name=instruction.op_name,
                 cycles=int(cycles.group(1)) if cycles else 0,
-                bytes=sum(array.bytes for array in arrays if not array.on_chip),
+                bytes=traffic(module, instruction, names),
                 matrix=_multiplies(module, instruction),
                 times=step.times,
                 flops=product_flops(module, instruction, names),
@@ -235,7 +236,7 @@ def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
 
 def _multiplies(module: Module, instruction: Instruction) -> bool:
     if instruction.opcode != "fusion":
-        return instruction.opcode in ("convolution", "dot")
+        return instruction.opcode in ("convolution", "dot") or bool(library_call(instruction))
     inside = module.computations.get(instruction.attribute("calls"), [])
     return any(_multiplies(module, i) for i in inside)
 
@@ -262,8 +263,8 @@ def _collectives(
             kind = _kind(instruction)
             if not kind or instruction.opcode.endswith("-done"):
                 continue
-            channel = instruction.attribute("channel_id") or f"{step.computation}/{outer.name}"
-            if channel in seen:
+            channel = instruction.attribute("channel_id") if fused else ""
+            if channel and channel in seen:
                 continue
             seen.add(channel)
             members = replica_group(instruction.attributes, devices)
@@ -326,7 +327,8 @@ def _buffers(module: Module, steps: list[_Step]) -> Iterator[Buffer]:
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for step in steps:
         instruction = step.instruction
-        if instruction.opcode in _ALIASES or instruction.root or instruction.name in kept:
+        alias = instruction.opcode in _ALIASES and not library_call(instruction)
+        if alias or instruction.root or instruction.name in kept:
             continue
         for array in instruction.arrays:
             if array.on_chip or not array.dims:
@@ -341,7 +343,7 @@ def _buffers(module: Module, steps: list[_Step]) -> Iterator[Buffer]:
 
 
 def _kernels(steps: list[_Step]) -> Iterator[tuple[int, Kernel]]:
-    """Kernels of Pallas, with the `pl.CostEstimate` they were given or the cost we know them by,
+    """Kernels of Pallas and cuDNN, with the `pl.CostEstimate` or the cost that we know them by,
     each with its place in `steps`."""
     for i, step in enumerate(steps):
         text = step.instruction.attributes
@@ -352,7 +354,8 @@ def _kernels(steps: list[_Step]) -> Iterator[tuple[int, Kernel]]:
         values = dict(re.findall(r'"(\w+)":"?(\d+)', declared.group(1))) if declared else {}
         name = re.sub(r"\.\d+$", "", step.instruction.name)
         flops, bytes_ = values.get("flops"), values.get("bytes_accessed")
-        known = flash.kernel_cost(name, _operand_shapes(text))
+        shapes = _operand_shapes(text)
+        known = flash.kernel_cost(name, shapes) or kernels.cudnn_cost(target.group(1), shapes)
         declares = flops is not None
         if not declares and known is not None:
             flops, bytes_ = known

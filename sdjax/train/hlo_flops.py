@@ -10,6 +10,22 @@ from collections.abc import Mapping
 
 from sdjax.train.hlo_text import Instruction, Module
 
+# What the operands and the result of cuDNN's calls are in the convolution going forward.
+_FORWARD = ("image", "kernel", "result")
+_CONVOLUTIONS = {
+    "__cudnn$convBackwardInput": ("result", "kernel", "image"),
+    "__cudnn$convBackwardFilter": ("image", "result", "kernel"),
+}
+
+
+def library_call(instruction: Instruction) -> str:
+    """The target of a call of cuDNN or cuBLAS for a convolution or product; "" of all else."""
+    if instruction.opcode != "custom-call":
+        return ""
+    found = re.search(r'custom_call_target="(__cudnn\$conv[^"]*|__cublas\$[^"]*)"',
+                      instruction.attributes)  # fmt: skip
+    return found.group(1) if found else ""
+
 
 def product_flops(
     module: Module, instruction: Instruction, names: Mapping[str, Instruction]
@@ -24,19 +40,24 @@ def product_flops(
         inside = module.computations.get(instruction.attribute("calls"), [])
         inner = {one.name: one for one in inside}
         return math.fsum(product_flops(module, one, inner) for one in inside)
-    if instruction.opcode not in ("convolution", "dot"):
+    call = library_call(instruction)
+    if instruction.opcode not in ("convolution", "dot") and not call:
         return 0.0
-    left, right = (names[name].arrays[0].dims for name in instruction.operands[:2])
-    out = instruction.arrays[0].dims
-    if instruction.opcode == "dot":
-        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = summed.group(1).split(",") if summed else []
-        return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in axes if axis)
+    arrays = [names[name].arrays[0].dims for name in instruction.operands[:2]]
+    arrays.append(instruction.arrays[0].dims)
+    if instruction.opcode == "dot" or call.startswith("__cublas"):
+        summed = re.search(
+            r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.attributes
+        )
+        left, _, out = arrays
+        axes = re.findall(r"\d+", summed.group(1)) if summed else []
+        return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in axes)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None  # every convolution has them
+    dims = dict(zip(_CONVOLUTIONS.get(call, _FORWARD), arrays, strict=True))
     image, kernel, result = (
-        dict(zip(order, dims, strict=True))
-        for order, dims in zip(labels.groups(), (left, right, out), strict=True)
+        dict(zip(order, dims[name], strict=True))
+        for order, name in zip(labels.groups(), _FORWARD, strict=True)
     )
     flops = 2.0 * result["b"] * result["f"] * kernel["i"]
     for axis, window in enumerate(_windows(instruction.attributes)):

@@ -15,6 +15,7 @@ from typing import Any
 
 from sdjax.config import Config, to_dict
 from sdjax.eval.generate import latent_shape
+from sdjax.parallel import gpus
 from sdjax.parallel.chips import Chip
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.topologies import Topology
@@ -35,8 +36,12 @@ GPU_FRACTION = 0.75
 # What machine code, and what it keeps beside the buffers, takes of the memory where it is not made:
 # 0.4 to 1.4 GiB for a step of Stable Diffusion, in the plans so far.
 CODE_BYTES = 3 * 2**29
-# XLA on CPU otherwise orders operations for concurrency, at the cost of memory.
-_CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+# What a compiler without its hardware needs. On a GPU XLA tries which algorithms are fastest. On
+# CPU it otherwise orders operations for concurrency, at the cost of memory.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {"xla_gpu_autotune_level": 0},
+    "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False},
+}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Plan = dict[str, Any]
@@ -76,10 +81,14 @@ class Planner:
                 Or the compiler failed for another reason than lack of HBM.
         """
         program = self.program(config)
-        lowered = program.step.lower(program.state, program.frozen, program.batch)
-        is_tpu = self.topology.chip.is_tpu
-        own = config.train.xla_options
-        options = compiler_options(program.mesh, own) if is_tpu else _CPU_OPTIONS
+        platform = _platform(program)
+        asking = (
+            gpus.lowering(self.topology.chip) if platform == "gpu" else contextlib.nullcontext()
+        )
+        with asking:
+            lowered = program.step.lower(program.state, program.frozen, program.batch)
+        options = compiler_options(program.mesh, config.train.xla_options)
+        options |= _OPTIONS.get(platform, {})
         order = [device.id for device in program.mesh.devices.flat]
         key = _digest(lowered.as_text(), order, self.topology.name, versions(), options)
         outcome = self._outcome(lowered, key, options)
@@ -112,7 +121,7 @@ def _digest(*parts: Any) -> str:
 def versions() -> dict[str, str]:
     """Of all that takes part in compiling."""
     found = {}
-    for package in ("jax", "jaxlib", "libtpu"):
+    for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -135,7 +144,7 @@ def make_plan(config: Config, program: Program, topology: Topology, outcome: Out
         "chip": chip.name,
         "chips": topology.chips,
         "devices": topology.devices,
-        "basis": _basis(chip, outcome),
+        "basis": _basis(program, chip, outcome),
         "versions": versions(),
         "mesh": {axis: int(size) for axis, size in program.mesh.shape.items()},
         "batch": {
@@ -159,11 +168,17 @@ def make_plan(config: Config, program: Program, topology: Topology, outcome: Out
     return plan
 
 
-def _basis(chip: Chip, outcome: Outcome) -> str:
-    if not chip.is_tpu:
+def _platform(program: Program) -> str:
+    """That it is compiled for: "tpu", "gpu", or "cpu" in place of GPUs without a compiler."""
+    return program.mesh.devices.flat[0].platform
+
+
+def _basis(program: Program, chip: Chip, outcome: Outcome) -> str:
+    platform = _platform(program)
+    if platform == "cpu":
         return "estimate"
     how = "scheduled, without machine code," if outcome.quick else "compiled"
-    return f"{how} for {chip.name} by libtpu"
+    return f"{how} for {chip.name} by {'libtpu' if platform == 'tpu' else 'XLA for CUDA'}"
 
 
 def _memory(known: dict[str, int], outcome: Outcome, limit: int) -> dict[str, Any]:
@@ -184,17 +199,18 @@ def _performance(
     """FLOPs, bytes, time, images per second, MFU, collectives, temporaries."""
     schedule = hlo.read(outcome.text, topology.devices, topology.island)
     chip, rates = topology.chip, estimate.Rates.of(topology)
-    if outcome.quick:
+    platform = _platform(program)
+    if outcome.quick or platform == "gpu":
         flops = math.fsum(w.times * w.flops for w in schedule.work)
         flops += math.fsum(k.times * (k.flops or 0.0) for k in schedule.kernels)
-    elif chip.is_tpu:
+    elif platform == "tpu":
         flops = outcome.cost.get("flops", 0.0) * estimate.loop_factor(schedule)
         silent = [kernel for kernel in schedule.kernels if not kernel.declared]
         flops += sum(kernel.times * (kernel.flops or 0.0) for kernel in silent)
     else:  # XLA on CPU hides products in library calls
         arguments = (program.state, program.frozen, program.batch)
         flops = count_flops(program.step, *arguments) / topology.devices
-    took = estimate.step_time(schedule, topology, flops)
+    took = estimate.step_time(schedule, topology, flops, foreign=platform == "cpu")
     optimal = outcome.cost.get("optimal_seconds")
     believed = estimate.plausible(optimal, took.roofline, flops / rates.flops)
     traffic = estimate.hbm_bytes(schedule)
@@ -219,7 +235,7 @@ def _performance(
         "collectives": estimate.collective_table(schedule, topology),
         "temporaries": [dataclasses.asdict(buffer) for buffer in schedule.buffers[:LISTED]],
         "kernels": [dataclasses.asdict(kernel) for kernel in schedule.kernels],
-        "warnings": warnings(schedule, topology, quick=outcome.quick),
+        "warnings": warnings(schedule, topology, platform, quick=outcome.quick),
     }
 
 
@@ -230,7 +246,9 @@ def _unet(config: Config) -> float | None:
     return unet_flops(config, latent_shape(model.unet, model.vae, side, side))
 
 
-def warnings(schedule: hlo.Schedule, topology: Topology, *, quick: bool) -> list[str]:
+def warnings(
+    schedule: hlo.Schedule, topology: Topology, platform: str, *, quick: bool
+) -> list[str]:
     """What the estimate lacks, or rests on."""
     found = []
     if quick:
@@ -254,12 +272,21 @@ def warnings(schedule: hlo.Schedule, topology: Topology, *, quick: bool) -> list
             f"{schedule.unknown_loops} loop(s) of unknown length count as one pass, so time and "
             "FLOPs are lower bounds"
         )
-    if not topology.chip.is_tpu:
+    if platform == "gpu":
+        chip = topology.chip
         found.append(
-            "AN ESTIMATE, without a compiler for GPUs: memory is that of the same program compiled "
+            f"products are taken to reach {chip.products:.0%} of the GPU's FLOP/s and attention "
+            f"{chip.kernels:.0%}: assumed, since XLA estimates no library calls; what algorithms "
+            "that are tried out on the GPU take of its memory for their work is not in this"
+        )
+    if platform == "cpu":
+        found.append(
+            "AN ESTIMATE, without a compiler for GPUs (which comes with pip install -e '.[cuda12]' "
+            "or '.[cuda13]' and needs no GPU): memory is that of the same program compiled "
             "for CPU (which computes bfloat16 products in float32 and fuses otherwise: expect less "
             "on a GPU), time is a roofline, which no GPU reaches; trainers get 30 to 50 % of peak"
         )
+    if platform != "tpu":
         found.append(
             f"of a GPU's memory {GPU_FRACTION:.0%} is counted on, which is what JAX takes; "
             "XLA_PYTHON_CLIENT_MEM_FRACTION changes it"

@@ -329,7 +329,7 @@ def test_a_kernel_without_a_cost_is_shouted_about():
 def estimate_notes(schedule):
     from sdjax.train.planning import warnings
 
-    return "\n".join(warnings(schedule, topologies.parse("v5e:2x2"), quick=False))
+    return "\n".join(warnings(schedule, topologies.parse("v5e:2x2"), "tpu", quick=False))
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------

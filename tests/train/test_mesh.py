@@ -50,6 +50,7 @@ def test_nothing_depends_on_the_mesh(eight):
     output, params = eight
     results = output["runs"]
     assert output["kernel_error"] < 1e-5
+    assert output["summed_error"] == 0.0 and output["exchanges"] == []
     assert [tuple(r["mesh"]) for r in results] == [
         (1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from sdjax.config import TrainConfig
 from sdjax.train import xla
 
 HIDING = "xla_gpu_enable_latency_hiding_scheduler"
+ROUNDING = "xla_allow_excess_precision"
 GATHERS = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 
 
@@ -28,15 +29,15 @@ def mesh(platform, devices=2):
 
 def test_each_backend_is_told_its_own():
     assert xla.compiler_options(mesh("cpu")) == {}
-    assert xla.compiler_options(mesh("gpu")) == {HIDING: True}
-    assert xla.compiler_options(mesh("gpu", 1)) == {}  # nothing to hide
+    assert xla.compiler_options(mesh("gpu")) == {HIDING: True, ROUNDING: False}
+    assert xla.compiler_options(mesh("gpu", 1)) == {ROUNDING: False}  # nothing to hide
     assert xla.compiler_options(mesh("tpu", 1)) == {GATHERS: "1000000"}
     several = xla.compiler_options(mesh("tpu"))
     assert several[GATHERS] == "1000000" and several["xla_enable_async_all_reduce"] == "true"
 
 
 def test_the_environment_wins_and_train_xla_options_over_both(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1  --{HIDING}=false")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1  --{HIDING}=false --{ROUNDING}=true")
     assert xla.compiler_options(mesh("gpu")) == {}
     assert xla.compiler_options(mesh("gpu"), (f"{HIDING}=true",)) == {HIDING: True}
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{GATHERS} 5")
@@ -46,8 +47,10 @@ def test_the_environment_wins_and_train_xla_options_over_both(monkeypatch):
 
 def test_options_are_checked_and_told():
     options = xla.compiler_options(mesh("gpu"), ("xla_gpu_autotune_level=5", f"{HIDING}=False"))
-    assert options == {HIDING: False, "xla_gpu_autotune_level": "5"}
-    assert xla.describe(options) == f"XLA options: {HIDING}=false, xla_gpu_autotune_level=5"
+    assert options == {HIDING: False, ROUNDING: False, "xla_gpu_autotune_level": "5"}
+    assert xla.describe(options) == (
+        f"XLA options: {HIDING}=false, {ROUNDING}=false, xla_gpu_autotune_level=5"
+    )
     assert xla.describe({}) == ""
     for wrong in ("--xla_a=1", "xla_a", "xla_a=", "other=1"):
         with pytest.raises(ValueError, match="expected NAME=VALUE"):
