@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 WORKDIR ?= runs/base
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all test-gpus lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m sdjax.main --config=configs/base.py --workdir=$(WORKDIR)
@@ -17,6 +17,11 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "" $(PARALLEL)
+
+# What is compiled for GPUs needs JAX's plugin for CUDA, and no GPU. It is kept apart: in the
+# environment itself it would complain at every start that there is none.
+test-gpus: $(VENV)/gpus/.installed
+	PYTHONPATH=$(VENV)/gpus $(BIN)/python -m pytest tests/test_plan_gpus.py
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
@@ -39,6 +44,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/gpus/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/gpus \
+	  "jax-cuda12-pjrt==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	touch $@
 
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'

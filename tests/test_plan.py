@@ -403,6 +403,15 @@ def test_a_compiler_that_dies_is_an_error_with_a_reason(tmp_path, number, reason
     assert "error: the plan was ended by SIG" in run.stderr and reason in run.stderr
 
 
+def test_a_fault_of_the_planner_is_no_answer(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(verb, "_run", fail)
+    assert verb.main(["sdjax.plan"]) == 2  # 1 means that it does not fit
+    assert "KeyError: 'a fault'" in capsys.readouterr().err
+
+
 def test_the_vocabulary_is_that_of_the_tokenizer_to_come():
     c = default()
     c.data.name, c.tokenizer.vocab_size = "captioned_shapes", 600

@@ -253,8 +253,10 @@ class Embeddings(nnx.Module):
                 f"tokens {tokens.shape}: expected at most max_position_embeddings = {self.length} "
                 "in a row"
             )
-        positions = self.position_embedding(jnp.arange(length))[None]
-        return activation(self.token_embedding(tokens) + positions)
+        x = self.token_embedding(tokens)
+        # Repeated before they are rounded, so that their gradients add up in the table's dtype.
+        rows = self.position_embedding.embedding[...][:length]
+        return activation(x + jnp.broadcast_to(rows, x.shape).astype(x.dtype))
 
 
 class Encoder(nnx.Module):
