@@ -238,8 +238,11 @@ def test_what_does_not_fit_comes_with_advice(tiny_config):
     config = resolve(tiny_config)
     topology = topologies.parse("v5e:2x4")
     known = {"parameters": 4 * GIB, "optimizer": 8 * GIB, "EMA": 4 * GIB}
-    program = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 8, "fsdp": 1,
-                                                                      "tensor": 1}))  # fmt: skip
+    mesh = types.SimpleNamespace(
+        shape={"data": 8, "fsdp": 1, "tensor": 1},
+        devices=np.array([types.SimpleNamespace(platform="tpu")]),
+    )
+    program = types.SimpleNamespace(mesh=mesh)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "memory_classes", lambda _: {**known, "gradients": GIB})
         plan = planning.make_plan(config, program, topology, compilation.Outcome(1.0, error=LONG))

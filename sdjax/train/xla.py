@@ -66,8 +66,6 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str | boo
         and option.name not in elsewhere
     }
     chosen |= parse(own)
-    if platform == "tpu":  # whose compiler reads them from text, as from its environment
-        return dict(chosen)
     return {name: _as_flag(value) for name, value in chosen.items()}
 
 

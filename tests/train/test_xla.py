@@ -33,7 +33,7 @@ def test_each_backend_is_told_its_own():
     assert xla.compiler_options(mesh("gpu", 1)) == {ROUNDING: False}  # nothing to hide
     assert xla.compiler_options(mesh("tpu", 1)) == {GATHERS: "1000000"}
     several = xla.compiler_options(mesh("tpu"))
-    assert several[GATHERS] == "1000000" and several["xla_enable_async_all_reduce"] == "true"
+    assert several[GATHERS] == "1000000" and several["xla_enable_async_all_reduce"] is True
 
 
 def test_the_environment_wins_and_train_xla_options_over_both(monkeypatch):
@@ -42,7 +42,7 @@ def test_the_environment_wins_and_train_xla_options_over_both(monkeypatch):
     assert xla.compiler_options(mesh("gpu"), (f"{HIDING}=true",)) == {HIDING: True}
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{GATHERS} 5")
     assert GATHERS not in xla.compiler_options(mesh("tpu"))
-    assert xla.compiler_options(mesh("tpu", 1), ("xla_b=true",)) == {"xla_b": "true"}
+    assert xla.compiler_options(mesh("tpu", 1), ("xla_b=false",)) == {"xla_b": False}
 
 
 def test_options_are_checked_and_told():
