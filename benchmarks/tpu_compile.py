@@ -158,6 +158,7 @@ def row(plan: dict, case: Case) -> str:
     """One plan, with the flags that it was made with, which the case may have no longer."""
     memory, flags = plan["memory"], " ".join(plan["flags"][2:])
     by = "schedule" if "without machine code" in plan["basis"] else "machine code"
+    by = "schedule, assumed rates" if case.is_gpu else by
     start = (
         f"| {case.chip}:{case.shape} ({case.chips}) | {' x '.join(map(str, plan['mesh'].values()))}"
         f" | {plan['batch']['global']} | "
