@@ -135,6 +135,21 @@ def test_gradients_are_added_up_in_float32(tmp_path):
 
 
 @needs_compiler
+def test_another_version_of_jax_may_plan_dense_attention(tmp_path):
+    """One that asks about cuDNN in another way."""
+    asking = "from jax._src.cudnn import fused_attention_stablehlo as asking"
+    unlike = f"{asking}; del asking.check_cudnn_version; {WITHOUT}"
+    start = ("-c", unlike.replace("gpus.PLUGINS = (); ", ""))
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    command = [sys.executable, *start, f"--config={tmp_path}/tiny.py", "--topology=gpu:h100:8",
+               f"--cache={tmp_path}/cache"]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2 and "--config.model.attention=dense" in run.stderr
+    plan = make(tmp_path, "--config.model.attention=dense", start=start)
+    assert plan["fits"] and not plan["kernels"]
+
+
+@needs_compiler
 def test_a_small_step_compiled_for_gpus(tmp_path):
     """For two hosts of four H100; beside the estimate without their compiler."""
     plan = make(tmp_path, "--config.mesh.fsdp=4", topology="gpu:h100:2x4")

@@ -82,10 +82,8 @@ class Planner:
         """
         program = self.program(config)
         platform = _platform(program)
-        asking = (
-            gpus.lowering(self.topology.chip) if platform == "gpu" else contextlib.nullcontext()
-        )
-        with asking:
+        asks = platform == "gpu" and config.model.attention != "dense"
+        with gpus.lowering(self.topology.chip) if asks else contextlib.nullcontext():
             lowered = program.step.lower(program.state, program.frozen, program.batch)
         options = compiler_options(program.mesh, config.train.xla_options)
         options |= _OPTIONS.get(platform, {})
