@@ -5,9 +5,10 @@
 
 For TPU the real train step is compiled by the real compiler (pip install -e '.[tpu]'; no TPU is
 needed). A step of Stable Diffusion takes it half an hour to an hour of a core and up to 18 GB of
-memory; with --quick, which leaves out machine code, four minutes and 6 GB. For GPUs it is compiled,
-in four to twenty minutes, where JAX's plugin for CUDA is installed (pip install -e '.[cuda12]'; no GPU is
-needed), and otherwise estimated. Results are kept in --cache. Nothing is read of `data.path`.
+memory; with --quick, which leaves out machine code, four minutes and 6 GB. For GPUs it is compiled
+where JAX's plugin for CUDA is installed (pip install -e '.[cuda12]'; no GPU is needed), in four
+minutes (SDXL: over a quarter of an hour), and otherwise estimated. Results are kept in --cache.
+Nothing is read of `data.path`.
 
 Exit codes: 0 it fits; 1 it does not; 2 wrong configuration or option, or the compiler died.
 """
