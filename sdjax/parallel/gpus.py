@@ -110,7 +110,10 @@ def devices(chip: Chip, hosts: int, each: int) -> list[Any]:
             platform="cuda", target_config=target_config(chip), topology=f"{hosts}x1x{each}"
         )
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{compiler()} describes no GPU to compile for: {error}") from error
+        raise UserError(
+            f"{compiler()} describes no GPU to compile for: {error}. It has to be of the version of "
+            "jax, as pip install -e '.[cuda12]' has it"
+        ) from error
     return list(found.devices)
 
 
