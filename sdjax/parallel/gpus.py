@@ -111,8 +111,8 @@ def devices(chip: Chip, hosts: int, each: int) -> list[Any]:
         )
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{compiler()} describes no GPU to compile for: {error}. It has to be of the version of "
-            "jax, as pip install -e '.[cuda12]' has it"
+            f"{compiler()} describes no GPU to compile for: {error}. It has to be of the "
+            "version of jax, as pip install -e '.[cuda12]' has it"
         ) from error
     return list(found.devices)
 
