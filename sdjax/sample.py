@@ -150,18 +150,19 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     Raises:
         UserError: there are none, or the file cannot be read.
     """
+    from sdjax import text_files
     from sdjax.errors import UserError
 
-    lines = list(prompts)
+    found = list(prompts)
     if file:
         try:
-            text = paths.to_path(file).read_text(encoding="utf-8")
-        except paths.storage_errors(UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file={file} cannot be read: {error}") from error
-        lines += [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+            text = text_files.read_text(file)
+        except text_files.TextError as error:
+            raise UserError(f"--prompts_file={error}") from error
+        found += [line.strip() for line in text_files.lines(text) if line.strip()]
+    if not found:
         raise UserError('no prompts: give --prompts="..." or --prompts_file=FILE')
-    return lines
+    return found
 
 
 def read_latents(file: str, count: int, shape: tuple[int, int, int]):
@@ -173,13 +174,15 @@ def read_latents(file: str, count: int, shape: tuple[int, int, int]):
     import numpy as np
 
     from sdjax.errors import UserError
+    from sdjax.text_files import pointer_note
 
     height, width, channels = shape
     try:
         with paths.reading(file) as local:
             latents = np.load(local, allow_pickle=False).astype(np.float32)
     except paths.storage_errors(ValueError, TypeError) as error:
-        raise UserError(f"--latents={file} cannot be read as a NumPy array: {error}") from error
+        why = pointer_note(file) or error
+        raise UserError(f"--latents={file} cannot be read as a NumPy array: {why}") from error
     if latents.shape == (count, height, width, channels):
         return latents
     if latents.shape == (count, channels, height, width):

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.data.config import DataConfig, DataError
 
 FILE = "encoding.json"
@@ -68,7 +68,7 @@ def read(folder: paths.PathLike) -> Encoding:
     """Raises DataError when the folder holds no encoded dataset, or one of another format."""
     file = paths.to_path(folder) / FILE
     try:
-        content = json.loads(file.read_text())
+        content = text_files.read_json(file)
         content.pop("dropped")
         found = Encoding(**content)
     except paths.storage_errors(ValueError, KeyError, TypeError) as error:

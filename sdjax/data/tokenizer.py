@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.errors import UserError
 
 BOS = "<|startoftext|>"
@@ -310,7 +310,10 @@ def _read_vocabulary(
             f"{folder}: no {' and no '.join(missing)}; expected a CLIP tokenizer folder with "
             "vocab.json and merges.txt, or tokenizer.json"
         )
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    try:
+        lines = text_files.lines(text_files.read_text(folder / "merges.txt"))
+    except text_files.TextError as error:
+        raise TokenizerError(f"{error}; copy the file again") from error
     merges = [line for line in lines if line and not line.startswith("#version")]
     return _read_json(folder / "vocab.json"), _pairs(merges), {}
 
@@ -369,11 +372,9 @@ def _read_json(path: paths.Path, default: Any = None) -> Any:
     if default is not None and not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(
-            f"{path}: not readable as JSON ({error}); copy the file again"
-        ) from error
+        return text_files.read_json(path)
+    except text_files.TextError as error:
+        raise TokenizerError(f"{error}; copy the file again") from error
 
 
 def _write_json(path: paths.Path, content: Any, indent: int | None = 2) -> None:

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from sdjax import text_files
 from sdjax.data.config import MAX_PIXELS
 
 
@@ -32,8 +33,8 @@ def decode(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     EXIF orientation is applied, alpha composited on white, 16 bits scaled to 8, every other mode
     converted to RGB, and the first frame taken of an animation.
 
-    Raises ImageError: empty_file, not_an_image, unsupported_format, unsupported_mode,
-    too_many_pixels (refused before decoding), truncated, corrupt.
+    Raises ImageError: empty_file, git_lfs_pointer, not_an_image, unsupported_format,
+    unsupported_mode, too_many_pixels (refused before decoding), truncated, corrupt.
     """
     return np.asarray(decode_image(encoded, max_pixels=max_pixels))
 
@@ -61,6 +62,8 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", str(error)) from error
     except UnidentifiedImageError as error:
+        if text_files.is_pointer(encoded):
+            raise ImageError("git_lfs_pointer", text_files.POINTER) from error
         if b"<svg" in encoded[:1024]:
             raise ImageError("unsupported_format", "SVG; convert it to PNG") from error
         raise ImageError("not_an_image", f"starts with {encoded[:8]!r}") from error

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.errors import UserError
 from sdjax.eval.features import ClipTower
 
@@ -83,9 +83,9 @@ def read_audit(path: paths.PathLike) -> Audit:
     """
     path = paths.to_path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise AuditError(f"--audit={path}: cannot be read ({error})") from error
+        content = yaml.load(text_files.read_text(path), _Loader)
+    except text_files.TextError as error:
+        raise AuditError(f"--audit={error}") from error
     except yaml.YAMLError as error:
         raise AuditError(f"{path}: not valid yaml: {error}") from error
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -15,6 +14,8 @@ import numpy as np
 from sdjax import paths
 from sdjax.data import pipeline, transforms
 from sdjax.data.config import DataConfig, parts
+from sdjax.data.raw.metadata import read_rows
+from sdjax.data.raw.rows import BadRow
 from sdjax.errors import UserError
 
 STRETCH = 512  # pictures that are in memory at once
@@ -94,9 +95,8 @@ def open_folder(
     metadata = folder / METADATA
     if metadata.exists():
         try:
-            rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
-            captions = {row["file_name"]: row["text"] for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+            captions = {row["file_name"]: row["text"] for row in _rows(metadata)}
+        except (KeyError, TypeError) as error:
             raise UserError(
                 f'{metadata}: expected {{"file_name": ..., "text": ...}} in every line ({error!r})'
             ) from error
@@ -110,6 +110,13 @@ def open_folder(
         first = _decoded(files[0])
         size = first.shape[:2]
     return Folder(str(folder), tuple(files), tuple(captions.values())[: len(files)], size)
+
+
+def _rows(metadata: paths.Path) -> Iterator[dict[str, Any]]:
+    for line, row in read_rows(metadata):
+        if isinstance(row, BadRow):
+            raise UserError(f"{metadata} line {line}: {row}; mend the line")
+        yield row
 
 
 def _decoded(file: paths.Path) -> np.ndarray:

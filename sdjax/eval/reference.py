@@ -22,6 +22,7 @@ from sdjax import paths
 from sdjax.errors import UserError
 from sdjax.eval.frechet import Moments, moments
 from sdjax.eval.pictures import Pictures, stretches
+from sdjax.text_files import pointer_note
 
 PYTORCH_FID_TOWER = "inception-v3-2048"  # what a file without "meta" is taken to be of
 
@@ -146,8 +147,9 @@ def read(
             mu, sigma = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
             found = Reference(Moments(mu, sigma), features, meta)
     except paths.storage_errors(ValueError, KeyError, zipfile.BadZipFile) as error:
+        why = pointer_note(file) or error
         raise UserError(
-            f"{file}: cannot be read as statistics of pictures ({error}); expected an .npz with mu "
+            f"{file}: cannot be read as statistics of pictures ({why}); expected an .npz with mu "
             "and sigma, as pytorch-fid --save-stats or sdjax.evaluate writes"
         ) from error
     if found.moments.sigma.shape != (*found.moments.mu.shape,) * 2:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.eval import report_data, report_evaluations, report_figures, report_pictures, report_run
 from sdjax.eval import report_html as h
 from sdjax.eval.report_data import DataReport
@@ -115,7 +115,7 @@ def _slider(row: report_pictures.Row, title: str) -> str:
         + "</figure>"
         for step, picture in zip(row.steps, row.pictures, strict=True)
     )
-    prompts = [line for line in row.pictures[-1].prompts.splitlines() if line.strip()]
+    prompts = [line for line in text_files.lines(row.pictures[-1].prompts) if line.strip()]
     listed = "".join(f"<li>{h.esc(line)}</li>" for line in prompts)
     below = h.folded(f"{len(prompts)} prompts", f'<ol class="prompts">{listed}</ol>')
     last = len(row.steps) - 1

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.eval.report_metrics import Metrics
 
 Config = Mapping[str, Any]
@@ -67,7 +67,7 @@ def read_run(workdir: paths.PathLike) -> Run:
     folder = paths.to_path(workdir)
     config: Any = {}
     if (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = text_files.read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is no JSON object")
     checkpoints = _checkpoints(folder)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.models import weights
 from sdjax.models.weights import WeightsError
 
@@ -90,9 +90,11 @@ def read_tensors(path: paths.PathLike) -> dict[str, np.ndarray]:
         raise WeightsError(f"no such weights file: {path}: download it, or fix the path")
     try:
         with paths.reading(path) as local, open(local, "rb") as file:
-            start = file.read(len(_ZIP))
+            start = file.read(64)
             file.seek(0)
-            tree, data = (_read_zip if start == _ZIP else _read_legacy)(file, str(path))
+            if text_files.is_pointer(start):
+                raise TorchFileError(f"{path}: {text_files.POINTER}")
+            tree, data = (_read_zip if start.startswith(_ZIP) else _read_legacy)(file, str(path))
             found = _state_dict(tree, str(path))
             return {name: _view(tensor, data, f"{path}: {name}") for name, tensor in found.items()}
     except TorchFileError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import urllib.error
 import urllib.request
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.eval.preprocess import ClipPreprocess
@@ -237,11 +236,9 @@ def _read_preprocess(folder: paths.Path) -> ClipPreprocess:
 
 def _read_json(file: paths.Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read as JSON ({error}); is the folder whole?"
-        ) from error
+        content = text_files.read_json(file)
+    except text_files.TextError as error:
+        raise UserError(f"{error}; is the folder whole?") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -11,7 +11,6 @@ converts every model, with no table of names:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as _save_safetensors
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.errors import UserError
 
 Params = dict[str, Any]
@@ -182,8 +181,8 @@ def load_file(
     path = paths.to_path(path)
     if path.suffix == ".json":  # also "X.safetensors.index.fp16.json"
         try:
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(set(text_files.read_json(path)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: not a readable safetensors index: {error!r}") from error
         files = [path.parent / shard for shard in shards]
     else:
@@ -222,6 +221,8 @@ def read_header(path: paths.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[
 
 
 def _not_whole(file: Any, error: SafetensorError) -> WeightsError:
+    if note := text_files.pointer_note(file):
+        return WeightsError(f"{file}: {note}")
     return WeightsError(
         f"{file}: not a whole safetensors file ({error}). Download or export it again."
     )

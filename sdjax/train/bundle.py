@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
@@ -91,13 +91,9 @@ def check_components(components: Sequence[str]) -> None:
 def read_json(file: paths.Path) -> dict[str, Any]:
     """A JSON object. PretrainedError, naming the file, if it is none or not there."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PretrainedError(
-            f"{file}: cannot be read ({error.strerror or error}); is the folder whole?"
-        ) from error
-    except ValueError as error:
-        raise PretrainedError(f"{file}: not JSON ({error}); copy or download it again") from error
+        content = text_files.read_json(file)
+    except text_files.TextError as error:
+        raise PretrainedError(f"{error}; is the folder whole?") from error
     if not isinstance(content, dict):
         raise PretrainedError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content

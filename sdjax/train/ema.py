@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 from sdjax import paths
 from sdjax.errors import UserError
 from sdjax.parallel.sharding import to_host
+from sdjax.text_files import pointer_note
 
 Params = Mapping[str, Any]
 
@@ -176,7 +177,8 @@ class Snapshot:
                 return {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
         except Exception as error:
             raise UserError(
-                f"{self.source}: cannot read this EMA snapshot ({error}); delete it"
+                f"{self.source}: cannot read this EMA snapshot "
+                f"({pointer_note(self.source) or error}); delete it"
             ) from error
 
 

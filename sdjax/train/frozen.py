@@ -17,6 +17,7 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.errors import UserError
+from sdjax.text_files import pointer_note
 
 
 def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -40,9 +41,9 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
             return {path: _read(opened, start, header[path], wanted[path]) for path in order}
     except paths.storage_errors(ValueError, KeyError) as error:
         raise UserError(
-            f"{file} cannot be read: {error}\nIt holds the networks that this run does not train, "
-            "and is written when the run begins. Restore it from a copy, or start in another "
-            "--workdir"
+            f"{file} cannot be read: {pointer_note(file) or error}\n"
+            "It holds the networks that this run does not train, and is written when the run "
+            "begins. Restore it from a copy, or start in another --workdir"
         ) from error
 
 

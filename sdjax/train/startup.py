@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
@@ -55,7 +55,7 @@ def open_workdir(folder: paths.Path, config: Config) -> Config | None:
             raise ConfigError(f"--workdir={error}") from error
         return None
     try:
-        return resolve(json.loads(file.read_text()))
+        return resolve(text_files.read_json(file))
     except paths.storage_errors(ValueError) as error:
         raise ConfigError(
             f"{folder} has checkpoints, but {file} cannot be read ({error}): choose another "

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.config import Config, resolve, to_dict
 from sdjax.models.config import ConfigError
 
@@ -98,9 +98,9 @@ def read_space(file: paths.PathLike, base: Config) -> Space:
     """
     file = paths.to_path(file)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--space={file}: cannot be read ({error.strerror or error})") from error
+        content = yaml.safe_load(text_files.read_text(file))
+    except text_files.TextError as error:
+        raise ConfigError(f"--space={error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--space={file}: not YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("fields"), dict):

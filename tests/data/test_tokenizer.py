@@ -238,7 +238,7 @@ def test_broken_folders_are_named(trained, tmp_path):
     with pytest.raises(TokenizerError, match="do not fit together"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": ')
-    with pytest.raises(TokenizerError, match="vocab.json: not readable"):
+    with pytest.raises(TokenizerError, match="vocab.json: not JSON"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}')
     with pytest.raises(TokenizerError, match="Unigram"):

@@ -265,7 +265,7 @@ def test_all_problems_of_all_networks_are_reported_at_once(folder):
         "frobnicate = 1",
         "scheduler_config.json",
         "mystery",
-        "tokenizer.json: not readable",
+        "tokenizer.json: not JSON",
     ):
         assert part in message, part
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from sdjax import text_files
 from sdjax.data import transforms
 from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, shown
 
@@ -83,7 +84,7 @@ def clean(row: Row, rules: Rules) -> Example | Skip:
 
     Skips for the reasons of `transforms.decode`, and: missing_image, too_small, aspect_ratio,
     colour_mode, no_caption, caption_not_text, bad_encoding, caption_too_short, caption_too_long,
-    caption_pattern, no_score, score.
+    caption_pattern, git_lfs_pointer, no_score, score.
     """
     try:
         if shown(row.name) != row.name:
@@ -128,10 +129,11 @@ def clean_captions(
 
 def _caption(text: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
     if isinstance(text, bytes):
+        reason = "git_lfs_pointer" if text_files.is_pointer(text) else "bad_encoding"
         try:
-            text = text.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadRow("bad_encoding", "a caption that is not UTF-8") from error
+            text = text_files.decode(text)
+        except text_files.TextError as error:
+            raise BadRow(reason, f"a caption: {error}") from error
     if text is None or text == []:
         text = ""
     if not isinstance(text, str):

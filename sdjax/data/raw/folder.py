@@ -7,13 +7,14 @@ file every image is taken whose name, ending in .txt, is its caption's file.
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from sdjax import paths
+from sdjax.data.raw.metadata import parse, read_dialect, row_ends
 from sdjax.data.raw.rows import (
     IMAGE_SUFFIXES,
     SPLIT_NAMES,
@@ -35,7 +36,6 @@ FORMAT = "image_text_folder"
 METADATA = "metadata.jsonl"
 CSV = "metadata.csv"
 ROWS_PER_SHARD = 500  # small enough to share out, large enough to be worth a file of its own
-_BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark
 
 
 def shards(path: str) -> list[Shard]:
@@ -87,57 +87,25 @@ def has_metadata(folder: paths.Path) -> bool:
 
 
 def _stretches(folder: paths.Path, split: str, metadata: paths.Path) -> Iterator[Shard]:
-    """Cuts a metadata file into shards of ROWS_PER_SHARD lines (or CSV rows, of many lines)."""
-    header: tuple[str, ...] = ()
+    """Cuts a metadata file into shards of ROWS_PER_SHARD rows."""
+    dialect = read_dialect(metadata)
     start, line, count = 0, 1, 0
     stop = last = 0
-    for last, stop, cells in _ends(metadata):
-        if metadata.name == CSV and not header:
-            header = tuple(cells)
-            if "file_name" not in header:
+    for last, stop, cells in row_ends(metadata, dialect):
+        if dialect.kind == "csv" and not dialect.header:
+            dialect = dataclasses.replace(dialect, header=tuple(cells))
+            if "file_name" not in cells:
                 raise DataError(
-                    f"{metadata} has the columns {list(header)}; expected file_name among them"
+                    f"{metadata} has the columns {cells}; expected file_name among them"
                 )
             start, line = stop, last + 1
             continue
         count += 1
         if count == ROWS_PER_SHARD:
-            yield Shard(FORMAT, str(folder), str(metadata), split, start, stop, line, header)
-            start, line, count = stop, last + 1, 0
+            yield Shard(FORMAT, str(folder), str(metadata), split, start, stop, line, dialect)
+            start, line, count = stop, last + (dialect.kind != "values"), 0
     if count:
-        yield Shard(FORMAT, str(folder), str(metadata), split, start, stop, line, header)
-
-
-def _ends(metadata: paths.Path) -> Iterator[tuple[int, int, list[str]]]:
-    """(number of its last line, byte after it, the cells of CSV) of each line or CSV row."""
-    with metadata.open("rb") as file:
-        if metadata.name != CSV:
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                offset += len(line)
-                yield number, offset, []
-            return
-        lines = _Lines(file)
-        reader = csv.reader(lines)
-        try:
-            for cells in reader:
-                yield reader.line_num, lines.offset, cells
-        except csv.Error as error:
-            raise DataError(f"{metadata} line {reader.line_num}: {error}; mend the line") from error
-
-
-class _Lines:
-    """Lines of text for the csv module, which knows how many bytes it has handed out."""
-
-    def __init__(self, file: Iterable[bytes]):
-        self._file = file
-        self.offset = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._file:
-            text = line.removeprefix(_BOM) if not self.offset else line
-            self.offset += len(line)
-            yield text.decode("utf-8", "surrogateescape")  # which the cleaning refuses by row
+        yield Shard(FORMAT, str(folder), str(metadata), split, start, stop, line, dialect)
 
 
 def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
@@ -201,8 +169,7 @@ def _entries(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     with paths.to_path(shard.path).open("rb") as file:
         file.seek(shard.start)
         stretch = file.read(shard.stop - shard.start)
-    parse = _parse_csv if shard.header else _parse_json
-    for number, entry in parse(stretch, shard):
+    for number, entry in parse(stretch, shard.dialect, shard.line):
         place = f"{shard.name} line {number}"
         if isinstance(entry, BadRow):
             yield place, entry
@@ -214,37 +181,6 @@ def _entries(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
             yield (f"{place} ({shown(name)})" if name and isinstance(name, str) else place), bad
             continue
         yield f"{place} ({entry['file_name']})", entry
-
-
-def _parse_json(stretch: bytes, shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Each line's object or what is wrong with it; blank lines are nothing at all."""
-    for number, line in enumerate(stretch.split(b"\n"), start=shard.line):
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield number, BadRow("bad_encoding", "not UTF-8")
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield number, BadRow("bad_json", str(error))
-        else:
-            kind = type(entry).__name__
-            good = isinstance(entry, dict)
-            yield number, entry if good else BadRow("bad_record", f"a JSON {kind}, not an object")
-
-
-def _parse_csv(stretch: bytes, shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    reader = csv.reader(_Lines(stretch.splitlines(keepends=True)))
-    for cells in reader:
-        if cells:
-            number = shard.line + reader.line_num - 1
-            if len(cells) == len(shard.header):
-                yield number, dict(zip(shard.header, cells, strict=True))
-            else:
-                detail = f"{len(cells)} cells; the header has {len(shard.header)}"
-                yield number, BadRow("bad_record", detail)
 
 
 def _safe(name: Any) -> PurePosixPath:

@@ -14,6 +14,7 @@ from typing import Any
 from sdjax import paths
 from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, find_shards
 from sdjax.data.sources import DataError
+from sdjax.text_files import pointer_note
 
 FORMAT = "parquet"
 SUFFIXES = (".parquet",)
@@ -133,4 +134,4 @@ def _entries(
     except paths.storage_errors(pyarrow.ArrowException) as error:
         if chosen(shard.name):
             detail = f"not read beyond row {index}: {str(error)[:200]}"
-            yield shard.name, Skip(shard.name, "bad_shard", detail)
+            yield shard.name, Skip(shard.name, "bad_shard", pointer_note(shard.path) or detail)

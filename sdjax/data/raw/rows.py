@@ -68,11 +68,25 @@ class Skip:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dialect:
+    """How a metadata file is written.
+
+    kind: "lines", one JSON object in each; "values", a JSON array or objects over several lines;
+    or "csv", which has a delimiter and a header.
+    """
+
+    kind: str = "lines"
+    encoding: str = "utf-8"
+    delimiter: str = ","
+    header: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Shard:
     """A part of the data that one worker reads, in order: a file, or a stretch of one.
 
     `start`, `stop` (bytes) and `line` (number of the first) are those of a stretch of metadata,
-    `header` its CSV columns; `names` are images that have their captions beside them.
+    `dialect` how that is written; `names` are images that have their captions beside them.
     """
 
     format: str
@@ -82,7 +96,7 @@ class Shard:
     start: int = 0
     stop: int = 0
     line: int = 1
-    header: tuple[str, ...] = ()
+    dialect: Dialect = Dialect()
     names: tuple[str, ...] = ()
 
     @property

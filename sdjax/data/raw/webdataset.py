@@ -14,6 +14,7 @@ from typing import Any
 
 from sdjax import paths
 from sdjax.data.raw.rows import IMAGE_SUFFIXES, Chosen, Fields, Row, Shard, Skip, find_shards
+from sdjax.text_files import pointer_note
 
 FORMAT = "webdataset"
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -130,4 +131,5 @@ def _members(shard: Shard, contents: bool) -> Iterator[tuple[str, bytes] | Skip]
                 tar.members = []  # type: ignore[attr-defined]  # or it remembers them all
                 yield member.name, data
     except paths.storage_errors(tarfile.TarError, zlib.error, EOFError) as error:
-        yield Skip(shard.name, "bad_shard", f"not read to its end: {str(error)[:200]}")
+        note = pointer_note(shard.path)
+        yield Skip(shard.name, "bad_shard", note or f"not read to its end: {str(error)[:200]}")
