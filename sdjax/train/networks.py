@@ -8,7 +8,7 @@ configuration with what was adopted written into it, so that `DIR/config.json` s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sdjax.train.pretrained import Pretrained, read_any
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
 ENCODERS = tuple(TOKENS)
 COMPONENTS = ("unet", "vae", *ENCODERS)
+_SHOWN = 5  # fields of a network that a line names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         path = TINY_VAE if field == "vae_from" and folder == "tiny" else folder
         loaded = read_any(path, components=wanted)
         config, adopted = _adopt(config, loaded, wanted, whole=field == "init_from")
-        notes += [f"{field}={folder}: {note}" for note in adopted]
+        if adopted:
+            notes.append(f"{field}={folder} decides {adopted}")
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         for name in ENCODERS:
             tokenizer = getattr(loaded, TOKENIZERS[name])
@@ -126,8 +128,8 @@ def _components(params: Mapping[str, Any]) -> set[str]:
 
 def _adopt(
     config: Config, loaded: Pretrained, wanted: tuple[str, ...], *, whole: bool
-) -> tuple[Config, list[str]]:
-    """The configuration with the loaded networks' own settings, and a line for each change."""
+) -> tuple[Config, str]:
+    """The configuration with the loaded networks' own settings, and what these change in it."""
     before = to_dict(config)
     changes: dict[str, Any] = {n: getattr(loaded, n) for n in wanted if n in loaded.networks}
     if whole and any(name in changes for name in ENCODERS):
@@ -141,17 +143,34 @@ def _adopt(
             schedule=loaded.schedule,
             objective=dataclasses.replace(config.objective, prediction_type=loaded.prediction_type),
         )
-    return config, _changes(before, to_dict(config))
+    return config, _described(before, to_dict(config))
 
 
-def _changes(before: dict, after: dict, where: str = "config") -> list[str]:
-    lines = []
+def _described(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What differs, as "model.vae (layers_per_block, ...), objective.prediction_type = ..."."""
+    networks: dict[str, list[str]] = {}
+    others: list[str] = []
+    for path, value in _changes(before, after):
+        if path[0] == "model" and len(path) > 2:
+            networks.setdefault(".".join(path[:2]), []).append(".".join(path[2:]))
+        else:
+            others.append(".".join(path) + ("" if isinstance(value, dict) else f" = {value!r}"))
+    shown = []
+    for network, names in networks.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        shown.append(f"{network} ({', '.join(names[:_SHOWN])}{more})")
+    return ", ".join(shown + others)
+
+
+def _changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], where: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, new value) of each field that differs."""
     for name, value in after.items():
         if isinstance(value, dict) and isinstance(before[name], dict):
-            lines += _changes(before[name], value, f"{where}.{name}")
+            yield from _changes(before[name], value, (*where, name))
         elif value != before[name]:
-            lines.append(f"{where}.{name} = {value!r} (the recipe says {before[name]!r})")
-    return lines
+            yield (*where, name), value
 
 
 def _tokenizer(config: Config, name: str) -> Tokenizer:
