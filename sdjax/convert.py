@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import paths
+from sdjax import paths, progress
 
 if TYPE_CHECKING:
     from sdjax.train import averages
@@ -331,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax narrates
     try:
         options = vars(args)
-        lines = convert(options.pop("input"), options.pop("output"), **options)
+        with progress.shown():
+            lines = convert(options.pop("input"), options.pop("output"), **options)
     except paths.storage_errors(ValueError, CheckpointError) as error:
         return explain(error)
     print("\n".join(lines))

@@ -15,13 +15,11 @@ shared or gs:// --output. They need no connection: each encodes its shards, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from logging import WARNING
-from pathlib import PurePath
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from sdjax import verbs
+from sdjax import progress, verbs
 from sdjax.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -71,16 +69,7 @@ def _run() -> int:
         raise UserError("--output is missing, the folder of the encoded dataset")
     if not 0 <= _HOST.value < _HOSTS.value:
         raise UserError(f"--host is {_HOST.value}; expected 0 to --hosts - 1 = {_HOSTS.value - 1}")
-    flags.FLAGS.mark_as_parsed()  # or absl warns that its log comes too early
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    # JAX tells of devices that it does not find, and Orbax of every file it touches.
-    logging.get_absl_handler().addFilter(
-        lambda record: (
-            record.levelno >= WARNING
-            or "sdjax" in PurePath(record.pathname.rpartition("site-packages")[2]).parts
-        )
-    )
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     from sdjax.config import resolve
     from sdjax.train.encode_dataset import Options, encode_dataset
     from sdjax.train.startup import enable_compilation_cache
@@ -95,7 +84,10 @@ def _run() -> int:
     )
     config = resolve(recipe)
     enable_compilation_cache(config.compilation_cache)
-    report = encode_dataset(config, _OUTPUT.value, options, host=_HOST.value, hosts=_HOSTS.value)
+    with progress.shown():
+        report = encode_dataset(
+            config, _OUTPUT.value, options, host=_HOST.value, hosts=_HOSTS.value
+        )
     if report is None:
         print(f"host {_HOST.value}: its shards are there; host 0 ends the work")
         return 0

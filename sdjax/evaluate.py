@@ -36,12 +36,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.allocator import use_large_pages
 from sdjax.sample import SAMPLER_NAMES
 
@@ -209,7 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return explain(error)
 
     def run() -> int:
-        tell(evaluate(args))
+        import jax
+
+        with progress.shown(jax.process_index() == 0):
+            found = evaluate(args)
+        tell(found)
         return 0
 
     try:
@@ -268,7 +272,7 @@ def evaluate(args: argparse.Namespace) -> str:
     if args.ema_lengths:
         return _search(args, request, loaded, output)
     session = open_session(request, loaded, output)
-    results = session.run(output, track=progress)
+    results = session.run(output)
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
 
@@ -287,7 +291,7 @@ def _search(
     if not args.output:
         output = output.with_name(f"{output.name}-ema_lengths")
     session = open_session(request, loaded, output)
-    _, best = ema_lengths.search(session, lengths, output, track=progress, tell=tell)
+    _, best = ema_lengths.search(session, lengths, output, tell=tell)
     return (
         f"\nbest: {best.length:g}, with {best.metric} {number(best.estimate.value)}\n"
         f"make a model of it: {best.command}\n\n{output / FILE}, with the curve beside it"
@@ -300,15 +304,6 @@ def tell(line: str) -> None:
 
     if jax.process_index() == 0:
         print(line, flush=True)
-
-
-def progress(batches: Iterable[int], total: int) -> Iterable[Any]:
-    """A bar on the terminal, if there is one."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(batches, "drawing", total=total, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

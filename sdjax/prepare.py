@@ -26,6 +26,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from sdjax import progress
 from sdjax.data.prepare.settings import DUPLICATES, Place, Settings
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
@@ -178,15 +179,14 @@ def _run(rest: list[str]) -> int:
         raise UserError(f"{unknown[0]!r} is no flag; options of Beam go after --, as --key=value")
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError("prepare takes another package: pip install 'sdjax[beam]'")
-    flags.FLAGS.mark_as_parsed()  # or absl warns that its log comes too early
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.WARNING)
     settings, place = settings_of_flags(), Place(_OUTPUT.value or "")
     from sdjax.data.prepare import pipeline, report
 
-    found = pipeline.run(
-        _INPUT.value or "", settings, place, workers=_WORKERS.value, beam_options=rest
-    )
+    with progress.shown():
+        found = pipeline.run(
+            _INPUT.value or "", settings, place, workers=_WORKERS.value, beam_options=rest
+        )
     print(f"{found['read']} rows read, {found['kept']} kept: {found['splits']}")
     for what in ("dropped", "changed"):
         for word, count in sorted(found[what].items(), key=lambda item: -item[1]):

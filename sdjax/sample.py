@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import paths
+from sdjax import paths, progress, text_files
 from sdjax.allocator import use_large_pages
+from sdjax.errors import UserError, explain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,9 +151,6 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     Raises:
         UserError: there are none, or the file cannot be read.
     """
-    from sdjax import text_files
-    from sdjax.errors import UserError
-
     found = list(prompts)
     if file:
         try:
@@ -173,15 +171,12 @@ def read_latents(file: str, count: int, shape: tuple[int, int, int]):
     """
     import numpy as np
 
-    from sdjax.errors import UserError
-    from sdjax.text_files import pointer_note
-
     height, width, channels = shape
     try:
         with paths.reading(file) as local:
             latents = np.load(local, allow_pickle=False).astype(np.float32)
     except paths.storage_errors(ValueError, TypeError) as error:
-        why = pointer_note(file) or error
+        why = text_files.pointer_note(file) or error
         raise UserError(f"--latents={file} cannot be read as a NumPy array: {why}") from error
     if latents.shape == (count, height, width, channels):
         return latents
@@ -197,12 +192,13 @@ def read_latents(file: str, count: int, shape: tuple[int, int, int]):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, draw, and give the exit code."""
     args = parser().parse_args(argv)
-    from sdjax.errors import explain
     from sdjax.train.checkpoint import CheckpointError
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     try:
-        print(sample(args))
+        with progress.shown():
+            done = sample(args)
+        print(done)
     except paths.storage_errors(CheckpointError, ValueError, FloatingPointError) as error:
         return explain(error)
     return 0
@@ -235,7 +231,6 @@ def _whole(
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
     from sdjax.config import ModelConfig
-    from sdjax.errors import UserError
     from sdjax.train.bundle import TOKENIZERS
     from sdjax.train.conditioning import TOKENS
 
@@ -339,8 +334,6 @@ def _settings(args: argparse.Namespace, order: Order) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from sdjax.errors import UserError
-
     if args.seed < 0 or args.batch_size < 1:
         raise UserError(
             f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"

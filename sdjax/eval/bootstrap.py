@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sdjax import progress
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 
@@ -65,7 +67,8 @@ def replicate(
     The indices are those that `scipy.stats.bootstrap` draws with the same seed.
     """
     rng = np.random.default_rng(seed)
-    return np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
+    rounds = progress.track(range(resamples), "intervals", unit="resamples")
+    return np.array([statistic(rng.integers(0, count, count)) for _ in rounds])
 
 
 def counts(count: int, *, resamples: int, seed: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.config import ModelConfig
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
@@ -174,14 +174,12 @@ def draw_folder(
     seed: int,
     batch_size: int,
     settings: Mapping[str, Any],
-    track: Callable[[Iterable[int], int], Iterable[int]] = lambda starts, total: starts,
 ) -> Folder:
     """`count` pictures as PNG files of a folder; those that are there already are kept.
 
     Args:
         batch_size: drawn at once; rounded up to a multiple of the devices.
         settings: whatever decides about the pictures, JSON-able; kept in the folder.
-        track: shows progress; gets the first numbers of the batches to draw, and how many.
 
     Raises:
         UserError: the folder was begun with other settings (they are named).
@@ -195,14 +193,18 @@ def draw_folder(
     if first:
         _begin(folder, settings)
         _write_metadata(folder, prompts, count)
-    for start in track(starts := _missing(folder, count, batch_size), len(starts)):
-        numbers = np.arange(start, start + batch_size, dtype=np.int32)
-        texts = [prompts.text(int(number)) for number in numbers]
-        images = painter.draw(texts, numbers, seed=seed)
-        for number, text, image in zip(numbers[: count - start], texts, images, strict=False):
-            if first:
-                about = {"prompt": text, "number": int(number), "seed": seed}
-                save_png(folder / file_name(int(number)), image, about)
+    starts = _missing(folder, count, batch_size)
+    todo = sum(min(batch_size, count - start) for start in starts)
+    with progress.work("drawing", todo, unit="pictures") as work:
+        for start in starts:
+            numbers = np.arange(start, start + batch_size, dtype=np.int32)
+            texts = [prompts.text(int(number)) for number in numbers]
+            images = painter.draw(texts, numbers, seed=seed)
+            for number, text, image in zip(numbers[: count - start], texts, images, strict=False):
+                if first:
+                    about = {"prompt": text, "number": int(number), "seed": seed}
+                    save_png(folder / file_name(int(number)), image, about)
+            work.advance(min(batch_size, count - start))
     multihost_utils.sync_global_devices("pictures are written")
     return open_folder(folder, size=painter.size, count=count)
 

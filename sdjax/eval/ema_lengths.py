@@ -20,7 +20,7 @@ from sdjax.eval import evaluation_output
 from sdjax.eval.bootstrap import Estimate
 from sdjax.eval.evaluation import Inputs, Results
 from sdjax.eval.loading import Loaded
-from sdjax.eval.session import Session, Track
+from sdjax.eval.session import Session
 from sdjax.train import ema
 
 CURVE = "ema_length"
@@ -80,7 +80,6 @@ def search(
     lengths: tuple[float, ...],
     folder: paths.Path,
     *,
-    track: Track = lambda starts, total: starts,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Results, Best]:
     """Evaluate each length by the session's first metric.
@@ -104,9 +103,7 @@ def search(
     for length in lengths:
         params = dict(loaded.found.params) | ema.reconstruct(snapshots, length, step)
         about = {"weights": f"power-{length:g}", "step": step}
-        results = session.run(
-            folder / "lengths" / f"{length:g}", params=params, track=track, about=about
-        )
+        results = session.run(folder / "lengths" / f"{length:g}", params=params, about=about)
         name = name or next(iter(results.metrics))
         found.append((length, results.metrics[name]))
         tell(f"width {length:g}: {name} {evaluation_output.number(found[-1][1].value)}")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sdjax import progress
 from sdjax.config import ModelConfig
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.losses import example_keys
@@ -248,28 +249,30 @@ def draw_seen(
     mesh = _mesh_of(params)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     batch_size = -(-min(batch_size, total) // ways) * ways
-    for start in range(0, total, batch_size):
-        # The last batch is filled up with its last example, which is then dropped.
-        rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-        numbers = _spread(rows if positions is None else positions[rows], mesh)
-        noise = (
-            initial_latents(seed, numbers, shape)
-            if latents is None
-            else _spread(latents[rows], mesh)
-        )
-        out, seen = generate(
-            params,
-            {field: _spread(values[rows], mesh) for field, values in prompts.items()},
-            {
-                field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
-                for field, row in negative.items()
-            },
-            noise,
-            _sampler_keys(seed + 1, numbers),
-        )
-        found, kept = _first(total - start, (out, seen))
-        _check_finite(found, start, texts)
-        parts.append((to_uint8(found), kept))
+    with progress.work("drawing", total, unit="pictures") as work:
+        for start in range(0, total, batch_size):
+            # The last batch is filled up with its last example, which is then dropped.
+            rows = np.minimum(np.arange(start, start + batch_size), total - 1)
+            numbers = _spread(rows if positions is None else positions[rows], mesh)
+            noise = (
+                initial_latents(seed, numbers, shape)
+                if latents is None
+                else _spread(latents[rows], mesh)
+            )
+            out, seen = generate(
+                params,
+                {field: _spread(values[rows], mesh) for field, values in prompts.items()},
+                {
+                    field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
+                    for field, row in negative.items()
+                },
+                noise,
+                _sampler_keys(seed + 1, numbers),
+            )
+            found, kept = _first(total - start, (out, seen))
+            _check_finite(found, start, texts)
+            parts.append((to_uint8(found), kept))
+            work.advance(len(found))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.errors import UserError
 from sdjax.eval.frechet import Moments, moments
 from sdjax.eval.pictures import Pictures, stretches
@@ -107,7 +107,12 @@ def _averaged(images: np.ndarray, axis: int, side: int) -> np.ndarray:
 
 def features_of(tower: Tower, pictures: Pictures) -> np.ndarray:
     """float32 [N, D] of all pictures."""
-    return np.concatenate([tower(images) for images in stretches(pictures)])
+    parts = []
+    with progress.work(f"looking by {tower.name}", len(pictures), unit="pictures") as work:
+        for images in stretches(pictures):
+            parts.append(tower(images))
+            work.advance(len(images))
+    return np.concatenate(parts)
 
 
 def write(file: paths.PathLike, features: np.ndarray, meta: Mapping[str, Any]) -> Reference:

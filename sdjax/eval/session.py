@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.config import SampleConfig
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.samplers import SamplerConfig
@@ -43,7 +43,6 @@ from sdjax.eval.request import (
 )
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 
-Track = Callable[[Iterable[int], int], Iterable[int]]
 Validate = Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -145,13 +144,11 @@ class Session:
         count: int,
         *,
         params: dict[str, Any] | None = None,
-        track: Track = lambda starts, total: starts,
     ) -> Folder:
         """`count` pictures of prompts; those that are in the folder already stay.
 
         Args:
             params: in the place of the model's own.
-            track: see `draw_folder`.
         """
         assert self.loaded is not None
         painter = self.painter
@@ -165,7 +162,6 @@ class Session:
             seed=self.request.seed,
             batch_size=self.request.batch_size,
             settings=self._settings(params or self.loaded.found.params, prompts),
-            track=track,
         )
 
     def run(
@@ -173,14 +169,12 @@ class Session:
         folder: paths.PathLike,
         *,
         params: dict[str, Any] | None = None,
-        track: Track = lambda starts, total: starts,
         about: Mapping[str, Any] | None = None,
     ) -> Results:
         """Evaluate, and write what was found into a folder; what is drawn already stays.
 
         Args:
             params: in the place of the model's own, for other averages of it.
-            track: see `draw_folder`.
             about: more fields of metrics.json.
 
         Raises:
@@ -190,7 +184,7 @@ class Session:
         folder, request, inputs = paths.to_path(folder), self.request, self.inputs
         if self.prompts is not None:
             images = folder / "images"
-            pictures = self.draw(images, self.prompts, self.count, params=params, track=track)
+            pictures = self.draw(images, self.prompts, self.count, params=params)
             inputs = dataclasses.replace(inputs, pictures=pictures)
         if self.validate is not None and self.loaded is not None:
             values = params if params is not None else dict(self.loaded.found.params)
@@ -199,7 +193,7 @@ class Session:
         results = dataclasses.replace(results, warnings=(*results.warnings, *self.left_out))
         described = {**self.about(), **(about or {})}
         if self.audit is not None:
-            results, described = self._audited(results, described, folder, params, track)
+            results, described = self._audited(results, described, folder, params)
         if jax.process_index() == 0:
             paths.make_folder(folder)
             evaluation_output.write(folder, described, inputs, results)
@@ -211,20 +205,19 @@ class Session:
         described: dict[str, Any],
         folder: paths.Path,
         params: dict[str, Any] | None,
-        track: Track,
     ) -> tuple[Results, dict[str, Any]]:
         """With what the audit found."""
         assert self.audit is not None
         audit, request = self.audit, self.request
         label = make_labeller(audit, self.inputs.clip)
         prompts = Prompts(audit.prompts, audit.pictures_per_prompt)
-        pictures = self.draw(
-            folder / "audit", prompts, len(audit.captions), params=params, track=track
-        )
+        pictures = self.draw(folder / "audit", prompts, len(audit.captions), params=params)
         parts, start = [], 0
-        for images in stretches(pictures):
-            parts.append(label(images, audit.captions[start : start + len(images)]))
-            start += len(images)
+        with progress.work("labelling", len(pictures), unit="pictures") as work:
+            for images in stretches(pictures):
+                parts.append(label(images, audit.captions[start : start + len(images)]))
+                start += len(images)
+                work.advance(len(images))
         codes = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         findings = audit_shares.count(audit, codes, resamples=request.resamples, seed=request.seed)
         metrics = {**results.metrics, **audit_shares.estimates(findings)}

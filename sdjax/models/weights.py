@@ -11,6 +11,7 @@ converts every model, with no table of names:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as _save_safetensors
 
-from sdjax import paths, text_files
+from sdjax import paths, progress, text_files
 from sdjax.errors import UserError
 
 Params = dict[str, Any]
@@ -157,7 +158,9 @@ def save_file(
     """
     try:
         arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
-        with paths.writing(path) as local:
+        size = sum(array.nbytes for array in arrays.values())
+        shown = progress.work(f"writing {_short(path)}", size, poll=progress.bytes_written())
+        with paths.writing(path) as local, shown:
             _save_safetensors(arrays, local, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
@@ -197,7 +200,11 @@ def load_file(
         try:
             with paths.reading(file) as local, safe_open(local, framework="numpy") as opened:
                 names = [key for key in opened.keys() if wanted(key)]
-                tensors.update({key: opened.get_tensor(key) for key in names})
+                sizes = [math.prod(opened.get_slice(key).get_shape()) for key in names]
+                with progress.work(f"reading {_short(file)}", sum(sizes)) as work:
+                    for key, size in zip(names, sizes, strict=True):
+                        tensors[key] = opened.get_tensor(key)
+                        work.advance(size)
         except SafetensorError as error:
             raise _not_whole(file, error) from error
     return tensors
@@ -218,6 +225,11 @@ def read_header(path: paths.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[
             return shapes, opened.metadata() or {}
     except SafetensorError as error:
         raise _not_whole(path, error) from error
+
+
+def _short(path: paths.PathLike) -> str:
+    """The last two parts of a path, as "unet/model.safetensors"."""
+    return "/".join(paths.to_path(path).parts[-2:])
 
 
 def _not_whole(file: Any, error: SafetensorError) -> WeightsError:

@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.config import Config, to_dict
 from sdjax.data import encoded
 from sdjax.data.config import is_encoded, parts
@@ -129,16 +128,14 @@ def encode_dataset(
 def _encode_split(job: Job, shards: Shards, features: Any, *, host: int, hosts: int) -> None:
     """Every shard of this host that is not there yet."""
     mine = shards.missing(host, hosts)
-    for number, shard in enumerate(mine, start=1):
-        dropped: dict[str, list[str]] = {}
-        begin = time.monotonic()
-        examples = encode_shard(job, shards.indices(shard), dropped)
-        size = write_records(shards.file(shard), examples, features, job.encoding)
-        note = {"examples": len(examples), "bytes": size, "dropped": dropped}
-        paths.write_text(shards.note(shard), json.dumps(note))
-        rate = len(shards.indices(shard)) / (time.monotonic() - begin)
-        logging.info("%s: shard %d of %d, %.1f examples/s",
-                     shards.split, number, len(mine), rate)  # fmt: skip
+    total = sum(len(shards.indices(shard)) for shard in mine)
+    with progress.work(f"encoding {shards.split}", total, unit="examples") as work:
+        for shard in mine:
+            dropped: dict[str, list[str]] = {}
+            examples = encode_shard(job, shards.indices(shard), dropped, done=work.advance)
+            size = write_records(shards.file(shard), examples, features, job.encoding)
+            note = {"examples": len(examples), "bytes": size, "dropped": dropped}
+            paths.write_text(shards.note(shard), json.dumps(note))
 
 
 def _shapes(config: Config, source: Source) -> list[tuple[int, int] | None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -98,21 +98,33 @@ class Job:
     embed: Callable[[Sequence[str]], dict[str, np.ndarray]] | None
 
 
-def encode_shard(job: Job, indices: Sequence[int], dropped: dict[str, list[str]]) -> list[Example]:
-    """Examples in the order of `indices`; what cannot be encoded goes to `dropped`, by reason."""
+def encode_shard(
+    job: Job,
+    indices: Sequence[int],
+    dropped: dict[str, list[str]],
+    *,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Example]:
+    """Examples in the order of `indices`; what cannot be encoded goes to `dropped`, by reason.
+
+    Args:
+        done: is told how many more have been looked at.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
     for index in indices:
         shape = job.shapes[index]
         if shape is None:
             dropped.setdefault("refused by data.buckets", []).append(job.source.key(index))
+            done(1)
         else:
             groups.setdefault(shape, []).append(index)
-    done: dict[int, Example] = {}
+    made: dict[int, Example] = {}
     for shape, members in groups.items():
         for start in range(0, len(members), job.batch):
             some = members[start : start + job.batch]
-            done |= _encode_some(job, some, shape, dropped)
-    examples = [done[index] for index in sorted(done)]
+            made |= _encode_some(job, some, shape, dropped)
+            done(len(some))
+    examples = [made[index] for index in sorted(made)]
     if job.embed is not None and examples:
         _add_text(examples, job.embed)
     return [example for example in examples if _is_finite(example, dropped)]
@@ -129,7 +141,7 @@ def _encode_some(
         except DataError as error:
             if error.__cause__ is None:  # an order of the configuration, and no broken record
                 raise
-            logging.warning("%s", error)
+            print(f"left out: {error}", file=sys.stderr, flush=True)
             dropped.setdefault("cannot be read", []).append(f"example {index}")
     for side in ("", "_flipped")[: 1 + job.encoding.flipped] if loaded else ():
         images = np.stack([example.pop(f"image{side}") for example in loaded.values()])

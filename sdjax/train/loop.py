@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import BatchIterator, make_iterator
 from sdjax.parallel.batches import global_batch, shares
@@ -63,7 +63,9 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int | None:
     stages.check(config, mesh)
     if dry_run:
         return report.describe(config, mesh)
-    return _Training(config, mesh, paths.to_path(workdir)).run()
+    with progress.shown(jax.process_index() == 0):  # the steps have a bar of their own
+        training = _Training(config, mesh, paths.to_path(workdir))
+    return training.run()
 
 
 class _Training:

@@ -28,6 +28,7 @@ from rich.progress import (
 
 from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
+from sdjax.progress import duration
 from sdjax.train.speed import Throughput, device_memory
 
 # ---- on the device, jittable -----------------------------------------------------------------
@@ -313,14 +314,3 @@ def _progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(),
     )
-
-
-def duration(seconds: float) -> str:
-    """`2d 03:04:05`, `3:04:05` or `4:05`."""
-    total = round(seconds)
-    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
-    if days:
-        return f"{days}d {hours:02d}:{minutes:02d}:{total % 60:02d}"
-    if hours:
-        return f"{hours}:{minutes:02d}:{total % 60:02d}"
-    return f"{minutes}:{total % 60:02d}"

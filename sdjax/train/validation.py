@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sdjax import progress
 from sdjax.config import Config
 from sdjax.data.fixed import FixedExamples, Group
 from sdjax.data.pipeline import Encoder
@@ -92,10 +93,12 @@ class Validator:
             rows = to_host(out).reshape(self._mesh.size, self.examples.rows, -1)
             found.extend(rows[slot, : len(group.numbers)] for slot, group in enumerate(groups))
 
-        with ThreadPoolExecutor(self._threads) as executor:
+        shown = progress.work("validating", len(self.examples), unit="examples")
+        with shown as work, ThreadPoolExecutor(self._threads) as executor:
             for groups in _in_rounds(self.examples.groups, self._mesh.size):
                 # Read while the devices are at the round before.
                 pending.append((groups, self._program(whole, self._round(groups, executor))))
+                work.advance(sum(len(group.numbers) for group in groups))
                 if len(pending) > 1:
                     take()
             while pending:

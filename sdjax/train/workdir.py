@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.models.config import ConfigError
@@ -164,7 +164,9 @@ def save_workdir(
             if tokenizer is not None:
                 tokenizer.save(partial / name)
         state = {"params": dict(pretrained.params), "step": np.zeros((), np.int32)}
-        with Checkpoints(partial) as checkpoints:
+        size = sum(value.nbytes for value in pretrained.params.values())
+        shown = progress.work(f"writing {folder}", size, poll=progress.bytes_written())
+        with shown, Checkpoints(partial) as checkpoints:
             checkpoints.save(0, state, {}, to_dict(config))
         write_json(partial / CONFIG_FILE, to_dict(config))
     return folder

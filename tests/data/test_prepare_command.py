@@ -9,12 +9,15 @@ import pytest
 
 from sdjax import encode
 from sdjax import prepare as verb
+from sdjax.data.prepare import cleaning
 from sdjax.data.prepare.report import STEPS
 from sdjax.data.prepare.settings import Place, Settings
+from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.errors import UserError
 from sdjax.prepare import parse_colour, parse_score
-from tests.data.test_prepare import contents, prepare, settings, small_dirty_set
+from tests.data.test_prepare import contents, picture, prepare, settings, small_dirty_set
+from tests.data.test_raw import encoded, write_tar
 
 
 def test_output_and_input_that_cannot_be(tmp_path):
@@ -74,6 +77,50 @@ def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message.replace("IN", str(tmp_path)) in error
     verb.FLAGS.unparse_flags()
+
+
+def test_the_verb_prints_its_results_and_no_log_lines(tmp_path, capfd):
+    """Whatever libraries have to say; here they also do so of broken pictures."""
+    pytest.importorskip("apache_beam")
+    small_dirty_set(tmp_path / "in")
+    command = ["prepare", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}"]
+    assert verb.main([*command, "--workers=1"]) == 0
+    out, err = capfd.readouterr()
+    # Of a machine that is busy with other work, progress may be shown.
+    lines = [line for line in err.splitlines() if not re.match("(looking|cleaning|writing)", line)]
+    assert not lines and re.match(r"\d+ rows read, \d+ kept: ", out)
+    assert verb.main(command) == 0
+    assert capfd.readouterr() == (out, f"{tmp_path / 'out'} is finished already\n")
+    verb.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize("format", ["image_text_folder", "webdataset"])
+def test_a_worker_says_how_much_of_a_shard_is_clean(tmp_path, monkeypatch, format):
+    if format == "webdataset":
+        members = [(f"{n}.png", encoded(picture(n, (300, 300)))) for n in range(8)]
+        write_tar(tmp_path / "in" / "a.tar", members)
+    else:
+        small_dirty_set(tmp_path / "in")
+    place, chosen = Place(str(tmp_path / "out")), settings(format=format)
+    place.work.mkdir(parents=True)
+    monkeypatch.setattr("sdjax.data.raw.folder.ROWS_PER_SHARD", 8)
+    shards = formats.list_shards(str(tmp_path / "in"), format, chosen.fields)
+    poll = cleaning.how_far(place, [0, 1])
+    seen = []
+
+    class Time:
+        now = 0.0
+
+        @classmethod
+        def monotonic(cls):
+            seen.append(poll())
+            cls.now += 1
+            return cls.now
+
+    monkeypatch.setattr(cleaning, "time", Time)
+    cleaning.clean_shard((0, shards[0]), place=place, settings=chosen)
+    assert len(seen) >= 8 and seen == sorted(seen) and 0.4 < seen[-1] < 1
+    assert poll() == 1  # of the two
 
 
 def test_without_beam_it_says_what_to_install(tmp_path, capsys, monkeypatch):

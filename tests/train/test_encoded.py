@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -487,3 +488,15 @@ def test_bfloat16_halves_the_file_and_rounds_once():
         back = encoded.unpack(data, array.shape, dtype).astype(np.float32)
         want = array if size == 4 else np.asarray(jax.numpy.asarray(array, "bfloat16"), np.float32)
         np.testing.assert_array_equal(back, want)
+
+
+def test_every_example_of_a_shard_counts_as_progress(monkeypatch):
+    monkeypatch.setattr(
+        encoding, "_encode_some", lambda job, some, shape, dropped: {index: {} for index in some}
+    )
+    shapes = [(8, 8), None, (8, 16), (8, 8), (8, 8)]
+    source = types.SimpleNamespace(key=str)
+    job = encoding.Job(source, shapes, None, 2, None, None, None)
+    counts = []
+    assert len(encoding.encode_shard(job, range(5), {}, done=counts.append)) == 4
+    assert sum(counts) == 5 and len(counts) == 4

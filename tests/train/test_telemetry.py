@@ -186,13 +186,6 @@ def test_device_memory_is_empty_or_positive():
     assert all(v > 0 for v in device_memory().values())
 
 
-@pytest.mark.parametrize(
-    "seconds, text", [(4.6, "0:05"), (65, "1:05"), (3600, "1:00:00"), (90061, "1d 01:01:01")]
-)
-def test_duration(seconds, text):
-    assert telemetry.duration(seconds) == text
-
-
 # ---- health ----------------------------------------------------------------------------------
 
 

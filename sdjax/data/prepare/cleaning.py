@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,7 @@ from sdjax import paths
 from sdjax.data import transforms
 from sdjax.data.prepare.duplicates import difference_hash
 from sdjax.data.prepare.settings import Place, Settings
-from sdjax.data.raw import formats
+from sdjax.data.raw import folder, formats
 from sdjax.data.raw.clean import Example, clean
 from sdjax.data.raw.rows import Row, Shard, Skip
 
@@ -63,10 +66,12 @@ def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> 
         return counts(read_index(place, number))
     index = Index([], [], {})
     serialize = _serializer(settings.scores)
+    tell = _teller(place, number, shard)
     with place.writing(place.cleaned(number)) as local:
         writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
         for item in formats.read(shard, settings.fields):
             image = item.image if isinstance(item, Row) else None
+            tell(len(image or b""))
             made = clean(item, settings.rules) if isinstance(item, Row) else item
             if isinstance(made, Skip):
                 _note(index, made, image, settings)
@@ -77,6 +82,40 @@ def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> 
         writer.close()
     place.write_json(place.index(number), dataclasses.asdict(index))
     return counts(index)
+
+
+def _teller(place: Place, number: int, shard: Shard) -> Callable[[int], None]:
+    """Leaves a file that says how far a worker is: is told the bytes of each row's image."""
+    if paths.is_remote(place.work):  # where a file costs a request
+        return lambda size: None
+    rows = seen = whole = 0
+    told = time.monotonic()
+    if shard.format != folder.FORMAT and not paths.is_remote(shard.path):
+        with contextlib.suppress(OSError):  # which the reader reports
+            whole = os.stat(shard.path).st_size
+
+    def tell(size: int) -> None:
+        nonlocal rows, seen, told
+        rows, seen = rows + 1, seen + size
+        if time.monotonic() > told + 1:
+            told = time.monotonic()
+            part = seen / whole if whole else rows / folder.ROWS_PER_SHARD
+            with contextlib.suppress(OSError):  # of a full disk what matters more will tell
+                place.part(number).write_text(f"{min(part, 0.99):.4f}")
+
+    return tell
+
+
+def how_far(place: Place, numbers: list[int]) -> Callable[[], float]:
+    """A function that says how many of these shards are clean, parts of them counted."""
+
+    def count() -> float:
+        names = {path.name for path in place.work.iterdir()}
+        left = [number for number in numbers if place.index(number).name not in names]
+        begun = [place.part(number) for number in left if place.part(number).name in names]
+        return len(numbers) - len(left) + sum(float(part.read_text() or 0) for part in begun)
+
+    return count
 
 
 def counts(index: Index) -> dict[str, int]:

@@ -12,9 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import logging
-
-from sdjax import paths
+from sdjax import paths, progress
 from sdjax.data.dataset_folder import write_metadata
 from sdjax.data.prepare import cleaning, duplicates, report, writing
 from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
@@ -38,14 +36,16 @@ def run(
     workers: processes of this machine; 1 works in this one. beam_options: for another runner.
     Raises UserError when nothing is usable, or the output is that of another run.
     """
-    shards = formats.list_shards(input, settings.format, settings.fields)
+    with progress.work("looking at the input"):
+        shards = formats.list_shards(input, settings.format, settings.fields)
+        fingerprint = formats.fingerprint(shards, settings.fields)
     workers = min(workers or os.cpu_count() or 1, len(shards))
     make = functools.partial(_pipeline, workers=workers, options=tuple(beam_options))
     make()  # refuses wrong options before any work
-    key = identity(settings, formats.fingerprint(shards, settings.fields))
+    key = identity(settings, fingerprint)
     done = _begin(place, key)
     if done is not None:
-        logging.info("%s is finished already", place.folder)
+        print(f"{place.folder} is finished already", file=sys.stderr)
         return done
     _clean(make, shards, settings, place)
     indices = [cleaning.read_index(place, number) for number in range(len(shards))]
@@ -60,8 +60,9 @@ def run(
     kept = _split(indices, dropped, {shard.split for shard in shards}, settings)
     outputs = writing.plan(f"prepared_{key}", kept, shard_bytes=settings.shard_mb << 20)
     missing = [output for output in outputs if not (place.folder / output.file).exists()]
-    _log_step("writing", len(outputs), len(outputs) - len(missing))
-    _each(make, missing, functools.partial(writing.write_output, place=place))
+    files = [output.file for output in missing]
+    with progress.work("writing", len(files), unit="files", poll=_there(place.folder, files)):
+        _each(make, missing, functools.partial(writing.write_output, place=place))
     found = report.make(settings, indices, dropped, kept, outputs)
     report.write(found, indices, dropped, place, settings)
     description = f"Made by sdjax.prepare, {sum(found['splits'].values())} examples."
@@ -106,8 +107,9 @@ def _begin(place: Place, key: str) -> dict[str, Any] | None:
 
 def _clean(make: Any, shards: list[Shard], settings: Settings, place: Place) -> None:
     jobs = [job for job in enumerate(shards) if not place.index(job[0]).exists()]
-    _log_step("cleaning", len(shards), len(shards) - len(jobs))
-    _each(make, jobs, functools.partial(cleaning.clean_shard, place=place, settings=settings))
+    poll = cleaning.how_far(place, [number for number, _ in jobs])
+    with progress.work("cleaning", len(jobs), poll=poll):
+        _each(make, jobs, functools.partial(cleaning.clean_shard, place=place, settings=settings))
 
 
 def _find_duplicates(
@@ -118,11 +120,10 @@ def _find_duplicates(
         return {}
     target = place.work / "duplicates.json"
     if not target.exists():
-        logging.info("looking for duplicates")
         distance = settings.near_distance if settings.duplicates == "near" else None
         folder = place.work / "pairs"
         folder.mkdir(exist_ok=True)
-        with make() as pipeline:
+        with progress.work("looking for duplicates"), make() as pipeline:
             _ = (
                 duplicates.find(pipeline, list(range(shards)), place=place, distance=distance)
                 | "batches" >> beam.BatchElements(min_batch_size=1000, max_batch_size=100_000)
@@ -149,9 +150,9 @@ def _split(
     return [(*item, split) for item, split in zip(left, splits, strict=True)]
 
 
-def _log_step(step: str, total: int, there: int) -> None:
-    note = f", {there} of them there already" if there else ""
-    logging.info("%s: %d shards%s", step, total, note)
+def _there(folder: paths.Path, names: Sequence[str]) -> Callable[[], float]:
+    """How many of the files are there, whoever writes them."""
+    return lambda: len({path.name for path in folder.iterdir()}.intersection(names))
 
 
 def _each(make: Any, jobs: Sequence[Any], work: Callable[[Any], Any]) -> None:
@@ -179,7 +180,7 @@ def _pipeline(*, workers: int, options: Sequence[str]) -> Any:
                             "for another, or leave it out")  # fmt: skip
         return _local_pipeline([f"--direct_num_workers={workers}", *options], workers)
     if unknown:
-        logging.warning("no options of Beam itself, so for the runner: %s", unknown)
+        print(f"no options of Beam itself, so for the runner: {unknown}", file=sys.stderr)
     try:
         return beam.Pipeline(options=parsed)
     except (ValueError, ImportError) as error:

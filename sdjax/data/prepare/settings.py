@@ -111,6 +111,10 @@ class Place:
         """What is known of a shard's rows; it appears after `cleaned`."""
         return self.work / f"clean-{number:05}.json"
 
+    def part(self, number: int) -> paths.Path:
+        """How much of a shard is clean, while a worker is at it."""
+        return self.work / f"clean-{number:05}.part"
+
     @contextmanager
     def writing(self, target: paths.Path) -> Iterator[Path]:
         """A local file to write, which becomes target whole or not at all.
