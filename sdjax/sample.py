@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
-    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
+    "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
 )  # fmt: skip
 
 

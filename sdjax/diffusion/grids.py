@@ -1,14 +1,20 @@
 """Where a sampler evaluates the network: timesteps and noise levels, in float64 on the host.
 
-Grids follow the diffusers schedulers of the same name, point by point, with two differences: a step
-always goes to the next point of the grid (diffusers' DDIM steps by T // steps, which leaves the
-grid for "linspace" and for step counts that do not divide T), and steps_offset is lowered where it
-would point past the end of the table.
+Grids follow the diffusers schedulers of the same name, point by point, with four differences:
+
+- A step always goes to the next point of the grid. (DDIM and PNDM of diffusers step by T // steps,
+  which leaves the grid for "linspace" and for step counts that do not divide T.)
+- steps_offset is lowered where it would point past the end of the table.
+- "trailing" has as many points as steps. (For 61, 103, 121 and other numbers of steps, rounding
+  makes diffusers evaluate the network once more, at timestep -1.)
+- A single step of "linspace" begins at the noisiest timestep, not at 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +24,7 @@ from sdjax.errors import UserError
 SAMPLERS = (
     "ddpm",
     "ddim",
+    "pndm",
     "euler",
     "euler_ancestral",
     "heun",
@@ -27,10 +34,11 @@ SAMPLERS = (
 )
 SPACINGS = ("leading", "trailing", "linspace")
 
-# These work on sigma/alpha, end at 0 and interpolate the table; ddpm and ddim stay on the table.
+# These work on sigma/alpha, end at 0 and interpolate the table; ddpm, ddim and pndm stay on it.
 _SIGMA_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc")
 _KARRAS_SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc")
 _MULTISTEP = ("dpmpp_2m", "unipc")
+_CLIPPING_SAMPLERS = ("ddpm", "ddim", "heun")  # as in diffusers
 # Keeps sigma/alpha finite where alpha is 0 (the same value as in scheduling_euler_discrete.py)
 _LEAST_ALPHAS_CUMPROD = 2.0**-24
 
@@ -40,12 +48,14 @@ class SamplerConfig:
     """How to sample. The defaults are those of the Stable Diffusion 1 and 2 pipelines with DDIM.
 
     name: one of SAMPLERS; "flow_euler" is for flow schedules, all others for table schedules.
-    steps: solver steps; network evaluations too, except for heun (2 * steps - 1).
+    steps: solver steps; network evaluations too, except for heun (2 * steps - 1) and pndm (one more
+      where there are two or more steps).
     spacing: "leading" (multiples of T // steps, plus steps_offset), "trailing" (from T - 1, for
       zero-terminal-SNR schedules) or "linspace"; flow_euler has its own.
     eta: noise of ddim, 0 (none) to 1 (as much as ddpm).
     karras: the noise levels of Karras et al. 2022, eq. 5 (euler, heun, dpmpp_2m, unipc).
-    set_alpha_to_one: ddim ends at alpha = 1 instead of the table's first alpha (which SD uses).
+    set_alpha_to_one: ddim and pndm end at alpha = 1, not at the table's first alpha as SD does.
+    clip_sample: limit each estimate of x0 to +-clip_sample_range (ddpm, ddim, heun).
     """
 
     name: str = "ddim"
@@ -55,6 +65,8 @@ class SamplerConfig:
     eta: float = 0.0
     karras: bool = False
     set_alpha_to_one: bool = False
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLERS:
@@ -79,6 +91,28 @@ class SamplerConfig:
                 f"sampler.karras is True with sampler {self.name!r}; "
                 f"only {', '.join(_KARRAS_SAMPLERS)} can use it"
             )
+        if self.clip_sample and self.name not in _CLIPPING_SAMPLERS:
+            raise UserError(
+                f"sampler.clip_sample is True with sampler {self.name!r}; "
+                f"only {', '.join(_CLIPPING_SAMPLERS)} can use it"
+            )
+        if not self.clip_sample_range > 0.0:
+            raise UserError(
+                f"sampler.clip_sample_range is {self.clip_sample_range}; expected more than 0"
+            )
+
+
+def changed_sampler(own: SamplerConfig, changes: Mapping[str, Any]) -> SamplerConfig:
+    """A model's own sampler with some of its fields changed.
+
+    With another `name`, the fields that not every sampler has go back to their defaults, but for
+    clip_sample, which another sampler that has it keeps.
+    """
+    name = changes.get("name", own.name)
+    if name != own.name:
+        clips = own.clip_sample and name in _CLIPPING_SAMPLERS
+        changes = {"eta": 0.0, "karras": False, "clip_sample": clips, **changes}
+    return dataclasses.replace(own, **changes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +166,8 @@ def spaced_timesteps(sampler: SamplerConfig, num_train_timesteps: int) -> np.nda
             f"for {sampler.name!r} on a schedule of {num_train_timesteps} timesteps"
         )
     if sampler.spacing == "trailing":
-        return np.round(num_train_timesteps * (1.0 - np.arange(steps) / steps)) - 1.0
+        # Not T * (1 - i / steps): halves are rounded by the last bit, which is to be diffusers'.
+        return np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)[:steps]) - 1
     if sampler.spacing == "leading":
         grid = np.arange(points - 1, points - 1 - steps, -1) * float(num_train_timesteps // points)
         return grid + min(sampler.steps_offset, last - grid[0])

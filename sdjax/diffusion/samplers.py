@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdjax.diffusion.grids import SAMPLERS, SPACINGS, SamplerConfig
 from sdjax.diffusion.prediction import check_prediction, to_x0
@@ -81,6 +82,7 @@ def sample_seen(
         )
     x = jnp.asarray(latents, jnp.float32) * jnp.float32(plan.init_scale)
     nothing = jnp.zeros_like(x)
+    outputs_kept = max(plan.mix.shape[1] - 1, 0)
 
     def fresh_noise(i: jax.Array) -> jax.Array:
         if not plan.stochastic:
@@ -91,18 +93,27 @@ def sample_seen(
         return jax.vmap(draw)(keys)
 
     def step(carry, row):
-        (x, base, m1, m2), seen = carry
-        i, t, alpha, sigma, to_x, to_base = row
+        (x, base, m1, m2), outputs, seen = carry
+        i, at_base, t, alpha, sigma, to_x, to_base, mix = row
         out = denoise_fn(x, jnp.broadcast_to(t, x.shape[:1])).astype(jnp.float32)
-        m0 = to_x0(prediction_type, out, x, alpha, sigma)
-        terms = (x, base, m0, m1, m2, fresh_noise(i))
+        xt = x
+        if outputs_kept:
+            outputs = (out, *outputs)
+            out, xt = _combine(mix, outputs), jnp.where(at_base, base, x)
+        unclipped = to_x0(prediction_type, out, xt, alpha, sigma)
+        m0, more = unclipped, ()
+        if np.isfinite(plan.clip):
+            m0, more = jnp.clip(unclipped, -plan.clip, plan.clip), (unclipped,)
+        terms = (x, base, m0, m1, m2, fresh_noise(i), *more)
         solver = (_combine(to_x, terms), _combine(to_base, terms), m0, m1)
-        return (solver, see(seen, i, m0)), None
+        return (solver, outputs[:outputs_kept], see(seen, i, m0)), None
 
-    tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base)
+    tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base, plan.mix)
     evaluations = jnp.arange(len(plan.timesteps))
-    rows = (evaluations, *(jnp.asarray(table, jnp.float32) for table in tables))
-    (solver, seen), _ = jax.lax.scan(step, ((x, nothing, nothing, nothing), state), rows)
+    tables = tuple(jnp.asarray(table, jnp.float32) for table in tables)
+    rows = (evaluations, jnp.asarray(plan.at_base), *tables)
+    before = ((x, nothing, nothing, nothing), (nothing,) * outputs_kept, state)
+    (solver, _, seen), _ = jax.lax.scan(step, before, rows)
     return solver[0], seen
 
 

@@ -19,8 +19,9 @@ from sdjax.diffusion.grids import Grid, SamplerConfig, make_grid
 from sdjax.diffusion.schedules import Schedule
 
 # What a step may add up: the state, the state kept from before ("base"), the x0 estimates of this
-# evaluation, the one before and the one before that, and noise.
-X, BASE, M0, M1, M2, NOISE = range(6)
+# evaluation, the one before and the one before that, noise, and the estimate before it was clipped.
+X, BASE, M0, M1, M2, NOISE, UNCLIPPED = range(7)
+_TERMS = 7
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +29,11 @@ class Plan:
     """One row per network evaluation, all float64 on the host.
 
     timesteps, alpha, sigma: [N], where the network is evaluated.
-    to_x: [N, 6], coefficients of the next state; to_base: [N, 6], of the next base.
+    to_x: [N, 7], coefficients of the next state; to_base: [N, 7], of the next base.
+    mix: [N, K], weights of the network's output and of the K - 1 outputs before it, whose sum takes
+      the place of the output; K is 0 where the output stays as it is.
+    at_base: [N] bool, whether that sum is of the base, and not of the state.
+    clip: the largest |x0| that an estimate may have; infinity where nothing is clipped.
     """
 
     timesteps: np.ndarray
@@ -37,6 +42,9 @@ class Plan:
     to_x: np.ndarray
     to_base: np.ndarray
     init_scale: float
+    mix: np.ndarray
+    at_base: np.ndarray
+    clip: float
 
     @property
     def stochastic(self) -> bool:
@@ -47,16 +55,24 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
     """The whole loop of `sampler` on `schedule`, ready to run."""
     grid = make_grid(schedule, sampler)
     steps = sampler.steps
-    visits = np.arange(steps)
-    to_base = np.zeros((steps, 6))
+    visits = points = np.arange(steps)
+    to_base = np.zeros((steps, _TERMS))
+    mix = np.zeros((steps, 0))
     if sampler.name == "heun":
         visits, to_x, to_base = _heun(grid)
+        points, mix = visits, np.zeros((len(visits), 0))
+    elif sampler.name == "pndm":
+        visits, points, to_x, to_base, mix = _pndm(grid)
     elif sampler.name == "unipc":
         to_x, to_base = _unipc(grid)
     elif sampler.name == "ddpm":
         to_x = _ddpm(grid)
     elif sampler.name == "ddim":
         to_x = _ddim(grid, sampler.eta)
+        if sampler.clip_sample:
+            # Song's eq. 12 with x0 clipped and eps as the network says it.
+            to_x[:, UNCLIPPED] = -grid.alpha[:-1] * to_x[:, X]
+            to_x[:, M0] = grid.alpha[1:]
     elif sampler.name == "euler_ancestral":
         to_x = _euler_ancestral(grid)
     elif sampler.name == "dpmpp_2m":
@@ -64,9 +80,16 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
     else:
         to_x = np.stack([_first_order_row(grid, i) for i in range(steps)])
     return Plan(
-        grid.timesteps[visits], grid.alpha[visits], grid.sigma[visits], to_x, to_base,
-        grid.init_scale,
-    )  # fmt: skip
+        timesteps=grid.timesteps[visits],
+        alpha=grid.alpha[points],
+        sigma=grid.sigma[points],
+        to_x=to_x,
+        to_base=to_base,
+        init_scale=grid.init_scale,
+        mix=mix,
+        at_base=visits != points,
+        clip=sampler.clip_sample_range if sampler.clip_sample else np.inf,
+    )
 
 
 def _first_order_row(grid: Grid, i: int) -> np.ndarray:
@@ -74,7 +97,7 @@ def _first_order_row(grid: Grid, i: int) -> np.ndarray:
 
     This is DDIM without noise, Euler (in y and k), DPM-Solver++ of first order and Euler on a flow.
     """
-    row = np.zeros(6)
+    row = np.zeros(_TERMS)
     row[X] = grid.sigma[i + 1] / grid.sigma[i]
     row[M0] = grid.alpha[i + 1] - grid.alpha[i] * row[X]
     return row
@@ -90,7 +113,7 @@ def _ddpm(grid: Grid) -> np.ndarray:
     """The posterior mean and variance of Ho et al. 2020, eq. 6 and 7."""
     ab, ab_next = grid.alpha[:-1] ** 2, grid.alpha[1:] ** 2
     step_alpha = ab / ab_next
-    to_x = np.zeros((len(ab), 6))
+    to_x = np.zeros((len(ab), _TERMS))
     to_x[:, X] = np.sqrt(step_alpha) * (1.0 - ab_next) / (1.0 - ab)
     to_x[:, M0] = grid.alpha[1:] * (1.0 - step_alpha) / (1.0 - ab)
     to_x[:, NOISE] = np.sqrt(_posterior_variance(grid))
@@ -100,7 +123,7 @@ def _ddpm(grid: Grid) -> np.ndarray:
 def _ddim(grid: Grid, eta: float) -> np.ndarray:
     """Song et al. 2021, eq. 12 and 16."""
     noise = eta * np.sqrt(_posterior_variance(grid))
-    to_x = np.zeros((len(noise), 6))
+    to_x = np.zeros((len(noise), _TERMS))
     to_x[:, X] = np.sqrt(grid.sigma[1:] ** 2 - noise**2) / grid.sigma[:-1]
     to_x[:, M0] = grid.alpha[1:] - grid.alpha[:-1] * to_x[:, X]
     to_x[:, NOISE] = noise
@@ -113,7 +136,7 @@ def _euler_ancestral(grid: Grid) -> np.ndarray:
     k, k_next = ratio[:-1], ratio[1:]
     k_up = k_next * np.sqrt(1.0 - (k_next / k) ** 2)
     shrink = (k_next / k) ** 2  # k_down / k
-    to_x = np.zeros((len(k), 6))
+    to_x = np.zeros((len(k), _TERMS))
     to_x[:, X] = grid.alpha[1:] / grid.alpha[:-1] * shrink
     to_x[:, M0] = grid.alpha[1:] * (1.0 - shrink)
     to_x[:, NOISE] = grid.alpha[1:] * k_up
@@ -128,7 +151,7 @@ def _heun(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ratio = grid.sigma / grid.alpha
     visits, to_x, to_base = [], [], []
     for i in range(len(grid.timesteps)):
-        keep = np.zeros(6)
+        keep = np.zeros(_TERMS)
         keep[X] = 1.0  # the state before the step is the base of its second half
         visits.append(i)
         to_x.append(_first_order_row(grid, i))
@@ -137,15 +160,51 @@ def _heun(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             break
         # y' = y + (k'-k)/2 * ((y - m1)/k + (y_euler - m0)/k')
         half = (ratio[i + 1] - ratio[i]) / 2.0
-        row = np.zeros(6)
+        row = np.zeros(_TERMS)
         row[BASE] = (1.0 + half / ratio[i]) / grid.alpha[i]
         row[M1] = -half / ratio[i]
         row[X] = half / ratio[i + 1] / grid.alpha[i + 1]
         row[M0] = -half / ratio[i + 1]
         visits.append(i + 1)
         to_x.append(row * grid.alpha[i + 1])
-        to_base.append(np.zeros(6))
+        to_base.append(np.zeros(_TERMS))
     return np.array(visits), np.stack(to_x), np.stack(to_base)
+
+
+# Adams-Bashforth of orders 2 to 4, newest output first (Liu et al. 2022, "PNDM", eq. 9 and 12).
+_ADAMS_BASHFORTH = (
+    np.array([3.0, -1.0]) / 2.0,
+    np.array([23.0, -16.0, 5.0]) / 12.0,
+    np.array([55.0, -59.0, 37.0, -9.0]) / 24.0,
+)
+
+
+def _pndm(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Linear multistep without Runge-Kutta steps (`skip_prk_steps` of diffusers, "PLMS").
+
+    The second evaluation, at the end of the first step, redoes that step with the mean of the two
+    outputs, and is forgotten. All sums are of what the network says, converted to x0 afterwards.
+    Returns (visits, points, to_x, to_base, mix), where row i goes from point points[i].
+    """
+    steps = len(grid.timesteps)
+    visits = np.arange(steps) if steps == 1 else np.r_[0, 1, 1:steps]
+    points = np.arange(steps) if steps == 1 else np.r_[0, 0, 1:steps]
+    to_base = np.zeros((len(visits), _TERMS))
+    to_base[0, X] = 1.0
+    to_x, mix = np.zeros_like(to_base), np.zeros((len(visits), 5))
+    for i, point in enumerate(points):
+        to_x[i] = _first_order_row(grid, point)
+        order = min(i, 4)
+        if i == 0:
+            mix[i, 0] = 1.0
+        elif i == 1:
+            mix[i, :2] = 0.5
+            to_x[i, [X, BASE]] = to_x[i, [BASE, X]]
+        else:
+            # The output before the last of these is of the evaluation that is forgotten.
+            behind = [n for n in range(5) if i - n != 1][:order]
+            mix[i, behind] = _ADAMS_BASHFORTH[order - 2]
+    return visits, points, to_x, to_base, mix
 
 
 def _log_snr_half(grid: Grid, i: int) -> float:
@@ -172,7 +231,7 @@ def _unipc_corrector(grid: Grid, i: int) -> np.ndarray:
     Zhao et al. 2023, "UniPC", algorithm 1 with B(h) = exp(h) - 1, for the order the predictor of
     that step had: 1 for the first, 2 after. Here BASE is the corrected state at i-1.
     """
-    row = np.zeros(6)
+    row = np.zeros(_TERMS)
     first = _first_order_row(grid, i - 1)
     phi = first[M0]  # -alpha_i * expm1(-h)
     row[BASE], row[M1] = first[X], phi
@@ -198,7 +257,7 @@ def _unipc(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """UniPC-2: correct the state at each point, then predict the next as DPM-Solver++ 2M does."""
     to_x, to_base = [], []
     for i in range(len(grid.timesteps)):
-        corrected = np.zeros(6)
+        corrected = np.zeros(_TERMS)
         corrected[X] = 1.0
         if i > 0:
             corrected = _unipc_corrector(grid, i)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.grids import SPACINGS, SamplerConfig, spaced_timesteps
 from sdjax.diffusion.samplers import sample
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 
@@ -17,6 +19,7 @@ SHAPE = (2, 4, 4, 4)
 CLASSES = {
     "ddpm": diffusers.DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
@@ -102,18 +105,18 @@ def reference(name, setting, **extra):
         **extra,
     }
     if name in ("ddpm", "ddim"):
-        arguments["clip_sample"] = False
+        arguments.setdefault("clip_sample", False)
     if name == "ddim":
         arguments.setdefault("set_alpha_to_one", False)
+    if name == "pndm":
+        arguments["skip_prk_steps"] = True
     if name == "heun" and zero_snr:  # it has no rescaling of its own: give it what the others make
         alphas_cumprod = make_schedule(schedule_config(setting)).alphas_cumprod.copy()
         alphas_cumprod[-1] = 2.0**-24
         ratios = alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         arguments["trained_betas"] = list(1.0 - ratios)
-    else:
+    elif name not in ("heun", "pndm"):
         arguments["rescale_betas_zero_snr"] = zero_snr
-    if name == "heun":
-        arguments.pop("rescale_betas_zero_snr", None)
     return CLASSES[name](**arguments)
 
 
@@ -125,8 +128,9 @@ def difference(name, setting, steps, *, eta=0.0, **sampler_fields):
     """max |sdjax - diffusers| over the final latents."""
     prediction, _, spacing, offset = SETTINGS[setting]
     extra = {"use_karras_sigmas": True} if sampler_fields.get("karras") else {}
-    if sampler_fields.get("set_alpha_to_one"):
-        extra["set_alpha_to_one"] = True
+    for field in ("set_alpha_to_one", "clip_sample", "clip_sample_range"):
+        if field in sampler_fields:
+            extra[field] = sampler_fields[field]
     arguments = {"eta": eta} if eta else {}
     if name == "heun":
         # It starts from values of sigma / alpha = 4096 with a zero terminal SNR and does not return
@@ -143,7 +147,7 @@ def difference(name, setting, steps, *, eta=0.0, **sampler_fields):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("steps", [10, 20, 50])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "pndm"])
 def test_sampler_matches_diffusers(name, steps, setting, same_noise):
     assert difference(name, setting, steps) < 1e-4
 
@@ -153,6 +157,28 @@ def test_sampler_matches_diffusers(name, steps, setting, same_noise):
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "unipc"])
 def test_karras_noise_levels_match_diffusers(name, steps, setting):
     assert difference(name, setting, steps, karras=True) < 1e-4
+
+
+@pytest.mark.parametrize("setting", ["sd1", "sd2_v"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 30, 50])
+def test_pndm_without_runge_kutta_steps_matches_diffusers(steps, setting):
+    assert difference("pndm", setting, steps) < 1e-4
+    if steps <= 5:
+        assert difference("pndm", setting, steps, set_alpha_to_one=True) < 1e-4
+
+
+@pytest.mark.parametrize("name, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("heun", 0.0)])
+@pytest.mark.parametrize("setting, limit", [("sd1", 1.0), ("sd2_v", 0.25), ("zero_snr", 0.5)])
+def test_clipped_samples_match_diffusers(name, eta, setting, limit, same_noise):
+    clipped = {"clip_sample": True, "clip_sample_range": limit}
+    assert difference(name, setting, 10, eta=eta, **clipped) < 1e-4
+    prediction, _, spacing, _ = SETTINGS[setting]
+    config = SamplerConfig(name=name, steps=10, spacing=spacing, eta=eta)
+    plain, cut = (
+        run_sdjax(make_schedule(schedule_config(setting)), prediction, c)
+        for c in (config, dataclasses.replace(config, **clipped))
+    )
+    assert np.abs(plain - cut).max() > 0.05, "nothing was clipped"
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -171,6 +197,30 @@ def test_timestep_spacings_match_diffusers(name, spacing, same_noise, monkeypatc
     """Also at 30 steps, which do not divide the 1000 timesteps."""
     monkeypatch.setitem(SETTINGS, "spaced", ("v_prediction", False, spacing, 0))
     assert difference(name, "spaced", 30) < 1e-4
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_timesteps_equal_those_of_diffusers_for_every_number_of_steps(name, spacing):
+    scheduler = CLASSES[name](timestep_spacing=spacing, steps_offset=1)
+    if name == "pndm":
+        scheduler.register_to_config(skip_prk_steps=True)
+    last = 1000
+    if spacing == "leading":  # beyond, an offset of 1 points past the table
+        last = 998 if name in ("dpmpp_2m", "unipc") else 999
+    for steps in range(2 if spacing == "linspace" else 1, last + 1):
+        scheduler.set_timesteps(steps)
+        theirs = scheduler.timesteps.double().numpy()
+        if name == "pndm":
+            theirs = np.delete(theirs, 1) if steps > 1 else theirs
+        if name == "heun":
+            theirs = theirs[::2]
+        if spacing == "trailing" and len(theirs) > steps:  # it goes past the end, by rounding
+            assert theirs[steps:] == [-1]
+            theirs = theirs[:steps]
+        sampler = SamplerConfig(name=name, steps=steps, spacing=spacing, steps_offset=1)
+        ours = spaced_timesteps(sampler, 1000)
+        np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=0, err_msg=f"{steps} steps")
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
