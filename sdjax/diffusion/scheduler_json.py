@@ -1,195 +1,153 @@
 """Reading and writing the `scheduler_config.json` of a diffusers pipeline.
 
 A scheduler file says three things at once: the noise schedule a network was trained on, what the
-network predicts, and how to sample from it. What sdjax cannot do exactly is an error, not ignored.
+network predicts, and how to sample from it. What sdjax cannot do of the first two is an error. What
+it cannot do of the third is kept for whoever draws with that very sampler.
 
-Two fields are read as `StableDiffusionPipeline` reads them, which corrects old files when it loads
-them: steps_offset is 1 and clip_sample is False, whatever the file says.
+The pipelines of Stable Diffusion 1 and 2 correct old files when they load them (`corrected`); those
+of SDXL take them as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS, SchedulerClass
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 
-# The sampler a scheduler class stands for. PNDM's grid and end are DDIM's, its multistep rule is
-# not ours: a pipeline that has it is sampled with DDIM.
-_SAMPLERS = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "UniPCMultistepScheduler": "unipc",
-    "FlowMatchEulerDiscreteScheduler": "flow_euler",
-}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-# Values a class takes where the file has none (diffusers 0.42, the constructors' signatures).
-_COMMON_DEFAULTS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "timestep_spacing": "linspace",
-    "shift": 1.0,
-}
-_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDPMScheduler": {"timestep_spacing": "leading"},
-    "DDIMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": True},
-    "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
-    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
-}
 
-# What each class must have for its sampler here to be the same sampler: field -> accepted values.
-_NO_OTHER_SIGMAS = {"use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None)}
-_ENDS_AT_ZERO = {"final_sigmas_type": ("zero",)}
-_MULTISTEP = {
-    **_NO_OTHER_SIGMAS,
-    **_ENDS_AT_ZERO,
-    "solver_order": (2,),
-    "thresholding": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-}
-_REQUIRED: dict[str, dict[str, tuple]] = {
-    "DDPMScheduler": {"thresholding": (False,), "variance_type": ("fixed_small",)},
-    "DDIMScheduler": {"thresholding": (False,)},
-    "PNDMScheduler": {},
-    "EulerDiscreteScheduler": {
-        **_NO_OTHER_SIGMAS,
-        **_ENDS_AT_ZERO,
-        "interpolation_type": ("linear",),
-        "timestep_type": ("discrete",),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-    },
-    "EulerAncestralDiscreteScheduler": {},
-    "HeunDiscreteScheduler": _NO_OTHER_SIGMAS,
-    "DPMSolverMultistepScheduler": {
-        **_MULTISTEP,
-        "algorithm_type": ("dpmsolver++", "deis"),  # diffusers reads "deis" as "dpmsolver++"
-        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # and these as "midpoint"
-        "use_lu_lambdas": (False,),
-        "lambda_min_clipped": (float("-inf"),),
-        "variance_type": (None,),
-    },
-    "UniPCMultistepScheduler": {
-        **_MULTISTEP,
-        "solver_type": ("bh2", "midpoint", "heun", "logrho"),  # diffusers reads these as "bh2"
-        "predict_x0": (True,),
-        "lower_order_final": (True,),
-        "disable_corrector": ([], ()),
-        "solver_p": (None,),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-        "shift_terminal": (None,),
-    },
-    "FlowMatchEulerDiscreteScheduler": {
-        "use_dynamic_shifting": (False,),
-        "invert_sigmas": (False,),
-        "shift_terminal": (None,),
-        "use_karras_sigmas": (False, None),
-        "stochastic_sampling": (False,),
-        **_NO_OTHER_SIGMAS,
-    },
-}
+@dataclasses.dataclass(frozen=True)
+class Scheduler:
+    """The meaning of a scheduler file.
 
-# Fields that are read, and fields that change nothing given the accepted values above. Files carry
-# fields of other classes along, from having been converted between them.
-_READ = {*_COMMON_DEFAULTS, "set_alpha_to_one", "use_karras_sigmas", "trained_betas"}
-_WITHOUT_EFFECT = {
-    "steps_offset",
-    "clip_sample",
-    "clip_sample_range",
-    "sample_max_value",
-    "dynamic_thresholding_ratio",
-    "skip_prk_steps",
-    "lower_order_final",
-    "euler_at_final",
-    "flow_shift",
-    "time_shift_type",
-    "base_shift",
-    "max_shift",
-    "base_image_seq_len",
-    "max_image_seq_len",
-}
-_KNOWN = _READ | _WITHOUT_EFFECT | {field for fields in _REQUIRED.values() for field in fields}
-_KARRAS_CLASSES = (
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
+    schedule, prediction_type: what the network was trained on.
+    sampler: how the file says to sample; the nearest to it where `unsupported` says something.
+    unsupported: the sampler that the file asks for and sdjax does not have, in words, or "".
+    """
+
+    schedule: ScheduleConfig
+    prediction_type: str
+    sampler: SamplerConfig
+    unsupported: str = ""
 
 
 def scheduler_from_diffusers(
-    config: Mapping[str, Any], where: str = "scheduler_config.json"
-) -> tuple[ScheduleConfig, str, SamplerConfig]:
-    """Reads a scheduler file: (noise schedule, prediction_type, how to sample by default).
+    config: Mapping[str, Any], where: str = "scheduler_config.json", *, pipeline: str = ""
+) -> Scheduler:
+    """Reads a scheduler file.
 
-    config: the parsed JSON; where: its name, for messages.
-    Raises ValueError naming every field that is unknown or that asks for what sdjax does not do.
+    config: the parsed JSON; where: its name, for messages; pipeline: the class in the folder's
+    model_index.json, which may correct the file.
+    Raises ValueError naming every field that is unknown or that asks for a noise schedule or a
+    prediction that sdjax does not have.
     """
-    cls = config.get("_class_name")
-    if cls not in _SAMPLERS:
-        raise ValueError(f"{where}: _class_name is {cls!r}; expected one of {', '.join(_SAMPLERS)}")
-    _check_fields(cls, config, where)
-    fields = {**_COMMON_DEFAULTS, **_CLASS_DEFAULTS.get(cls, {}), **config}
+    name = str(config.get("_class_name"))
+    cls = (CLASSES | FLOW_CLASSES).get(name)
+    if cls is None:
+        raise ValueError(
+            f"{where}: _class_name is {config.get('_class_name')!r}; expected one of "
+            + ", ".join(CLASSES | FLOW_CLASSES)
+        )
+    config = corrected(config, pipeline)
+    _check_fields(name, cls, config, where)
+    own = {field: value for field, value in config.items() if field in cls.defaults}
+    fields = {**cls.defaults, **own}
     try:
-        if cls == "FlowMatchEulerDiscreteScheduler":
+        unsupported = _unsupported(name, cls, {**config, **fields})
+        if name in FLOW_CLASSES:
             schedule = ScheduleConfig(
                 kind="flow",
                 num_train_timesteps=fields["num_train_timesteps"],
                 shift=fields["shift"],
             )
-            return schedule, "flow", SamplerConfig(name="flow_euler")
+            return Scheduler(schedule, "flow", SamplerConfig(name=cls.sampler), unsupported)
         schedule = ScheduleConfig(
             kind=fields["beta_schedule"],
             beta_start=fields["beta_start"],
             beta_end=fields["beta_end"],
             num_train_timesteps=fields["num_train_timesteps"],
-            zero_terminal_snr=bool(fields["rescale_betas_zero_snr"]),
+            zero_terminal_snr=bool(fields.get("rescale_betas_zero_snr")),
         )
-        # Only DDIM and PNDM have set_alpha_to_one; in other files it is left over from a conversion
-        # and says nothing, and Stable Diffusion's value is the default.
-        own_end = _CLASS_DEFAULTS.get(cls, {}).get("set_alpha_to_one") is not None
-        sampler = SamplerConfig(
-            name=_SAMPLERS[cls],
-            spacing=fields["timestep_spacing"],
-            steps_offset=1,
-            karras=cls in _KARRAS_CLASSES and bool(fields.get("use_karras_sigmas")),
-            set_alpha_to_one=own_end and fields["set_alpha_to_one"],
-        )
+        sampler = _sampler(cls, fields)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return schedule, fields["prediction_type"], sampler
+    return Scheduler(schedule, fields["prediction_type"], sampler, unsupported)
 
 
-def _check_fields(cls: str, config: Mapping[str, Any], where: str) -> None:
-    """Collects everything in `config` that cannot be honoured into one ValueError."""
+def corrected(config: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
+    """A scheduler file as a pipeline of diffusers reads it.
+
+    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all of
+    them set steps_offset to 1, those that do not inpaint clip_sample to False, the one that does
+    skip_prk_steps to True.
+    """
+    changes: dict[str, Any] = {}
+    if pipeline in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+        changes = {"steps_offset": 1, "clip_sample": False}
+    elif pipeline == "StableDiffusionInpaintPipeline":
+        changes = {"steps_offset": 1, "skip_prk_steps": True}
+    return {**config, **changes}
+
+
+def _sampler(cls: SchedulerClass, fields: Mapping[str, Any]) -> SamplerConfig:
+    """The sampler of a class; what the class has no field for is as in Stable Diffusion."""
+    default = SamplerConfig()
+    sampler = SamplerConfig(
+        name=cls.sampler,
+        spacing=fields.get("timestep_spacing", default.spacing),
+        steps_offset=fields.get("steps_offset", default.steps_offset),
+        set_alpha_to_one=fields.get("set_alpha_to_one", default.set_alpha_to_one),
+        karras=bool(fields.get("use_karras_sigmas")),
+    )
+    if fields.get("clip_sample"):
+        limit = fields["clip_sample_range"]
+        sampler = dataclasses.replace(sampler, clip_sample=True, clip_sample_range=limit)
+    return sampler
+
+
+def _unsupported(name: str, cls: SchedulerClass, fields: Mapping[str, Any]) -> str:
+    """The sampler that is asked for, in words, if sdjax does not have it."""
+    if not cls.same:
+        return name
+    others = [
+        f"{field} = {fields[field]!r}"
+        for field, accepted in cls.drawn.items()
+        if field in fields and fields[field] not in accepted
+    ]
+    return f"{name} with {', '.join(others)}" if others else ""
+
+
+def _check_fields(name: str, cls: SchedulerClass, config: Mapping[str, Any], where: str) -> None:
+    """Collects everything in `config` that the networks cannot be used with into one ValueError."""
     present = {field: value for field, value in config.items() if not field.startswith("_")}
     problems = [
         f"{field} = {value!r}: unknown field"
         for field, value in present.items()
-        if field not in _KNOWN
+        if field not in KNOWN_FIELDS
     ]
-    required = {"trained_betas": (None,), **_REQUIRED[cls]}
-    if cls != "FlowMatchEulerDiscreteScheduler":
-        required["prediction_type"] = ("epsilon", "v_prediction", "sample")
+    required: dict[str, tuple] = {"trained_betas": (None,), **cls.trained}
+    if name not in FLOW_CLASSES:
+        required["prediction_type"] = PREDICTIONS
     for field, accepted in required.items():
         if field in present and present[field] not in accepted:
             expected = " or ".join(repr(value) for value in accepted)
             problems.append(f"{field} = {present[field]!r}: expected {expected}")
+    rescales = "rescale_betas_zero_snr"
+    if name not in FLOW_CLASSES and rescales not in cls.defaults and present.get(rescales):
+        problems.append(
+            f"{rescales} = {present[rescales]!r}: diffusers' {name} does not read it, so that what "
+            "the network was trained on is unclear. Set it to False, or name a class that has it, "
+            "as DDIMScheduler"
+        )
     if problems:
         raise ValueError(
-            f"{where} ({cls}) has settings that sdjax does not support:\n  " + "\n  ".join(problems)
+            f"{where} ({name}) has settings that sdjax does not support:\n  "
+            + "\n  ".join(problems)
         )
 
 
@@ -229,7 +187,8 @@ def scheduler_to_diffusers(
         "prediction_type": prediction_type,
         "timestep_spacing": sampler.spacing,
         "steps_offset": sampler.steps_offset,
-        "clip_sample": False,
+        "clip_sample": sampler.clip_sample,
+        "clip_sample_range": sampler.clip_sample_range,
         "thresholding": False,
     }
     if schedule.kind != "sigmoid":
