@@ -206,6 +206,12 @@ def convert(
     lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
     if read.ignored:
         lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
+    if read.unsupported_sampler and to == "workdir":
+        assert read.sampler
+        lines.append(
+            f"its sampler is {read.unsupported_sampler}, which sdjax does not have: the workdir is "
+            f"drawn from with {read.sampler.name}, and a folder written of it has the one there was"
+        )
     options = {"dtype": dtype, "overwrite": force}
     return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
 

@@ -272,6 +272,8 @@ def evaluate(args: argparse.Namespace) -> str:
     if args.ema_lengths:
         return _search(args, request, loaded, output)
     session = open_session(request, loaded, output)
+    if session.note:
+        tell(session.note)
     results = session.run(output)
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"

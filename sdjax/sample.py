@@ -206,20 +206,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
     """The model's own sampler with what the options change."""
-    from sdjax.diffusion.samplers import SamplerConfig
+    from sdjax.train.bundle import choose_sampler, sampler_note
 
-    own = model.sampler or SamplerConfig()
     given: dict[str, Any] = {
         "name": args.sampler,
         "steps": args.steps,
         "karras": args.karras,
         "eta": args.eta,
     }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if "name" in changes and changes["name"] != own.name:
-        # What belongs to the model's own sampler may not exist in another.
-        changes = {"eta": 0.0, "karras": False} | changes
-    return dataclasses.replace(own, **changes)
+    changes = {name: value for name, value in given.items() if value is not None}
+    sampler = choose_sampler(model, changes, f"--model={args.model}")
+    if note := sampler_note(model, sampler, f"--model={args.model}"):
+        print(note, file=sys.stderr)
+    return sampler
 
 
 def _whole(

@@ -231,6 +231,22 @@ def test_a_diffusers_folder_takes_a_dataset(pipeline_folder, tmp_path, capsys):
     assert "--dataset=NAME" in capsys.readouterr().err
 
 
+def test_a_sampler_that_is_not_there_is_an_error_where_pictures_are_drawn(
+    pipeline_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "folder")
+    for file, field, value in (
+        ("model_index.json", "scheduler", ["diffusers", "LMSDiscreteScheduler"]),
+        ("scheduler/scheduler_config.json", "_class_name", "LMSDiscreteScheduler"),
+    ):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, field: value}))
+    options = ["--dataset=captioned_shapes", "--metrics=fidelity", "--num_samples=2"]
+    assert verb(folder, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert "LMSDiscreteScheduler" in error and "--sampler=euler" in error
+
+
 @pytest.fixture
 def snapshots(run, tmp_path):
     """The run with snapshots of two widths: the first is its own weights, the second is noisy."""

@@ -109,9 +109,8 @@ def sample_seen(
         return (solver, outputs[:outputs_kept], see(seen, i, m0)), None
 
     tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base, plan.mix)
-    evaluations = jnp.arange(len(plan.timesteps))
-    tables = tuple(jnp.asarray(table, jnp.float32) for table in tables)
-    rows = (evaluations, jnp.asarray(plan.at_base), *tables)
+    evaluations, at_base = jnp.arange(len(plan.timesteps)), jnp.asarray(plan.at_base)
+    rows = (evaluations, at_base, *(jnp.asarray(table, jnp.float32) for table in tables))
     before = ((x, nothing, nothing, nothing), (nothing,) * outputs_kept, state)
     (solver, _, seen), _ = jax.lax.scan(step, before, rows)
     return solver[0], seen

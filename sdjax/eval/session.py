@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from sdjax import paths, progress
 from sdjax.config import SampleConfig
 from sdjax.data.config import DataConfig
-from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.errors import UserError
 from sdjax.eval import audit_shares, evaluation_output
 from sdjax.eval.audit import Audit, make_labeller, read_audit
@@ -42,6 +41,7 @@ from sdjax.eval.request import (
     picture_size,
 )
 from sdjax.parallel.mesh import MeshConfig, make_mesh
+from sdjax.train.bundle import choose_sampler, sampler_note
 
 Validate = Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
 
@@ -72,20 +72,29 @@ class Session:
     split: str
     audit: Audit | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn."""
+        return self.loaded is not None and (self.prompts is not None or self.audit is not None)
+
+    @property
+    def note(self) -> str:
+        """A line on what draws in place of the model's own sampler, or ""."""
+        if not self.draws:
+            return ""
+        assert self.loaded is not None
+        model = f"--model={self.request.model}"
+        return sampler_note(self.loaded.found, self.drawing.sampler, model)
+
     @functools.cached_property
     def drawing(self) -> Drawing:
         """The model's own sampler and guidance, with the changes that were asked for."""
         request, loaded = self.request, self.loaded
         assert loaded is not None
         own = loaded.config.sample if loaded.config else SampleConfig()
-        sampler = loaded.found.sampler or SamplerConfig()
-        changes = dict(request.sampler)
-        if changes.get("name", sampler.name) != sampler.name:
-            # What belongs to the model's own sampler may not exist in another.
-            changes = {"eta": 0.0, "karras": False} | changes
         guidance, rescale = request.guidance, request.guidance_rescale
         return Drawing(
-            dataclasses.replace(sampler, **changes),
+            choose_sampler(loaded.found, request.sampler, f"--model={request.model}"),
             own.guidance if guidance is None else guidance,
             own.guidance_rescale if rescale is None else rescale,
         )
@@ -299,11 +308,14 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     names, left_out = choose(request.asked, inputs)
     if not names and audit is None:
         raise UserError("no metric can be computed:\n  " + "\n  ".join(left_out))
-    return Session(
+    session = Session(
         request=request, loaded=loaded, mesh=mesh, inputs=inputs, names=names, left_out=left_out,
         prompts=prompts, count=count, size=size, validate=validate, dataset=dataset_name(data),
         split=split, audit=audit,
     )  # fmt: skip
+    if session.draws:
+        _ = session.drawing  # a sampler that is not to be had is an error now
+    return session
 
 
 def _validate(

@@ -13,7 +13,8 @@ import numpy as np
 
 from sdjax import paths, text_files
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.grids import SamplerConfig, changed_sampler
+from sdjax.diffusion.scheduler_json import scheduler_from_diffusers, scheduler_to_diffusers
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.models.clip import CLIPText, CLIPTextConfig
@@ -44,7 +45,10 @@ class Pretrained:
 
     text_encoder_2: SDXL's second encoder, and the only one of its refiner.
     params: {path: float32 array}, paths start with the network, as in `unet.conv_in.bias`.
-    sampler: how the folder says to sample.
+    sampler: how the folder says to sample; the nearest to it where `unsupported_sampler` says
+        something.
+    unsupported_sampler: the sampler that the folder asks for and sdjax does not have, or "".
+    scheduler: the folder's scheduler_config.json, for a folder that is written of these.
     zero_empty_prompt: an empty negative prompt is zeros and not the encoding of "" (SDXL's
         `force_zeros_for_empty_prompt`).
     ignored: fields and parts of the folder that were not used, for the log.
@@ -57,6 +61,8 @@ class Pretrained:
     schedule: ScheduleConfig | None = None
     prediction_type: str = "epsilon"
     sampler: SamplerConfig | None = None
+    unsupported_sampler: str = ""
+    scheduler: Mapping[str, Any] | None = None
     params: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     tokenizer_2: Tokenizer | None = None
@@ -73,12 +79,56 @@ class Pretrained:
         prefix = name + "."
         return {p[len(prefix) :]: v for p, v in self.params.items() if p.startswith(prefix)}
 
+    def scheduler_file(self) -> dict[str, Any]:
+        """The scheduler_config.json of a folder: the one there was, if it still holds.
+
+        Raises:
+            ValueError: diffusers has no scheduler for this schedule and prediction type.
+        """
+        assert self.schedule
+        if self.scheduler is not None:
+            read = scheduler_from_diffusers(self.scheduler)
+            if (read.schedule, read.prediction_type) == (self.schedule, self.prediction_type):
+                return dict(self.scheduler)
+        return scheduler_to_diffusers(self.schedule, self.prediction_type, self.sampler)
+
     def missing(self) -> list[str]:
         """What a pipeline has and these do not: each encoder comes with its tokenizer."""
         encoders = [name for name in TOKENIZERS if getattr(self, name) is not None]
         wanted = ["unet", "vae", *(encoders or ["text_encoder"]), "schedule"]
         wanted += [TOKENIZERS[name] for name in encoders] or ["tokenizer"]
         return [name for name in wanted if getattr(self, name) is None]
+
+
+def choose_sampler(found: Pretrained, changes: Mapping[str, Any], model: str) -> SamplerConfig:
+    """A model's own sampler with some fields changed.
+
+    Args:
+        found: the model.
+        changes: {field of SamplerConfig: value}.
+        model: where it is, for messages.
+
+    Raises:
+        UserError: the model's own sampler is asked for and sdjax does not have it, or a change
+            makes no sense.
+    """
+    own = found.sampler or SamplerConfig()
+    if found.unsupported_sampler and "name" not in changes:
+        raise UserError(
+            f"{model} is sampled with {found.unsupported_sampler}, which sdjax does not have; "
+            f"choose another by --sampler, as --sampler={own.name}, the nearest to it"
+        )
+    return changed_sampler(own, changes)
+
+
+def sampler_note(found: Pretrained, sampler: SamplerConfig, model: str) -> str:
+    """A line that says what a model is drawn with in place of its own sampler, or ""."""
+    if not found.unsupported_sampler:
+        return ""
+    return (
+        f"note: {model} is sampled with {found.unsupported_sampler}, which sdjax does not have; "
+        f"{sampler.name} draws instead"
+    )
 
 
 def check_components(components: Sequence[str]) -> None:

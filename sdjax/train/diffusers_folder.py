@@ -9,7 +9,7 @@ transformers 4 and 5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
-from sdjax.diffusion.scheduler_json import scheduler_from_diffusers, scheduler_to_diffusers
+from sdjax.diffusion.scheduler_json import scheduler_from_diffusers
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import (
@@ -80,10 +80,8 @@ def read_diffusers(
             parts["params"] |= {f"{name}.{path}": value for path, value in params.items()}
             ignored += [f"{name}: {field}" for field in skipped if not field.startswith("_")]
     if "unet" in components and "scheduler" in folders:
-        file = folders["scheduler"] / "scheduler_config.json"
         try:
-            read = scheduler_from_diffusers(read_json(file), where=str(file))
-            parts["schedule"], parts["prediction_type"], parts["sampler"] = read
+            parts |= _read_scheduler(folders["scheduler"], read_json(folder / "model_index.json"))
         except ValueError as error:
             problems.append(str(error))
     for encoder, name in TOKENIZERS.items():
@@ -158,6 +156,21 @@ def _read_network(
         raise WeightsError(f"{found}: {error}") from error
 
 
+def _read_scheduler(folder: paths.Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Pretrained that a scheduler's folder fills."""
+    file = folder / "scheduler_config.json"
+    # Pipelines load the class that their index names, whatever the file says of itself.
+    content = {**read_json(file), "_class_name": index["scheduler"][-1]}
+    read = scheduler_from_diffusers(content, where=str(file), pipeline=index["_class_name"])
+    return {
+        "schedule": read.schedule,
+        "prediction_type": read.prediction_type,
+        "sampler": read.sampler,
+        "unsupported_sampler": read.unsupported,
+        "scheduler": content,
+    }
+
+
 def _read_tokenizer(
     folder: paths.Path, text_encoder: CLIPTextConfig | None, ignored: list[str]
 ) -> Tokenizer:
@@ -221,9 +234,7 @@ def write_diffusers(
 def _write_pipeline(folder: paths.Path, pretrained: Pretrained) -> None:
     """What a pipeline has besides its networks."""
     assert pretrained.schedule and pretrained.unet
-    scheduler = scheduler_to_diffusers(
-        pretrained.schedule, pretrained.prediction_type, pretrained.sampler
-    )
+    scheduler = pretrained.scheduler_file()
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {

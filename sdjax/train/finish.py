@@ -86,7 +86,7 @@ def export(config: Config, assembled: Assembled, params: Params, folder: paths.P
         write_config(folder, dataclasses.replace(config, model=model))
         found = Pretrained(vae=model.vae, params=host)
     else:
-        found = bundle(config, assembled.tokenizers, host)
+        found = bundle(config, assembled.tokenizers, host, assembled.scheduler)
     if jax.process_index() == 0:
         write_diffusers(path, found, overwrite=True)
     return path

@@ -36,12 +36,14 @@ class Assembled:
     params: loaded ones by path.
     tokenizers: by the field of the batch that each fills, one for each text encoder.
     notes: for the log.
+    scheduler: the scheduler file of `init_from`, for what is written at the end; None without one.
     """
 
     config: Config
     params: dict[str, np.ndarray]
     tokenizers: dict[str, Tokenizer]
     notes: tuple[str, ...]
+    scheduler: Mapping[str, Any] | None = None
 
 
 def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
@@ -56,6 +58,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     params: dict[str, np.ndarray] = {}
     notes: list[str] = []
     tokenizers: dict[str, Tokenizer] = {}
+    scheduler: Mapping[str, Any] | None = None
     sources: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("init_from", config.init_from, COMPONENTS),
         ("vae_from", config.vae_from, ("vae",)),
@@ -71,24 +74,35 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         config, adopted = _adopt(config, loaded, wanted, whole=field == "init_from")
         if adopted:
             notes.append(f"{field}={folder} decides {adopted}")
+        if field == "init_from" and config.task == "text_to_image":
+            scheduler = loaded.scheduler
+            if loaded.unsupported_sampler:
+                notes.append(
+                    f"{field}={folder}: it is sampled with {loaded.unsupported_sampler}, which "
+                    "sdjax does not have; pictures are drawn with config.sample.sampler, "
+                    f"{config.sample.sampler.name}. What the run writes keeps the scheduler"
+                )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         for name in ENCODERS:
             tokenizer = getattr(loaded, TOKENIZERS[name])
             if tokenizer is not None:
                 tokenizers[TOKENS[name]] = tokenizer
     if config.task == "autoencoder" or not with_tokenizer:
-        return Assembled(config, params, {}, tuple(notes))
+        return Assembled(config, params, {}, tuple(notes), scheduler)
     for name in config.model.text_encoders:
         if TOKENS[name] not in tokenizers:
             tokenizers[TOKENS[name]] = _tokenizer(config, name)
     wanted_fields = [TOKENS[name] for name in config.model.text_encoders]
     tokenizers = {field: tokenizers[field] for field in wanted_fields}
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
-    return Assembled(config, params, tokenizers, tuple(notes))
+    return Assembled(config, params, tokenizers, tuple(notes), scheduler)
 
 
 def bundle(
-    config: Config, tokenizers: Mapping[str, Tokenizer], params: Mapping[str, np.ndarray]
+    config: Config,
+    tokenizers: Mapping[str, Tokenizer],
+    params: Mapping[str, np.ndarray],
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Pretrained:
     """A text-to-image run as a pipeline with these parameters."""
     model = config.model
@@ -100,6 +114,7 @@ def bundle(
         schedule=config.schedule,
         prediction_type=config.objective.prediction_type,
         sampler=config.sample.sampler,
+        scheduler=scheduler,
         params=params,
         tokenizer=tokenizers.get("tokens"),
         tokenizer_2=tokenizers.get("tokens_2"),

@@ -19,6 +19,7 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.diffusion.scheduler_json import scheduler_from_diffusers
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.models import ldm_configs, ldm_names
 from sdjax.models.config import ConfigError
@@ -126,6 +127,7 @@ def read_single_file(
     if "unet" in parts:
         assert schedule
         parts["schedule"], parts["prediction_type"] = schedule
+        parts |= _scheduler(file, family, said, hints)
     if encoders:
         # As in Stability's model_index.json of SDXL; that of the refiner says False.
         default = hints.like.zero_empty_prompt if hints.like else family == "sdxl"
@@ -304,6 +306,26 @@ def _schedule(
             "workdir that has the right one"
         )
     return schedule, prediction
+
+
+def _scheduler(
+    file: paths.Path, family: str, said: Mapping[str, Any], hints: Hints
+) -> dict[str, Any]:
+    """How to sample, from where the user says or from the header; otherwise nothing."""
+    like = hints.like
+    if like is not None and like.schedule is not None:
+        names = ("sampler", "unsupported_sampler", "scheduler")
+        return {name: getattr(like, name) for name in names}
+    if "scheduler" not in said:
+        return {}
+    xl = "XL" if family in ("sdxl", "refiner") else ""
+    pipeline = f"StableDiffusion{xl}Pipeline"
+    read = scheduler_from_diffusers(said["scheduler"], where=f"{file}, header", pipeline=pipeline)
+    return {
+        "sampler": read.sampler,
+        "unsupported_sampler": read.unsupported,
+        "scheduler": said["scheduler"],
+    }
 
 
 def _tokenizers(

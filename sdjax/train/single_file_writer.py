@@ -105,6 +105,8 @@ def _header(pretrained: Pretrained) -> dict[str, Any]:
         header["schedule"] = dataclasses.asdict(pretrained.schedule)
         header["prediction_type"] = pretrained.prediction_type
         header["zero_empty_prompt"] = pretrained.zero_empty_prompt
+        if pretrained.schedule.snr_scale == 1.0:  # which no scheduler file says
+            header["scheduler"] = pretrained.scheduler_file()
     return header
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from sdjax.train.networks import Assembled, assemble, check_complete
 from sdjax.train.program import Split
 from sdjax.train.state import Params
 from sdjax.train.task import Task
-from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE
+from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE, read_scheduler, write_scheduler
 
 
 def enable_compilation_cache(folder: str) -> None:
@@ -92,7 +93,7 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
                     f"{folder} holds a run whose tokenizer cannot be read: {error}\nRestore "
                     f"{own} from a copy, or start in another --workdir"
                 ) from error
-    return Assembled(config, {}, tokenizers, tuple(notes))
+    return Assembled(config, {}, tokenizers, tuple(notes), read_scheduler(folder))
 
 
 def _decided_then(config: Config, saved: Config) -> Config:
@@ -134,6 +135,7 @@ def write_workdir(
     config: Config,
     tokenizers: Mapping[str, Tokenizer],
     frozen: Mapping[str, np.ndarray],
+    scheduler: Mapping[str, Any] | None = None,
 ) -> None:
     """What a workdir needs besides checkpoints to be read by itself; the config comes last."""
     if jax.process_index() != 0:
@@ -141,6 +143,8 @@ def write_workdir(
     for name, field in TOKENS.items():
         if field in tokenizers:
             tokenizers[field].save(folder / TOKENIZERS[name])
+    if scheduler is not None:
+        write_scheduler(folder, scheduler)
     if frozen:
         with paths.writing(folder / FROZEN_FILE) as local:
             save_file(dict(frozen), local)
@@ -171,7 +175,7 @@ def place_frozen(
         return read_frozen(folder / FROZEN_FILE, placed(dict(split.frozen), shardings))
     check_complete(assembled.params, split.frozen)
     arrays = {path: np.asarray(assembled.params[path]) for path in split.frozen}
-    write_workdir(folder, config, assembled.tokenizers, arrays)
+    write_workdir(folder, config, assembled.tokenizers, arrays, assembled.scheduler)
     return {path: _put(path, value, mesh) for path, value in arrays.items()}
 
 

@@ -2,6 +2,7 @@
 
 config.json          the resolved configuration
 tokenizer/           in CLIP's layout; of SDXL's second encoder, tokenizer_2/
+scheduler/           the scheduler_config.json of the diffusers folder that it came from, if it did
 frozen.safetensors   {path: array} of what is not trained, under sdjax's own names
 checkpoints/STEP/    see `sdjax.train.checkpoint`
 """
@@ -9,6 +10,7 @@ checkpoints/STEP/    see `sdjax.train.checkpoint`
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from sdjax.train.bundle import (
 from sdjax.train.checkpoint import Checkpoints, restore_params
 
 CONFIG_FILE, FROZEN_FILE = "config.json", "frozen.safetensors"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
 def read_workdir(
@@ -78,6 +81,7 @@ def read_workdir(
         parts["schedule"] = config.schedule
         parts["prediction_type"] = config.objective.prediction_type
         parts["sampler"] = config.sample.sampler
+        parts["scheduler"] = read_scheduler(folder)
     for name, tokenizer in TOKENIZERS.items():
         if name in networks:
             length = networks[name].max_position_embeddings
@@ -87,6 +91,19 @@ def read_workdir(
                 raise PretrainedError(str(error)) from error
             parts["zero_empty_prompt"] = config.model.zero_empty_prompt
     return Pretrained(**parts)
+
+
+def read_scheduler(folder: paths.Path) -> dict[str, Any] | None:
+    """The scheduler file that came with the networks, if one did."""
+    file = folder / SCHEDULER_FILE
+    return read_json(file) if file.is_file() else None
+
+
+def write_scheduler(folder: paths.Path, scheduler: Mapping[str, Any]) -> None:
+    """A scheduler file, for the diffusers folder that is written at the end."""
+    file = folder / SCHEDULER_FILE
+    paths.make_folder(file.parent)
+    paths.write_text(file, json.dumps(scheduler, indent=2) + "\n")
 
 
 def _restore(
@@ -163,6 +180,8 @@ def save_workdir(
             tokenizer = getattr(pretrained, name)
             if tokenizer is not None:
                 tokenizer.save(partial / name)
+        if pretrained.scheduler is not None:
+            write_scheduler(partial, pretrained.scheduler)
         state = {"params": dict(pretrained.params), "step": np.zeros((), np.int32)}
         size = sum(value.nbytes for value in pretrained.params.values())
         shown = progress.work(f"writing {folder}", size, poll=progress.bytes_written())

@@ -90,8 +90,10 @@ def test_second_tokenizer_pads_with_its_own_token(read, torch_xl_pipeline):
     assert tokens[0, -1] == 0 != read.tokenizer.encode(PROMPTS)[0, -1]
 
 
-@pytest.mark.parametrize("zeros", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_folder_draws_the_same_picture_in_torch_and_here(written, zeros, tmp_path):
+@pytest.mark.parametrize(
+    "zeros, clips", [(True, True), pytest.param(False, False, marks=pytest.mark.slow)]
+)
+def test_the_folder_draws_the_same_picture_in_torch_and_here(written, zeros, clips, tmp_path):
     import diffusers
     import torch
 
@@ -99,6 +101,10 @@ def test_the_folder_draws_the_same_picture_in_torch_and_here(written, zeros, tmp
     index = json.loads((folder / "model_index.json").read_text())
     index["force_zeros_for_empty_prompt"] = zeros
     (folder / "model_index.json").write_text(json.dumps(index))
+    if clips:  # which pipelines of SD correct, with the offset, and those of SDXL do not
+        file = folder / "scheduler" / "scheduler_config.json"
+        changes = {"clip_sample": True, "clip_sample_range": 1.5, "steps_offset": 0}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
