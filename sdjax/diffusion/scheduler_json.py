@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.prediction import PREDICTIONS
 from sdjax.diffusion.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS, SchedulerClass
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _check_fields(name: str, cls: SchedulerClass, config: Mapping[str, Any], whe
     ]
     required: dict[str, tuple] = {"trained_betas": (None,), **cls.trained}
     if name not in FLOW_CLASSES:
-        required["prediction_type"] = PREDICTIONS
+        required["prediction_type"] = tuple(kind for kind in PREDICTIONS if kind != "flow")
     for field, accepted in required.items():
         if field in present and present[field] not in accepted:
             expected = " or ".join(repr(value) for value in accepted)
