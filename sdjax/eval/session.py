@@ -37,6 +37,7 @@ from sdjax.eval.request import (
     compared_with,
     dataset_name,
     given_statistics,
+    needs_pictures,
     open_towers,
     picture_size,
 )
@@ -276,6 +277,9 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     Raises:
         UserError and its kin: naming the option, file or field that is wrong.
     """
+    drawn = needs_pictures(request) and not request.images
+    if loaded is not None and (drawn or request.audit):  # an error now, before data is read
+        choose_sampler(loaded.found, request.sampler, f"--model={request.model}")
     mesh = make_mesh(MeshConfig())
     config = loaded.config if loaded else None
     data = choose_data(config.data if config else None, request.dataset, data_dir=request.data_dir)
@@ -308,14 +312,11 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     names, left_out = choose(request.asked, inputs)
     if not names and audit is None:
         raise UserError("no metric can be computed:\n  " + "\n  ".join(left_out))
-    session = Session(
+    return Session(
         request=request, loaded=loaded, mesh=mesh, inputs=inputs, names=names, left_out=left_out,
         prompts=prompts, count=count, size=size, validate=validate, dataset=dataset_name(data),
         split=split, audit=audit,
     )  # fmt: skip
-    if session.draws:
-        _ = session.drawing  # a sampler that is not to be had is an error now
-    return session
 
 
 def _validate(
