@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sdjax import collector
 from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
 from sdjax.verbs import parse_or_exit, recipe
@@ -84,8 +85,9 @@ def main(argv: Sequence[str]) -> int:
         os._exit(explain(error))  # JAX's own way out waits for the hosts that did not come
 
     def train() -> int:
-        from sdjax.config import resolve
-        from sdjax.train import loop
+        with collector.paused():
+            from sdjax.config import resolve
+            from sdjax.train import loop
 
         if _DRY_RUN.value and not config.data.path:
             config.data.path = "(not read)"  # a dry run looks at no data

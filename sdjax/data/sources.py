@@ -21,6 +21,8 @@ from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
 from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
 from sdjax.data.records import Records
 
+_AT_ONCE = 4096  # records read together where all are
+
 
 class Source:
     """Random access to one split: len(), and source[i] -> one example.
@@ -92,6 +94,20 @@ class Source:
     def text(self, index: int) -> str:
         """The caption alone, without decoding the image."""
         return self._caption(self._record(index)).main
+
+    def texts(self) -> list[str]:
+        """The captions of all examples, without decoding an image."""
+        indices = range(len(self))
+        chunks = (indices[first : first + _AT_ONCE] for first in indices[::_AT_ONCE])
+        return [self._caption(record).main for chunk in chunks for record in self._many(chunk)]
+
+    def _many(self, indices: range) -> list[dict[str, Any]]:
+        """The records of these numbers; one by one where that says which cannot be read."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, IndexError):
+            records = self._records.__getitems__(indices)
+            if all(record[self._config.text_key] is not None for record in records):
+                return records
+        return [self._record(index) for index in indices]
 
     def _caption(self, record: dict[str, Any]) -> Caption:
         caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
@@ -377,4 +393,4 @@ def open_parts(config: DataConfig, split: str) -> list[Source]:
 
 def captions(config: DataConfig, split: str) -> list[str]:
     """All captions of a split, in stored order, without decoding a single image."""
-    return [source.text(i) for source in open_parts(config, split) for i in range(len(source))]
+    return [text for source in open_parts(config, split) for text in source.texts()]

@@ -88,7 +88,7 @@ def plan(
 class Subset:
     """Some of the records of a source with random access, by their numbers."""
 
-    def __init__(self, records: Sequence[Any], numbers: np.ndarray):
+    def __init__(self, records: Any, numbers: np.ndarray):
         self._records, self._numbers = records, numbers
 
     def __len__(self) -> int:
@@ -96,3 +96,6 @@ class Subset:
 
     def __getitem__(self, index: int) -> Any:
         return self._records[int(self._numbers[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        return self._records.__getitems__([int(self._numbers[index]) for index in indices])

@@ -1,24 +1,19 @@
-"""The one door to TensorFlow Datasets, which brings in TensorFlow: quietly, and without a GPU.
+"""The one door to TensorFlow Datasets: quiet, and with a TensorFlow that sees no accelerator.
 
-Import `tfds` from here, and only where it is used: TensorFlow takes seconds to load.
+TFDS imports TensorFlow when it needs it. Import `tfds` from here, and only where it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator
 
 from absl import logging
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or TensorFlow announces that it is on
+from sdjax import tensorflow_on_cpu
 
-import tensorflow as tf  # noqa: E402
-
-# JAX must own the accelerators: a TensorFlow that sees a GPU takes all of its memory.
-tf.config.set_visible_devices([], "GPU")
+tensorflow_on_cpu.prepare()
 
 import tensorflow_datasets as tfds  # noqa: E402
 

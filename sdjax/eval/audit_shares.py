@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import ndtri
 
 from sdjax.eval import bootstrap
 from sdjax.eval.audit import Attribute, Audit
@@ -95,6 +94,8 @@ def wilson(
 
     It stays in [0, 1] and is not a point where a label was never or always seen.
     """
+    from scipy.special import ndtri  # slow to import
+
     z2 = ndtri((1 + confidence) / 2) ** 2
     share = np.asarray(counts, np.float64) / total
     middle = share + z2 / (2 * total)

@@ -17,7 +17,7 @@ BLOCK_BYTES = 8 << 20  # parsed at once; a line may be no longer
 SMOOTH_FROM = 16  # points: fewer are drawn as they are
 BINS = 1000  # means that a long curve is smoothed from
 
-# What `writers.JsonLinesWriter` writes for what JSON does not have, and a number in its place that
+# What `metrics_log.JsonLines` writes for what JSON does not have, and a number in its place that
 # every JSON reader takes.
 _NONFINITE = re.compile(rb'"([^"\\]+)": ?"(?:NaN|-?Infinity)"')
 _SENTINEL = -1.7976931348623157e308

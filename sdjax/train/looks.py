@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,13 +15,15 @@ from sdjax.eval.report_page import REPORT_FILE, write_report
 from sdjax.models.config import ConfigError
 from sdjax.train import ema as ema_lib
 from sdjax.train.gallery import Gallery
-from sdjax.train.judging import Judge
 from sdjax.train.selection import Selection
 from sdjax.train.state import Params, State
 from sdjax.train.task import Task
 from sdjax.train.telemetry import Telemetry, flatten
 from sdjax.train.validation import Validator, replicate, summary
 from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
+
+if TYPE_CHECKING:
+    from sdjax.train.judging import Judge
 
 
 class Looks:
@@ -54,7 +56,11 @@ class Looks:
             for name, (split, count) in wanted.items()
             if count
         }
-        self._judge = Judge(config, tokenizers, folder) if validation.metrics else None
+        self._judge: Judge | None = None
+        if validation.metrics:
+            from sdjax.train.judging import Judge  # of many modules, which few runs need
+
+            self._judge = Judge(config, tokenizers, folder)
         self._check_metric()
 
     def _check_metric(self) -> None:

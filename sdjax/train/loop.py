@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sdjax import paths, progress
+from sdjax import collector, paths, progress
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import BatchIterator, make_iterator
 from sdjax.parallel.batches import global_batch, shares
@@ -28,7 +28,7 @@ from sdjax.train.program import Steps, build, with_pictures
 from sdjax.train.rollback import Spike
 from sdjax.train.state import State
 from sdjax.train.task import make_task
-from sdjax.train.telemetry import Telemetry
+from sdjax.train.telemetry import Telemetry, load_in_background
 
 DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL, "try again later"
 
@@ -63,7 +63,8 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int | None:
     stages.check(config, mesh)
     if dry_run:
         return report.describe(config, mesh)
-    with progress.shown(jax.process_index() == 0):  # the steps have a bar of their own
+    # The steps have a bar of their own.
+    with collector.paused(), progress.shown(jax.process_index() == 0):
         training = _Training(config, mesh, paths.to_path(workdir))
     return training.run()
 
@@ -105,18 +106,20 @@ class _Training:
         )
         before: dict[str, Any] = {}
         self.done = 0
-        if newest is None:
-            self.state = self._first_state()
-        else:
+        if newest is not None:
             self.done, self.state, before, _ = self.checkpoints.restore(self.program.state, newest)
-
         if self.done > self.stage.first:  # at its beginning a stage has data of its own
             self.data.set_state(before["iterator"])
 
         # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
+        # It takes longest, and other cores: what else takes a while is done meanwhile.
         self.train_step = Steps(self.program, self.config)
         shape = self.data.next_shape, self.config.model.vae.downscale
-        compiled = self.train_step.compile(with_pictures(self.program.batch, *shape))
+        with self.train_step.compiling(with_pictures(self.program.batch, *shape)) as compiling:
+            if newest is None:
+                self.state = self._first_state()
+            load_in_background()
+            compiled = compiling.result()
         report.announce(self.config, self.assembled, split, mesh, folder, self.done, compiled)
 
         # 5. Those who watch it.

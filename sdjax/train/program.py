@@ -6,10 +6,12 @@ is not there.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -186,15 +188,31 @@ class Steps:
         """Whether calling it with such a batch compiles nothing."""
         return _shapes(batch) in self._compiled
 
-    def compile(self, batch: Batch) -> Compiled:
-        """Compile for batches such as this one."""
+    @contextlib.contextmanager
+    def compiling(self, batch: Batch) -> Iterator[concurrent.futures.Future[Compiled]]:
+        """Compile for batches such as this one in a thread, to whose end the context waits.
+
+        Tracing comes before: it is Python's work, which would only hold up the caller's.
+        """
         abstract = {
             name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
             for name, value in batch.items()
         }
-        compiled = compile_step(dataclasses.replace(self._program, batch=abstract), self._config)
-        self._compiled[_shapes(batch)] = compiled
-        return compiled
+        program = dataclasses.replace(self._program, batch=abstract)
+        program.step.trace(program.state, program.frozen, program.batch)  # JAX keeps the result
+
+        def compiled() -> Compiled:
+            found = compile_step(program, self._config)
+            self._compiled[_shapes(batch)] = found
+            return found
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            yield thread.submit(compiled)
+
+    def compile(self, batch: Batch) -> Compiled:
+        """Compile for batches such as this one."""
+        with self.compiling(batch) as compiled:
+            return compiled.result()
 
     def __call__(self, state: State, frozen: Params, batch: Batch) -> tuple[State, dict]:
         return self._compiled[_shapes(batch)].step(state, frozen, batch)

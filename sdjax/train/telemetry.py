@@ -29,6 +29,7 @@ from rich.progress import (
 from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
 from sdjax.progress import duration
+from sdjax.train import metrics_log
 from sdjax.train.speed import Throughput, device_memory
 
 # ---- on the device, jittable -----------------------------------------------------------------
@@ -124,6 +125,12 @@ class DelayedMetrics:
         return taken
 
 
+def load_in_background() -> None:
+    """Begin to import what `Telemetry` writes with, where this process is to write."""
+    if jax.process_index() == 0:
+        metrics_log.load_in_background()
+
+
 class Telemetry:
     """Writes metrics, shows progress, measures speed. Only process 0 writes and prints.
 
@@ -153,15 +160,13 @@ class Telemetry:
         self._images_seen = images_seen or (lambda step: step * batch_size)
         self.throughput = Throughput(batch_size)
         self._speed: float | None = None
-        self._writer = None
+        self._writer: metrics_log.MetricsLog | None = None
         self._progress: Progress | None = None
         if jax.process_index() != 0:
             return
-        from sdjax.train import writers  # imports TensorFlow
-
-        self._workdir, self._errors = workdir, writers.WRITE_ERRORS
+        self._workdir = workdir
         with self._written():
-            self._writer = writers.open_writer(workdir, start_step=start_step)
+            self._writer = metrics_log.MetricsLog(workdir, start_step=start_step)
         if sys.stdout.isatty() if terminal is None else terminal:
             self._progress = _progress_bar()
             self._progress.start()
@@ -210,7 +215,7 @@ class Telemetry:
         flat = {name: np.asarray(value).item() for name, value in flatten(metrics).items()}
         if self._writer is not None and flat:
             with self._written():
-                self._writer.write_scalars(step, flat)
+                self._writer.scalars(step, flat)
 
     def images(
         self, step: int, name: str, images: np.ndarray, captions: Sequence[str] = ()
@@ -220,9 +225,9 @@ class Telemetry:
             return
         lines = [f"{i + 1}. {caption}" for i, caption in enumerate(captions)]
         with self._written():
-            self._writer.write_images(step, {name: np.asarray(images)})
+            self._writer.event("write_images", step, {name: np.asarray(images)})
             if lines:
-                self._writer.write_texts(step, {f"{name}/captions": "\n".join(lines)})
+                self._writer.event("write_texts", step, {f"{name}/captions": "\n".join(lines)})
 
     def hparams(self, config: Mapping[str, Any]) -> None:
         """Write the configuration, once a run: as hyper-parameters and as text."""
@@ -234,8 +239,8 @@ class Telemetry:
         }
         text = json.dumps(config, indent=2, default=str).replace("\n", "\n    ")
         with self._written():
-            self._writer.write_hparams(plain)
-            self._writer.write_texts(0, {"config": "    " + text})
+            self._writer.event("write_hparams", plain)
+            self._writer.event("write_texts", 0, {"config": "    " + text})
 
     def message(self, text: str) -> None:
         """Print a line; above the bar where there is one."""
@@ -274,12 +279,9 @@ class Telemetry:
     def _written(self) -> Iterator[None]:
         try:
             yield
-        except self._errors as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:  # clu wraps what its threads raise
-                cause = cause.__cause__
+        except OSError as error:
             raise UserError(
-                f"metrics cannot be written to {self._workdir}: {cause}\n"
+                f"metrics cannot be written to {self._workdir}: {error}\n"
                 "Is the disk full or read-only? Make room and run the same command again."
             ) from error
 

@@ -10,6 +10,7 @@ from sdjax.eval.report_figures import POINTS, images_seen, sections, to_json
 from sdjax.eval.report_metrics import Curve, Metrics, parse, read_metrics, smooth, thin
 from sdjax.eval.report_run import read_run
 from sdjax.eval.report_warnings import find
+from sdjax.train import metrics_log
 from tests.eval.report_workdir import lines, make_lines, make_workdir
 
 
@@ -24,8 +25,7 @@ def workdir(tmp_path_factory):
 
 def test_reads_what_the_run_writes(tmp_path):
     """Through the writer of a run itself: integers, floats, NaN, lines with other names."""
-    writers = pytest.importorskip("sdjax.train.writers")
-    writer = writers.JsonLinesWriter(tmp_path / "metrics.jsonl")
+    writer = metrics_log.JsonLines(tmp_path / "metrics.jsonl")
     writer.write_scalars(10, {"train/loss": np.float32(0.5), "train/spikes": 2})
     writer.write_scalars(20, {"train/loss": float("nan"), "train/spikes": 0})
     writer.write_scalars(20, {"validation/raw/loss": 0.25})

@@ -15,7 +15,7 @@ import pytest
 
 from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
-from sdjax.train import telemetry
+from sdjax.train import metrics_log, telemetry
 from sdjax.train.health import Diverged, NonFiniteCounter, SpikeDetector
 from sdjax.train.monitor import Interval
 from sdjax.train.speed import Throughput, device_memory
@@ -257,21 +257,13 @@ def test_detector_resumes_exactly():
     assert second.get_state() == whole.get_state()
 
 
-# ---- the writers -----------------------------------------------------------------------------
+# ---- where metrics go ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def writers():
-    from sdjax.train import writers  # imports TensorFlow
-
-    return writers
-
-
-def test_json_lines_are_valid_whatever_the_numbers(writers, tmp_path):
-    writer = writers.JsonLinesWriter(tmp_path / "metrics.jsonl")
+def test_json_lines_are_valid_whatever_the_numbers(tmp_path):
+    writer = metrics_log.JsonLines(tmp_path / "metrics.jsonl")
     writer.write_scalars(3, {"a": float("nan"), "b": np.float32(np.inf), "c": -np.inf, "d": 1})
     writer.write_scalars(4, {"a": jnp.float32(0.1), "e": True, "f": np.int64(7)})
-    writer.write_images(4, {"x": np.zeros((1, 2, 2, 3))})
     writer.close()
 
     def constant(name):
@@ -284,14 +276,14 @@ def test_json_lines_are_valid_whatever_the_numbers(writers, tmp_path):
     assert second == {"step": 4, "a": float(np.float32(0.1)), "e": 1, "f": 7}
 
 
-def test_a_step_has_one_line(writers, tmp_path):
+def test_a_step_has_one_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = writers.JsonLinesWriter(path)
+    writer = metrics_log.JsonLines(path)
     writer.write_scalars(3, {"a": 1, "long": 0.123456789})
     writer.write_scalars(4, {"a": 2})
     writer.write_scalars(4, {"b": 3})
     writer.close()
-    writer = writers.JsonLinesWriter(path)  # as a resumed run does
+    writer = metrics_log.JsonLines(path)  # as a resumed run does
     writer.write_scalars(4, {"b": 4, "c": 5})
     writer.write_scalars(5, {"a": 6})
     writer.close()
@@ -302,14 +294,14 @@ def test_a_step_has_one_line(writers, tmp_path):
     ]
 
 
-def test_resuming_drops_later_and_torn_lines(writers, tmp_path):
+def test_resuming_drops_later_and_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert writers.trim_metrics(path, 5) == 0
+    assert metrics_log.trim_metrics(path, 5) == 0
     lines = [json.dumps({"step": s, "train/loss": s / 10}) + "\n" for s in range(1, 9)]
     path.write_text("".join(lines) + '{"step": 4, "train/lo')
-    assert writers.trim_metrics(path, 5) == 4
+    assert metrics_log.trim_metrics(path, 5) == 4
     assert path.read_text() == "".join(lines[:5])
-    assert writers.trim_metrics(path, 5) == 0
+    assert metrics_log.trim_metrics(path, 5) == 0
 
 
 def read_events(workdir) -> dict:
@@ -326,7 +318,7 @@ def read_events(workdir) -> dict:
     return found
 
 
-def test_a_run_is_written_to_both(writers, tmp_path, capsys):
+def test_a_run_is_written_to_both(tmp_path, capsys):
     with Telemetry(tmp_path, total_steps=4, batch_size=8, terminal=False) as log:
         log.hparams({"optim": {"learning_rate": 1e-4, "groups": (("a", 0.5),)}, "name": "x"})
         for step in range(1, 5):
@@ -360,7 +352,7 @@ def test_a_run_is_written_to_both(writers, tmp_path, capsys):
     assert "images/s  lr 1.00e-04  0:0" in printed[1] and printed[1].endswith(" left")
 
 
-def test_a_resumed_run_continues_the_file(writers, tmp_path):
+def test_a_resumed_run_continues_the_file(tmp_path):
     for start, stop in ((0, 6), (4, 8)):
         with Telemetry(tmp_path, total_steps=8, batch_size=1, start_step=start) as log:
             for step in range(start + 1, stop + 1):
@@ -370,7 +362,7 @@ def test_a_resumed_run_continues_the_file(writers, tmp_path):
     assert [r["train/loss"] for r in rows(tmp_path)][3:5] == [0.04, 4.05]
 
 
-def test_model_flops_utilisation(writers, tmp_path, monkeypatch):
+def test_model_flops_utilisation(tmp_path, monkeypatch):
     monkeypatch.setattr(telemetry, "peak_flops", lambda kind: 1e9)
     with Telemetry(tmp_path, total_steps=2, batch_size=2, flops_per_image=5e8) as log:
         clock = Clock()
@@ -384,11 +376,11 @@ def test_model_flops_utilisation(writers, tmp_path, monkeypatch):
     np.testing.assert_allclose(row["train/mfu"], 0.25 / jax.device_count())
 
 
-def test_a_full_disk_is_reported_with_its_path(writers, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_its_path(tmp_path, monkeypatch):
     def full(self, step, scalars):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writers.JsonLinesWriter, "write_scalars", full)
+    monkeypatch.setattr(metrics_log.JsonLines, "write_scalars", full)
     with pytest.raises(UserError, match=f"written to {tmp_path}: .*No space left on device"):
         with Telemetry(tmp_path, total_steps=2, batch_size=2) as log:
             log.log(1, {"loss": 1.0})
@@ -398,20 +390,29 @@ def test_a_full_disk_is_reported_with_its_path(writers, tmp_path, monkeypatch):
             raise KeyError
 
 
-def test_a_workdir_that_cannot_be_made(writers, tmp_path):
+def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/run"):
         Telemetry(tmp_path / "file" / "run", total_steps=2, batch_size=2)
 
 
-def test_flush_puts_all_on_disk(writers, tmp_path):
+def test_event_files_that_cannot_be_written_are_reported(tmp_path):
+    (tmp_path / "tensorboard").touch()  # a file where their folder goes
+    with pytest.raises(UserError, match=f": {tmp_path}/tensorboard: Not a directory\n"):
+        with Telemetry(tmp_path, total_steps=2, batch_size=2) as log:
+            log.log(1, {"loss": 1.0})
+            log.flush()
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_flush_puts_all_on_disk(tmp_path):
     with Telemetry(tmp_path, total_steps=9, batch_size=1) as log:
         log.log(1, {"loss": 1.0})
         log.flush()
         assert len(rows(tmp_path)) == 1
 
 
-def test_the_bar_of_a_terminal(writers, tmp_path, monkeypatch, capsys):
+def test_the_bar_of_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("FORCE_COLOR", "1")
     with Telemetry(tmp_path, total_steps=4, batch_size=1, start_step=1, terminal=True) as log:
@@ -425,13 +426,13 @@ def test_the_bar_of_a_terminal(writers, tmp_path, monkeypatch, capsys):
     assert "step 4/4" not in printed  # no plain lines beside it
 
 
-def test_tensorflow_is_quiet_and_sees_no_accelerator(writers):
+def test_tensorflow_is_quiet_and_sees_no_accelerator():
     code = (
-        "from sdjax.train import writers; import tensorflow as tf; "
+        "from sdjax.train import event_files; import tensorflow as tf; "
         "print(tf.config.get_visible_devices('GPU'), tf.config.get_visible_devices('TPU'))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[] []", "")

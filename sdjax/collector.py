@@ -1,0 +1,23 @@
+"""Python's garbage collector, kept out of what makes many objects and no garbage: a start.
+
+Imports and tracing leave millions of objects behind that all live on. The collector looks through
+them again and again, which takes a sixth of a start's time, and finds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Context in which cycles of garbage are left for later; may be nested."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
