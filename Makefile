@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 WORKDIR ?= runs/base
 
-.PHONY: train test test-all test-gpus lint clean
+.PHONY: train test test-all test-gpus test-wheel lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m sdjax.main --config=configs/base.py --workdir=$(WORKDIR)
@@ -22,6 +22,14 @@ test-all: $(VENV)/.installed-test
 # environment itself it would complain at every start that there is none.
 test-gpus: $(VENV)/gpus/.installed
 	PYTHONPATH=$(VENV)/gpus $(BIN)/python -m pytest tests/test_plan_gpus.py
+
+# The wheel in an environment of its own, where there is no clone.
+test-wheel: $(VENV)/.installed-test
+	rm -rf $(VENV)/wheel
+	$(BIN)/python -m build --outdir $(VENV)/wheel . >$(VENV)/build.log
+	$(BIN)/python -m venv $(VENV)/wheel/env
+	$(VENV)/wheel/env/bin/python -m pip install --quiet $(VENV)/wheel/*.whl
+	tests/smoke.sh $(VENV)/wheel/env/bin/python
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

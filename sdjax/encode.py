@@ -26,7 +26,7 @@ FLAGS = flags.FlagValues()
 _ENCODE = flags.DEFINE_bool("encode", True, "This mode of sdjax.prepare.", flag_values=FLAGS)
 flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
 config_flags.DEFINE_config_file(
-    "config", None, "Recipe whose data and networks these are.", flag_values=FLAGS
+    "config", None, f"Its data and networks. {verbs.CONFIG_HELP}", flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder of the encoded dataset; may be gs://.", flag_values=FLAGS
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run() -> int:
-    recipe = verbs.recipe(FLAGS, "configs/sd15_finetune.py")
+    recipe = verbs.recipe(FLAGS, "sd15_finetune")
     if not _OUTPUT.value:
         raise UserError("--output is missing, the folder of the encoded dataset")
     if not 0 <= _HOST.value < _HOSTS.value:

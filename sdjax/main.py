@@ -1,4 +1,4 @@
-"""Train: `python -m sdjax.main --config=configs/base.py --workdir=DIR [--config.field=value ...]`.
+"""Train: `python -m sdjax.main --config=base --workdir=DIR [--config.field=value ...]`.
 
 Resume is the same command again. `--dry_run` prints the resolved configuration, parameter counts,
 memory and shardings, and trains nothing.
@@ -22,11 +22,9 @@ from ml_collections import config_flags
 from sdjax import collector
 from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
-from sdjax.verbs import parse_or_exit, recipe
+from sdjax.verbs import CONFIG_HELP, parse_or_exit, recipe
 
-config_flags.DEFINE_config_file(
-    "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE."
-)
+config_flags.DEFINE_config_file("config", None, CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and pictures; made if it is not there."
 )
@@ -60,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv[1:]:
             raise UserError(f"unexpected arguments {argv[1:]}; options start with --")
-        config = recipe(flags.FLAGS, "configs/base.py")
+        config = recipe(flags.FLAGS, "base")
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise UserError("--workdir is missing; for instance --workdir=runs/base")
     except UserError as error:

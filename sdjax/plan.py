@@ -41,10 +41,7 @@ if TYPE_CHECKING:
 
 # Flags of its own: those of `sdjax.main` (--workdir, --coordinator, ...) mean nothing here.
 FLAGS = flags.FlagValues()
-config_flags.DEFINE_config_file(
-    "config", None, "Recipe, a file of configs/; change its fields with --config.FIELD=VALUE.",
-    flag_values=FLAGS,
-)  # fmt: skip
+config_flags.DEFINE_config_file("config", None, verbs.CONFIG_HELP, flag_values=FLAGS)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None,
     "TPU slice (v5e:2x4, v5p:4x4x4, v5litepod-256, 2*v5e:16x16) or GPUs (gpu:h100:8, gpu:h100:4x8 "
@@ -109,7 +106,7 @@ def in_a_child(argv: Sequence[str]) -> int:
 
 def _run() -> int:
     """With the flags parsed."""
-    recipe = verbs.recipe(FLAGS, "configs/sd15.py")
+    recipe = verbs.recipe(FLAGS, "sd15")
     _check_flags()
     logging.set_verbosity(logging.ERROR)
     from sdjax.parallel import topologies

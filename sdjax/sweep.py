@@ -49,9 +49,8 @@ if TYPE_CHECKING:
 # Flags of its own: those of `sdjax.main` say how processes of one run find each other.
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file(
-    "config", None, "Recipe that all trials start from; change its fields with "
-    "--config.FIELD=VALUE.", flag_values=FLAGS,
-)  # fmt: skip
+    "config", None, f"All trials start from it. {verbs.CONFIG_HELP}", flag_values=FLAGS
+)
 _SPACE = flags.DEFINE_string(
     "space", None, "YAML file with the fields to try; see above and docs/evaluation.md.",
     flag_values=FLAGS,
@@ -88,7 +87,7 @@ def _check_flags() -> None:
 
 def _run() -> int:
     """With the flags parsed."""
-    recipe = verbs.recipe(FLAGS, "configs/base.py")
+    recipe = verbs.recipe(FLAGS, "base")
     _check_flags()
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.captureWarnings(True)  # Optuna warns of what it calls experimental

@@ -1,16 +1,25 @@
-"""What the verbs with absl's flags have in common: their beginning."""
+"""What the verbs with absl's flags have in common: their beginning.
+
+A recipe is a Python file with a `get_config()`; those of sdjax also go by their names, as "base".
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sdjax import paths
 from sdjax.errors import UserError, explain
+
+CONFIG_HELP = (
+    "Recipe: the name of one, such as base, or a file; change its fields with --config.FIELD=VALUE."
+)
 
 
 def run(
@@ -35,11 +44,30 @@ def run(
         return explain(error)
 
 
+def recipe_folder() -> Path:
+    """The folder of sdjax's recipes: inside an installed package, beside it in a clone."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def recipe_file(given: str) -> str:
+    """The file that --config=`given` means: a name of a recipe becomes its file.
+
+    A file that is there comes first. What follows a colon is for the recipe's `get_config`.
+    """
+    name, colon, argument = given.partition(":")
+    file = recipe_folder() / f"{name}.py"
+    if re.fullmatch(r"\w+", name) and not Path(name).is_file() and file.is_file():
+        return f"{file}{colon}{argument}"
+    return given
+
+
 def recipe(values: flags.FlagValues, example: str) -> ConfigDict:
     """The recipe of --config, with its overrides.
 
     Args:
-        example: the file that an error names as one.
+        example: the recipe that an error names as one.
 
     Raises:
         UserError: there is none.
@@ -49,7 +77,10 @@ def recipe(values: flags.FlagValues, example: str) -> ConfigDict:
         raise UserError(f"--config is missing; for instance --config={example}")
     if not isinstance(found, ConfigDict):
         name = config_flags.get_config_filename(values["config"])
-        raise UserError(f"--config={name}: there is no such file; recipes are in configs/")
+        known = sorted(file.stem for file in recipe_folder().glob("*.py"))
+        close = difflib.get_close_matches(Path(name).stem, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(known)}"
+        raise UserError(f"--config={name}: there is no such file or recipe; {hint}")
     return found
 
 
@@ -61,7 +92,7 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
         UserError: the configuration has no such field.
     """
     try:
-        return values(argv)
+        return values(_with_recipe_files(argv))
     except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
         unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
         name = unknown.group() if unknown else ""
@@ -70,6 +101,19 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
             raise
         hint = f"; did you mean {close.group(1)}?" if close else ""
         raise UserError(f"{culprit}: the configuration has no field {name!r}{hint}") from None
+
+
+def _with_recipe_files(argv: Sequence[str]) -> list[str]:
+    """The arguments with a file for the recipe that --config names."""
+    found = list(argv)
+    for i, argument in enumerate(found):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            if equals:
+                found[i] = f"{flag}={recipe_file(value)}"
+            elif i + 1 < len(found):
+                found[i + 1] = recipe_file(found[i + 1])
+    return found
 
 
 def parse_or_exit(argv: list[str]) -> list[str]:
