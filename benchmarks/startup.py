@@ -1,22 +1,26 @@
-"""How long a run takes to its first step: cold, and with XLA's persistent compilation cache.
+"""How long a run takes to its first step: fresh, cold, and with XLA's compilation cache.
 
     python benchmarks/startup.py [--config=configs/base.py] [--repeats=3] [--set=FIELD=VALUE ...]
 
 Starts `python -m sdjax.main` as a process of its own, in a new workdir, and reads its output until
-the line of step 1 says that the step is complete; then ends it. Cold is with an empty cache, and
-warm, its peer, right after with the cache that the cold run left; in turn, --repeats times. A run
-that is not timed comes first: it prepares the dataset, and leaves Python's own caches filled.
+the line of step 1 says that the step is complete; then ends it. Fresh is with an empty cache and no
+dataset, which it generates (where the recipe has one that can be); cold with an empty cache alone;
+and warm right after, with the cache that the cold run left; in turn, --repeats times. A run that is
+not timed comes first: it prepares the dataset, and leaves Python's own caches filled.
 
 Phases, as the output tells them: all until the step is compiled, without its compilation (imports,
 devices, weights, the dataset opened, the state drawn); the compilation of the step, or its reading
-from the cache; the log files opened and the data described; the first batch and step. Imports are
-also timed alone, in a process that does nothing else.
+from the cache; the log files opened and the data described; the first batch and step. The state is
+drawn while the step compiles. Beside the seconds that pass stand those that
+processors worked, which say more on a busy machine. Imports are also timed alone, in a process that
+does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -34,18 +38,19 @@ COMPILED = re.compile(r"step compiled in ([\d.]+) s")
 DATA = re.compile(r"data: ")
 STEP = re.compile(r"step 1/")
 PHASES = ("before, compilation aside", "compilation", "log and data", "first step")
-IMPORTS = "imports alone"
+WORKED, IMPORTS = "processors worked", "imports alone"
+KINDS = ("fresh", "cold", "warm")
 IMPORT_ALL = "import ml_collections, sdjax.main; from sdjax.train import loop"
 TIMEOUT = 1800.0
 
 
 def first_step(command: Sequence[str], timeout: float = TIMEOUT) -> dict[str, float]:
-    """Seconds of each phase of a run, and of all ("total"); it is ended after its first step.
+    """Seconds of each phase of a run, of all, and of its processors; it ends after its first step.
 
     Raises:
         SystemExit: it ended, or `timeout` seconds passed, before that.
     """
-    begin = time.monotonic()
+    begin, worked = time.monotonic(), _worked()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT
@@ -76,10 +81,19 @@ def first_step(command: Sequence[str], timeout: float = TIMEOUT) -> dict[str, fl
             )
     marks = seen[COMPILED] - compilation, seen[COMPILED], seen[DATA], seen[STEP]
     phases = [marks[0], compilation, marks[2] - marks[1], marks[3] - marks[2]]
-    return dict(zip(PHASES, phases, strict=True)) | {"total": marks[3]}
+    totals = {"total": marks[3], WORKED: _worked() - worked}
+    return dict(zip(PHASES, phases, strict=True)) | totals
 
 
-def command(config: str, changes: Sequence[str], work: Path, workdir: str, cache: str) -> list[str]:
+def _worked() -> float:
+    """Seconds that processors worked for processes of this one that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def command(
+    config: str, changes: Sequence[str], work: Path, workdir: str, cache: str, data: str = "data"
+) -> list[str]:
     """The run: `config` but for one step, no looks, and data and cache in `work`."""
     fixed = {
         "train.steps": 1,
@@ -89,7 +103,7 @@ def command(config: str, changes: Sequence[str], work: Path, workdir: str, cache
         "compilation_cache": work / cache,
     }
     if not any(change.startswith("data.data_dir=") for change in changes):
-        fixed["data.data_dir"] = work / "data"
+        fixed["data.data_dir"] = work / data
     flags = [f"--config.{change}" for change in changes]
     flags += [f"--config.{field}={value}" for field, value in fixed.items()]
     main = [sys.executable, "-m", "sdjax.main", f"--config={config}", f"--workdir={work / workdir}"]
@@ -104,14 +118,18 @@ def time_imports() -> float:
 
 
 def measure(config: str, changes: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Cold and warm starts in turn; the result as it goes to the file."""
-    runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    """Starts of all kinds in turn; the result as it goes to the file."""
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         first_step(command(config, changes, work, "before", "cache"))
         for i in range(repeats):
             for kind, taken in runs.items():
-                run = command(config, changes, work, f"{kind}{i}", f"cache{i}")
+                own = kind == "fresh"
+                cache, data = (
+                    (f"{kind}{i}_cache", f"{kind}{i}_data") if own else (f"cache{i}", "data")
+                )
+                run = command(config, changes, work, f"{kind}{i}", cache, data)
                 taken.append(first_step(run) | {IMPORTS: time_imports()})
     return {
         "config": config,
@@ -127,15 +145,15 @@ def measure(config: str, changes: Sequence[str], repeats: int) -> dict[str, Any]
 def show(result: dict[str, Any]) -> str:
     """The table of a result."""
     rows = []
-    for name in (*PHASES, "total", IMPORTS):
-        cold, warm = (Blocks(tuple(result[k][name]["blocks"])) for k in ("cold", "warm"))
-        rows.append([name, cold.text(), warm.text(), warm.over(cold).text()])
+    for name in (*PHASES, "total", WORKED, IMPORTS):
+        fresh, cold, warm = (Blocks(tuple(result[kind][name]["blocks"])) for kind in KINDS)
+        rows.append([name, fresh.text(), cold.text(), warm.text(), warm.over(cold).text()])
     where = result["environment"]
     heading = (
         f"{result['config']} {' '.join(result['set'])}; {', '.join(where['devices'])}, "
         f"{where['processor']}, {where['cores']} cores, load {where['load']:.1f}"
     )
-    return f"{heading}\n\n{table(['seconds', 'cold', 'warm', 'warm over cold'], rows)}"
+    return f"{heading}\n\n{table(['seconds', *KINDS, 'warm over cold'], rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="change a field of the recipe, as --config.FIELD=VALUE of sdjax.main does",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=3, help="of both (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of all kinds (%(default)s)")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args(argv)
     if args.repeats < 1:

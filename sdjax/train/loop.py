@@ -28,7 +28,7 @@ from sdjax.train.program import Steps, build, with_pictures
 from sdjax.train.rollback import Spike
 from sdjax.train.state import State
 from sdjax.train.task import make_task
-from sdjax.train.telemetry import Telemetry, load_in_background
+from sdjax.train.telemetry import Telemetry
 
 DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL, "try again later"
 
@@ -118,7 +118,6 @@ class _Training:
         with self.train_step.compiling(with_pictures(self.program.batch, *shape)) as compiling:
             if newest is None:
                 self.state = self._first_state()
-            load_in_background()
             compiled = compiling.result()
         report.announce(self.config, self.assembled, split, mesh, folder, self.done, compiled)
 

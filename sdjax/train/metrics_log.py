@@ -1,7 +1,7 @@
 """Where metrics go: `metrics.jsonl`, and TensorBoard's event files through clu.
 
-Each is written by a thread of its own. That of TensorBoard imports TensorFlow first, which takes
-seconds that no step waits for.
+Each is written by a thread of its own. That of TensorBoard begins with the first scalars: it
+imports TensorFlow, which takes seconds that no step waits for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,11 +24,6 @@ from sdjax import paths
 METRICS_FILE = "metrics.jsonl"
 COPY_SECONDS = 300.0  # how far metrics.jsonl in a bucket may lag behind between checkpoints
 _EVENT_FILES = "sdjax.train.event_files"  # the module that imports TensorFlow
-
-
-def load_in_background() -> None:
-    """Begin to import what event files are written with, TensorFlow among it."""
-    threading.Thread(target=importlib.import_module, args=(_EVENT_FILES,), daemon=True).start()
 
 
 class MetricsLog:
@@ -54,18 +48,22 @@ class MetricsLog:
         workdir.mkdir(parents=True, exist_ok=True)
         trim_metrics(workdir / METRICS_FILE, start_step)
         lines = JsonLines(workdir / METRICS_FILE)
-        folder = str(workdir / "tensorboard")
         self._lines = _Thread(lambda: lines)
-        self._events = _Thread(lambda: importlib.import_module(_EVENT_FILES).EventFiles(folder))
+        self._folder = str(workdir / "tensorboard")
+        self._events: _Thread | None = None
+        self._early: list[tuple[Any, ...]] = []  # calls before there was a thread for them
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Write scalars of a step to both."""
         self._lines.call("write_scalars", step, values)
-        self._events.call("write_scalars", step, values)
+        self._begin().call("write_scalars", step, values)
 
     def event(self, method: str, *args: Any) -> None:
         """Call a method of `clu.metric_writers.MetricWriter`: what only TensorBoard can show."""
-        self._events.call(method, *args)
+        if self._events is None:
+            self._early.append((method, *args))
+        else:
+            self._events.call(method, *args)
 
     def flush(self) -> None:
         """Wait until everything is on disk."""
@@ -79,7 +77,17 @@ class MetricsLog:
         try:
             getattr(self._lines, method)()
         finally:
-            getattr(self._events, method)()
+            getattr(self._begin(), method)()
+
+    def _begin(self) -> _Thread:
+        """The thread of TensorBoard's files."""
+        if self._events is None:
+            self._events = _Thread(
+                lambda: importlib.import_module(_EVENT_FILES).EventFiles(self._folder)
+            )
+            for call in self._early:
+                self._events.call(*call)
+        return self._events
 
 
 class _Thread:

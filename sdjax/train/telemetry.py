@@ -125,12 +125,6 @@ class DelayedMetrics:
         return taken
 
 
-def load_in_background() -> None:
-    """Begin to import what `Telemetry` writes with, where this process is to write."""
-    if jax.process_index() == 0:
-        metrics_log.load_in_background()
-
-
 class Telemetry:
     """Writes metrics, shows progress, measures speed. Only process 0 writes and prints.
 

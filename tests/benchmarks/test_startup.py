@@ -28,6 +28,7 @@ def test_phases_of_a_run():
     assert compilation == 0.2 and before >= 0.1 and data >= 0.1 and step >= 0.2
     assert found["total"] == pytest.approx(before + compilation + data + step)
     assert 0.6 <= found["total"] < 60  # it was ended
+    assert 0 < found[startup.WORKED] < 5  # it slept
 
 
 @pytest.mark.parametrize(("code", "words"), [
@@ -49,7 +50,8 @@ def test_real_runs(tmp_path):
     changes = ["data.shapes_train=40", "data.shapes_test=8", "data.batch_size=8"]
     startup.main([*(f"--set={c}" for c in changes), "--repeats=1", f"--json={file}"])
     result = json.loads(file.read_text())
-    cold, warm = ({n: r["median"] for n, r in result[kind].items()} for kind in ("cold", "warm"))
-    for run in (cold, warm):
+    fresh, cold, warm = ({n: r["median"] for n, r in result[k].items()} for k in startup.KINDS)
+    for run in (fresh, cold, warm):
         assert run["total"] == pytest.approx(sum(run[name] for name in startup.PHASES))
+        assert run[startup.WORKED] > 1
     assert warm["compilation"] < cold["compilation"]  # from the cache
