@@ -11,6 +11,7 @@ converts every model, with no table of names:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -74,7 +75,16 @@ def merge(graphdef: Any, params: Mapping[str, Any]) -> Any:
 
 def abstract(model_cls: Any, config: Any, **kw: Any) -> tuple[Any, Params]:
     """(graphdef, {path: jax.ShapeDtypeStruct}) of `model_cls(config, **kw)`, without memory."""
-    return split(nnx.eval_shape(lambda: model_cls(config, rngs=Keys(jax.random.key(0)), **kw)))
+    graph, params = _abstract(model_cls, config, tuple(sorted(kw.items())))
+    return graph, dict(params)
+
+
+@functools.lru_cache(maxsize=16)  # a start asks for each network several times
+def _abstract(model_cls: Any, config: Any, options: tuple[tuple[str, Any], ...]) -> Any:
+    def make() -> Any:
+        return model_cls(config, rngs=Keys(jax.random.key(0)), **dict(options))
+
+    return split(nnx.eval_shape(make))
 
 
 def init(model_cls: Any, config: Any, key: jax.Array, **kw: Any) -> Params:

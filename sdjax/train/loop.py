@@ -168,7 +168,7 @@ class _Training:
             self.telemetry,
             self.folder,
             self.assembled.tokenizers,
-            make_lr_schedule(self.config.optim, self.whole.train.steps),
+            jax.jit(make_lr_schedule(self.config.optim, self.whole.train.steps)),
             self.data.examples_per_epoch,
             rollbacks=rollbacks,
             first=self.stage.first,

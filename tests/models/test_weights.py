@@ -96,6 +96,14 @@ def test_abstract_and_init_agree_and_init_runs_inside_jit():
     assert model.dtype == jnp.bfloat16 and model.remat == "block"
 
 
+def test_abstract_is_kept_and_its_parameters_are_the_callers_own():
+    graph, params = weights.abstract(VAE, SMALL_VAE)
+    kept = dict(params)
+    params.clear()
+    again, others = weights.abstract(VAE, SMALL_VAE)
+    assert again is graph and others == kept and kept
+
+
 def test_init_depends_on_the_key_alone(params):
     again = weights.init(Net, None, jax.random.key(0))
     other = weights.init(Net, None, jax.random.key(1))
