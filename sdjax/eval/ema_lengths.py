@@ -22,6 +22,7 @@ from sdjax.eval.evaluation import Inputs, Results
 from sdjax.eval.loading import Loaded
 from sdjax.eval.session import Session
 from sdjax.train import ema
+from sdjax.train.averages import with_averages
 
 CURVE = "ema_length"
 
@@ -91,7 +92,7 @@ def search(
         tell: is told what each length gave.
 
     Raises:
-        UserError: the run has no snapshots.
+        UserError: the run has no snapshots, or not of all that it trained.
     """
     loaded = session.loaded
     snapshots, workdir = check(loaded)
@@ -101,7 +102,7 @@ def search(
     name = ""
     warnings: tuple[str, ...] = ()
     for length in lengths:
-        params = dict(loaded.found.params) | ema.reconstruct(snapshots, length, step)
+        params = with_averages(loaded.found, workdir, ema.reconstruct(snapshots, length, step))
         about = {"weights": f"power-{length:g}", "step": step}
         results = session.run(folder / "lengths" / f"{length:g}", params=params, about=about)
         name = name or next(iter(results.metrics))

@@ -128,6 +128,11 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name.lower() in _STORAGES:
             return name.lower()
+        if module == "torch._utils" and name == "_rebuild_tensor_v3":
+            raise TorchFileError(
+                f"{self._where}: holds tensors of a kind that only torch knows, as float8; write "
+                "them as .safetensors or as float16 where PyTorch is installed"
+            )
         raise TorchFileError(
             f"{self._where}: refused: the file asks for {module}.{name}, and weights need tensors "
             "and dictionaries alone. Nothing was run. If you trust it, write its tensors as "

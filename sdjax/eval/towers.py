@@ -25,6 +25,7 @@ from sdjax.models import weights
 from sdjax.models.clip import CLIPText
 from sdjax.models.clip_vision import CLIPVision, read_clip_config
 from sdjax.models.inception import InceptionConfig, InceptionV3
+from sdjax.models.weight_checks import quantised_config
 from sdjax.models.weights import WeightsError
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -108,7 +109,10 @@ def read_clip(folder: paths.PathLike) -> Clip:
             "--clip, or let it be fetched with --download"
         )
     where = str(folder / "config.json")
-    text_config, vision_config = read_clip_config(_read_json(folder / "config.json"), where)
+    content = _read_json(folder / "config.json")
+    if problem := quantised_config(content):
+        raise UserError(f"{where}: {problem}")
+    text_config, vision_config = read_clip_config(content, where)
     preprocess = _read_preprocess(folder)
     preprocess.check(vision_config.image_size, str(folder))
     files = [folder / name for name in _CLIP_WEIGHTS if (folder / name).is_file()]
@@ -127,11 +131,14 @@ def read_clip(folder: paths.PathLike) -> Clip:
             f"{file}: expected text_model.*, vision_model.*, text_projection, visual_projection "
             f"and logit_scale{'' if scale is not None else ', which is missing'}{unknown}"
         )
+    scale = np.exp(np.float32(scale))
+    if not np.isfinite(scale):
+        raise WeightsError(f"{file}: logit_scale is NaN or Inf; get the file again, or another")
     return Clip(
         name=folder.name,
         text=_network(CLIPText, text_config, parts["text"], f"{file} (text)"),
         vision=_network(CLIPVision, vision_config, parts["vision"], f"{file} (vision)"),
-        logit_scale=float(np.exp(np.float32(scale))),
+        logit_scale=float(scale),
         tokenizer=Tokenizer.load(folder, context_length=text_config.max_position_embeddings),
         preprocess=preprocess,
     )

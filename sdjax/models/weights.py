@@ -12,11 +12,14 @@ converts every model, with no table of names:
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -24,6 +27,7 @@ from safetensors.numpy import save_file as _save_safetensors
 
 from sdjax import paths, progress, text_files
 from sdjax.errors import UserError
+from sdjax.models import weight_checks
 
 Params = dict[str, Any]
 
@@ -32,6 +36,12 @@ _WEIGHT_LEAVES = ("kernel", "scale", "embedding")
 _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Tensors that some checkpoints carry and that are not parameters.
 _BUFFERS = ("position_ids",)
+# The small floats of the format, which the library reads for torch alone.
+_FLOAT8: dict[str, Any] = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+_READ_BY_LIBRARY = frozenset("F64 F32 F16 BF16 I64 U64 I32 U32 I16 U16 I8 U8 BOOL C64".split())
 
 
 class WeightsError(UserError):
@@ -108,7 +118,12 @@ def to_diffusers(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np
     return tensors
 
 
-def from_diffusers(tensors: Mapping[str, Any], abstract_params: Mapping[str, Any]) -> Params:
+def from_diffusers(
+    tensors: Mapping[str, Any],
+    abstract_params: Mapping[str, Any],
+    *,
+    spell: Callable[[str], str] = lambda name: name,
+) -> Params:
     """The inverse of `to_diffusers`, checked against the model.
 
     Reads CLIP names with and without `text_model.` and the attention names of old VAEs.
@@ -116,12 +131,14 @@ def from_diffusers(tensors: Mapping[str, Any], abstract_params: Mapping[str, Any
     Args:
         tensors: `{name: array}` of a checkpoint.
         abstract_params: `{path: shape and dtype}` of the model, from `abstract`.
+        spell: gives the name that a weight has in the user's file, for messages.
 
     Returns:
         `{path: np.ndarray}` in the dtypes of `abstract_params`, in its order.
 
     Raises:
-        WeightsError: listing all missing, unused and mis-shaped weights.
+        WeightsError: listing all weights that are missing, unused, mis-shaped or no floats; or
+            those that are NaN or Inf.
     """
     names = {weight_name(path): path for path in abstract_params}
     found: Params = {}
@@ -130,25 +147,52 @@ def from_diffusers(tensors: Mapping[str, Any], abstract_params: Mapping[str, Any
         path = names.get(name) or names.get(_modern_name(name))
         if path is None:
             if name.rsplit(".", 1)[-1] not in _BUFFERS:
-                problems.append(f"unused: {name} {tuple(np.shape(tensor))}")
+                problems.append(f"unused: {spell(name)} {tuple(np.shape(tensor))}")
             continue
         if path in found:
-            problems.append(f"twice: {name}, present under another spelling as well")
+            problems.append(f"twice: {spell(name)}, present under another spelling as well")
             continue
         array = np.asarray(tensor)
         want = abstract_params[path]
         axes = _to_torch_axes(path, len(want.shape))
         torch_shape = tuple(want.shape) if axes is None else tuple(want.shape[i] for i in axes)
         if array.shape != torch_shape:
-            problems.append(f"mis-shaped: {name} is {array.shape}, the model has {torch_shape}")
+            problems.append(
+                f"mis-shaped: {spell(name)} is {array.shape}, the model has {torch_shape}"
+            )
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"no floats: {spell(name)} is {array.dtype}; {weight_checks.PLAIN}")
         found[path] = array
-    problems += [f"missing: {name}" for name, path in names.items() if path not in found]
+    problems += [f"missing: {spell(name)}" for name, path in names.items() if path not in found]
     if problems:
         raise WeightsError(
             "the weights do not fit the model (does its config belong to them?):\n  "
             + "\n  ".join(sorted(problems))
         )
-    return {path: _to_jax(path, found[path], want) for path, want in abstract_params.items()}
+    params = {path: _to_jax(path, found[path], want) for path, want in abstract_params.items()}
+    check_finite(params, spell=lambda path: spell(weight_name(path)))
+    return params
+
+
+def check_finite(
+    params: Mapping[str, np.ndarray], *, spell: Callable[[str], str] = lambda path: path
+) -> None:
+    """Checks that no value is NaN or Inf.
+
+    Args:
+        params: `{path: array}`.
+        spell: gives the name that an array has in the user's file.
+
+    Raises:
+        WeightsError: naming the arrays that have some, and how many.
+    """
+    lines = [
+        weight_checks.describe(spell(path), value)
+        for path, value in params.items()
+        if not weight_checks.is_finite(value)
+    ]
+    if lines:
+        raise WeightsError(weight_checks.not_finite(lines, len(params)))
 
 
 def save_file(
@@ -186,10 +230,11 @@ def load_file(
         wanted: which tensors to read, by name; all by default.
 
     Returns:
-        `{name: array}`; bfloat16 as ml_dtypes.bfloat16.
+        `{name: array}`; bfloat16 and float8 as those of ml_dtypes.
 
     Raises:
-        WeightsError: naming the files that are absent or cannot be read, and what to do.
+        WeightsError: naming the files that are absent, cannot be read or hold quantised weights,
+            and what to do.
     """
     path = paths.to_path(path)
     if path.suffix == ".json":  # also "X.safetensors.index.fp16.json"
@@ -210,14 +255,50 @@ def load_file(
         try:
             with paths.reading(file) as local, safe_open(local, framework="numpy") as opened:
                 names = [key for key in opened.keys() if wanted(key)]
-                sizes = [math.prod(opened.get_slice(key).get_shape()) for key in names]
-                with progress.work(f"reading {_short(file)}", sum(sizes)) as work:
-                    for key, size in zip(names, sizes, strict=True):
-                        tensors[key] = opened.get_tensor(key)
-                        work.advance(size)
+                if problem := weight_checks.quantised(names):
+                    raise WeightsError(f"{file}: {problem}")
+                tensors |= _read_tensors(file, local, opened, names)
         except SafetensorError as error:
             raise _not_whole(file, error) from error
     return tensors
+
+
+def _read_tensors(
+    file: Any, local: Any, opened: Any, names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """{name: array} of some tensors of an open file."""
+    slices = {name: opened.get_slice(name) for name in names}
+    kinds = {name: part.get_dtype() for name, part in slices.items()}
+    sizes = {name: math.prod(part.get_shape()) for name, part in slices.items()}
+    for name, kind in kinds.items():
+        if kind not in _FLOAT8 and kind not in _READ_BY_LIBRARY:
+            raise WeightsError(f"{file}: {name} is stored as {kind}; {weight_checks.PLAIN}")
+    small = _read_float8(local, {n: _FLOAT8[kind] for n, kind in kinds.items() if kind in _FLOAT8})
+    found: dict[str, np.ndarray] = {}
+    with progress.work(f"reading {_short(file)}", sum(sizes.values())) as work:
+        for name, size in sizes.items():
+            found[name] = small[name] if name in small else opened.get_tensor(name)
+            work.advance(size)
+    return found
+
+
+def _read_float8(local: Any, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{name: array} of tensors of one byte a number, of a file that the library found whole.
+
+    The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the length n of the
+    header, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors.
+    """
+    if not dtypes:
+        return {}
+    found = {}
+    with open(local, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, dtype in dtypes.items():
+            shape, (begin, _) = header[name]["shape"], header[name]["data_offsets"]
+            file.seek(8 + length + begin)
+            found[name] = np.fromfile(file, np.uint8, math.prod(shape)).view(dtype).reshape(shape)
+    return found
 
 
 def read_header(path: paths.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -276,4 +357,5 @@ def _to_jax(path: str, array: np.ndarray, want: Any) -> np.ndarray:
     axes = _to_torch_axes(path, array.ndim)
     if axes is not None:
         array = array.transpose(np.argsort(axes))
-    return np.asarray(array, dtype=want.dtype, order="C")
+    with np.errstate(over="ignore"):  # float64 beyond float32 is Inf, which `check_finite` tells
+        return np.asarray(array, dtype=want.dtype, order="C")

@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from sdjax import paths
+from sdjax.models.weights import read_header
 from sdjax.train import ema
 from sdjax.train.bundle import TOKENIZERS, Pretrained, PretrainedError
 from sdjax.train.changes import MISSING, compare_configs
 from sdjax.train.checkpoint import all_steps
+from sdjax.train.workdir import FROZEN_FILE
 
 _LAST = re.compile(r"last:(\d+)")
 
@@ -204,14 +206,35 @@ def with_ema_length(
             "--config.ema.profiles=\"('power-0.05','power-0.1')\" and --config.ema.snapshot_every=N"
         )
     at = max(s.step for s in snapshots) if step is None else step
-    params = ema.reconstruct(snapshots, length, step)
-    strange = [path for path in params if path not in model.params]
-    strange += [
-        p for p, v in params.items() if p not in strange and v.shape != model.params[p].shape
+    params = with_averages(model, workdir, ema.reconstruct(snapshots, length, step))
+    return dataclasses.replace(model, params=params), at
+
+
+def with_averages(
+    model: Pretrained, workdir: paths.PathLike, averages: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A run's parameters with the averages of its snapshots in place of all that it trained.
+
+    Raises:
+        PretrainedError: the snapshots are of another model, or of a part of what was trained.
+    """
+    strange = [
+        path
+        for path, leaf in averages.items()
+        if path not in model.params or leaf.shape != model.params[path].shape
     ]
     if strange:
         raise PretrainedError(
             f"{ema.snapshot_folder(workdir)}: the snapshots are of another model than the "
             f"checkpoint, which has no {strange[0]} of that shape; were they copied here?"
         )
-    return dataclasses.replace(model, params={**model.params, **params}), at
+    trained = set(model.params)
+    if (file := paths.to_path(workdir) / FROZEN_FILE).is_file():
+        trained -= set(read_header(file)[0])
+    if missing := sorted(trained - set(averages)):
+        raise PretrainedError(
+            f"{ema.snapshot_folder(workdir)}: the snapshots lack {len(missing)} of the "
+            f"{len(trained)} parameters that the run trains, as {missing[0]}, and a mixture is no "
+            "model; restore them from a copy, or convert the checkpoint itself"
+        )
+    return {**model.params, **averages}

@@ -20,6 +20,7 @@ from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.diffusion.scheduler_json import scheduler_from_diffusers
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError
+from sdjax.models.weight_checks import quantised_config
 from sdjax.models.weights import (
     WeightsError,
     abstract,
@@ -36,6 +37,7 @@ from sdjax.train.bundle import (
     replaced_folder,
     write_json,
 )
+from sdjax.train.single_file_layout import counted
 from sdjax.train.weight_files import MAX_SHARD_SIZE, find_weights, parse_size, write_weights
 
 PIPELINES = tuple(
@@ -106,13 +108,16 @@ def _parts(folder: paths.Path, ignored: list[str]) -> dict[str, paths.Path]:
     cls = index.get("_class_name")
     known = (*NETWORKS, "scheduler", *TOKENIZERS.values(), *_IGNORED_PARTS)
     listed = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
+    # As in diffusers, names that begin so are somebody's own notes (configuration_utils.py).
+    private = [name for name in listed if name.startswith("_")]
+    listed = [name for name in listed if name not in private]
     unknown = [name for name in listed if name not in known]
     if cls not in PIPELINES or unknown:
         more = f" with {', '.join(unknown)}" if unknown else ""
         raise PretrainedError(
             f"{folder / 'model_index.json'}: a {cls}{more}; sdjax reads {', '.join(PIPELINES)}"
         )
-    ignored += [name for name in listed if name in _IGNORED_PARTS]
+    ignored += [*private, *(name for name in listed if name in _IGNORED_PARTS)]
     return {name: folder / name for name in listed if name not in _IGNORED_PARTS}
 
 
@@ -141,17 +146,27 @@ def _single_part(folder: paths.Path, components: Sequence[str]) -> dict[str, pat
 def _read_network(
     name: str, folder: paths.Path, variant: str, with_weights: bool
 ) -> tuple[Any, list[str], dict[str, np.ndarray]]:
-    """(config, ignored fields, float32 params without prefix) of one network's folder."""
+    """(config, ignored fields and weights, float32 params without prefix) of a network's folder."""
     cls, config_cls = NETWORKS[name]
     file = folder / "config.json"
-    config, ignored = config_cls.from_json(read_json(file), where=str(file))
+    content = read_json(file)
+    if problem := quantised_config(content):
+        raise WeightsError(f"{file}: {problem}")
+    config, ignored = config_cls.from_json(content, where=str(file))
     if not with_weights:
         return config, ignored, {}
     _, shapes = abstract(cls, config, param_dtype=jnp.float32)
     found = find_weights(folder, variant)
-    tensors = load_file(found)
+    surplus: list[str] = []
+
+    def wanted(key: str) -> bool:
+        label = _surplus(name, config, key)
+        surplus.extend([label] if label else [])
+        return not label
+
+    tensors = load_file(found, wanted=wanted)
     try:
-        return config, ignored, from_diffusers(tensors, shapes)
+        return config, [*ignored, *counted(surplus)], from_diffusers(tensors, shapes)
     except WeightsError as error:
         raise WeightsError(f"{found}: {error}") from error
 
@@ -169,6 +184,16 @@ def _read_scheduler(folder: paths.Path, index: Mapping[str, Any]) -> dict[str, A
         "unsupported_sampler": read.unsupported,
         "scheduler": content,
     }
+
+
+def _surplus(name: str, config: Any, key: str) -> str:
+    """The label of a weight of a whole CLIPModel that its text encoder alone lacks, or ""."""
+    if name not in TOKENIZERS:
+        return ""
+    head = ("text_projection.weight",) if config.projection_dim is None else ()
+    if key in ("logit_scale", "visual_projection.weight", *head):
+        return key
+    return "vision_model.*" if key.startswith("vision_model.") else ""
 
 
 def _read_tokenizer(

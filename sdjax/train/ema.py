@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 
 from sdjax import paths
 from sdjax.errors import UserError
+from sdjax.models.weights import check_finite
 from sdjax.parallel.sharding import to_host
 from sdjax.text_files import pointer_note
 
@@ -166,7 +167,11 @@ class Snapshot:
     source: Params | paths.Path
 
     def load(self) -> dict[str, np.ndarray]:
-        """The parameters, on the host."""
+        """The parameters, on the host.
+
+        Raises:
+          UserError: the file cannot be read, or has NaN or Inf.
+        """
         if isinstance(self.source, Mapping):
             return {path: np.asarray(leaf) for path, leaf in self.source.items()}
         try:
@@ -174,7 +179,9 @@ class Snapshot:
                 paths.reading(self.source) as local,
                 safe_open(local, framework="numpy") as file,
             ):
-                return {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+                params = {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+                check_finite(params)
+                return params
         except Exception as error:
             raise UserError(
                 f"{self.source}: cannot read this EMA snapshot "
@@ -245,6 +252,10 @@ def reconstruct(
 
     Returns:
       {path: float32 array}
+
+    Raises:
+      UserError: there are none up to `at_step`, one cannot be read or has NaN or Inf, or they are
+        not of the same parameters.
     """
     available = list(snapshots)
     if not available:
@@ -260,11 +271,32 @@ def reconstruct(
     weights = posthoc_weights(
         [s.step for s in used], [s.sigma_rel for s in used], at_step, sigma_rel
     )
-    total: dict[str, np.ndarray] = {}
-    for weight, snapshot in zip(weights, used, strict=True):
-        for path, leaf in snapshot.load().items():
-            total[path] = total.get(path, 0.0) + weight * leaf.astype(np.float64)
+    total = {path: weights[0] * leaf.astype(np.float64) for path, leaf in used[0].load().items()}
+    for weight, snapshot in zip(weights[1:], used[1:], strict=True):
+        params = snapshot.load()
+        _check_same(used[0], {path: leaf.shape for path, leaf in total.items()}, snapshot, params)
+        for path, leaf in params.items():
+            total[path] += weight * leaf.astype(np.float64)
     return {path: leaf.astype(np.float32) for path, leaf in total.items()}
+
+
+def _check_same(
+    first: Snapshot, shapes: Mapping[str, tuple[int, ...]], other: Snapshot, params: Params
+) -> None:
+    """UserError, naming a parameter, if two snapshots are not of the same ones."""
+    found = {path: np.shape(leaf) for path, leaf in params.items()}
+    different = sorted(p for p in shapes.keys() | found if shapes.get(p) != found.get(p))
+    if different:
+        path = different[0]
+        raise UserError(
+            f"{_where(first)} and {_where(other)} are snapshots of different models: {path} is "
+            f"{shapes.get(path, 'not in the one')} and {found.get(path, 'not in the other')}, and "
+            f"{len(different) - 1} more differ. Delete those that are not of this run"
+        )
+
+
+def _where(snapshot: Snapshot) -> str:
+    return f"step {snapshot.step}" if isinstance(snapshot.source, Mapping) else str(snapshot.source)
 
 
 def posthoc_weights(

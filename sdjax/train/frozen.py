@@ -17,6 +17,7 @@ import numpy as np
 
 from sdjax import paths
 from sdjax.errors import UserError
+from sdjax.models import weight_checks
 from sdjax.text_files import pointer_note
 
 
@@ -30,7 +31,7 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
         wanted: {path: shape with sharding}.
 
     Raises:
-        UserError: the file is not there, is cut short, or holds other arrays.
+        UserError: the file is not there, is cut short, or holds other arrays or NaN or Inf.
     """
     try:
         with file.open("rb") as opened:
@@ -38,7 +39,7 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
             _check(file, header, wanted)
             # In the file's order: from a bucket, going back would fetch a block again.
             order = sorted(wanted, key=lambda path: header[path]["data_offsets"])
-            return {path: _read(opened, start, header[path], wanted[path]) for path in order}
+            return {path: _read(opened, start, path, header[path], wanted[path]) for path in order}
     except paths.storage_errors(ValueError, KeyError) as error:
         raise UserError(
             f"{file} cannot be read: {pointer_note(file) or error}\n"
@@ -71,7 +72,7 @@ def _check(file: paths.Path, header: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 def _read(
-    opened: Any, start: int, entry: Mapping[str, Any], want: jax.ShapeDtypeStruct
+    opened: Any, start: int, path: str, entry: Mapping[str, Any], want: jax.ShapeDtypeStruct
 ) -> jax.Array:
     begin, shape = start + entry["data_offsets"][0], want.shape
     row = 4 * math.prod(shape[1:])
@@ -84,9 +85,10 @@ def _read(
             data = opened.read((last - first) * row)
             if len(data) < (last - first) * row:
                 raise ValueError("it is cut short")
-            cached[first, last] = np.frombuffer(data, "<f4").reshape(
-                (last - first, *shape[1:]) if shape else ()
-            )
+            rows = np.frombuffer(data, "<f4")
+            if not weight_checks.is_finite(rows):
+                raise ValueError(weight_checks.describe(path, rows))
+            cached[first, last] = rows.reshape((last - first, *shape[1:]) if shape else ())
         return cached[first, last][(slice(None), *index[1:]) if shape else ()]
 
     return jax.make_array_from_callback(shape, want.sharding, part)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sdjax.diffusion.scheduler_json import scheduler_from_diffusers
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.models import ldm_configs, ldm_names
 from sdjax.models.config import ConfigError
+from sdjax.models.weight_checks import quantised
 from sdjax.models.weights import (
     WeightsError,
     abstract,
@@ -32,32 +33,16 @@ from sdjax.models.weights import (
     weight_name,
 )
 from sdjax.train.bundle import NETWORKS, TOKENIZERS, Pretrained, PretrainedError, check_components
+from sdjax.train.single_file_layout import (
+    ENCODERS,
+    counted,
+    is_open_clip,
+    layout,
+    sort_out,
+    whole_average,
+    within,
+)
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-_CLIP, _OPEN_CLIP = "transformer.", "model."
-# {family: {text encoder: its prefix}}, from the most to the least particular.
-ENCODERS: dict[str, dict[str, str]] = {
-    "sdxl": {
-        "text_encoder": f"conditioner.embedders.0.{_CLIP}",
-        "text_encoder_2": f"conditioner.embedders.1.{_OPEN_CLIP}",
-    },
-    "refiner": {"text_encoder_2": f"conditioner.embedders.0.{_OPEN_CLIP}"},
-    "sd2": {"text_encoder": f"cond_stage_model.{_OPEN_CLIP}"},
-    "sd1": {"text_encoder": f"cond_stage_model.{_CLIP}"},
-}
-_VAE_PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-_EMA = "model_ema."
-# Under these names training scripts leave tables, counters and losses, which no network reads.
-_HARMLESS = (
-    "model_ema",
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-    "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "loss", "global_step", "denoiser",
-    "v_pred", "ztsnr",
-)  # fmt: skip
-# Parts of an OpenCLIP file that a text encoder does not have, or that only SD2's does not use.
-_OPEN_CLIP_EXTRA = ("logit_scale", "attn_mask")
 # The name of our entry in the file's header.
 METADATA = "sdjax"
 
@@ -90,12 +75,13 @@ def read_single_file(
     Args:
         file: a `.safetensors`.
         components: which networks to read, if it has them.
-        weights: "ema" takes the average where the file has one beside the UNet's parameters, "raw"
-            never does.
+        weights: "ema" takes the average where the file has one beside the parameters of the UNet,
+            or of an autoencoder that is alone; "raw" never does.
         hints: what the file does not say.
 
     Raises:
-        PretrainedError: with everything that is missing, unused, mis-shaped, or not said.
+        PretrainedError: with everything that is missing, unused, mis-shaped, or not said; or of
+            which the average is not whole, values are NaN or Inf, or weights are quantised.
     """
     file = paths.to_path(file)
     check_components(components)
@@ -103,20 +89,28 @@ def read_single_file(
         raise PretrainedError(f"weights is {weights!r}; a single file has ema and raw")
     try:
         shapes, metadata = read_header(file)
-        family, prefixes = _layout(file, shapes)
-        ignored = _others(file, shapes, prefixes)
+        family, prefixes = layout(file, shapes)
+        _refuse_quantised(file, shapes, prefixes, components)
+        contents = sort_out(file, shapes, prefixes)
+        ignored, averages = list(contents.ignored), contents.averages
         said = _said(file, metadata)
         schedule = _schedule(file, shapes, family, said, hints) if "unet" in prefixes else None
         parts: dict[str, Any] = {"params": {}}
         for name, prefix in prefixes.items():
             if name not in components:
                 continue
-            own = {n[len(prefix) :]: s for n, s in shapes.items() if within(n, prefix)}
-            own = {_without_head(name, n): s for n, s in own.items()}
+            origin = _origin(file, name, prefix, contents.weights)
+            own = {key: shapes[full] for key, full in origin.items()}
             prediction = schedule[1] if schedule else ""
             config = _config(file, name, own, family, prediction, said, hints)
-            averaged = name == "unet" and weights == "ema" and any(_EMA in n for n in shapes)
-            params = _read_network(file, name, prefix, config, ignored, averaged=averaged)
+            if weights == "ema" and (name == "unet" or not prefix):
+                if taken := whole_average(file, name, origin, averages):
+                    origin, averages = taken, ()
+                    who = "UNet" if name == "unet" else "VAE"
+                    what = f"the {who}'s parameters: the file has their average, which was taken"
+                    ignored.append(what)
+            params, unused = _read_network(file, name, prefix, config, origin)
+            ignored += unused
             parts[name] = config
             parts["params"] |= {f"{name}.{path}": value for path, value in params.items()}
         encoders = [name for name in TOKENIZERS if name in parts]
@@ -124,6 +118,7 @@ def read_single_file(
     except (ConfigError, WeightsError, TokenizerError) as error:
         text = str(error)
         raise PretrainedError(text if str(file) in text else f"{file}: {text}") from error
+    ignored += counted("model_ema.*" for _ in averages)
     if "unet" in parts:
         assert schedule
         parts["schedule"], parts["prediction_type"] = schedule
@@ -133,6 +128,19 @@ def read_single_file(
         default = hints.like.zero_empty_prompt if hints.like else family == "sdxl"
         parts["zero_empty_prompt"] = said.get("zero_empty_prompt", default)
     return Pretrained(**parts, ignored=tuple(ignored))
+
+
+def _refuse_quantised(
+    file: paths.Path,
+    names: Iterable[str],
+    prefixes: Mapping[str, str],
+    components: Sequence[str],
+) -> None:
+    """WeightsError if what is to be read is quantised; other networks of the file may be."""
+    others = [prefix for name, prefix in prefixes.items() if name not in components]
+    wanted = [name for name in names if not any(within(name, prefix) for prefix in others)]
+    if problem := quantised(wanted):
+        raise WeightsError(f"{file}: {problem}")
 
 
 def _said(file: paths.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -147,40 +155,6 @@ def _said(file: paths.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "use the version that wrote it, or write it again"
         ) from error
     return said
-
-
-def _layout(file: paths.Path, shapes: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """(family, {network: prefix}) of a file."""
-    has = lambda prefix: any(name.startswith(prefix) for name in shapes)  # noqa: E731
-    if "encoder.conv_in.weight" in shapes:
-        return "", {"vae": ""}
-    prefixes = {name: p for name, p in (("unet", UNET), ("vae", VAE)) if has(p)}
-    for family, encoders in ENCODERS.items():
-        found = {name: prefix for name, prefix in encoders.items() if has(prefix)}
-        if len(found) == len(encoders):
-            return family, prefixes | found
-    if not prefixes:
-        some = ", ".join(sorted(shapes)[:4]) or "nothing"
-        raise PretrainedError(
-            f"{file}: no Stable Diffusion checkpoint; expected names that begin with {UNET}, {VAE} "
-            f"or encoder., found {some}"
-        )
-    context = shapes.get(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
-    return {768: "sd1", 1024: "sd2", 1280: "refiner", 2048: "sdxl"}.get(context, ""), prefixes
-
-
-def _others(file: paths.Path, shapes: Mapping[str, Any], prefixes: Mapping[str, str]) -> list[str]:
-    """What is in the file besides the networks, as lines; an error for what may matter."""
-    owners = prefixes.values()
-    rest = [name for name in shapes if not any(within(name, prefix) for prefix in owners)]
-    tops = sorted({name.split(".")[0] for name in rest})
-    unknown = [top for top in tops if top not in _HARMLESS]
-    if unknown:
-        raise PretrainedError(
-            f"{file}: sdjax does not know what is under {', '.join(unknown)}, which may belong to "
-            "another kind of model; nothing was read. Remove these if they do not matter"
-        )
-    return [f"{top}: {sum(n.split('.')[0] == top for n in rest)} tensors" for top in tops]
 
 
 def _config(
@@ -220,52 +194,60 @@ def _config(
 
 
 def _read_network(
-    file: paths.Path, name: str, prefix: str, config: Any, ignored: list[str], *, averaged: bool
-) -> dict[str, np.ndarray]:
-    """float32 parameters of one network, without its name."""
-    tensors = load_file(file, wanted=lambda key: within(key, prefix))
-    tensors = {_without_head(name, key[len(prefix) :]): value for key, value in tensors.items()}
-    if averaged:
-        tensors |= _averages(file, tensors)
-        ignored.append("the UNet's parameters: the file has their average, which was taken")
+    file: paths.Path, name: str, prefix: str, config: Any, origin: dict[str, str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(float32 parameters of one network without its name; lines about what it does not use).
+
+    Args:
+        origin: {key without prefix: name in the file} of its weights, or of their averages.
+    """
     open_clip = is_open_clip(prefix)
-    if open_clip:
-        # SD2's files hold the layer after the one that is used, and the head; diffusers drops both.
-        extra = [f"transformer.resblocks.{config.num_hidden_layers}.", *_OPEN_CLIP_EXTRA]
-        extra += ["text_projection"] if config.projection_dim is None else []
-        dropped = [key for key in tensors if key.startswith(tuple(extra))]
-        tensors = {key: value for key, value in tensors.items() if key not in dropped}
-        if dropped:
-            ignored.append(f"{name}: {', '.join(sorted(dropped)[:3])}, ... ({len(dropped)})")
+    dropped = _surplus(config, origin) if open_clip else {}
+    chosen = {key: full for key, full in origin.items() if key not in dropped}
+    found = load_file(file, wanted=set(chosen.values()).__contains__)
+    tensors = {key: found[full] for key, full in chosen.items()}
+    rename = ldm_names.renamer(config, open_clip=open_clip)
     _, expected = abstract(NETWORKS[name][0], config, param_dtype=jnp.float32)
-    names = dict.fromkeys(map(weight_name, expected))
-    found = ldm_names.from_ldm(tensors, names, ldm_names.renamer(config, open_clip=open_clip))
+    originals = {new: rename(new) for new in map(weight_name, expected)}
+
+    def spell(key: str) -> str:
+        key = originals.get(key, key)
+        return origin.get(key, prefix + key)
+
+    weights = ldm_names.from_ldm(tensors, originals, rename)
     try:
-        return from_diffusers(found, expected)
+        params = from_diffusers(weights, expected, spell=spell)
     except WeightsError as error:
         raise WeightsError(f"{file}: {name}: {error}") from error
+    return params, counted(prefix + label for label in dropped.values())
 
 
-def _averages(file: paths.Path, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """LDM's EMA, whose names are those of the parameters without dots (ldm/modules/ema.py)."""
-    flat = {"diffusion_model" + key.replace(".", ""): key for key in tensors}
-    averages = load_file(file, wanted=lambda key: key.startswith(_EMA + "diffusion_model"))
-    return {flat[key[len(_EMA) :]]: v for key, v in averages.items() if key[len(_EMA) :] in flat}
+def _surplus(config: Any, keys: Iterable[str]) -> dict[str, str]:
+    """{key: label} of what an encoder of OpenCLIP has in a file and diffusers drops.
+
+    SD2's files hold the layer after the one that is used, and the head.
+    """
+    last = f"transformer.resblocks.{config.num_hidden_layers}."
+    head = ("text_projection", "text_projection.weight") if config.projection_dim is None else ()
+    return {key: f"{last}*" for key in keys if key.startswith(last)} | {
+        key: key for key in keys if key in head
+    }
 
 
-def within(name: str, prefix: str) -> bool:
-    """Whether a weight is of the network under a prefix; without one, of an autoencoder."""
-    return name.startswith(prefix) if prefix else name.split(".")[0] in _VAE_PARTS
+def _origin(file: paths.Path, name: str, prefix: str, shapes: Iterable[str]) -> dict[str, str]:
+    """{key without prefix: name in the file} of a network's weights.
 
-
-def is_open_clip(prefix: str) -> bool:
-    """Whether the encoder under a prefix has the names of OpenCLIP."""
-    return prefix.endswith(f".{_OPEN_CLIP}")
-
-
-def _without_head(name: str, key: str) -> str:
-    """CLIP-L is stored under the names of transformers 4, in some files of 5."""
-    return key.removeprefix("text_model.") if name in TOKENIZERS else key
+    CLIP-L is stored under the names of transformers 4, in some files of 5.
+    """
+    origin: dict[str, str] = {}
+    for full in shapes:
+        if within(full, prefix):
+            key = full[len(prefix) :]
+            key = key.removeprefix("text_model.") if name in TOKENIZERS else key
+            if key in origin:
+                raise WeightsError(f"{file}: {origin[key]} and {full} are the same weight")
+            origin[key] = full
+    return origin
 
 
 def _schedule(
@@ -293,12 +275,15 @@ def _schedule(
     prediction = hints.prediction_type or prediction
     if "alphas_cumprod" in shapes:
         table = load_file(file, wanted=lambda name: name == "alphas_cumprod")["alphas_cumprod"]
+        # The precision of float8, or of bfloat16.
+        small = jnp.issubdtype(table.dtype, jnp.floating) and table.dtype.itemsize == 1
+        relative = float(jnp.finfo(table.dtype).eps) / 2 if small else 4e-3
         table = table.astype(np.float64)
         for zero in (False, True):
             candidate = dataclasses.replace(schedule, zero_terminal_snr=zero)
             expected = make_schedule(candidate).alphas_cumprod
-            # The precision of bfloat16. Ends of SD's table: 0.0047, or 0 for a zero terminal SNR.
-            if table.shape == expected.shape and np.allclose(table, expected, 4e-3, 1e-3):
+            # Ends of SD's table: 0.0047, or 0 for a zero terminal SNR.
+            if table.shape == expected.shape and np.allclose(table, expected, relative, 1e-3):
                 return (candidate if zero else schedule), prediction
         raise PretrainedError(
             f"{file}: its alphas_cumprod (from {table.flat[0]:.4g} to {table.flat[-1]:.4g}) is not "

@@ -12,7 +12,8 @@ from sdjax import paths
 from sdjax.models.ldm_names import renamer, to_ldm
 from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name
 from sdjax.train.bundle import TOKENIZERS, Pretrained, PretrainedError
-from sdjax.train.single_file import ENCODERS, METADATA, UNET, VAE, is_open_clip
+from sdjax.train.single_file import METADATA
+from sdjax.train.single_file_layout import ENCODERS, UNET, VAE, is_open_clip
 from sdjax.train.weight_files import cast
 
 CLIP_VOCABULARY = 49408  # OpenAI CLIP, clip/simple_tokenizer.py

@@ -158,11 +158,12 @@ def _shards(params: Mapping[str, Any], itemsize: int, limit: int) -> list[list[s
 
 
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-    """`value` in `dtype`. WeightsError, with `name`, if it is too large for float16."""
+    """`value` in `dtype`. WeightsError, with `name`, if it is too large for that."""
     with np.errstate(over="ignore"):
         new = value.astype(jnp.dtype(dtype), copy=False)
-    if dtype == "float16" and np.any(np.isinf(new) & np.isfinite(value)):
+    if new.dtype != value.dtype and np.any(np.isinf(new) & np.isfinite(value)):
+        limit, other = float(jnp.finfo(dtype).max), "bfloat16" if dtype == "float16" else "float32"
         raise WeightsError(
-            f"{name} reaches {np.abs(value).max():.3g}, beyond float16's 65504; use bfloat16"
+            f"{name} reaches {np.abs(value).max():.3g}, beyond {dtype}'s {limit:.6g}; use {other}"
         )
     return new

@@ -20,7 +20,7 @@ from sdjax import paths, progress
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.models.config import ConfigError
-from sdjax.models.weights import WeightsError, abstract, load_file
+from sdjax.models.weights import WeightsError, abstract, check_finite, load_file
 from sdjax.train.bundle import (
     NETWORKS,
     TOKENIZERS,
@@ -31,7 +31,12 @@ from sdjax.train.bundle import (
     replaced_folder,
     write_json,
 )
-from sdjax.train.checkpoint import Checkpoints, restore_params
+from sdjax.train.checkpoint import (
+    Checkpoints,
+    checkpoint_folder,
+    latest_step,
+    restore_params,
+)
 
 CONFIG_FILE, FROZEN_FILE = "config.json", "frozen.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -56,7 +61,8 @@ def read_workdir(
         with_weights: False leaves `params` empty and the checkpoints alone.
 
     Raises:
-        PretrainedError: the workdir's files do not make whole networks, or `weights` is none.
+        PretrainedError: the workdir's files do not make whole networks, hold NaN or Inf, or
+            `weights` is none.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     folder = paths.to_path(workdir)
@@ -75,8 +81,8 @@ def read_workdir(
     networks = {name: network for name, network in networks.items() if network is not None}
     parts: dict[str, Any] = dict(networks)
     if with_weights:
-        params = _restore(folder, config, weights, step)
-        parts["params"] = _complete(folder, networks, params)
+        trained, frozen = _restore(folder, config, weights, step)
+        parts["params"] = _complete(folder, networks, trained, frozen, step)
     if latent and "unet" in networks:
         parts["schedule"] = config.schedule
         parts["prediction_type"] = config.objective.prediction_type
@@ -108,8 +114,8 @@ def write_scheduler(folder: paths.Path, scheduler: Mapping[str, Any]) -> None:
 
 def _restore(
     folder: paths.Path, config: Config, weights: str, step: int | None
-) -> dict[str, np.ndarray]:
-    """All parameters of a run, trained ones as `weights` asks."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(trained parameters of a run, as `weights` asks; those that it did not train)."""
     profiles = config.ema.profiles
     if weights not in ("ema", "raw", *profiles):
         raise PretrainedError(
@@ -123,19 +129,24 @@ def _restore(
         )
     profile = profiles[0] if weights == "ema" and profiles else weights
     which = f"ema:{profile}" if profile in profiles else "params"
-    params = restore_params(folder, which, step)
+    trained, frozen = restore_params(folder, which, step), {}
     if (folder / FROZEN_FILE).is_file():
         try:
-            params = load_file(folder / FROZEN_FILE) | params
+            frozen = load_file(folder / FROZEN_FILE)
         except WeightsError as error:
             raise PretrainedError(str(error)) from error
-    return params
+    return trained, frozen
 
 
 def _complete(
-    folder: paths.Path, networks: Mapping[str, Any], params: Mapping[str, Any]
+    folder: paths.Path,
+    networks: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    step: int | None,
 ) -> dict[str, np.ndarray]:
-    """The parameters of `networks`, float32, after a look that all are there."""
+    """The parameters of `networks`, float32, after a look that all are there and finite."""
+    params = {**frozen, **trained}
     chosen, problems = {}, []
     for name, config in networks.items():
         _, shapes = abstract(NETWORKS[name][0], config)
@@ -153,6 +164,18 @@ def _complete(
             f"{folder}: the parameters are not those of its {CONFIG_FILE}:\n  "
             + "\n  ".join(problems)
         )
+    try:
+        check_finite({path: value for path, value in chosen.items() if path not in trained})
+    except WeightsError as error:
+        raise PretrainedError(f"{folder / FROZEN_FILE}: {error}") from error
+    try:
+        check_finite({path: value for path, value in chosen.items() if path in trained})
+    except WeightsError as error:
+        step = latest_step(folder) if step is None else step
+        raise PretrainedError(
+            f"{checkpoint_folder(folder) / str(step)}: {error}\n"
+            f"An earlier checkpoint ({folder / 'checkpoints' / 'STEP'}) or other --weights may do"
+        ) from error
     return chosen
 
 

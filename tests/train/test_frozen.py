@@ -52,6 +52,12 @@ def test_what_is_wrong_is_named(file):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="frozen.safetensors cannot be read: .*\n.*a copy"):
             read_frozen(file, wanted(b_kernel=(4, 6), unused=(7,)))
+    kernel = ARRAYS["b.kernel"].copy()
+    kernel[2, 1], kernel[3, 3:5] = np.nan, np.inf
+    save_file({**ARRAYS, "b.kernel": kernel}, file)
+    with pytest.raises(UserError, match="frozen.safetensors .*b.kernel: 1 NaN and 2 Inf among 24"):
+        read_frozen(file, wanted(b_kernel=(4, 6)))
+    assert read_frozen(file, wanted(a_scale=(3,))).keys() == {"a.scale"}
     file.unlink()
     with pytest.raises(UserError, match="frozen.safetensors cannot be read"):
         read_frozen(file, wanted(a_scale=(3,)))
