@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from sdjax.config import Config, resolve, to_dict
-from sdjax.convert import convert
+from sdjax.convert import convert, main
 from sdjax.models import weights
-from sdjax.train.checkpoint import CheckpointError, Checkpoints
+from sdjax.train.checkpoint import CheckpointError, Checkpoints, restore_params
 from sdjax.train.pretrained import PretrainedError, read_any, read_diffusers, read_workdir
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -197,6 +198,33 @@ def test_workdir_with_other_parameters_is_explained(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "oops": 1}))
     with pytest.raises(PretrainedError, match=r"config.json: (?s:.)*config.oops"):
         read_workdir(tmp_path)
+
+
+def test_workdir_with_weights_that_are_not_finite_is_refused(run, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    frozen = weights.load_file(folder / "frozen.safetensors")
+    name = "vae.encoder.conv_in.kernel"
+    bad = frozen | {name: np.full_like(frozen[name], np.nan)}
+    weights.save_file(bad, folder / "frozen.safetensors")
+    out = tmp_path / "out"
+    assert main([f"--input={folder}", f"--output={out}"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {folder / 'frozen.safetensors'}: 1 of " in error
+    assert f"{name}: {bad[name].size:,} NaN among" in error and not out.exists()
+    assert "unet" in read_workdir(folder, components=("unet",)).networks
+
+    def restored(*args):
+        params = restore_params(*args)
+        return params | {"unet.conv_in.bias": np.full_like(params["unet.conv_in.bias"], np.inf)}
+
+    weights.save_file(frozen, folder / "frozen.safetensors")
+    monkeypatch.setattr("sdjax.train.workdir.restore_params", restored)
+    with pytest.raises(PretrainedError) as caught:
+        read_workdir(folder)
+    assert f"{folder / 'checkpoints' / '2'}: 1 of " in str(caught.value)
+    assert "unet.conv_in.bias: 16 Inf among 16 values" in str(caught.value)
+    with pytest.raises(PretrainedError, match=r"checkpoints/1: 1 of (?s:.)*other --weights may do"):
+        convert(None, out, average=[str(folder / "checkpoints" / str(s)) for s in (1, 2)])
 
 
 def command(*arguments):

@@ -91,6 +91,13 @@ def test_weights_in_a_torch_file_and_under_wrong_names(folder, tmp_path):
     torch.save(state | {"head.weight": torch.zeros(2)}, other / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="unused: head.weight"):
         read_clip(other)
+    torch.save(state | {"logit_scale": torch.tensor(float("nan"))}, other / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="pytorch_model.bin: logit_scale is NaN or Inf"):
+        read_clip(other)
+    nan = {"visual_projection.weight": state["visual_projection.weight"] * float("inf")}
+    torch.save(state | nan, other / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"\(vision\): 1 of (?s:.)*visual_projection.weight: "):
+        read_clip(other)
     del state["logit_scale"]
     torch.save(state, other / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="logit_scale, which is missing"):

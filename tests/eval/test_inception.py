@@ -155,6 +155,16 @@ def test_weights_that_do_not_fit_are_named(state_dict, tmp_path):
         read_inception(tmp_path / "other.pth")
 
 
+def test_statistics_that_are_not_finite_are_named(state_dict, monkeypatch):
+    arrays = {name: np.array(value) for name, value in state_dict.items()}
+    name = "Mixed_7c.branch_pool.bn.running_var"
+    arrays[name][3], arrays["fc.bias"][0] = np.nan, np.nan
+    monkeypatch.setattr("sdjax.eval.towers.read_tensors", lambda path: arrays)
+    with pytest.raises(WeightsError) as caught:
+        read_inception(__file__)
+    assert str(caught.value).splitlines()[1:] == [f"  {name}: 1 NaN among 192 values"]
+
+
 def test_weights_that_are_not_there_are_named_with_their_source(tmp_path):
     with pytest.raises(WeightsError) as caught:
         inception_tower(tmp_path / INCEPTION_FILE)

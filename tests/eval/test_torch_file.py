@@ -114,6 +114,12 @@ def test_names_that_tensors_do_not_need_are_refused(save, value, found):
         read_tensors(save({"weight": torch.zeros(2), "extra": value}))
 
 
+def test_float8_is_refused_in_words(save):
+    file = save({"weight": torch.zeros(2).to(torch.float8_e4m3fn)})
+    with pytest.raises(TorchFileError, match="kind that only torch knows, as float8; write them"):
+        read_tensors(file)
+
+
 def test_a_whole_model_is_refused(save):
     with pytest.raises(TorchFileError, match="refused"):
         read_tensors(save(torch.nn.Linear(2, 2)))

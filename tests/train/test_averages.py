@@ -6,10 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sdjax.config import Config, to_dict
 from sdjax.convert import convert, main
+from sdjax.errors import UserError
 from sdjax.train import averages, ema
 from sdjax.train.checkpoint import Checkpoints
 from sdjax.train.pretrained import PretrainedError, read_diffusers
@@ -133,6 +134,26 @@ def test_another_length_of_average(run, exported, tmp_path):
     convert(run, tmp_path / "tracked", ema_length=0.05, step=30)
     tracked, direct = load_file(tmp_path / "tracked" / UNET), load_file(exported[30] / UNET)
     np.testing.assert_allclose(tracked["conv_in.bias"], direct["conv_in.bias"], rtol=1e-5)
+
+
+def test_snapshots_of_a_part_of_the_model_or_with_nan_are_refused(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    out = tmp_path / "out"
+    files = sorted((folder / "ema_snapshots").iterdir())
+    assert len(files) == 6
+    for file in files:
+        params = load_file(file)
+        dropped = params.pop("unet.conv_in.bias")
+        save_file(params, file)
+    with pytest.raises(PretrainedError, match=r"lack 1 of the \d+ .*as unet.conv_in.bias"):
+        convert(folder, out, ema_length=0.07)
+    save_file({**params, "unet.conv_in.bias": dropped}, files[-1])
+    with pytest.raises(UserError, match="different models: unet.conv_in.bias is not in the one"):
+        convert(folder, out, ema_length=0.07)
+    save_file({**params, "unet.conv_in.bias": dropped * np.nan}, files[-1])
+    with pytest.raises(UserError, match=f"{files[-1]}: (?s:.)*unet.conv_in.bias: 16 NaN"):
+        convert(folder, out, ema_length=0.07)
+    assert not out.exists()
 
 
 def test_impossible_means_are_explained(run, exported, tmp_path):

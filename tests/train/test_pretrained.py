@@ -1,5 +1,6 @@
 """Folders of diffusers: read and written without loss, and what is wrong with them said at once."""
 
+import copy
 import json
 import shutil
 
@@ -300,6 +301,92 @@ def test_safety_checker_is_ignored_and_said(folder):
     entry = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     edit_json(folder / "model_index.json", safety_checker=entry)
     assert "safety_checker" in read_diffusers(folder).ignored
+
+
+def test_private_lists_of_the_index_are_ignored_and_listed(folder, read):
+    edit_json(folder / "model_index.json", _ignore_files=["a.bin", "b.bin"], _notes=["x", None])
+    found = read_diffusers(folder)
+    assert {"_ignore_files", "_notes"} <= set(found.ignored)
+    assert_same_bits(found.params, read.params)
+
+
+def test_text_encoder_in_the_file_of_a_whole_clip_is_read_as_transformers_does(folder, read):
+    transformers = pytest.importorskip("transformers")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = weights.load_file(file)
+    extra = {
+        "text_projection.weight": np.ones((24, 24), np.float32),
+        "logit_scale": np.float32(2.6),
+        "visual_projection.weight": np.ones((24, 24), np.float32),
+        "vision_model.post_layernorm.bias": np.ones(3, np.float32),
+        "vision_model.post_layernorm.weight": np.ones(3, np.float32),
+    }
+    weights.save_file({**tensors, **extra}, file)
+    theirs = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+    found = read_diffusers(folder)
+    ours = weights.to_diffusers(found.component("text_encoder"))
+    assert_same_bits(
+        ours, {key.removeprefix("text_model."): value.numpy() for key, value in theirs.items()
+               if "position_ids" not in key}
+    )  # fmt: skip
+    listed = {"text_projection.weight", "logit_scale", "vision_model.* (2 tensors)"}
+    assert {f"text_encoder: {name}" for name in listed} <= set(found.ignored)
+    weights.save_file({**tensors, "text_projection.bias": np.ones(3, np.float32)}, file)
+    with pytest.raises(PretrainedError, match=r"unused: text_projection.bias \(3,\)"):
+        read_diffusers(folder)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_folder_of_torch_is_read_to_the_bit(kind, torch_pipeline, read, folder):
+    torch = pytest.importorskip("torch")
+    unet = copy.deepcopy(torch_pipeline.unet).to(getattr(torch, kind))
+    unet.save_pretrained(folder / "unet")
+    found = read_diffusers(folder)
+    theirs = {key: value.float().numpy() for key, value in unet.state_dict().items()}
+    assert_same_bits(weights.to_diffusers(found.component("unet")), theirs)
+    assert_same_bits(found.component("vae"), read.component("vae"))
+    with pytest.raises(AssertionError):
+        assert_same_bits(found.component("unet"), read.component("unet"))
+
+
+def test_quantised_folders_are_refused(folder):
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = weights.load_file(unet)
+    shape = tensors["time_embedding.linear_1.weight"].shape
+    tensors["time_embedding.linear_1.weight"] = np.ones(shape, np.int8)
+    weights.save_file(tensors, unet)
+    with pytest.raises(PretrainedError, match="no floats: time_embedding.linear_1.weight is int8"):
+        read_diffusers(folder)
+    scale = {"time_embedding.linear_1.SCB": np.ones(shape[0], np.float32)}
+    weights.save_file({**tensors, **scale}, unet)
+    with pytest.raises(PretrainedError, match=rf"{unet}: its weights are quantised .*linear_1.SCB"):
+        read_diffusers(folder)
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    edit_json(folder / "unet" / "config.json", quantization_config=settings)
+    edit_json(folder / "text_encoder" / "config.json", quantization_config=settings)
+    with pytest.raises(PretrainedError) as caught:
+        read_diffusers(folder)
+    for part in ("unet", "text_encoder"):
+        where = f"{folder / part / 'config.json'}: quantization_config (bitsandbytes): its weights"
+        assert where in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_named_with_their_file(folder):
+    for part, file, name in (
+        ("unet", "diffusion_pytorch_model.safetensors", "conv_in.weight"),
+        ("text_encoder", "model.safetensors", None),
+    ):
+        tensors = weights.load_file(folder / part / file)
+        name = name or next(iter(tensors))
+        tensors[name] = np.full_like(tensors[name], np.inf if part == "unet" else np.nan)
+        weights.save_file(tensors, folder / part / file)
+    with pytest.raises(PretrainedError) as caught:
+        read_diffusers(folder)
+    message = str(caught.value)
+    assert f"{folder / 'unet' / 'diffusion_pytorch_model.safetensors'}: 1 of " in message
+    assert "\n  conv_in.weight: 576 Inf among 576 values" in message
+    assert f"{folder / 'text_encoder' / 'model.safetensors'}: 1 of " in message
+    assert read_diffusers(folder, components=("vae",)).networks.keys() == {"vae"}
 
 
 def test_folders_of_neither_kind_are_explained(tmp_path):
