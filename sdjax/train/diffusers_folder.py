@@ -171,6 +171,16 @@ def _read_network(
         raise WeightsError(f"{found}: {error}") from error
 
 
+def _surplus(name: str, config: Any, key: str) -> str:
+    """The label of a weight of a whole CLIPModel that its text encoder alone lacks, or ""."""
+    if name not in TOKENIZERS:
+        return ""
+    head = ("text_projection.weight",) if config.projection_dim is None else ()
+    if key in ("logit_scale", "visual_projection.weight", *head):
+        return key
+    return "vision_model.*" if key.startswith("vision_model.") else ""
+
+
 def _read_scheduler(folder: paths.Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Pretrained that a scheduler's folder fills."""
     file = folder / "scheduler_config.json"
@@ -184,16 +194,6 @@ def _read_scheduler(folder: paths.Path, index: Mapping[str, Any]) -> dict[str, A
         "unsupported_sampler": read.unsupported,
         "scheduler": content,
     }
-
-
-def _surplus(name: str, config: Any, key: str) -> str:
-    """The label of a weight of a whole CLIPModel that its text encoder alone lacks, or ""."""
-    if name not in TOKENIZERS:
-        return ""
-    head = ("text_projection.weight",) if config.projection_dim is None else ()
-    if key in ("logit_scale", "visual_projection.weight", *head):
-        return key
-    return "vision_model.*" if key.startswith("vision_model.") else ""
 
 
 def _read_tokenizer(
