@@ -30,7 +30,7 @@ from sdjax import progress
 from sdjax.data.prepare.settings import DUPLICATES, Place, Settings
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
-from sdjax.data.raw.rows import Fields
+from sdjax.data.raw.rows import Fields, passed_over
 from sdjax.errors import UserError, explain
 from sdjax.verbs import parse
 
@@ -191,6 +191,8 @@ def _run(rest: list[str]) -> int:
     for what in ("dropped", "changed"):
         for word, count in sorted(found[what].items(), key=lambda item: -item[1]):
             print(f"  {count} {what}: {word}")
+    if found["passed_over"]:
+        print(f"  {passed_over(found['passed_over'])}")
     print(f"{place.folder / report.HTML} shows what was dropped; to train on what was kept:\n"
           f"  --config.data.name=prepared --config.data.path={place.folder}")  # fmt: skip
     return 0

@@ -48,6 +48,7 @@ class Source:
         self.directory = directory
         self.split = split
         self.left_out: dict[str, int] = {}  # how many of the split's examples, by reason
+        self.notes: tuple[str, ...] = ()  # what made the splits, what was passed over: lines
 
     def __len__(self) -> int:
         return len(self._records)
@@ -332,6 +333,7 @@ def open_source(config: DataConfig, split: str) -> Source:
         to_text=to_text,
         encoding=encoding,
     )
+    source.notes = tuple(getattr(builder, "notes", ()))
     return _chosen(source, split, cut, config)
 
 
@@ -371,6 +373,7 @@ def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConf
     if reasons:
         logging.warning("%s, split %s: left out: %s", source.name, split, reasons)
     chosen = source.take(np.flatnonzero(keep), split=split)
+    chosen.notes = source.notes
     chosen.left_out = {reason: count for reason, count in left_out.items() if count}
     return chosen
 

@@ -42,6 +42,7 @@ def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size:
         else:
             lines.append(line)
         lines += [f"  {count:,} not used: {reason}" for reason, count in not_used.items()]
+        lines += [f"  {note}" for note in source.notes]
     return Summary(tuple(lines), scalars)
 
 

@@ -23,20 +23,25 @@ import numpy as np
 from absl import logging
 
 from sdjax.data.raw import clean, folder, formats, parquet, webdataset
-from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, fraction
+from sdjax.data.raw.remedies import unusable
+from sdjax.data.raw.rows import SPLITS, Chosen, Fields, Row, Shard, Skip, fraction, passed_over
 from sdjax.data.sources import FORMAT, DataConfig, DataError, prepare_builder
 from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 
 SKIP_REPORT = "skipped.json"
+PASSED_OVER = "passed_over.json"  # members of tars that no row is made of, by ending
 TEST_SHARE = 0.03
+_OPTIONS = ("text_key", "image_key", "min_side", "max_aspect", "max_pixels")
 
 
 @dataclasses.dataclass(eq=False)
 class ImportConfig(tfds.core.BuilderConfig):
-    """The shards of a source, and what of them is good enough."""
+    """The shards of a source, what is said of them, and what of them is good enough."""
 
     path: str = ""
     shards: list[Shard] = dataclasses.field(default_factory=list, repr=False)
+    notes: list[str] = dataclasses.field(default_factory=list, repr=False)
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
     fields: Fields = Fields()
     rules: clean.Rules = clean.Rules()
 
@@ -46,14 +51,18 @@ def import_config(path: str, format: str, fields: Fields, rules: clean.Rules) ->
 
     Raises DataError when there is nothing to read.
     """
-    shards = formats.list_shards(path, format, fields)
-    identity = f"{formats.fingerprint(shards, fields)} {rules}"
+    survey = formats.survey(path, format, fields)
+    identity = f"{formats.fingerprint(survey.shards, fields)} {rules}"
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     stem = Path(path).expanduser().resolve().name
     base = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "folder"
+    notes = survey.lines()
+    if _is_cut(survey.shards):
+        notes.append(f"split test: {TEST_SHARE:.0%} of them, by a hash of the name")
     return ImportConfig(
-        name=f"{base}-{fingerprint}", path=path, shards=shards, fields=fields, rules=rules
-    )
+        name=f"{base}-{fingerprint}", path=path, shards=survey.shards, notes=notes,
+        passed_over=dict(survey.passed_over), fields=fields, rules=rules,
+    )  # fmt: skip
 
 
 def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -111,12 +120,13 @@ class RawImport(  # type: ignore[call-arg]
     stored in another way.
     """
 
-    VERSION = tfds.core.Version("1.3.0")
+    VERSION = tfds.core.Version("1.4.0")
     RELEASE_NOTES = {
         "1.0.0": "PNG, JPEG and WebP as they are, everything else as PNG.",
         "1.1.0": "Captions, width and height; lists of captions are used.",
         "1.2.0": "Upright JPEGs with EXIF as they are; PNGs of 16 bits as PNGs of 8.",
         "1.3.0": "The size before a picture was stored smaller.",
+        "1.4.0": "Each row has a split of its own; more layouts of folders, endings and captions.",
     }
     url_infos = None  # nothing is downloaded
 
@@ -131,6 +141,7 @@ class RawImport(  # type: ignore[call-arg]
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = self.builder_config
         self._skipped: list[Skip] = []
+        self._passed_over: dict[str, Counter[str]] = {}  # of each shard
         generators = {}
         for split, shards, chosen in _splits(config.shards):
             # A split without a single usable image must not be written: look for the first.
@@ -141,11 +152,12 @@ class RawImport(  # type: ignore[call-arg]
             else:
                 generators[split] = self._generate_examples(first, examples)
         if not generators:
-            first_of_them = f"; first of them: {_line(self._skipped[0])}" if self._skipped else ""
+            options = {name: f"data.{name}" for name in _OPTIONS}
+            others = config.passed_over | self._all_passed_over()
             raise DataError(
                 f"data.path is {config.path!r}, of which not one image can be used: "
-                f"{summary(self._skipped)}{first_of_them}; expected images, each with a caption "
-                f"(data.text_key is {config.fields.text!r})"
+                f"{summary(self._skipped)}; expected images, each with a caption (data.text_key is "
+                f"{config.fields.text!r}){unusable(self._skipped, others, options)}"
             )
         return generators
 
@@ -157,11 +169,17 @@ class RawImport(  # type: ignore[call-arg]
         # data_path is the unfinished dataset here, so the report appears together with it.
         report = [dataclasses.asdict(skip) for skip in self._skipped]
         (self.data_path / SKIP_REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False))
+        (self.data_path / PASSED_OVER).write_text(json.dumps(self._all_passed_over()))
+
+    def _all_passed_over(self) -> dict[str, int]:
+        return dict(sum(self._passed_over.values(), Counter()))
 
     def _examples(self, shards: list[Shard], chosen: Chosen) -> Iterator[clean.Example]:
         config = self.builder_config
         for shard in shards:
-            for item in formats.read(shard, config.fields, chosen):
+            # A shard that is read for two splits counts once.
+            counts = self._passed_over[shard.path] = Counter()
+            for item in formats.read(shard, config.fields, chosen, counts):
                 made = clean.clean(item, config.rules) if isinstance(item, Row) else item
                 if isinstance(made, Skip):
                     self._skipped.append(made)
@@ -191,16 +209,25 @@ def _splits(shards: list[Shard]) -> Iterator[tuple[str, list[Shard], Chosen]]:
 
     Every row, and every skip, is in exactly one split.
     """
-    by_split: dict[str, list[Shard]] = {}
-    for shard in shards:
-        by_split.setdefault(shard.split, []).append(shard)
-    if set(by_split) != {"train"}:
-        yield from ((split, group, formats.all_rows) for split, group in by_split.items())
+    if not _is_cut(shards):
+        for wanted in SPLITS:
+            group = [shard for shard in shards if wanted in shard.splits]
+            if group:
+                yield wanted, group, functools.partial(_is_of, wanted)
         return
     limit = limit_of_test({name for shard in shards for name in formats.names(shard)})
-    yield "train", shards, lambda name: fraction(name) > limit
+    yield "train", shards, lambda name, split: fraction(name) > limit
     if limit >= 0:
-        yield "test", shards, lambda name: fraction(name) <= limit
+        yield "test", shards, lambda name, split: fraction(name) <= limit
+
+
+def _is_cut(shards: list[Shard]) -> bool:
+    """Whether the source has no splits but train, of which some is made test."""
+    return all(shard.splits == ("train",) for shard in shards)
+
+
+def _is_of(wanted: str, name: str, split: str) -> bool:
+    return split == wanted
 
 
 def summary(skipped: list[Skip]) -> str:
@@ -241,6 +268,10 @@ def prepare(config: DataConfig) -> Any:
             file_format=FORMAT,
         )
     prepare_builder(builder)
+    builder.notes = builder.builder_config.notes
+    others = json.loads((builder.data_path / PASSED_OVER).read_text())
+    if others:
+        builder.notes = [*builder.notes, f"in tars, {passed_over(others)}"]
     skipped = read_skipped(builder)
     report = Path(builder.data_path) / SKIP_REPORT
     if skipped:

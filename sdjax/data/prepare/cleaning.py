@@ -11,6 +11,7 @@ import io
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class Index:
     entries: list[Entry]
     skips: list[Skip]
     thumbnails: dict[str, list[tuple[str, str, str]]]  # by reason: name, detail, base64 JPEG
+    passed_over: dict[str, int]  # by ending: members of a tar that no row is made of
 
 
 def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> dict[str, int]:
@@ -64,12 +66,13 @@ def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> 
     number, shard = job
     if place.index(number).exists():
         return counts(read_index(place, number))
-    index = Index([], [], {})
+    passed_over: Counter[str] = Counter()
+    index = Index([], [], {}, passed_over)
     serialize = _serializer(settings.scores)
     tell = _teller(place, number, shard)
     with place.writing(place.cleaned(number)) as local:
         writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
-        for item in formats.read(shard, settings.fields):
+        for item in formats.read(shard, settings.fields, passed_over=passed_over):
             image = item.image if isinstance(item, Row) else None
             tell(len(image or b""))
             made = clean(item, settings.rules) if isinstance(item, Row) else item
@@ -133,6 +136,7 @@ def read_index(place: Place, number: int) -> Index:
         [Entry(**entry) for entry in stored["entries"]],
         [Skip(**skip) for skip in stored["skips"]],
         stored["thumbnails"],
+        stored["passed_over"],
     )
 
 

@@ -17,7 +17,8 @@ from sdjax.data.dataset_folder import write_metadata
 from sdjax.data.prepare import cleaning, duplicates, report, writing
 from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
 from sdjax.data.raw import formats
-from sdjax.data.raw.rows import Shard
+from sdjax.data.raw.remedies import unusable
+from sdjax.data.raw.rows import Shard, Survey
 from sdjax.errors import UserError
 
 std_logging.disable(std_logging.WARNING)  # Beam regrets that it cannot talk to BigQuery
@@ -26,6 +27,13 @@ import apache_beam as beam  # noqa: E402
 std_logging.disable(std_logging.NOTSET)
 
 STATE = "prepare.json"
+_OPTIONS = {
+    name: f"--{name}"
+    for name in (
+        "format", "image_key", "text_key", "min_caption_chars", "max_caption_chars",
+        "drop_pattern", "min_side", "max_aspect", "max_pixels", "convert_modes", "score",
+    )
+}  # fmt: skip
 
 
 def run(
@@ -37,8 +45,9 @@ def run(
     Raises UserError when nothing is usable, or the output is that of another run.
     """
     with progress.work("looking at the input"):
-        shards = formats.list_shards(input, settings.format, settings.fields)
-        fingerprint = formats.fingerprint(shards, settings.fields)
+        survey = formats.survey(input, settings.format, settings.fields)
+        fingerprint = formats.fingerprint(survey.shards, settings.fields)
+    shards = survey.shards
     workers = min(workers or os.cpu_count() or 1, len(shards))
     make = functools.partial(_pipeline, workers=workers, options=tuple(beam_options))
     make()  # refuses wrong options before any work
@@ -47,23 +56,21 @@ def run(
     if done is not None:
         print(f"{place.folder} is finished already", file=sys.stderr)
         return done
+    stored = {split for shard in shards for split in shard.splits}
+    notes = [*survey.lines(), *settings.cuts(stored)]
+    print("\n".join(notes), file=sys.stderr, flush=True)
     _clean(make, shards, settings, place)
     indices = [cleaning.read_index(place, number) for number in range(len(shards))]
     if not any(index.entries for index in indices):
-        reasons = Counter(skip.reason for index in indices for skip in index.skips)
-        writing.remove_work(place)  # or a run with better options would be refused
-        raise UserError(
-            f"--input is {input!r}, of which not one image can be used: {dict(reasons)}; expected "
-            f"images, each with a caption (--text_key is {settings.fields.text!r})"
-        )
+        raise UserError(_nothing_usable(input, survey, indices, place, settings))
     dropped = _find_duplicates(make, len(shards), settings, place)
-    kept = _split(indices, dropped, {shard.split for shard in shards}, settings)
+    kept = _split(indices, dropped, stored, settings)
     outputs = writing.plan(f"prepared_{key}", kept, shard_bytes=settings.shard_mb << 20)
     missing = [output for output in outputs if not (place.folder / output.file).exists()]
     files = [output.file for output in missing]
     with progress.work("writing", len(files), unit="files", poll=_there(place.folder, files)):
         _each(make, missing, functools.partial(writing.write_output, place=place))
-    found = report.make(settings, indices, dropped, kept, outputs)
+    found = report.make(settings, survey, notes, indices, dropped, kept, outputs)
     report.write(found, indices, dropped, place, settings)
     description = f"Made by sdjax.prepare, {sum(found['splits'].values())} examples."
     write_metadata(
@@ -78,6 +85,23 @@ def run(
     return found
 
 
+def _nothing_usable(
+    input: str, survey: Survey, indices: list[cleaning.Index], place: Place, settings: Settings
+) -> str:
+    """Writes the report, removes what a run with other options could not use, and says why."""
+    found = report.make(settings, survey, survey.lines(), indices, {}, [], [])
+    report.write(found, indices, {}, place, settings)
+    writing.remove_work(place)
+    skips = [skip for index in indices for skip in index.skips]
+    reasons = dict(Counter(skip.reason for skip in skips))
+    return (
+        f"--input is {input!r}, of which not one image can be used: {reasons}; expected images, "
+        f"each with a caption (--text_key is {settings.fields.text!r})"
+        f"{unusable(skips, found['passed_over'], _OPTIONS)}"
+        f"\n  {place.folder / report.HTML} lists them"
+    )
+
+
 def _begin(place: Place, key: str) -> dict[str, Any] | None:
     """Makes the work folder, or checks that it is that of this run; the report if all is done."""
     if paths.exists(place.folder / STATE):
@@ -86,7 +110,9 @@ def _begin(place: Place, key: str) -> dict[str, Any] | None:
         state, finished = place.work / STATE, False
         paths.make_folder(place.work)
         if not state.exists():
-            others = sorted({path.name for path in place.folder.iterdir()} - {"work"})
+            there = {path.name for path in place.folder.iterdir()} - {"work"}
+            # A run that could use nothing leaves its report, and no other stands in the way.
+            others = sorted(there - {report.JSON, report.HTML, report.DROPPED})
             if others:
                 raise UserError(f"--output is {str(place.folder)!r}, which holds {others[:5]}; "
                                 "expected a folder that is empty or not there")  # fmt: skip

@@ -15,12 +15,14 @@ from sdjax.data.prepare.cleaning import Entry, Index
 from sdjax.data.prepare.duplicates import EXACT, NEAR, position
 from sdjax.data.prepare.settings import Place, Settings
 from sdjax.data.prepare.writing import Output, stored
+from sdjax.data.raw.rows import Survey
 
 JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
 # Where what is dropped, or changed, is; in the order of the work.
 STEPS = {
     "reading": ("bad_shard", "bad_json", "bad_record", "no_file_name", "unsafe_path",
-                "bad_encoding", "git_lfs_pointer", "missing_file", "missing_image"),
+                "named_twice", "bad_encoding", "git_lfs_pointer", "missing_file",
+                "missing_image"),
     "captions": ("no_caption", "caption_not_text", "caption_html", "caption_control",
                  "caption_spaces", "caption_too_short", "caption_too_long", "caption_pattern"),
     "scores": ("no_score", "score"),
@@ -41,12 +43,22 @@ _KILOBYTES = (0, 4, 16, 64, 256, 1024, 4096)
 
 
 def make(
-    settings: Settings, indices: list[Index], dropped: Dropped, kept: Kept, outputs: list[Output]
+    settings: Settings,
+    survey: Survey,
+    notes: list[str],
+    indices: list[Index],
+    dropped: Dropped,
+    kept: Kept,
+    outputs: list[Output],
 ) -> dict[str, Any]:
-    """Counts by step and reason, and histograms of what is kept."""
+    """Counts by step and reason, and histograms of what is kept.
+
+    notes: what made the splits, and what was passed over: lines.
+    """
     skipped = Counter(skip.reason for index in indices for skip in index.skips)
     repeated = Counter(reason for reason, _ in dropped.values())
     changed = Counter(word for *_, entry, _ in kept for word in entry.changed)
+    others = Counter(survey.passed_over) + Counter(survey.unnamed)
     usable = sum(len(index.entries) for index in indices)
     return {
         "read": usable + sum(skipped.values()),
@@ -54,6 +66,8 @@ def make(
         "kept": len(kept),
         "dropped": dict(sorted((skipped + repeated).items())),
         "changed": dict(sorted(changed.items())),
+        "passed_over": dict(sum((Counter(i.passed_over) for i in indices), others)),
+        "notes": notes,
         "steps": _steps(skipped + repeated, changed),
         "splits": {split: sum(files.lengths) for split, files in stored(outputs).items()},
         "files": [output.file for output in outputs],
@@ -89,7 +103,7 @@ def _histograms(entries: list[Entry], settings: Settings) -> dict[str, Any]:
         "kilobytes": _histogram([e.bytes / 1024 for e in entries], _KILOBYTES),
     }
     for number, name in enumerate(settings.scores):
-        values = [entry.scores[number] for entry in entries]
+        values = [entry.scores[number] for entry in entries] or [0.0]
         edges = np.linspace(min(values), max(values), 11)
         found[name] = _histogram(values, tuple(float(f"{edge:.4g}") for edge in edges[:-1]))
     return found
@@ -171,6 +185,9 @@ def page(found: dict[str, Any], pictures: dict[str, list[tuple[str, str, list[st
         "<!doctype html><meta charset=utf-8><title>sdjax.prepare</title>",
         f"<style>{_STYLE}</style><h1>What became of the data</h1>",
         _table(counts),
+        "<ul>",
+        *(f"<li>{html.escape(note)}</li>" for note in found["notes"]),
+        "</ul>",
         "<h2>Each step: what it dropped, and what it changed in what is kept</h2>",
         _steps_table(found["steps"]),
         "<h2>What is kept</h2><div class=charts>",

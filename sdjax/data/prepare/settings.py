@@ -78,6 +78,17 @@ class Settings:
         """The columns of scores."""
         return tuple(rule.column for rule in self.rules.scores)
 
+    def cuts(self, stored: set[str]) -> list[str]:
+        """What becomes of `train` where the input has not the other splits, `stored`: lines."""
+        if "train" not in stored:
+            return []
+        shares = {"validation": self.validation_share, "test": self.test_share}
+        return [
+            f"split {split}: {share:.3g} of train, by a hash of the name"
+            for split, share in shares.items()
+            if share and split not in stored
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """For the report, and to tell runs apart; a limit that is none is null."""
         found = json.loads(json.dumps(dataclasses.asdict(self)))

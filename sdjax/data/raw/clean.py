@@ -95,7 +95,8 @@ def clean(row: Row, rules: Rules) -> Example | Skip:
             raise BadRow("missing_image")
         image, pixels, changed = checked(row.image, rules)
     except BadRow as bad:
-        return Skip(shown(row.place or row.name), bad.reason, shown(bad.detail))
+        detail = row.sought if bad.reason == "no_caption" and not bad.detail else bad.detail
+        return Skip(shown(row.place or row.name), bad.reason, shown(detail))
     except transforms.ImageError as bad:
         # Cut off in the header, a file is corrupt to Pillow, which knows the reason all the same.
         cut = bad.reason == "corrupt" and "truncated" in bad.detail.lower()

@@ -1,35 +1,39 @@
-"""Reads an image folder: captions in `metadata.jsonl` or `metadata.csv`, or in a .txt beside each.
+"""Reads an image folder: captions in metadata files, or in a .txt or .caption beside each image.
 
-The imagefolder convention: a metadata file beside the images, or one in each of the subfolders
-`train`, `test` and `validation`, with `file_name` and a caption in every line. Without any metadata
-file every image is taken whose name, ending in .txt, is its caption's file.
+The imagefolder convention: `metadata.jsonl`, `metadata.csv` or `metadata.parquet` in the folder or
+in folders below it, with `file_name` (a path below the metadata file's folder) and a caption in
+every row. Without any metadata file every image is taken, with the caption that lies beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sdjax import paths
+from sdjax.data.raw import metadata_parquet
+from sdjax.data.raw.layout import Contents, join, made_by_folders, split_folders, with_splits
 from sdjax.data.raw.metadata import parse, read_dialect, row_ends
 from sdjax.data.raw.rows import (
-    IMAGE_SUFFIXES,
-    SPLIT_NAMES,
     BadRow,
     Chosen,
     Fields,
     Row,
     Shard,
     Skip,
-    find,
-    relative,
+    Survey,
+    by_ending,
+    caption_files,
+    links_left,
     shown,
-    split_of,
     stamp,
 )
+from sdjax.data.raw.tree import walk
 from sdjax.data.sources import DataError
 
 FORMAT = "image_text_folder"
@@ -38,8 +42,8 @@ CSV = "metadata.csv"
 ROWS_PER_SHARD = 500  # small enough to share out, large enough to be worth a file of its own
 
 
-def shards(path: str) -> list[Shard]:
-    """Stretches of a folder's metadata. Raises DataError when it is no folder or has no images."""
+def survey(path: str) -> Survey:
+    """The images of a folder, in stretches. Raises DataError when it is no folder or has none."""
     folder = paths.to_path(path)
     if not folder.is_dir():
         raise DataError(
@@ -47,47 +51,103 @@ def shards(path: str) -> list[Shard]:
             f"{'no folder' if folder.exists() else 'not there'}; expected a folder of images with "
             f"{METADATA}"
         )
-    found = _metadata_files(folder)
-    if found:
-        return [shard for split, file in found for shard in _stretches(folder, split, file)]
-    names = [relative(str(file), str(folder)) for file in find(folder, IMAGE_SUFFIXES)]
-    if not names:
-        raise DataError(
-            f"data.path (--input) is {path!r}, which has no {METADATA}, nor has a subfolder "
-            f'train or test, nor images; write one with a line {{"file_name": "a.png", "text": '
-            f'"a caption"}} for each image, or put a.txt with the caption beside each a.png'
-        )
-    by_split: dict[str, list[str]] = {}
-    for name in names:
-        by_split.setdefault(split_of(name) if "/" in name else "train", []).append(name)
-    root = str(folder)
-    return [
-        Shard(FORMAT, root, root, split, names=tuple(group[at : at + ROWS_PER_SHARD]))
-        for split, group in by_split.items()
-        for at in range(0, len(group), ROWS_PER_SHARD)
-    ]
+    contents, not_followed, remarks = Contents(), list[str](), list[str]()
+    for below, files in walk(folder, not_followed):
+        chosen = metadata_of(folder / below, files)
+        remarks += [f"{join(below, name)} is not read, for {chosen[0]} beside it is"
+                    for name in chosen[1:]]  # fmt: skip
+        contents.add(below, files, chosen[0] if chosen else "")
+    if contents.metadata:
+        parts = _described(folder, contents)
+    elif contents.names:
+        parts = _captioned(folder, contents)
+    else:
+        raise DataError(_no_images(path, contents))
+    rows = Counter[str]()
+    for _, of_part in parts:
+        rows.update(of_part)
+    made, classes = split_folders(rows)
+    shards = [with_splits(shard, of_part, made) for shard, of_part in parts]
+    return Survey(
+        shards,
+        made_by_folders(rows, made),
+        "row",
+        contents.passed_over(),
+        contents.unnamed(),
+        (*remarks, *classes, *contents.remarks(made), *links_left(not_followed)),
+    )
 
 
-def _metadata_files(folder: paths.Path) -> list[tuple[str, paths.Path]]:
-    """(split, metadata file) of each split; the folder's own metadata is one called train."""
-    for name in (METADATA, CSV):
-        if (folder / name).is_file():
-            return [("train", folder / name)]
-    found = []
-    for child in sorted(folder.iterdir(), key=lambda path: path.name):
-        if child.name.lower() in SPLIT_NAMES:
-            files = [child / name for name in (METADATA, CSV) if (child / name).is_file()]
-            found += [(SPLIT_NAMES[child.name.lower()], file) for file in files[:1]]
+def metadata_of(folder: paths.Path, files: list[str]) -> list[str]:
+    """The metadata files among the files of a folder, the one to be read first."""
+    found = [name for name in (METADATA, CSV) if name in files]
+    if metadata_parquet.NAME in files and metadata_parquet.names_pictures(
+        folder / metadata_parquet.NAME
+    ):
+        found.append(metadata_parquet.NAME)
     return found
 
 
-def has_metadata(folder: paths.Path) -> bool:
-    """Whether a folder or one of its splits has a metadata file."""
-    return bool(_metadata_files(folder))
+def _no_images(path: str, contents: Contents) -> str:
+    there = by_ending(contents.passed_over())
+    return (
+        f"data.path (--input) is {path!r}, which has no {METADATA}, nor has a subfolder train or "
+        f"any other, nor images{f', but {there}' if there else ''}; write a "
+        f'{METADATA} with a line {{"file_name": "a.png", "text": "a caption"}} for each image, or '
+        "put a.txt with the caption beside each a.png"
+    )
+
+
+Parts = list[tuple[Shard, Counter[str]]]  # a shard, and how many rows each folder has in it
+
+
+def _described(folder: paths.Path, contents: Contents) -> Parts:
+    """The rows of all metadata files."""
+    parts = []
+    for name in contents.metadata:
+        base = name.removesuffix(posixpath.basename(name))
+        others = (other for other in contents.metadata if other != name)
+        nearer = tuple(other for other in others if other.startswith(base))
+        for shard in _stretches(folder, "train", folder / name):
+            pictures = list(names(shard))
+            contents.name(pictures)
+            if close := _nearer(set(map(posixpath.dirname, pictures)), nearer):
+                shard = dataclasses.replace(shard, nearer=close)
+                pictures = list(names(shard))  # without those that others name
+            parts.append((shard, Counter(map(posixpath.dirname, pictures))))
+    return parts
+
+
+def _nearer(folders: Iterable[str], metadata: tuple[str, ...]) -> tuple[str, ...]:
+    """Those metadata files that lie in one of the folders or above it."""
+    above = {at for folder in folders for at in _upwards(folder)} if metadata else set()
+    return tuple(name for name in metadata if posixpath.dirname(name) in above)
+
+
+def _upwards(folder: str) -> Iterator[str]:
+    """A folder below the root, and all that it lies in but the root."""
+    while folder:
+        yield folder
+        folder = posixpath.dirname(folder)
+
+
+def _captioned(folder: paths.Path, contents: Contents) -> Parts:
+    """All pictures, each with the ending of the caption beside it."""
+    root, parts = str(folder), []
+    for at in range(0, len(contents.names), ROWS_PER_SHARD):
+        some = tuple(contents.names[at : at + ROWS_PER_SHARD])
+        captions = tuple(contents.captions[at : at + ROWS_PER_SHARD])
+        shard = Shard(FORMAT, root, root, "train", names=some, captions=captions)
+        parts.append((shard, Counter(map(posixpath.dirname, some))))
+    return parts
 
 
 def _stretches(folder: paths.Path, split: str, metadata: paths.Path) -> Iterator[Shard]:
     """Cuts a metadata file into shards of ROWS_PER_SHARD rows."""
+    if metadata.name == metadata_parquet.NAME:
+        for start, stop in metadata_parquet.stretches(metadata, ROWS_PER_SHARD):
+            yield Shard(FORMAT, str(folder), str(metadata), split, start, stop)
+        return
     dialect = read_dialect(metadata)
     start, line, count = 0, 1, 0
     stop = last = 0
@@ -108,35 +168,62 @@ def _stretches(folder: paths.Path, split: str, metadata: paths.Path) -> Iterator
         yield Shard(FORMAT, str(folder), str(metadata), split, start, stop, line, dialect)
 
 
-def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
+def read(
+    shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
+) -> Iterator[Row | Skip]:
     """The rows of a shard, each with its image's bytes, or why there is none."""
-    root = paths.to_path(shard.root)
+    root, splits = paths.to_path(shard.root), dict(shard.folders)
+    captions = dict(zip(shard.names, shard.captions, strict=True))
+    looked = False
     for place, entry in _entries(shard):
         if isinstance(entry, BadRow):
-            if chosen(place):
+            if chosen(place, shard.split):
                 yield Skip(place, entry.reason, entry.detail)
             continue
         name = entry["file_name"]
-        if not chosen(name):
+        split = splits.get(posixpath.dirname(name), shard.split)
+        if not chosen(name, split):
             continue
+        sought = ""
         try:
             image = (root / name).read_bytes()
-            if shard.names:
-                entry[fields.text] = _caption_beside(root / name)
+            if captions.get(name):
+                entry[fields.text] = _caption_beside(root, name, captions[name])
         except paths.storage_errors() as error:
             yield Skip(place, "missing_file", str(error)[:200])
             continue
+        text, others = fields.caption(entry), entry.get(fields.captions)
+        if text is None and shard.names:
+            sought = _sought_beside(root, name, look=not looked)
+            looked = True  # a folder is listed once, for the first of them
+        elif text is None:
+            sought = fields.sought(entry)
         columns = {column: entry.get(column) for column in fields.handed_on}
-        text, captions = entry.get(fields.text), entry.get(fields.captions)
         place = "" if shard.names else place
-        yield Row(name, shard.split, image, text, captions, columns, place)
+        yield Row(name, split, image, text, others, columns, place, sought)
 
 
-def _caption_beside(image: paths.Path) -> bytes | None:
+def _caption_beside(root: paths.Path, name: str, ending: str) -> bytes | None:
     try:
-        return image.with_suffix(".txt").read_bytes()
+        return (root / f"{name.rpartition('.')[0]}{ending}").read_bytes()
     except paths.storage_errors():
         return None
+
+
+def _sought_beside(root: paths.Path, name: str, *, look: bool) -> str:
+    """Where a caption was looked for in vain, and with `look` what there is in its place."""
+    stem = posixpath.basename(name).rpartition(".")[0]
+    sought = f"no {caption_files(stem)} beside it"
+    folder = (root / name).parent
+    try:
+        beside = sorted(
+            child.name
+            for child in (folder.iterdir() if look else ())
+            if child.name.startswith(stem) and child.name != posixpath.basename(name)
+        )
+    except paths.storage_errors():
+        beside = []
+    return f"{sought}, but {', '.join(beside[:5])}" if beside else sought
 
 
 def names(shard: Shard) -> Iterator[str]:
@@ -149,47 +236,90 @@ def names(shard: Shard) -> Iterator[str]:
 def marks(shard: Shard) -> Iterator[str]:
     """What changes whenever the shard's metadata or an image or caption of it does."""
     root = paths.to_path(shard.root)
+    captions = dict(zip(shard.names, shard.captions, strict=True))
+    yield f"{shard.folders}"
     for place, entry in _entries(shard):
         if isinstance(entry, BadRow):
             yield f"{place} {entry.reason}"
             continue
         name = entry["file_name"]
         files = [root / name]
-        if shard.names:
-            files.append(files[0].with_suffix(".txt"))
-        yield f"{json.dumps(entry)} {' '.join(stamp(file) for file in files)}"
+        if captions.get(name):
+            files.append(root / f"{name.rpartition('.')[0]}{captions[name]}")
+        yield f"{json.dumps(entry, default=str)} {' '.join(stamp(file) for file in files)}"
+
+
+@functools.lru_cache(maxsize=16)
+def _named(root: str, name: str, stamped: str) -> frozenset[str]:
+    """The pictures that a metadata file names."""
+    folder = paths.to_path(root)
+    return frozenset(
+        picture for shard in _stretches(folder, "", folder / name) for picture in names(shard)
+    )
 
 
 def _entries(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """(place, metadata) of each row; file_name is checked and made one below the root."""
+    """(place, metadata) of each row; file_name is checked and made one below the root.
+
+    A row whose picture a metadata file nearer to it names, too, is a BadRow.
+    """
+    root = paths.to_path(shard.root)
+    nearer = {
+        posixpath.dirname(name): (name, _named(shard.root, name, stamp(root / name)))
+        for name in shard.nearer
+    }
+    for place, entry in _rows(shard):
+        if nearer and not isinstance(entry, BadRow):
+            picture = entry["file_name"]
+            for above in _upwards(posixpath.dirname(picture)):
+                other, pictures = nearer.get(above, ("", frozenset()))
+                if picture in pictures:
+                    entry = BadRow("named_twice", f"{other}, nearer to the picture, names it, too")
+                    break
+        yield place, entry
+
+
+def _rows(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """`_entries`, but for what other metadata files say."""
     if shard.names:
         yield from ((name, {"file_name": name}) for name in shard.names)
         return
-    base = PurePosixPath(shard.name).parent
-    with paths.to_path(shard.path).open("rb") as file:
-        file.seek(shard.start)
-        stretch = file.read(shard.stop - shard.start)
-    for number, entry in parse(stretch, shard.dialect, shard.line):
+    base = posixpath.dirname(shard.name)
+    for number, entry in _parsed(shard):
         place = f"{shard.name} line {number}"
         if isinstance(entry, BadRow):
             yield place, entry
             continue
         try:
-            entry["file_name"] = (base / _safe(entry.get("file_name"))).as_posix()
+            entry["file_name"] = join(base, _safe(entry.get("file_name")))
         except BadRow as bad:
             name = entry.get("file_name")
+            if bad.reason == "no_file_name" and not bad.detail:
+                bad.detail = f"the row has {', '.join(map(repr, list(entry)[:8])) or 'nothing'}"
             yield (f"{place} ({shown(name)})" if name and isinstance(name, str) else place), bad
             continue
         yield f"{place} ({entry['file_name']})", entry
 
 
-def _safe(name: Any) -> PurePosixPath:
+def _parsed(shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """(line, fields) of each row of a stretch of metadata."""
+    file = paths.to_path(shard.path)
+    if file.name == metadata_parquet.NAME:
+        yield from metadata_parquet.parse(file, shard.start, shard.stop)
+        return
+    with file.open("rb") as opened:
+        opened.seek(shard.start)
+        stretch = opened.read(shard.stop - shard.start)
+    yield from parse(stretch, shard.dialect, shard.line)
+
+
+def _safe(name: Any) -> str:
     """A path that stays below the folder. Raises BadRow for any other."""
     if not isinstance(name, str) or not name:
         raise BadRow("no_file_name")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+    parts = name.split("/")
+    if name[0] == "/" or ".." in parts or "\0" in name or "\\" in name:
         raise BadRow("unsafe_path", "expected a path below the folder")
     if shown(name) != name:
         raise BadRow("bad_encoding", "a file_name with half of a surrogate pair")
-    return path
+    return "/".join(part for part in parts if part not in ("", "."))

@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 
 from sdjax import paths
 from sdjax.data.raw import folder, parquet, webdataset
-from sdjax.data.raw.rows import IMAGE_SUFFIXES, Chosen, Fields, Row, Shard, Skip, find, stamp
+from sdjax.data.raw.rows import (
+    IMAGE_SUFFIXES,
+    Chosen,
+    Fields,
+    Row,
+    Shard,
+    Skip,
+    Survey,
+    by_ending,
+    ending,
+    stamp,
+)
+from sdjax.data.raw.tree import walk
 from sdjax.data.sources import DataError
 
 _READERS = {folder.FORMAT: folder, webdataset.FORMAT: webdataset, parquet.FORMAT: parquet}
 FORMATS = tuple(_READERS)
+_IMAGES = frozenset(IMAGE_SUFFIXES)
 
 
-def all_rows(name: str) -> bool:
+def all_rows(name: str, split: str) -> bool:
     """The `chosen` that leaves nothing out."""
     return True
 
 
-def list_shards(path: str, format: str, fields: Fields) -> list[Shard]:
-    """All shards of a source, in the order in which they are read.
+def survey(path: str, format: str, fields: Fields) -> Survey:
+    """What a source consists of: its shards, and what makes splits of them.
 
     Raises DataError when there is none, or parquet files have no such columns.
     """
-    shards = _READERS[format].shards(path)
+    found = _READERS[format].survey(path)
     if format == parquet.FORMAT:
-        any(parquet.check_fields(shard, fields) for shard in shards)
-    return shards
+        any(parquet.check_fields(shard, fields) for shard in found.shards)
+    return found
 
 
-def read(shard: Shard, fields: Fields, chosen: Chosen = all_rows) -> Iterator[Row | Skip]:
-    """The rows of a shard, or why one is left out, in order; those whose name is `chosen`."""
-    return _READERS[shard.format].read(shard, fields, chosen)
+def list_shards(path: str, format: str, fields: Fields) -> list[Shard]:
+    """All shards of a source, in the order in which they are read. Raises DataError as `survey`."""
+    return survey(path, format, fields).shards
+
+
+def read(
+    shard: Shard,
+    fields: Fields,
+    chosen: Chosen = all_rows,
+    passed_over: Counter[str] | None = None,
+) -> Iterator[Row | Skip]:
+    """The rows of a shard, or why one is left out, in order; those that are `chosen`.
+
+    `passed_over` counts the members of tars that no row is made of, by ending.
+    """
+    counts = Counter[str]() if passed_over is None else passed_over
+    return _READERS[shard.format].read(shard, fields, chosen, counts)
 
 
 def names(shard: Shard) -> Iterator[str]:
@@ -55,19 +83,31 @@ def fingerprint(shards: list[Shard], fields: Fields) -> str:
 def detect(path: str) -> str:
     """Which format lies in a folder or a file. Raises DataError when none is recognised."""
     root = paths.to_path(path)
-    for format, reader in ((webdataset.FORMAT, webdataset), (parquet.FORMAT, parquet)):
-        if path.lower().endswith(reader.SUFFIXES):
-            return format
+    there: Counter[str] = Counter()
     if root.is_dir():
-        if folder.has_metadata(root) or next(find(root, IMAGE_SUFFIXES), None):
-            return folder.FORMAT
-        for format, reader in ((webdataset.FORMAT, webdataset), (parquet.FORMAT, parquet)):
-            if next(find(root, reader.SUFFIXES), None):
-                return format
+        shards = None
+        for below, files in walk(root):
+            there.update(map(ending, files))
+            if folder.metadata_of(root / below, files) or not _IMAGES.isdisjoint(there):
+                return folder.FORMAT
+            shards = shards or next(filter(None, map(_format_of, files)), None)
+        if shards:
+            return shards
+    elif found := _format_of(path):
+        return found
     elif not root.exists() and not any(sign in path for sign in "*?["):
         raise DataError(f"--input is {path!r}, which is not there")
+    there_is = f" (there are {by_ending(there)})" if there else ""
     raise DataError(
         f"--input is {path!r}, where there is neither {folder.METADATA}, nor images, nor files "
-        f"that end in {', '.join(webdataset.SUFFIXES + parquet.SUFFIXES)}; set --input to a "
-        f"folder that has them, or --format to one of {FORMATS}"
+        f"that end in {', '.join(webdataset.SUFFIXES + parquet.SUFFIXES)}{there_is}; set --input "
+        f"to a folder that has them, or --format to one of {FORMATS}"
     )
+
+
+def _format_of(file: str) -> str:
+    """The format of a shard by its name; "" for other files."""
+    for reader in (webdataset, parquet):
+        if file.lower().endswith(reader.SUFFIXES):
+            return reader.FORMAT
+    return ""

@@ -7,12 +7,13 @@ or plain binary; images that are only a path are missing.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from sdjax import paths
-from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, find_shards
+from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, Survey, find_shards
 from sdjax.data.sources import DataError
 from sdjax.text_files import pointer_note
 
@@ -21,18 +22,18 @@ SUFFIXES = (".parquet",)
 _ROWS = 64  # read at a time
 
 
-def shards(path: str) -> list[Shard]:
+def survey(path: str) -> Survey:
     """The parquet files of a folder or a pattern. Raises DataError when there is none."""
     return find_shards(path, SUFFIXES, FORMAT)
 
 
 @contextmanager
-def _open(shard: Shard) -> Iterator[Any]:
+def open_file(path: str) -> Iterator[Any]:
     """A file as pyarrow's ParquetFile, which asks more of Python files than those of buckets do."""
     import pyarrow.parquet
 
-    with paths.to_path(shard.path).open("rb") as file:
-        whole = _Whole(file) if paths.is_remote(shard.path) else file
+    with paths.to_path(path).open("rb") as file:
+        whole = _Whole(file) if paths.is_remote(path) else file
         yield pyarrow.parquet.ParquetFile(whole)
 
 
@@ -67,23 +68,25 @@ def check_fields(shard: Shard, fields: Fields) -> bool:
     import pyarrow
 
     try:
-        with _open(shard) as table:
+        with open_file(shard.path) as table:
             columns = table.schema_arrow.names
     except paths.storage_errors(pyarrow.ArrowException):
         return False
-    for what, name in (("image", fields.image), ("text", fields.text)):
-        if name not in columns:
+    for what, names in (("image", (fields.image,)), ("text", fields.texts)):
+        if not set(names) & set(columns):
             raise DataError(
-                f"{shard.path} has the columns {columns}, but data.{what}_key is {name!r}; set it "
-                f"to the column of the {'images' if what == 'image' else 'captions'} "
+                f"{shard.path} has the columns {columns}, but data.{what}_key is {names[0]!r}; set "
+                f"it to the column of the {'images' if what == 'image' else 'captions'} "
                 f"(--{what}_key of sdjax.prepare)"
             )
     return True
 
 
-def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
+def read(
+    shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
+) -> Iterator[Row | Skip]:
     """The rows of a file in order; one that cannot be read to its end ends in a skip."""
-    wanted = [fields.image, fields.text, fields.captions, *fields.handed_on]
+    wanted = [fields.image, *fields.texts, fields.captions, *fields.handed_on]
     for name, entry in _entries(shard, wanted, chosen):
         if isinstance(entry, Skip):
             yield entry
@@ -95,9 +98,8 @@ def read(shard: Shard, fields: Fields, chosen: Chosen) -> Iterator[Row | Skip]:
             yield Skip(name, "missing_image", "no bytes in the column")
             continue
         columns = {column: entry.get(column) for column in fields.handed_on}
-        yield Row(
-            name, shard.split, image, entry.get(fields.text), entry.get(fields.captions), columns
-        )
+        text, captions = fields.caption(entry), entry.get(fields.captions)
+        yield Row(name, shard.split, image, text, captions, columns)
 
 
 def names(shard: Shard) -> Iterator[str]:
@@ -105,7 +107,7 @@ def names(shard: Shard) -> Iterator[str]:
     import pyarrow
 
     try:
-        with _open(shard) as table:
+        with open_file(shard.path) as table:
             count = table.metadata.num_rows
     except paths.storage_errors(pyarrow.ArrowException):
         return
@@ -119,19 +121,19 @@ def _entries(
 
     index = 0
     try:
-        with _open(shard) as table:
+        with open_file(shard.path) as table:
             columns = [name for name in table.schema_arrow.names if name in wanted]
             for batch in table.iter_batches(_ROWS, columns=columns):
                 for position in range(batch.num_rows):
                     name = f"{shard.name}/{index}"
                     index += 1
-                    if not chosen(name):
+                    if not chosen(name, shard.split):
                         continue
                     try:
                         yield name, {c: batch.column(c)[position].as_py() for c in columns}
                     except UnicodeDecodeError:
                         yield name, Skip(name, "bad_encoding", "not UTF-8")
     except paths.storage_errors(pyarrow.ArrowException) as error:
-        if chosen(shard.name):
+        if chosen(shard.name, shard.split):
             detail = f"not read beyond row {index}: {str(error)[:200]}"
             yield shard.name, Skip(shard.name, "bad_shard", pointer_note(shard.path) or detail)

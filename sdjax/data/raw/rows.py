@@ -6,28 +6,35 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
 from sdjax import paths
+from sdjax.data.raw.tree import walk
 from sdjax.data.sources import DataError
 
+# Endings of pictures that Pillow reads by itself, without Ghostscript or a plug-in.
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
+    ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo", ".ico",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".dds", ".sgi", ".qoi", ".psd"
 )  # fmt: skip
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-}
+CAPTION_SUFFIXES = (".txt", ".caption", ".cap")  # of a file beside a picture; the first is taken
+SPLITS = ("train", "validation", "test")
+# The words of Hugging Face datasets (data_files.py, SPLIT_KEYWORDS) ...
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+_LAST_WORDS = ("dev", "testing", "eval", "evaluation")  # ... these only at the end of a name
 # What img2dataset calls the size of a picture before it was stored smaller.
 ORIGINAL = ("original_height", "original_width")
-Chosen = Callable[[str], bool]  # a row's or skip's name -> whether the reader should yield it
+# (a row's or skip's name, its split) -> whether the reader should yield it
+Chosen = Callable[[str, str], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Fields:
     """What the data calls its parts: JSON fields of folders and tars, columns of parquet."""
 
     image: str = "image"  # of parquet alone
-    text: str = "text"  # the main caption; in tars "text" is the .txt, or `caption` of the .json
+    text: str = "text"  # the main caption; in tars "text" is the .txt, else a field of the .json
     captions: str = "captions"  # a list of alternatives; it need not be there
     columns: tuple[str, ...] = ()  # others to hand on, such as scores
 
@@ -43,6 +50,20 @@ class Fields:
     def handed_on(self) -> tuple[str, ...]:
         """All that goes into `Row.columns`, where the data has it."""
         return (*self.columns, *ORIGINAL)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Where the main caption is looked for: `text`, and `caption` where nobody chose."""
+        return (self.text, "caption") if self.text == "text" else (self.text,)
+
+    def caption(self, entry: Mapping[str, Any]) -> Any:
+        """The main caption of a row as it is found; None where it has no such field."""
+        return next((entry[name] for name in self.texts if entry.get(name) is not None), None)
+
+    def sought(self, entry: Iterable[str]) -> str:
+        """Where the caption of a row without one was looked for, and the fields that it has."""
+        there = ", ".join(repr(name) for name in list(entry)[:12])
+        return f"no field {' or '.join(map(repr, self.texts))}; it has {there or 'none'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +77,7 @@ class Row:
     captions: Any = None
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     place: str = ""  # the line that says all this, where it is not the name
+    sought: str = ""  # where a caption was looked for, if there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +108,10 @@ class Shard:
     """A part of the data that one worker reads, in order: a file, or a stretch of one.
 
     `start`, `stop` (bytes) and `line` (number of the first) are those of a stretch of metadata,
-    `dialect` how that is written; `names` are images that have their captions beside them.
+    `dialect` how that is written; `names` are images that have their captions beside them, in files
+    with the endings `captions` ("" for none). `split` is that of every row, but for those of `folders`:
+    (folder of the row's image, split). `nearer` are metadata files in folders below this one's,
+    which have the last word on what they name.
     """
 
     format: str
@@ -98,11 +123,67 @@ class Shard:
     line: int = 1
     dialect: Dialect = Dialect()
     names: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    folders: tuple[tuple[str, str], ...] = ()
+    nearer: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The path below the root."""
         return relative(self.path, self.root)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of its rows."""
+        return tuple(dict.fromkeys((self.split, *(split for _, split in self.folders))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a source consists of, as far as it can be told before any row is read.
+
+    made: {split: {what makes it, in words: how many rows or files}}.
+    passed_over: how many files no row comes of, by ending. unnamed: the same of pictures that no
+    metadata file names. remarks: what else the user should know, a line each.
+    """
+
+    shards: list[Shard]
+    made: Mapping[str, Mapping[str, int]]
+    unit: str  # of the counts of `made`: "row" or "file"
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unnamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """All this for people."""
+        said = []
+        for split in SPLITS:
+            for reason, count in self.made.get(split, {}).items():
+                plural = "" if count == 1 else "s"
+                said.append(f"split {split}: {count:,} {self.unit}{plural}, {reason}")
+        if self.unnamed:
+            said.append(f"{_total(self.unnamed, 'picture')} that no metadata file names: "
+                        f"{by_ending(self.unnamed)}")  # fmt: skip
+        if self.passed_over:
+            said.append(passed_over(self.passed_over))
+        return [*said, *self.remarks]
+
+
+def passed_over(endings: Mapping[str, int]) -> str:
+    """ "6 files passed over: 3 .heic, 2 .jxl, 1 .tiff" """
+    return f"{_total(endings, 'file')} passed over: {by_ending(endings)}"
+
+
+def by_ending(endings: Mapping[str, int]) -> str:
+    """Counts by ending, the most frequent first: "3 .heic, 2 .jxl"."""
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    more = f" and {len(ordered) - 12} other endings" if len(ordered) > 12 else ""
+    return ", ".join(f"{count:,} {ending}" for ending, count in ordered[:12]) + more
+
+
+def _total(endings: Mapping[str, int], what: str) -> str:
+    count = sum(endings.values())
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 class BadRow(ValueError):
@@ -120,14 +201,23 @@ def relative(path: str, root: str) -> str:
     return below or path.rstrip("/").rsplit("/", 1)[-1]
 
 
+def split_word(name: str) -> str:
+    """The split that a folder or file is named after, as in `val`, `test_images`; "" for none."""
+    words = [word for word in re.split(r"[\W\d_]+", name.lower()) if word and word != "of"]
+    for word in words:
+        if word in SPLIT_WORDS and (word not in _LAST_WORDS or word == words[-1]):
+            return SPLIT_WORDS[word]
+    return ""
+
+
 def split_of(name: str) -> str:
-    """The split that a path says: a folder's name, or the word a file begins with; else train."""
+    """The split of a shard, which its folders say or else the words of its name; else train."""
     *folders, file = name.split("/")
-    for folder in folders:
-        if folder.lower() in SPLIT_NAMES:
-            return SPLIT_NAMES[folder.lower()]
-    word = re.match(r"[A-Za-z]*", file)
-    return SPLIT_NAMES.get(word[0].lower() if word else "", "train")
+    stem = re.sub(r"\.(parquet|tar|tar\.gz|tgz)$", "", file, flags=re.IGNORECASE)
+    for part in (*folders, stem):
+        if split := split_word(part):
+            return split
+    return "train"
 
 
 def fraction(name: str) -> float:
@@ -136,26 +226,34 @@ def fraction(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def find(folder: paths.Path, suffixes: tuple[str, ...]) -> Iterator[paths.Path]:
-    """All files below a folder whose names end so, in the order of their names; no hidden ones."""
-    for child in sorted(folder.iterdir(), key=lambda path: path.name):
-        name = child.name.lower()
-        if name.startswith(".") or name == "__macosx":
-            continue
-        if name.endswith(suffixes):
-            yield child
-        elif child.is_dir():
-            yield from find(child, suffixes)
+def ending(name: str) -> str:
+    """The ending of a file's name in lower case, with its dot; "no ending" for none."""
+    stem, dot, last = name.rpartition(".")
+    return f".{last.lower()}" if stem and dot and len(last) <= 16 else "no ending"
 
 
-def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> list[Shard]:
+def caption_files(stem: str) -> str:
+    """The files that may have a picture's caption, in words: "a.txt, a.caption or a.cap"."""
+    *others, last = (f"{stem}{end}" for end in CAPTION_SUFFIXES)
+    return f"{', '.join(others)} or {last}"
+
+
+def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> Survey:
     """One shard for each such file of a folder, of a pattern (`*`, `?`), or for the file itself.
 
     Raises DataError when there is none.
     """
     root = paths.to_path(path)
+    others: Counter[str] = Counter()
+    not_followed: list[str] = []
     if root.is_dir():
-        files = list(find(root, suffixes))
+        files = []
+        for folder, names in walk(root, not_followed):
+            for name in names:
+                if name.lower().endswith(suffixes):
+                    files.append(root / folder / name)
+                else:
+                    others[ending(name)] += 1
     elif any(sign in path for sign in "*?["):
         base = root.parent
         while any(sign in str(base) for sign in "*?["):
@@ -165,15 +263,38 @@ def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> list[Shard
     else:
         files = [root] if root.exists() else []
     if not files:
+        there = f", but {by_ending(others)}" if others else ""
         raise DataError(
             f"data.path (--input) is {path!r}, where there is no file that ends in "
-            f"{' or '.join(suffixes)}; expected such a file, a folder with some, or a pattern "
-            f"such as DIR/train-*{suffixes[0]}"
+            f"{' or '.join(suffixes)}{there}; expected such a file, a folder with some, or a "
+            f"pattern such as DIR/train-*{suffixes[0]}"
         )
-    return [
+    shards = [
         Shard(format, str(root), str(file), split_of(relative(str(file), str(root))))
         for file in files
     ]
+    return Survey(shards, _made_by_names(shards), "file", others, {}, links_left(not_followed))
+
+
+def _made_by_names(shards: list[Shard]) -> dict[str, dict[str, int]]:
+    """The counts of `Survey.made`, for shards."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for shard in shards:
+        says = any(split_word(part) for part in shard.name.split("/"))
+        groups.setdefault((shard.split, says), []).append(shard.name)
+    made: dict[str, dict[str, int]] = {}
+    for (split, says), names in groups.items():
+        reason = f"by names such as {names[0]}" if says else "whose names say no split"
+        made.setdefault(split, {})[reason] = len(names)
+    return made
+
+
+def links_left(links: list[str]) -> tuple[str, ...]:
+    """A remark on links to folders that are not followed, if there are any."""
+    if not links:
+        return ()
+    some = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
+    return (f"{len(links)} link(s) to folders that are read already, not followed: {some}",)
 
 
 def stamp(file: paths.Path) -> str:

@@ -1,0 +1,91 @@
+"""Reads `metadata.parquet`: one row for each picture, which lies in a file of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from sdjax import paths
+from sdjax.data.raw.parquet import open_file
+from sdjax.data.raw.rows import BadRow
+from sdjax.data.sources import DataError
+from sdjax.text_files import pointer_note
+
+NAME = "metadata.parquet"
+_PARTS = 64  # most parts of one row group, which is decoded up to the part's end for each
+
+
+def names_pictures(file: paths.Path) -> bool:
+    """Whether a file has the column `file_name`; others of its name tell of something else.
+
+    Raises DataError: it cannot be read.
+    """
+    import pyarrow
+
+    try:
+        with open_file(str(file)) as table:
+            return "file_name" in table.schema_arrow.names
+    except paths.storage_errors(pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{file}: cannot be read as parquet ("
+            f"{pointer_note(file) or f'{str(error)[:200]}; copy the file again'})"
+        ) from error
+
+
+def stretches(file: paths.Path, rows: int) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of each part of a file; of about `rows` rows, or of more."""
+    with open_file(str(file)) as table:
+        groups = _sizes(table)
+    start = stop = 0
+    for group in groups:
+        step = max(rows, -(-group // _PARTS))
+        end = stop + group
+        while stop < end:
+            stop = min(max(start + step, stop), end)
+            if stop - start >= step:
+                yield start, stop
+                start = stop
+    if start < stop:
+        yield start, stop
+
+
+def parse(file: paths.Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """(number from 1, fields) of the rows from `start` up to `stop`, counted from 0."""
+    import pyarrow
+
+    number = start
+    try:
+        for number, row in enumerate(_rows(file, start, stop), start=start + 1):
+            yield number, row
+    except paths.storage_errors(pyarrow.ArrowException) as error:
+        yield number + 1, BadRow("bad_shard", f"not read from here on: {str(error)[:200]}")
+
+
+def _rows(file: paths.Path, start: int, stop: int) -> Iterator[dict[str, Any] | BadRow]:
+    with open_file(str(file)) as table:
+        sizes = _sizes(table)
+        ends = list(itertools.accumulate(sizes))
+        groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]
+        number = ends[groups[0]] - sizes[groups[0]] if groups else 0  # rows before the batch
+        for batch in table.iter_batches(1024, row_groups=groups):
+            for position in range(max(0, start - number), min(batch.num_rows, stop - number)):
+                yield _row(batch, position)
+            number += batch.num_rows
+            if number >= stop:
+                return
+
+
+def _sizes(table: Any) -> list[int]:
+    """The rows of each row group."""
+    return [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+
+
+def _row(batch: Any, position: int) -> dict[str, Any] | BadRow:
+    try:
+        return {
+            name: column[position].as_py()
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+    except UnicodeDecodeError:
+        return BadRow("bad_encoding", "not UTF-8")

@@ -1,0 +1,109 @@
+"""Walks a folder of raw data: every folder below it once, whatever links lead where."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+
+from sdjax import paths
+from sdjax.data.sources import DataError
+
+_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,8}$")  # what is called so in a bucket is no folder
+
+
+def walk(
+    root: paths.Path, not_followed: list[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """(folder below the root, "" for the root; names of its files) of the root and all below it.
+
+    Files and folders come in the order of their names, hidden ones and __MACOSX left out. A link to
+    a folder is followed unless it leads into the root, to a folder that holds the link or the root,
+    or to one that was seen already; `not_followed` gets the links that are not.
+
+    Raises DataError: a folder cannot be listed.
+    """
+    skipped = not_followed if not_followed is not None else []
+    if paths.is_remote(root):
+        yield from _walk_bucket(root, "")
+    else:
+        yield from _walk_disk(os.fspath(root), skipped)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() == "__macosx"
+
+
+def _walk_disk(root: str, not_followed: list[str]) -> Iterator[tuple[str, list[str]]]:
+    real_root = os.path.realpath(root)
+    seen: set[tuple[int, int]] = set()  # device and inode of each folder
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        folder = os.path.join(root, below) if below else root
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                not_followed.append(below)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: the folder cannot be listed ({error.strerror}); give this user the "
+                "right to read it, or move it out of the input"
+            ) from error
+        files, folders = [], []
+        for entry in found:
+            if _is_hidden(entry.name):
+                continue
+            path = f"{below}/{entry.name}" if below else entry.name
+            if _is(entry.is_dir):
+                if entry.is_symlink() and _leads_back(entry.path, folder, real_root):
+                    not_followed.append(path)
+                else:
+                    folders.append(path)
+            elif _is(entry.is_file) or entry.is_symlink():  # a broken link is missing when read
+                files.append(entry.name)
+        yield below, files
+        pending += reversed(folders)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _leads_back(link: str, folder: str, real_root: str) -> bool:
+    """Whether a link to a folder leads into the root, or to a folder that holds the link."""
+    target = os.path.realpath(link)
+    within = f"{target}/".startswith(f"{real_root.rstrip('/')}/")
+    above = any(
+        f"{place.rstrip('/')}/".startswith(f"{target.rstrip('/')}/")
+        for place in (real_root, os.path.realpath(folder))
+    )
+    return within or above
+
+
+def _walk_bucket(root: paths.Path, below: str) -> Iterator[tuple[str, list[str]]]:
+    """As `walk`; asking of an object whether it is a folder costs a request, so few are asked."""
+    try:
+        children = sorted(child.name for child in (root / below if below else root).iterdir())
+    except paths.storage_errors() as error:
+        raise DataError(f"{root}/{below}: the folder cannot be listed: {error}") from error
+    files: list[str] = []
+    folders: list[str] = []
+    for name in children:
+        if _is_hidden(name):
+            continue
+        path = f"{below}/{name}" if below else name
+        if not _FILE.search(name) and (root / path).is_dir():
+            folders.append(path)
+        else:
+            files.append(name)
+    yield below, files
+    for path in folders:
+        yield from _walk_bucket(root, path)
