@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.data import columns, encoded, splits, transforms
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
@@ -274,7 +274,13 @@ def _prepared_folder(config: DataConfig) -> Any:
             "--output of a run of sdjax.prepare that is finished"
         )
     with quiet_tfds():
-        return tfds.builder_from_directory(str(paths.to_path(config.path)))
+        builder = tfds.builder_from_directory(str(paths.to_path(config.path)))
+    try:
+        report = text_files.read_json(paths.to_path(config.path) / "report.json")
+        builder.notes = [f"when it was prepared: {note}" for note in report["notes"]]
+    except paths.storage_errors(text_files.TextError, KeyError, TypeError):
+        pass  # encoded datasets have none, and nothing else needs it
+    return builder
 
 
 def _named_builder(config: DataConfig) -> Any:

@@ -17,6 +17,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from sdjax import text_files
 from sdjax.data.config import MAX_PIXELS
 
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")  # ISO/IEC 18181-2: codestream, container
+
 
 class ImageError(ValueError):
     """An image that cannot be used; `reason` is a short word for counting, the text says more."""
@@ -64,8 +67,8 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError as error:
         if text_files.is_pointer(encoded):
             raise ImageError("git_lfs_pointer", text_files.POINTER) from error
-        if b"<svg" in encoded[:1024]:
-            raise ImageError("unsupported_format", "SVG; convert it to PNG") from error
+        if kind := _foreign_format(encoded):
+            raise ImageError("unsupported_format", f"{kind}; convert it to PNG") from error
         raise ImageError("not_an_image", f"starts with {encoded[:8]!r}") from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ImageError("corrupt", str(error)) from error
@@ -73,6 +76,15 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if width * height > max_pixels:
         raise ImageError("too_many_pixels", f"{width}x{height}; at most {max_pixels} are read")
     return image
+
+
+def _foreign_format(encoded: bytes) -> str:
+    """The name of a format that people use and Pillow does not read; "" for others."""
+    if b"<svg" in encoded[:1024]:
+        return "SVG"
+    if encoded[4:8] == b"ftyp" and encoded[8:12] in _HEIF_BRANDS:
+        return "HEIC"
+    return "JPEG XL" if encoded.startswith(_JPEG_XL) else ""
 
 
 def upright_size(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> 
     if place.index(number).exists():
         return counts(read_index(place, number))
     passed_over: Counter[str] = Counter()
-    index = Index([], [], {}, passed_over)
+    index = Index([], [], {}, {})
     serialize = _serializer(settings.scores)
     tell = _teller(place, number, shard)
     with place.writing(place.cleaned(number)) as local:
@@ -83,6 +83,7 @@ def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> 
                 writer.write(record)
                 index.entries.append(_entry(made, len(record)))
         writer.close()
+    index.passed_over.update(passed_over)
     place.write_json(place.index(number), dataclasses.asdict(index))
     return counts(index)
 

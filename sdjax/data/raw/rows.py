@@ -107,11 +107,11 @@ class Dialect:
 class Shard:
     """A part of the data that one worker reads, in order: a file, or a stretch of one.
 
-    `start`, `stop` (bytes) and `line` (number of the first) are those of a stretch of metadata,
-    `dialect` how that is written; `names` are images that have their captions beside them, in files
-    with the endings `captions` ("" for none). `split` is that of every row, but for those of `folders`:
-    (folder of the row's image, split). `nearer` are metadata files in folders below this one's,
-    which have the last word on what they name.
+    `start`, `stop` (bytes, or rows of parquet) and `line` (number of the first) are those of a
+    stretch of metadata, `dialect` how that is written. `names` are images that have their captions
+    beside them, in files with the endings `captions` ("" for none). `split` is that of every row,
+    but for those of `folders`: (folder of the row's image, split). `nearer` are metadata files in
+    folders below this one's, which have the last word on what they name.
     """
 
     format: str
