@@ -88,7 +88,11 @@ def test_the_verb_prints_its_results_and_no_log_lines(tmp_path, capfd):
     out, err = capfd.readouterr()
     # Of a machine that is busy with other work, progress may be shown.
     lines = [line for line in err.splitlines() if not re.match("(looking|cleaning|writing)", line)]
-    assert not lines and re.match(r"\d+ rows read, \d+ kept: ", out)
+    assert lines == [
+        "split train: 16 rows, in folders that make no split",
+        "split test: 0.03 of train, by a hash of the name",
+    ]
+    assert re.match(r"\d+ rows read, \d+ kept: ", out)
     assert verb.main(command) == 0
     assert capfd.readouterr() == (out, f"{tmp_path / 'out'} is finished already\n")
     verb.FLAGS.unparse_flags()
