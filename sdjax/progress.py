@@ -29,7 +29,6 @@ _BAR, _POLL = 0.25, 1.0  # seconds between what a bar shows, and between questio
 
 _enabled = threading.Event()
 _busy = threading.Lock()  # one work at a time is shown: the outermost
-_shown: list[Work] = []  # that one
 
 
 @contextlib.contextmanager
@@ -90,7 +89,6 @@ def work(
     if not _enabled.is_set() or not _busy.acquire(blocking=False):
         yield made
         return
-    _shown.append(made)
     teller = threading.Thread(target=made.tell, name="progress", daemon=True)
     teller.start()
     try:
@@ -99,14 +97,7 @@ def work(
     finally:
         made.ended.set()
         teller.join()
-        _shown.clear()
         _busy.release()
-
-
-def tick(share: float) -> None:
-    """Such a share of the part that the shown work is at is done: a sign of life from within it."""
-    for made in _shown:
-        made.advance(share * made.part)
 
 
 def track(items: Sequence[T], name: str, *, unit: str = "") -> Iterator[T]:
@@ -118,14 +109,11 @@ def track(items: Sequence[T], name: str, *, unit: str = "") -> Iterator[T]:
 
 
 class Work:
-    """A piece of work, and how much of it is done.
-
-    part: how much is done at once, where `tick` tells of what is between; 0 where it does not.
-    """
+    """A piece of work, and how much of it is done."""
 
     def __init__(self, name: str, total: float | None, unit: str, poll: Callable[[], float] | None):
         self.name, self.total, self._unit, self._poll = name, total, unit, poll
-        self.done = self.part = 0.0
+        self.done = 0.0
         self.ended, self.finished = threading.Event(), False
         self._began = time.monotonic()
         self._polled = -_POLL
@@ -135,10 +123,6 @@ class Work:
         """So much more is done."""
         self.done += count
         self._note()
-
-    def reach(self, done: float) -> None:
-        """So much is done in all, at least."""
-        self.advance(max(0.0, done - self.done))
 
     def _note(self) -> None:
         if self._first is None and self.done:
@@ -165,19 +149,14 @@ class Work:
         rest = self.total - self.done
         if self.done > first:
             return rest * (now - when) / (self.done - first)
-        if self.part:  # another tick is soon to come
-            return None
         return rest * (when - self._began) / first
 
     def amount(self) -> str:
-        """As "3 of 64 pictures", "5 % of 64 pictures" or "5 %"; "" where the total is not known."""
+        """As "3 of 64 pictures" or "5 %"; "" where the total is not known."""
         if not self.total:
             return ""
-        percent = f"{min(100, int(100 * self.done / self.total))} %"
         if not self._unit:
-            return percent
-        if self.part:
-            return f"{percent} of {int(self.total):,} {self._unit}"
+            return f"{min(100, int(100 * self.done / self.total))} %"
         return f"{int(self.done):,} of {int(self.total):,} {self._unit}"
 
     def line(self) -> str:

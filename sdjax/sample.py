@@ -193,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, draw, and give the exit code."""
     args = parser().parse_args(argv)
     from sdjax.train.checkpoint import CheckpointError
+    from sdjax.train.startup import enable_compilation_cache
 
+    enable_compilation_cache("")  # the second drawing of a shape compiles nothing
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     try:
         with progress.shown():

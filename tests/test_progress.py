@@ -7,13 +7,10 @@ import re
 import sys
 import threading
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sdjax import progress
-from sdjax.eval.order import Ticker
 from sdjax.models import weights
 from sdjax.progress import duration
 
@@ -142,17 +139,6 @@ def test_the_rest_is_estimated_without_the_compilation_of_the_first_batch(clock)
     assert work.last_line() == "drawing: 100 pictures in 1:45"
 
 
-def test_the_first_tick_is_no_estimate(clock):
-    work = progress.Work("drawing", 16, "pictures", None)
-    work.part = 16
-    clock.now += 600  # compiles
-    work.advance(16 / 32)
-    assert work.line() == "drawing: 3 % of 16 pictures, 10:00 so far"
-    clock.now += 1
-    work.advance(16 / 32)
-    assert work.line() == "drawing: 6 % of 16 pictures, 0:30 left"
-
-
 def test_work_of_unknown_size_tells_its_time(clock):
     work = progress.Work("looking for duplicates", None, "", None)
     clock.now += 75
@@ -177,27 +163,6 @@ def test_a_poll_that_fails_is_no_answer_and_one_that_falls_back_is_none_either(c
         seen.append(work.amount())
         clock.now += 1
     assert seen == ["0 %", "75 %", "75 %"]
-
-
-def test_evaluations_of_the_network_are_counted_within_the_compiled_loop():
-    ticker = Ticker(4)
-
-    @jax.jit
-    def loop(x):
-        see = lambda state, i: (ticker.see(state, i, x, {}), None)  # noqa: E731
-        return x, jax.lax.scan(see, ticker.start((1, 8, 8, 4), 77), jnp.arange(4))[0]
-
-    with progress.shown(), progress.work("drawing", 12, unit="pictures") as work:
-        work.part = 8
-        jax.block_until_ready(loop(jnp.zeros(3)))
-        jax.effects_barrier()
-        assert work.done == 8 and work.amount() == "66 % of 12 pictures"
-        work.reach(8)
-        assert work.done == 8
-        work.reach(12)
-    assert work.done == 12
-    loop(jnp.zeros(3))  # of which nobody is told
-    jax.effects_barrier()
 
 
 def test_only_the_outermost_work_is_shown(monkeypatch, eager):

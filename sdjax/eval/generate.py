@@ -253,7 +253,6 @@ def draw_seen(
         for start in range(0, total, batch_size):
             # The last batch is filled up with its last example, which is then dropped.
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-            work.part = min(batch_size, total - start)
             numbers = _spread(rows if positions is None else positions[rows], mesh)
             noise = (
                 initial_latents(seed, numbers, shape)
@@ -273,7 +272,7 @@ def draw_seen(
             found, kept = _first(total - start, (out, seen))
             _check_finite(found, start, texts)
             parts.append((to_uint8(found), kept))
-            work.reach(start + len(found))
+            work.advance(len(found))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax import progress
 from sdjax.config import ModelConfig
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
@@ -18,35 +17,12 @@ from sdjax.diffusion.solvers import Plan, make_plan
 from sdjax.eval.generate import (
     Drawing,
     Onlooker,
+    draw,
     draw_seen,
     initial_latents,
+    make_generator,
     make_seen_generator,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Ticker:
-    """Tells the progress of every evaluation of the network, whatever else looks on.
-
-    It is there whether progress is shown or not: the program, and so the picture, is the same.
-    """
-
-    evaluations: int
-
-    def wants(self, path: str) -> bool:
-        """See `Onlooker`."""
-        return False
-
-    def start(self, shape: tuple[int, ...], length: int) -> tuple[()]:
-        """See `Onlooker`."""
-        return ()
-
-    def see(
-        self, state: Any, i: jax.Array, x0: jax.Array, probabilities: Mapping[str, jax.Array]
-    ) -> Any:
-        """See `Onlooker`."""
-        jax.debug.callback(lambda i: progress.tick(1 / self.evaluations), i)
-        return state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,15 +54,9 @@ class Order:
         return make_plan(make_schedule(self.schedule), self.drawing.sampler)
 
     @cached_property
-    def _plain(self) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-        """The generator that nobody but the progress looks on at."""
-        return self._seen([])
-
-    def _seen(
-        self, onlookers: Sequence[Onlooker]
-    ) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-        ticker = Ticker(len(self.plan.timesteps))
-        return make_seen_generator(**self._generator, onlookers=[*onlookers, ticker])
+    def generate(self) -> Callable[..., jax.Array]:
+        """Of `make_generator`."""
+        return make_generator(**self._generator)
 
     @property
     def _generator(self) -> dict[str, Any]:
@@ -103,9 +73,10 @@ class Order:
             positions=self.positions,
             texts=self.texts,
         )
-        generate = self._seen(onlookers) if onlookers else self._plain
-        images, seen = draw_seen(generate, self.params, self.prompts, self.negative, **options)  # type: ignore[arg-type]
-        return images, seen[:-1]
+        if onlookers:
+            generate = make_seen_generator(**self._generator, onlookers=onlookers)
+            return draw_seen(generate, self.params, self.prompts, self.negative, **options)  # type: ignore[arg-type]
+        return draw(self.generate, self.params, self.prompts, self.negative, **options), ()  # type: ignore[arg-type]
 
     def noise(self) -> np.ndarray:
         """What the pictures start from, [N, h, w, C]."""
