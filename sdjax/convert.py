@@ -24,6 +24,7 @@ Exit codes: 0 done; 2 the input or an option is wrong.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -319,7 +320,8 @@ def _write(
     if to == "workdir":
         save_workdir(target, read, overwrite=options["overwrite"])
         field = "init_from" if len(read.networks) > 1 else "vae_from"
-        return [f"wrote the workdir {target}; train from it with --config.{field}={target}"]
+        flag = shlex.quote(f"--config.{field}={target}")
+        return [f"wrote the workdir {target}; train from it with {flag}"]
     if to == "diffusers":
         write_diffusers(target, read, max_shard_size=max_shard_size, **options)
         return [f"wrote the diffusers folder {target}, {options['dtype']}"]

@@ -14,6 +14,7 @@ shared or gs:// --output. They need no connection: each encodes its shards, and 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -97,5 +98,6 @@ def _run() -> int:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             print(f"  {len(names)} left out, {reason}: {shown}")
     text = " --config.data.text_embeddings=True" if options.text else ""
-    print(f"to train on them: --config.data.name=encoded --config.data.path={_OUTPUT.value}{text}")
+    path = shlex.quote(f"--config.data.path={_OUTPUT.value}")
+    print(f"to train on them: --config.data.name=encoded {path}{text}")
     return 0

@@ -7,6 +7,7 @@ to and cannot be opened by libraries that want a file; a folder there cannot be 
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import importlib.util
 import os
@@ -25,7 +26,38 @@ from sdjax.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path  # whose methods epath's have, but for those of links and owners
 else:
-    from etils.epath import Path
+
+    class Path(type(epath.Path())):
+        """An epath.Path that lists and matches as pathlib does.
+
+        epath's `glob` expands `[v2]` or `*` in the folder's own name too, and then finds nothing or
+        too much: Orbax never merges what it has written there. Its `iterdir` passes over names that
+        end in "~". What Orbax derives from a path of this class is of this class.
+        """
+
+        def iterdir(self) -> Iterator[Path]:
+            """Yield all that is in the folder."""
+            if is_remote(self):
+                yield from super().iterdir()
+            else:
+                yield from (self / name for name in os.listdir(self))
+
+        def glob(self, pattern: str) -> Iterator[Path]:
+            """Yield what matches below the folder, level by level; no hidden files."""
+            if "**" in pattern.split("/"):
+                raise NotImplementedError(f"{pattern!r}: `**` would list a whole bucket")
+            found = [self]
+            for part in pattern.split("/"):
+                found = [
+                    child
+                    for folder in found
+                    if folder.is_dir()
+                    for child in folder.iterdir()
+                    if fnmatch.fnmatchcase(child.name, part)
+                    and (part.startswith(".") or not child.name.startswith("."))
+                ]
+            yield from found
+
 
 PathLike = str | os.PathLike[str]
 

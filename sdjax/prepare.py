@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -193,8 +194,9 @@ def _run(rest: list[str]) -> int:
             print(f"  {count} {what}: {word}")
     if found["passed_over"]:
         print(f"  {passed_over(found['passed_over'])}")
+    path = shlex.quote(f"--config.data.path={place.folder}")
     print(f"{place.folder / report.HTML} shows what was dropped; to train on what was kept:\n"
-          f"  --config.data.name=prepared --config.data.path={place.folder}")  # fmt: skip
+          f"  --config.data.name=prepared {path}")  # fmt: skip
     return 0
 
 

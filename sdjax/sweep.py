@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -126,10 +127,9 @@ def _show(sweep: Sweep, study: optuna.Study) -> int:
         return 0 if left else NOTHING
     best = sweep_ranking.ranking(sweep, study)[0]
     print(f"the best model: {sweep.trial_folder(best.number)}")
-    print(
-        f"train it again: {sys.executable} -m sdjax.main "
-        f"--config={sweep.folder / sweep_ranking.BEST} --workdir=DIR"
-    )
+    recipe = f"--config={sweep.folder / sweep_ranking.BEST}"
+    again = [sys.executable, "-m", "sdjax.main", recipe, "--workdir=DIR"]
+    print(f"train it again: {shlex.join(again)}")
     return 0
 
 

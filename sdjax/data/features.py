@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def check_format(builder: Any) -> None:
         f"which has no random access; set data.data_dir to another folder to have it prepared "
         f"there as {FORMAT}, or add that format where it is:\n"
         f"  pip install apache-beam\n"
-        f"  tfds convert_format --dataset_version_dir={builder.data_dir} "
+        f"  tfds convert_format {shlex.quote(f'--dataset_version_dir={builder.data_dir}')} "
         f"--out_file_format={FORMAT}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -246,7 +247,7 @@ def recipe(found: Found) -> str:
     html += (
         '<div class="card"><h3>To train it again</h3><p>Save this as recipe.py, where the paths in '
         f"it hold, and run the command. To go on with this run, name its own folder, "
-        f"<code>--workdir={h.esc(workdir)}</code>.</p>"
+        f"<code>{h.esc(shlex.quote(f'--workdir={workdir}'))}</code>.</p>"
         + h.text_block(command, "command")
         + h.text_block(report_run.recipe(found.run), "recipe-file")
         + "</div>"

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from sdjax import paths
 from sdjax.eval.report_html import bars, esc, folded, table, tiles
@@ -91,7 +92,7 @@ def _link(report: DataReport, page: paths.Path) -> str:
         return f"<p>The whole data report: {esc(file)}</p>"
     relative = os.path.relpath(paths.absolute(file), paths.absolute(page).parent)
     return (
-        f'<p><a href="{esc(relative)}">The whole data report</a>, with examples of what was '
+        f'<p><a href="{esc(quote(relative))}">The whole data report</a>, with examples of what was '
         "dropped.</p>"
     )
 

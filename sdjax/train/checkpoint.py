@@ -5,8 +5,9 @@
                              config    the configuration, JSON
 
 A save counts only once it is complete; what a killed one leaves is never read, and is removed when
-training starts again. A checkpoint that cannot be read is a `CheckpointError` that says what to do;
-it never becomes a silent restart.
+training starts again. The first save of a process is opened again before the next, or before the
+run ends. A checkpoint that cannot be read is a `CheckpointError` that says what to do; it never
+becomes a silent restart.
 
 The functions on a workdir only read, and may be used while a run is writing to it.
 """
@@ -22,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     EveryNSteps,
@@ -33,6 +33,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from sdjax import paths, progress
 from sdjax.errors import UserError
 from sdjax.paths import PathLike
+from sdjax.train import saved_state
 
 # What a host reads at once while it restores: Orbax's own limit, 96, is room for a whole copy.
 RESTORE_GB = 4
@@ -47,8 +48,8 @@ class CheckpointError(UserError):
 # ---- reading a workdir -----------------------------------------------------------------------
 
 
-def checkpoint_folder(workdir: PathLike) -> epath.Path:
-    """Where a run keeps its checkpoints."""
+def checkpoint_folder(workdir: PathLike) -> paths.Path:
+    """Where a run keeps its checkpoints; `paths.Path`, as Orbax needs its `glob`."""
     return paths.absolute(workdir) / "checkpoints"
 
 
@@ -183,6 +184,13 @@ class Checkpoints:
             )
         self._workdir = workdir
         self.folder = checkpoint_folder(workdir)
+        self._begun: tuple[int, int] | None = None  # a step to open again, and its arrays
+        self._proven = False
+        if "\\" in str(self.folder):  # TensorStore takes it for "/", and writes elsewhere
+            raise CheckpointError(
+                f"{self.folder}: checkpoints cannot be written below a folder with a backslash in "
+                "its name; give a folder without one"
+            )
         self._pinned = _Pinned()
         policies: list[PreservationPolicy] = [LatestN(keep_last), self._pinned]
         policies += [EveryNSteps(keep_every)] if keep_every else []
@@ -238,7 +246,7 @@ class Checkpoints:
           CheckpointError: this save cannot start, or the one before has failed.
         """
         with self._written(f"saving step {step}"):
-            self._manager.wait_until_finished()
+            self._finish()
             if step in self._manager.all_steps():
                 return False
             chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
@@ -247,7 +255,10 @@ class Checkpoints:
                 data=ocp.args.JsonSave(dict(data_state)),
                 config=ocp.args.JsonSave(dict(config)),
             )
-            return self._manager.save(step, args=items, force=force)
+            begun = self._manager.save(step, args=items, force=force)
+            if begun and not self._proven and jax.process_index() == 0:
+                self._begun = step, len(saved_state.leaves(state))
+            return begun
 
     def pin(self, step: int | None) -> None:
         """Keep the checkpoint of `step`, as long as no other is pinned in its place."""
@@ -261,12 +272,40 @@ class Checkpoints:
     def wait(self) -> None:
         """Until the last save is complete. Raises `CheckpointError` if it failed."""
         with self._written("saving"):
-            self._manager.wait_until_finished()
+            self._finish()
 
     def close(self) -> None:
         """Wait for the last save and end."""
         with self._written("saving"):
-            self._manager.close()
+            try:
+                self._finish()
+            finally:
+                self._manager.close()
+
+    def _finish(self) -> None:
+        """Wait for the save under way; open the first one of this process again."""
+        begun, self._begun = self._begun, None
+        self._manager.wait_until_finished()
+        if begun is not None:
+            self._read_back(*begun)
+            self._proven = True
+
+    def _read_back(self, step: int, arrays: int) -> None:
+        """Raise `CheckpointError` unless the checkpoint of `step` opens and has so many arrays."""
+        folder = self.folder / str(step)
+        try:
+            found = len(saved_state.stored(folder))
+            problem = f"it has {found} of {arrays} arrays" if found != arrays else ""
+            for item in ("data", "config"):
+                json.loads((folder / item / "metadata").read_text())
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        if problem:
+            raise CheckpointError(
+                f"the checkpoint of step {step} was written without an error, but cannot be opened "
+                f"again: {folder}\n  {problem}\nThe run could not go on from it, so it stops now. "
+                "Delete that folder, and give a --workdir of a plain name, or on another disk"
+            )
 
     def all_steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
@@ -333,36 +372,11 @@ def check_structure(step_folder: PathLike, abstract_state: Any) -> None:
     Raises:
       CheckpointError: listing what differs.
     """
-    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step_folder) / "state").tree
-    saved, wanted = _leaves(tree), _leaves(abstract_state)
-    lines = [
-        f"only in the checkpoint: {name} {saved[name]}"
-        for name in sorted(saved.keys() - wanted.keys())
-    ]
-    lines += [
-        f"not in the checkpoint: {name} {wanted[name]}"
-        for name in sorted(wanted.keys() - saved.keys())
-    ]
-    lines += [
-        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} now"
-        for name in sorted(saved.keys() & wanted.keys())
-        if saved[name] != wanted[name]
-    ]
+    lines = saved_state.differences(step_folder, saved_state.leaves(abstract_state))
     if lines:
-        shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
         raise CheckpointError(
             f"the state in {step_folder} is not that of this configuration:\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(lines)
             + "\nUse the configuration it was saved with (model, optimizer, groups, EMA profiles), "
             "or another workdir."
         )
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    """{"params/unet.conv_in.bias": "float32[320]"}; parts without arrays are left out."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if getattr(leaf, "shape", None) is not None:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            leaves[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-    return leaves

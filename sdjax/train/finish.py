@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def last_screen(
         ("pictures", picture),
         *([("report", folder / REPORT_FILE)] if config.train.report else []),
         ("metrics", folder / "metrics.jsonl"),
-        ("TensorBoard", f"{python} -m tensorboard.main --logdir={folder}"),
+        ("TensorBoard", shlex.join([python, "-m", "tensorboard.main", f"--logdir={folder}"])),
         ("checkpoints", folder / "checkpoints"),
     ]
     if selection.step is not None:
@@ -149,14 +150,12 @@ def last_screen(
         prompt = "a large red circle above a small blue square"
         if config.data.name != "captioned_shapes":
             prompt = "..."
-        rows.append(
-            ("draw", f'{python} -m sdjax.sample --model={folder} --output=out --prompts="{prompt}"')
-        )
-        rows.append(
-            ("convert", f"{python} -m sdjax.convert --input={folder} --output=diffusers_folder")
-        )
+        draw = shlex.join([python, "-m", "sdjax.sample", f"--model={folder}", "--output=out"])
+        convert = [python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder"]
+        rows.append(("draw", f'{draw} --prompts="{prompt}"'))
+        rows.append(("convert", shlex.join(convert)))
     else:
-        rows.append(("use it", f"--config.vae_from={folder}"))
+        rows.append(("use it", shlex.quote(f"--config.vae_from={folder}")))
     lines = [f"  {name:12} {value}" for name, value in rows]
     head = [f"\n{score_line}"] if score_line else []
     return "\n".join([*head, f"\ntrained to step {step}", *lines])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -82,10 +83,11 @@ def write(sweep: Sweep, study: optuna.Study) -> None:
     config = best_config(sweep, study)
     if config is not None:
         content["best"] = _row(sweep, ranked[0])
+        recipe_flag = shlex.quote(f"--config={sweep.folder / BEST}")
         about = (
             f"Trial {ranked[0].number}, the best of {len(ranked)} of the sweep in {sweep.folder}."
             f"\n\n{sweep.metric} {ranked[0].value:.6g} at step {ranked[0].user_attrs['step']}.\n\n"
-            f"    python -m sdjax.main --config={sweep.folder / BEST} --workdir=DIR\n"
+            f"    python -m sdjax.main {recipe_flag} --workdir=DIR\n"
         )
         paths.write_text(sweep.folder / BEST, recipe(to_dict(config), about))
     paths.write_text(sweep.folder / RESULT, json.dumps(content, indent=2) + "\n")

@@ -75,6 +75,11 @@ def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
             f"--workdir={folder}: a sweep's journal is a file that grows, which a bucket does not "
             "have; take a local folder, or one on NFS for workers on several machines"
         )
+    if ":" in str(Path(folder).expanduser().resolve()):
+        raise ConfigError(
+            f"--workdir={folder}: the recipes of the trials lie in it, and --config takes what "
+            "follows a colon for an argument of the recipe; take a folder without a colon"
+        )
     mode = space.mode or base.validation.mode
     sweep = Sweep(Path(folder).expanduser().resolve(), base, space, "", mode)
     metric = sweep.metric_of(base)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from sdjax.train import checkpoint, ema, optim
+from sdjax.train import checkpoint, ema, optim, saved_state
 from sdjax.train.checkpoint import CheckpointError, Checkpoints
+from tests.odd_names import NAMES
 
 DATA = {"position": 12345678901234, "nested": {"done": [1, 2], "mean": 0.1}}
 CONFIG = {"optim": {"name": "adamw", "groups": (("a", 0.5),)}, "seed": 3}
@@ -82,6 +84,27 @@ def test_round_trip_is_bit_exact_and_keeps_the_structure(tmp_path, name):
     assert_same(restored, state)
     assert data == DATA
     assert config == {"optim": {"name": "adamw", "groups": [["a", 0.5]]}, "seed": 3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workdir_of_any_name_is_written_read_and_resumed(tmp_path, name):
+    (tmp_path / "x v" / "checkpoints").mkdir(parents=True)  # what "x [v2]" is as a pattern
+    workdir = tmp_path / name
+    states = {step: {"params": {"a": jnp.arange(3.0) * step}} for step in (1, 2)}
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, states[1], DATA, CONFIG)
+    np.testing.assert_array_equal(checkpoint.restore_params(workdir)["a"], np.arange(3.0))
+    with Checkpoints(workdir) as checkpoints:
+        assert_same(checkpoints.restore(abstract(states[1]))[1], states[1])
+        checkpoints.save(2, states[2], DATA, CONFIG)
+    assert checkpoint.all_steps(workdir) == [1, 2] and checkpoint.read_config(workdir)["seed"] == 3
+    np.testing.assert_array_equal(checkpoint.restore_params(workdir)["a"], 2 * np.arange(3.0))
+
+
+def test_a_backslash_in_the_name_of_a_workdir_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="backslash"):
+        Checkpoints(tmp_path / "a\\b")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_is_the_default(run):
@@ -232,6 +255,47 @@ def test_another_structure_names_what_differs(run):
 
 
 # ---- saves that fail -------------------------------------------------------------------------
+
+
+async def not_merged(*args, **kwargs):
+    """Orbax's own answer where its search for what to merge finds nothing."""
+
+
+@pytest.mark.parametrize("how", ["wait", "check", "save", "close"])
+def test_a_first_save_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", not_merged)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(), {}, {})
+    with pytest.raises(CheckpointError) as error:
+        while how == "check":
+            checkpoints.check()
+        if how == "save":
+            checkpoints.save(2, make_state(), {}, {})
+        getattr(checkpoints, how)()
+    message = str(error.value)
+    assert str(tmp_path / "checkpoints" / "1") in message and "cannot be opened again" in message
+    assert "--workdir" in message and checkpoint.all_steps(tmp_path) == [1]
+
+
+def test_a_save_that_lost_arrays_is_an_error_that_counts(tmp_path, monkeypatch):
+    real = saved_state.stored
+    monkeypatch.setattr(saved_state, "stored", lambda folder: set(sorted(real(folder))[2:]))
+    count = len(saved_state.leaves(make_state()))
+    assert count > 20
+    with pytest.raises(CheckpointError, match=f"it has {count - 2} of {count} arrays"):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, make_state(), {}, {})
+
+
+def test_only_the_first_save_of_a_process_is_opened_again(tmp_path, monkeypatch):
+    opened = []
+    real = saved_state.stored
+    monkeypatch.setattr(saved_state, "stored", lambda path: opened.append(path.name) or real(path))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(), {}, {})
+            checkpoints.check()
+    assert opened == ["1"]
 
 
 def test_a_disk_that_fills_up_is_reported_with_its_path(tmp_path, monkeypatch):

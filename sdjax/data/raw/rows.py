@@ -254,14 +254,10 @@ def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> Survey:
                     files.append(root / folder / name)
                 else:
                     others[ending(name)] += 1
-    elif any(sign in path for sign in "*?["):
-        base = root.parent
-        while any(sign in str(base) for sign in "*?["):
-            base = base.parent
-        files = sorted(base.glob(str(root)[len(str(base)) :].lstrip("/")), key=str)
-        root = base
+    elif root.exists():
+        files = [root]
     else:
-        files = [root] if root.exists() else []
+        root, files = _expand(root)
     if not files:
         there = f", but {by_ending(others)}" if others else ""
         raise DataError(
@@ -295,6 +291,29 @@ def links_left(links: list[str]) -> tuple[str, ...]:
         return ()
     some = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
     return (f"{len(links)} link(s) to folders that are read already, not followed: {some}",)
+
+
+def _expand(pattern: paths.Path) -> tuple[paths.Path, list[paths.Path]]:
+    """What a pattern matches, and the folder it starts from; a part that exists is a name."""
+    if not any(sign in str(pattern) for sign in "*?["):
+        return pattern, []
+    least = 3 if paths.is_remote(pattern) else 0  # "/", "gs" and the bucket
+    above = [folder for folder in pattern.parents if len(folder.parts) >= least]
+    base = next((folder for folder in above if folder.exists()), above[-1])
+    parts = pattern.parts[len(base.parts) :]
+    if "**" in parts:
+        raise DataError(
+            f"data.path (--input) is {str(pattern)!r}; `**` is not known: name the folder alone, "
+            "and all below it is read"
+        )
+    found = [base]
+    for part in parts:
+        found = [
+            child
+            for folder in found
+            for child in ([folder / part] if (folder / part).exists() else folder.glob(part))
+        ]
+    return base, sorted(found, key=str)
 
 
 def stamp(file: paths.Path) -> str:

@@ -1,0 +1,60 @@
+"""What the train state in a checkpoint holds: names, shapes and dtypes, without its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from sdjax import paths
+
+_MOST = 20  # lines that an error shows
+
+
+def leaves(tree: Any) -> dict[str, str]:
+    """{"params/unet.conv_in.bias": "float32[320]"}; parts without arrays are left out."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if getattr(leaf, "shape", None) is not None:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    return found
+
+
+def differences(step_folder: paths.PathLike, wanted: Mapping[str, str]) -> list[str]:
+    """Compare the arrays of a checkpoint, each of which is opened, with `leaves` of a state.
+
+    Returns:
+      A line for each that differs, 20 at most, and then how many more there are.
+    """
+    folder = paths.to_path(step_folder) / "state"
+    saved = leaves(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+    lines = [
+        f"only in the checkpoint: {name} {saved[name]}"
+        for name in sorted(saved.keys() - wanted.keys())
+    ]
+    lines += [
+        f"not in the checkpoint: {name} {wanted[name]}"
+        for name in sorted(wanted.keys() - saved.keys())
+    ]
+    lines += [
+        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} now"
+        for name in sorted(saved.keys() & wanted.keys())
+        if saved[name] != wanted[name]
+    ]
+    return lines[:_MOST] + ([f"... and {len(lines) - _MOST} more"] if len(lines) > _MOST else [])
+
+
+def stored(step_folder: paths.PathLike) -> set[str]:
+    """Return Orbax's names of the arrays in a finished checkpoint, read from its manifest alone."""
+    folder = paths.to_path(step_folder) / "state"
+    base: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
+    if paths.is_remote(folder):
+        _, _, bucket, *parts = folder.parts  # "/", "gs", ...
+        base = {"driver": "gcs", "bucket": bucket, "path": "/".join(parts) + "/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    return {key.decode().partition("/")[0] for key in store.list().result()}
