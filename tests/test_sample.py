@@ -5,8 +5,16 @@ import pytest
 from PIL import Image
 
 from sdjax import sample
+from tests.odd_names import ODD
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 def draw(folder, output, *options):

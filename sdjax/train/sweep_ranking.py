@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
 from rich.table import Table
 
 from sdjax import paths
@@ -111,7 +112,8 @@ def _row(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
 
 def table(sweep: Sweep, study: optuna.Study) -> Table:
     """The ranking, the best first."""
-    shown = Table(title=f"{sweep.folder}: {sweep.metric}, {sweep.mode}imum first")
+    title = f"{sweep.folder}: {sweep.metric}, {sweep.mode}imum first"
+    shown = Table(title=escape(title))  # "[v2]" in a name would be taken for a style
     for name in ("trial", "state", "value", "at step", *sweep.space.fields):
         shown.add_column(name, justify="right", overflow="fold")
     for trial in ranking(sweep, study):
@@ -129,11 +131,11 @@ def table(sweep: Sweep, study: optuna.Study) -> Table:
 
 def _state(trial: FrozenTrial) -> str:
     reason = trial.user_attrs.get("reason", "").split("\n")[0][:40]
-    return reason if reason else trial.state.name.lower()
+    return escape(reason) if reason else trial.state.name.lower()
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def importance_table(found: Mapping[str, float]) -> Table:

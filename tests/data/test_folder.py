@@ -15,9 +15,17 @@ from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, clean
 from sdjax.data.raw.rows import Fields, Row, fraction
 from sdjax.data.sources import DataConfig, DataError, captions, open_source, prepared_builder
+from tests.odd_names import ODD
 
 SHARED = os.environ.get("SDJAX_TEST_DATA", "")
 needs_shared = pytest.mark.skipif(not SHARED, reason="SDJAX_TEST_DATA is not set")
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 def write_images(folder, count, *, first=0, size=(24, 20)):

@@ -23,10 +23,18 @@ from sdjax.data.sources import DataConfig, DataError, open_source
 from sdjax.errors import UserError
 from tests.data.test_raw import encoded, write_parquet, write_tar
 from tests.fake_gcs import FakeGCS
+from tests.odd_names import ODD
 
 SHARED = os.environ.get("SDJAX_TEST_DATA", "")
 needs_shared = pytest.mark.skipif(not SHARED, reason="SDJAX_TEST_DATA is not set")
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 def settings(format="image_text_folder", rules=None, **fields):

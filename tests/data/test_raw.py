@@ -18,9 +18,17 @@ from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Example, Rules, ScoreRule, clean, clean_captions
 from sdjax.data.raw.rows import BadRow, Fields, Row, Skip, split_of
 from sdjax.data.sources import DataConfig, DataError, open_source
+from tests.odd_names import ODD
 
 SHARED = os.environ.get("SDJAX_TEST_DATA", "")
 needs_shared = pytest.mark.skipif(not SHARED, reason="SDJAX_TEST_DATA is not set")
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 def encoded(image, kind="PNG"):

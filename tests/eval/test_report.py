@@ -2,10 +2,14 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
 import pytest
@@ -16,12 +20,20 @@ from sdjax.eval.report_page import write_report
 from sdjax.report import main
 from tests.eval.report_workdir import NASTY, lines, make_lines, make_workdir
 from tests.fake_gcs import FakeGCS
+from tests.odd_names import ODD
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A workdir with everything in it. Do not write into it."""
-    return make_workdir(tmp_path_factory.mktemp("report") / "run")
+    return make_workdir(tmp_path_factory.mktemp("report") / ODD / "run")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +161,11 @@ def test_the_verb_writes_where_it_is_told(workdir, tmp_path, capsys):
     assert str(output) in capsys.readouterr().out
     assert output.read_text().startswith("<!doctype html>")
     link = re.search(r'href="([^"]*report\.html)"', output.read_text())[1]
-    assert (output.parent / link).resolve() == (workdir.parent / "data" / "report.html").resolve()
+    file = urlsplit(urljoin(output.as_uri(), unescape(link))).path
+    assert Path(unquote(file)) == workdir.parent / "data" / "report.html"
+    command = re.search(r"<code>(.*--workdir=.*)</code>", output.read_text())[1]
+    assert shlex.split(unescape(command)) == [f"--workdir={workdir}"]
+    assert output.read_text().count("data:image/webp") > 6
 
 
 def test_the_verb_tells_what_is_wrong(workdir, tmp_path, capsys):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,7 +25,8 @@ from sdjax.train import sweep_ranking, sweep_run
 from sdjax.train.sweep_claims import Claims, Lost
 from sdjax.train.sweep_space import changed
 from sdjax.train.sweep_worker import Stopped, work
-from tests.train.fake_sweep import COMMAND, ROOT, base, make
+from tests.odd_names import ODD
+from tests.train.fake_sweep import COMMAND, ROOT, SPACE, base, make
 
 
 def run(sweep, trials, tell=lambda line: None, claims=None):
@@ -37,7 +40,7 @@ def outcome(study):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    sweep = make(tmp_path_factory.mktemp("sweep") / "unbroken")
+    sweep = make(tmp_path_factory.mktemp("sweep") / ODD)
     return sweep, run(sweep, 8)
 
 
@@ -51,6 +54,9 @@ def test_a_sweep_ranks_and_writes_the_best_recipe(unbroken):
     assert best["fields"]["ema.profiles"][0] == "warmup-0.9999"
     shares = found["importances"]
     assert shares.keys() == set(sweep.space.fields) and sum(shares.values()) == pytest.approx(1)
+    (command,) = re.findall("    (python .*)", (sweep.folder / "best.py").read_text())
+    assert f"--config={sweep.folder / 'best.py'}" in shlex.split(command)
+    assert "[v2]" in verb_output(sweep, study)  # the folder's, not taken for a style
     made = {}
     exec((sweep.folder / "best.py").read_text(), made)
     config = resolve(made["get_config"]())
@@ -309,6 +315,9 @@ def test_the_verb_says_what_is_missing(tmp_path, monkeypatch, capsys):
     there = [config, "--space=nowhere.yaml", f"--workdir={tmp_path / 'w'}"]
     assert "nowhere.yaml: cannot be read" in said(*there)
     assert "--trials=0" in said(*there, "--trials=0")
+    colon = [config, f"--space={tmp_path / 'space.yaml'}", f"--workdir={tmp_path / 'a:b'}"]
+    (tmp_path / "space.yaml").write_text(SPACE)
+    assert "take a folder without a colon" in said(*colon, "--trials=1")
     monkeypatch.setattr(verb.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'sdjax[sweep]'" in said(*there, "--trials=1")
     assert not (tmp_path / "w").exists()
@@ -343,7 +352,7 @@ def test_a_sweep_of_real_runs(tiny_config, tmp_path):
         "  objective.weighting: {choices: [uniform, min_snr]}\n"
         "pruner: {name: median, startup_trials: 1}\n"
     )
-    folder = tmp_path / "sweep"
+    folder = tmp_path / ODD
     command = [
         sys.executable, "-m", "sdjax.sweep", f"--config={recipe_file}", f"--space={space}",
         f"--workdir={folder}", "--trials=3",
@@ -367,4 +376,5 @@ def test_a_sweep_of_real_runs(tiny_config, tmp_path):
     )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     assert sweep_run.read_values(tmp_path / "again" / "metrics.jsonl", found["metric"]) == rows
-    assert "validation/" in done.stdout and str(folder / "best.py") in done.stdout
+    assert "validation/" in done.stdout
+    assert shlex.quote(f"--config={folder / 'best.py'}") in done.stdout
