@@ -58,7 +58,8 @@ def run(
         return done
     stored = {split for shard in shards for split in shard.splits}
     notes = [*survey.lines(), *settings.cuts(stored)]
-    print("\n".join(notes), file=sys.stderr, flush=True)
+    for note in notes:
+        print(note, file=sys.stderr, flush=True)
     _clean(make, shards, settings, place)
     indices = [cleaning.read_index(place, number) for number in range(len(shards))]
     if not any(index.entries for index in indices):
