@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import socket
 import threading
 import zlib
 from collections.abc import Mapping
@@ -77,6 +78,8 @@ def join(
         )
     place = find_place(coordinator, num_processes, process_id, cluster, os.environ, timeout)
     if place is not None:
+        if place.process_id == 0:
+            check_port(place)
         _connect(place, timeout, heartbeat_timeout)
         hosts.start(jax_distributed.global_state.client, place.coordinator, heartbeat_timeout)
 
@@ -92,8 +95,10 @@ def find_place(
     """The place of this process; None if it is the only one. Arguments as of `join`."""
     if cluster not in CLUSTERS:
         raise JoinError(f"--cluster={cluster}: expected one of {', '.join(CLUSTERS)}")
-    if coordinator and not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise JoinError(f"--coordinator={coordinator}: expected HOST:PORT, as in 10.0.0.2:8476")
+    if coordinator:
+        address = re.fullmatch(r".+:(\d{1,5})", coordinator)
+        if address is None or not 0 < int(address[1]) < 65536:
+            raise JoinError(f"--coordinator={coordinator}: expected HOST:PORT, as in 10.0.0.2:8476")
     given = bool(coordinator) or num_processes > 0 or process_id >= 0
     if cluster == "none":
         if given:
@@ -250,6 +255,44 @@ def _number(env: Mapping[str, str], *names: str, default: int | None = None) -> 
             f"environment variable {name or names[0]} is {env.get(name or names[0])!r}; expected a "
             "number from the launcher. Give --coordinator, --num_processes and --process_id instead"
         ) from None
+
+
+def check_port(place: Place) -> None:
+    """Try the port of the coordinator, which process 0 is about to open.
+
+    JAX ends the process with SIGSEGV where it cannot open the port, and shares the port with any
+    other server that sets SO_REUSEPORT, which then gets half of the connections.
+
+    Raises:
+        JoinError: another program has the port, or it needs rights that this process lacks.
+    """
+    port = int(place.coordinator.rsplit(":", 1)[1])
+    # As JAX's server: every address, IPv4 through the IPv6 socket where there is IPv6.
+    family, address = (socket.AF_INET6, "::") if _has_ipv6() else (socket.AF_INET, "0.0.0.0")
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Connections of an earlier run that are still closing do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen()
+        except OSError as error:
+            raise JoinError(
+                f"--coordinator={place.coordinator} (from {place.source}): process 0 cannot open "
+                f"port {port} on this machine ({error.strerror}). Give all processes a free port "
+                f"above 1023 (`ss -ltnp sport = :{port}` names the program that has this one)"
+            ) from error
+
+
+def _has_ipv6() -> bool:
+    """Whether this machine can open an IPv6 socket for every address."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return False
+    return True
 
 
 def _connect(place: Place, timeout: float, heartbeat_timeout: float) -> None:

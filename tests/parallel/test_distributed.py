@@ -1,9 +1,13 @@
 """Who this process is, from flags and from what launchers set; what an error of a host means."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from sdjax.errors import UserError
-from sdjax.parallel.distributed import JoinError, find_place, first_node
+from sdjax.parallel.distributed import JoinError, Place, check_port, find_place, first_node
 from sdjax.parallel.hosts import means_lost_host
 
 SLURM = {
@@ -55,6 +59,8 @@ def test_flags():
         ({"coordinator": "a:1"}, "--num_processes=N and --process_id=I missing"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "expected 0 to 1"),
         ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "expected HOST:PORT"),
+        ({"coordinator": "a:0", "num_processes": 2, "process_id": 1}, "expected HOST:PORT"),
+        ({"coordinator": "a:65536", "num_processes": 2, "process_id": 1}, "expected HOST:PORT"),
         ({"cluster": "none", "num_processes": 2}, "--cluster=none is one process"),
         ({"cluster": "slurm"}, "not started by srun"),
         ({"cluster": "mpi"}, "not started by mpirun"),
@@ -149,3 +155,44 @@ def test_which_errors_mean_a_lost_host():
     assert not means_lost_host(UserError("gloo is not a sampler"))
     assert not means_lost_host(ConnectionResetError("Connection reset by peer"))  # a download
     assert not means_lost_host(RuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("option", [None, socket.SO_REUSEADDR, socket.SO_REUSEPORT])
+def test_a_coordinator_port_that_is_taken_is_named(address, option):
+    with socket.socket() as server:
+        if option is not None:
+            server.setsockopt(socket.SOL_SOCKET, option, 1)
+        server.bind((address, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(JoinError, match=f"cannot open port {port} .*Address already in use"):
+            check_port(Place("flags", f"localhost:{port}", 2, 0))
+    check_port(Place("flags", f"localhost:{port}", 2, 0))
+
+
+def test_a_port_of_connections_that_are_still_closing_is_free():
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+        accepted.close()  # the server closes first, so its side stays in TIME_WAIT
+        client.close()
+    check_port(Place("flags", f"localhost:{port}", 2, 0))
+
+
+def test_process_0_of_a_taken_port_ends_with_a_message_and_no_crash():
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        code = (
+            "from sdjax.parallel import distributed\n"
+            f"distributed.join('localhost:{port}', 2, 0, timeout=30, heartbeat_timeout=30)"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 1 and f"cannot open port {port}" in ran.stderr
