@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -30,13 +31,20 @@ def use_large_pages() -> None:
     word on it already, beside an accelerator, and under a debugger.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if STARTED in os.environ:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if TUNABLE in tunables or STARTED in os.environ or sys.gettrace() is not None:
         return
     if not _would_help():
         return
     os.environ[STARTED] = "1"
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # Python answers Ctrl-C with a traceback until it is told another answer; it waits until then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _would_help() -> bool:

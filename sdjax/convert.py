@@ -18,10 +18,15 @@ float32, there and back gives the same bits.
 that began from the same weights. --ema_length writes the average of a run over another length than
 it tracked. Both are often better models than the last checkpoint (docs/evaluation.md).
 
-Exit codes: 0 done; 2 the input or an option is wrong.
+Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command begins again")
 
 import argparse
 import shlex
@@ -31,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import paths, progress
+from sdjax import locks, paths, progress
 
 if TYPE_CHECKING:
     from sdjax.train import averages
@@ -191,30 +196,31 @@ def convert(
             raise PretrainedError(
                 f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}"
             )
-    like = read_any(config_from, with_weights=False) if config_from else None
-    hints = Hints(tokenizer, prediction_type, scaling_factor, like)
-
-    read, origin = _read(
-        found,
-        lambda member: read_any(
-            member.path, weights=weights, step=member.step, variant=variant, hints=hints
-        ),
-        average_weights=average_weights,
-        ema_length=ema_length,
-        step=step,
-    )
-    count = sum(value.size for value in read.params.values())
-    lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
-    if read.ignored:
-        lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
-    if read.unsupported_sampler and to == "workdir":
-        assert read.sampler
-        lines.append(
-            f"its sampler is {read.unsupported_sampler}, which sdjax does not have: the workdir is "
-            f"drawn from with {read.sampler.name}, and a folder written of it has the one there was"
+    with locks.replacing(target, "--output", "sdjax.convert"):
+        like = read_any(config_from, with_weights=False) if config_from else None
+        hints = Hints(tokenizer, prediction_type, scaling_factor, like)
+        read, origin = _read(
+            found,
+            lambda member: read_any(
+                member.path, weights=weights, step=member.step, variant=variant, hints=hints
+            ),
+            average_weights=average_weights,
+            ema_length=ema_length,
+            step=step,
         )
-    options = {"dtype": dtype, "overwrite": force}
-    return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
+        count = sum(value.size for value in read.params.values())
+        lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
+        if read.ignored:
+            lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
+        if read.unsupported_sampler and to == "workdir":
+            assert read.sampler
+            lines.append(
+                f"its sampler is {read.unsupported_sampler}, which sdjax does not have: the workdir "
+                f"is drawn from with {read.sampler.name}, and a folder written of it has the one "
+                "there was"
+            )
+        options = {"dtype": dtype, "overwrite": force}
+        return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
 
 
 def _sources(

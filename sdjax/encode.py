@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from sdjax import progress, verbs
+from sdjax import locks, progress, verbs
 from sdjax.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -85,10 +85,13 @@ def _run() -> int:
     )
     config = resolve(recipe)
     enable_compilation_cache(config.compilation_cache)
-    with progress.shown():
-        report = encode_dataset(
-            config, _OUTPUT.value, options, host=_HOST.value, hosts=_HOSTS.value
-        )
+    host, hosts = _HOST.value, _HOSTS.value
+    own = f"{locks.FILE}-{host}" if hosts > 1 else locks.FILE  # each host writes its own shards
+    with (
+        locks.held(_OUTPUT.value, "--output", "sdjax.prepare --encode", name=own),
+        progress.shown(),
+    ):
+        report = encode_dataset(config, _OUTPUT.value, options, host=host, hosts=hosts)
     if report is None:
         print(f"host {_HOST.value}: its shards are there; host 0 ends the work")
         return 0

@@ -28,20 +28,27 @@ does not have it leaves out, and says so.
 In --output: metrics.json, metrics.png (with the 95 % intervals), grid.png, nearest.png (the
 pictures closest to training pictures, beside these), images/ (all pictures, with their prompts).
 
-Exit codes: 0 done; 2 the input or an option is wrong.
+Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command goes on")
+
 import argparse
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax import paths, progress
+from sdjax import locks, paths, progress
 from sdjax.allocator import use_large_pages
 from sdjax.sample import SAMPLER_NAMES
 
@@ -206,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout=300.0, heartbeat_timeout=60.0,
         )  # fmt: skip
     except UserError as error:
-        return explain(error)
+        os._exit(explain(error))  # JAX's own way out waits for the hosts that did not come
 
     def run() -> int:
         import jax
@@ -270,13 +277,26 @@ def evaluate(args: argparse.Namespace) -> str:
     enable_compilation_cache(own.compilation_cache if own else "")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
     if args.ema_lengths:
-        return _search(args, request, loaded, output)
-    session = open_session(request, loaded, output)
-    if session.note:
-        tell(session.note)
-    results = session.run(output)
+        if not args.output:
+            output = output.with_name(f"{output.name}-ema_lengths")
+        with _locked(output):
+            return _search(args, request, loaded, output)
+    with _locked(output):
+        session = open_session(request, loaded, output)
+        if session.note:
+            tell(session.note)
+        results = session.run(output)
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
+
+
+def _locked(output: paths.Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other evaluations out of the folder; process 0 does so for all."""
+    import jax
+
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return locks.held(output, "--output", "sdjax.evaluate")
 
 
 def _search(
@@ -290,8 +310,6 @@ def _search(
     lengths = ema_lengths.parse(args.ema_lengths)
     ema_lengths.check(loaded)
     request = dataclasses.replace(request, metrics=request.metrics[:1] or ("validation_loss",))
-    if not args.output:
-        output = output.with_name(f"{output.name}-ema_lengths")
     session = open_session(request, loaded, output)
     _, best = ema_lengths.search(session, lengths, output, tell=tell)
     return (

@@ -6,12 +6,19 @@ memory and shardings, and trains nothing.
 On several hosts (or processes of one) every one runs this same command. Cloud TPU, SLURM and Open
 MPI say by themselves who is who; otherwise `--coordinator`, `--num_processes`, `--process_id` do.
 
-Exit codes: 0 finished; 2 the configuration or the input is wrong, or the other hosts did not come;
-3 the run diverged (NaN or Inf); 75 stopped by SIGTERM after saving; 76 another host was lost. After
-75 and 76 run the same command again, on all hosts, to go on.
+Exit codes: 0 finished; 2 the configuration or the input is wrong, a file cannot be written, another
+run has the workdir, or the other hosts did not come; 3 the run diverged (NaN or Inf), or its last
+pictures are NaN; 75 stopped by SIGTERM or Ctrl-C after saving, or by SIGTERM before the first step;
+76 another host was lost; 130 Ctrl-C before the first step. After 75 and 76 run the same command
+again, on all hosts, to go on.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command goes on from the last checkpoint, if there is one", terminated=75)
 
 import os
 from collections.abc import Sequence
@@ -19,7 +26,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sdjax import collector
+from sdjax import collector, paths
 from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
 from sdjax.verbs import CONFIG_HELP, parse_or_exit, recipe
@@ -93,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         return hosts.together(train)
-    except UserError as error:
+    except paths.storage_errors(UserError) as error:
         return explain(error)
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from sdjax.errors import UserError
+from sdjax.errors import UserError, system_error, write_error
+from sdjax.interrupts import at_end
 
 if TYPE_CHECKING:
     from pathlib import Path  # whose methods epath's have, but for those of links and owners
@@ -125,6 +126,8 @@ def make_folder(folder: Path) -> None:
             raise FileNotFoundError(f"there is no bucket {folder.parts[2]}")
         folder.mkdir(parents=True, exist_ok=True)
     except storage_errors() as error:
+        if system_error(error) is not None:
+            raise write_error(folder, error) from error
         raise UserError(_unreachable(folder, "cannot be made", error)) from error
 
 
@@ -155,9 +158,35 @@ def reading(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextmanager
+def explained_writes(path: PathLike) -> Iterator[None]:
+    """In here a file is written: what goes wrong is a WriteError that names it.
+
+    Libraries in C++ and Rust raise errors of their own, which quote the system's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, storage_errors()) or system_error(error) is not None:
+            raise write_error(path, error) from error
+        raise
+
+
+@contextmanager
 def writing(path: PathLike) -> Iterator[pathlib.Path]:
-    """A local file to write, which becomes `path` at the end of the block, whole or not at all."""
+    """A local file to write, which becomes `path` at the end of the block, whole or not at all.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     path = to_path(path)
+    with explained_writes(path), _writing(path) as local:
+        yield local
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[pathlib.Path]:
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             local = pathlib.Path(folder, path.name)
@@ -166,14 +195,15 @@ def writing(path: PathLike) -> Iterator[pathlib.Path]:
         return
     local = pathlib.Path(f"{path}.partial")
     try:
-        yield local
-        os.replace(local, path)
+        with at_end(lambda *_: local.unlink(missing_ok=True)):
+            yield local
+            os.replace(local, path)
     finally:
         local.unlink(missing_ok=True)
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
+    """Write a UTF-8 file, whole or not at all. Raises WriteError."""
     with writing(path) as local:
         local.write_text(text, encoding="utf-8")
 

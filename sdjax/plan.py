@@ -10,10 +10,16 @@ where JAX's plugin for CUDA is installed (pip install -e '.[cuda12]'; no GPU is 
 minutes (SDXL: over a quarter of an hour), and otherwise estimated. Results are kept in --cache.
 Nothing is read of `data.path`.
 
-Exit codes: 0 it fits; 1 it does not; 2 wrong configuration or option, or the compiler died.
+Exit codes: 0 it fits; 1 it does not; 2 wrong configuration or option, or the compiler died; 130
+Ctrl-C.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("plans that were finished are kept")
 
 import dataclasses
 import json
@@ -30,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sdjax import verbs
+from sdjax import paths, verbs
 from sdjax.errors import UserError, explain
 
 if TYPE_CHECKING:
@@ -85,8 +91,8 @@ def in_a_child(argv: Sequence[str]) -> int:
     child = subprocess.Popen(
         [sys.executable, "-m", "sdjax.plan", *argv[1:]], env={**os.environ, _CHILD: "1"}
     )
-    for number in (signal.SIGTERM, signal.SIGINT):  # Ctrl-C reaches the child by itself
-        signal.signal(number, lambda *_: child.terminate())
+    for number in (signal.SIGTERM, signal.SIGINT):  # the child says what there is to say
+        signal.signal(number, lambda number, _: child.send_signal(number))
     code = child.wait()
     if code >= 0:
         return code
@@ -144,7 +150,7 @@ def _run() -> int:
     if as_json:
         print(text)
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(text + "\n", encoding="utf-8")
+        paths.write_text(_OUTPUT.value, text + "\n")
     return 0 if fits else 1
 
 

@@ -13,10 +13,15 @@ Everything after `--` goes to Apache Beam, which runs it on other machines, too:
 
     python -m sdjax.prepare --input=gs://B/RAW --output=gs://B/CLEAN -- --runner=DataflowRunner ...
 
-Exit codes: 0 done; 2 the input or an option is wrong.
+Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command goes on")
 
 import importlib.util
 import re
@@ -27,12 +32,13 @@ from typing import Any
 
 from absl import flags, logging
 
-from sdjax import progress
+from sdjax import locks, paths, progress
 from sdjax.data.prepare.settings import DUPLICATES, Place, Settings
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, passed_over
 from sdjax.errors import UserError, explain
+from sdjax.interrupts import ignored_by_children
 from sdjax.verbs import parse
 
 FLAGS = flags.FlagValues()  # of its own: those of `sdjax.main` mean nothing here
@@ -167,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{__doc__}\n{FLAGS.module_help(__name__) or FLAGS.get_help()}")
             return 0
         return _run(rest[1:])
-    except (UserError, flags.Error) as error:
+    except paths.storage_errors(UserError, flags.Error) as error:
         return explain(error)
 
 
@@ -184,7 +190,11 @@ def _run(rest: list[str]) -> int:
     settings, place = settings_of_flags(), Place(_OUTPUT.value or "")
     from sdjax.data.prepare import pipeline, report
 
-    with progress.shown():
+    with (
+        locks.held(place.folder, "--output", "sdjax.prepare"),
+        ignored_by_children(),
+        progress.shown(),
+    ):
         found = pipeline.run(
             _INPUT.value or "", settings, place, workers=_WORKERS.value, beam_options=rest
         )

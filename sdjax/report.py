@@ -4,17 +4,23 @@
 
 writes runs/base/report.html: a single file that can be opened without a network, sent by mail, and
 read on a phone. It is made of the files of the workdir alone, so it can be written while the run is
-going on, and on another machine. Exit codes: 0 done; 2 the input or an option is wrong.
+going on, and on another machine. Exit codes: 0 done; 2 the input or an option is wrong, or the page
+cannot be written; 130 Ctrl-C.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command writes the page again")
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from sdjax import paths
-from sdjax.errors import UserError, explain
+from sdjax.errors import UserError, cause_of, explain
 
 # One of these makes a folder a workdir.
 FILES = ("config.json", "metrics.jsonl")
@@ -75,8 +81,8 @@ def report(args: argparse.Namespace) -> paths.Path:
     except paths.storage_errors() as error:
         where = args.output or folder
         raise UserError(
-            f"the report cannot be written to {where}: {error}\nIs the disk full or read-only? "
-            "--output writes it elsewhere"
+            f"the report cannot be written to {where}: {'; '.join(cause_of(error))} (--output "
+            "writes it elsewhere)"
         ) from error
 
 

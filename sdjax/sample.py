@@ -9,10 +9,16 @@ settings alone, not on the batch size.
 
 Why a picture is as it is: --explain shows where each word went, --trajectory how the picture came
 out of the noise, --interpolate what lies between two prompts or two seeds. docs/evaluation.md has
-examples. Exit codes: 0 done; 2 the input or an option is wrong.
+examples. Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130
+Ctrl-C.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command draws the pictures again")
 
 import argparse
 import dataclasses
@@ -22,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import paths, progress, text_files
+from sdjax import locks, paths, progress, text_files
 from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
 
@@ -210,12 +216,7 @@ def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
     """The model's own sampler with what the options change."""
     from sdjax.train.bundle import choose_sampler, sampler_note
 
-    given: dict[str, Any] = {
-        "name": args.sampler,
-        "steps": args.steps,
-        "karras": args.karras,
-        "eta": args.eta,
-    }
+    given = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
     changes = {name: value for name, value in given.items() if value is not None}
     sampler = choose_sampler(model, changes, f"--model={args.model}")
     if note := sampler_note(model, sampler, f"--model={args.model}"):
@@ -366,29 +367,29 @@ def sample(args: argparse.Namespace) -> str:
     _check(args)
     prompts = read_prompts(args.prompts, args.prompts_file)
     output = paths.to_path(args.output)
-    paths.make_folder(output)
-    order = _order(args, prompts)
-    looks: dict[str, Any] = {}
-    if args.explain:
-        looks["words"] = explain.Look(order, args.explain_layers, args.explain_steps)
-    if args.trajectory is not None:
-        looks["steps"] = trajectory.Look(order, args.trajectory or None, args.animation)
-    ways = args.interpolate is not None and interpolate.plan_ways(
-        order, args.interpolate, args.interpolate_seeds
-    )
-    images, seen = order.draw([look.onlooker for look in looks.values()])
-    settings = _settings(args, order)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        about = {"prompt": prompt, "number": i, **settings}
-        save_png(output / f"{i:05d}.png", image, about)
-        for look, states in zip(looks.values(), seen, strict=True):
-            look.write(output, i, image, states, about)
-    save_png(output / "grid.png", grid(images, prompts))
-    if ways:
-        interpolate.draw_ways(
-            output, order, ways, images, args.interpolate_seeds, settings, args.animation
+    with locks.held(output, "--output", "sdjax.sample"):
+        order = _order(args, prompts)
+        looks: dict[str, Any] = {}
+        if args.explain:
+            looks["words"] = explain.Look(order, args.explain_layers, args.explain_steps)
+        if args.trajectory is not None:
+            looks["steps"] = trajectory.Look(order, args.trajectory or None, args.animation)
+        ways = args.interpolate is not None and interpolate.plan_ways(
+            order, args.interpolate, args.interpolate_seeds
         )
-    return f"{len(images)} pictures in {output}, together in {output / 'grid.png'}"
+        images, seen = order.draw([look.onlooker for look in looks.values()])
+        settings = _settings(args, order)
+        for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            about = {"prompt": prompt, "number": i, **settings}
+            save_png(output / f"{i:05d}.png", image, about)
+            for look, states in zip(looks.values(), seen, strict=True):
+                look.write(output, i, image, states, about)
+        save_png(output / "grid.png", grid(images, prompts))
+        if ways:
+            interpolate.draw_ways(
+                output, order, ways, images, args.interpolate_seeds, settings, args.animation
+            )
+        return f"{len(images)} pictures in {output}, together in {output / 'grid.png'}"
 
 
 if __name__ == "__main__":

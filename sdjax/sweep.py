@@ -28,6 +28,11 @@ stopped by SIGTERM or Ctrl-C, to go on with the same command.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.interrupts import install
+
+    install("the same command goes on")
+
 import importlib.util
 import logging
 import shlex

@@ -524,7 +524,7 @@ def test_a_quick_plan_that_is_stopped_leaves_nothing(tmp_path):
         time.sleep(0.5)
     assert len(processes(tmp_path)) >= 2
     run.terminate()
-    assert run.wait(60) == 2 and "ended by SIGTERM" in run.stderr.read()
+    assert run.wait(60) == 143 and "stopped by SIGTERM" in run.stderr.read()
     deadline = time.monotonic() + 30
     while processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.5)

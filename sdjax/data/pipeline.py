@@ -26,6 +26,7 @@ from sdjax.data.encoded import TEXT_FIELDS
 from sdjax.data.sources import Source, captions, open_parts, open_source
 from sdjax.data.stream import make_stream
 from sdjax.data.summary import Summary, summarise
+from sdjax.interrupts import end_with_parent, ignored_by_children
 
 __all__ = ["BatchIterator", "DataConfig", "DataError", "Source", "captions", "make_iterator",
            "open_parts", "open_source"]  # fmt: skip
@@ -110,8 +111,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+            with ignored_by_children():  # on the first Ctrl-C a run goes on until it has saved
+                self._iterator = self._start()
+                batch = next(self._iterator)
+        else:
+            batch = next(self._iterator)
         if self._config.workers:  # out of the workers' shared memory, which is scarce
             batch = as_floats(batch, copy=True)
         self.step += 1
@@ -131,7 +135,8 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads one of its own flags
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(config.workers, max(1, config.prefetch))
+                grain.MultiprocessingOptions(config.workers, max(1, config.prefetch)),
+                worker_init_fn=end_with_parent,
             )
         return iter(batches)
 

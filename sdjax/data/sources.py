@@ -20,6 +20,7 @@ from sdjax.data.caption_choice import Caption
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
 from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
 from sdjax.data.records import Records
+from sdjax.errors import cause_of, system_error
 
 _AT_ONCE = 4096  # records read together where all are
 
@@ -253,11 +254,14 @@ def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
     try:
         with quiet_tfds() if quiet else contextlib.nullcontext():
             builder.download_and_prepare(file_format=FORMAT)
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, paths.storage_errors()) and system_error(error) is None:
+            raise
         # Another process on a shared disk may have finished first: its rename made ours fail.
         if not (builder.data_path / "dataset_info.json").exists():
             raise DataError(
-                f"cannot prepare {builder.info.full_name} in {builder.data_dir}: {error}; "
+                f"cannot prepare {builder.info.full_name} in {builder.data_dir}: "
+                f"{'; '.join(cause_of(error))}; "
                 "data.data_dir (or $TFDS_DATA_DIR) must be a writable folder with room, "
                 "and a dataset that TFDS downloads needs the network"
             ) from error

@@ -205,11 +205,11 @@ class Tokenizer:
     def save(self, folder: paths.PathLike) -> None:
         """Writes a folder for `load` and the `CLIPTokenizer` of transformers 4 and 5."""
         folder = paths.to_path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(folder)
         vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
         _write_json(folder / "vocab.json", vocab, indent=None)
         merges = "".join(f"{left} {right}\n" for left, right in self._merges)
-        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        paths.write_text(folder / "merges.txt", "#version: 0.2\n" + merges)
         _write_json(folder / "special_tokens_map.json", _as_special_map(self._special))
         new = {
             token["content"]: index
@@ -378,4 +378,4 @@ def _read_json(path: paths.Path, default: Any = None) -> Any:
 
 
 def _write_json(path: paths.Path, content: Any, indent: int | None = 2) -> None:
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths.write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")

@@ -270,7 +270,7 @@ def draw_seen(
                 _sampler_keys(seed + 1, numbers),
             )
             found, kept = _first(total - start, (out, seen))
-            _check_finite(found, start, texts)
+            check_finite(found, start, texts)
             parts.append((to_uint8(found), kept))
             work.advance(len(found))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
@@ -302,7 +302,8 @@ def _first(count: int, arrays: Any) -> Any:
     return jax.tree.map(lambda x: to_host(x)[:count], arrays)
 
 
-def _check_finite(images: np.ndarray, start: int, texts: Sequence[str]) -> None:
+def check_finite(images: np.ndarray, start: int = 0, texts: Sequence[str] = ()) -> None:
+    """Raise FloatingPointError if pictures [N, H, W, 3] have NaN; `start` numbers the first."""
     bad = [start + i for i, image in enumerate(images) if not np.isfinite(image).all()]
     if bad:
         name = f" ({texts[bad[0]]!r})" if texts else ""

@@ -20,7 +20,7 @@ def save_png(
     for name, value in (settings or {}).items():
         info.add_itxt(name, str(value))
     path = paths.to_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(path.parent)
     with paths.writing(path) as local:
         Image.fromarray(image).save(local, format="PNG", pnginfo=info)
 

@@ -208,16 +208,13 @@ def save_file(
             safetensors writes several in any order.
 
     Raises:
-        OSError: the disk's own error, with nothing left behind under `path`.
+        WriteError: it cannot be written; nothing is left behind under `path`.
     """
-    try:
-        arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
-        size = sum(array.nbytes for array in arrays.values())
-        shown = progress.work(f"writing {_short(path)}", size, poll=progress.bytes_written())
-        with paths.writing(path) as local, shown:
-            _save_safetensors(arrays, local, metadata=dict(metadata or {"format": "pt"}))
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written: {error}") from error
+    arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
+    size = sum(array.nbytes for array in arrays.values())
+    shown = progress.work(f"writing {_short(path)}", size, poll=progress.bytes_written())
+    with paths.writing(path) as local, shown:
+        _save_safetensors(arrays, local, metadata=dict(metadata or {"format": "pt"}))
 
 
 def load_file(

@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from sdjax.errors import UserError
+from sdjax import interrupts, paths
+from sdjax.errors import UserError, describe
 
 FAILED, WRONG_INPUT, INTERRUPTED, LOST_HOST = 1, 2, 130, 76  # exit codes
 
@@ -177,6 +178,7 @@ class Team:
 
     def start(self) -> None:
         """Watch, until `leave`."""
+        self._stack.enter_context(interrupts.at_end(self._interrupted))
         if self.index > 0:
             message = f"{self.label}stopped: {self._coordinator_lost}"
             alive = self._coordinator_answers
@@ -302,8 +304,8 @@ class Team:
         """This host's part raised: tell it, and end the process."""
         if means_lost_host(error):
             self._blame(error)
-        if isinstance(error, UserError):
-            code, message = WRONG_INPUT, f"error: {error}"
+        if isinstance(error, paths.storage_errors(UserError)):
+            code, message = WRONG_INPUT, f"error: {describe(error)}"
         elif isinstance(error, KeyboardInterrupt):
             code, message = INTERRUPTED, "interrupted"
         elif isinstance(error, SystemExit):
@@ -315,6 +317,12 @@ class Team:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._end(code, message)
         self._exit(code, message, {"host": self.index, "lost": []})
+
+    def _interrupted(self, code: int, line: str) -> None:
+        """A signal ends this process: so do the others."""
+        self._end(code, line)
+        if self.index == 0:
+            self._wait_until_heard({0})
 
     def _blame(self, error: BaseException) -> NoReturn:
         """A connection broke: wait for process 0 to find out whose, then end."""

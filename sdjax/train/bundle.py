@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from sdjax import paths, text_files
+from sdjax import locks, paths, text_files
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.grids import SamplerConfig, changed_sampler
 from sdjax.diffusion.scheduler_json import scheduler_from_diffusers, scheduler_to_diffusers
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
+from sdjax.interrupts import at_end
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
@@ -151,7 +153,7 @@ def read_json(file: paths.Path) -> dict[str, Any]:
 
 def write_json(file: paths.Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    paths.write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
@@ -166,7 +168,8 @@ def _refilled(folder: paths.Path) -> Iterator[paths.Path]:
         if old.name != INCOMPLETE:
             paths.remove(old)
     try:
-        yield folder
+        with paths.explained_writes(folder):
+            yield folder
     except BaseException:
         paths.remove(folder)
         raise
@@ -187,7 +190,7 @@ def replaced_folder(folder: paths.Path, *, overwrite: bool) -> Iterator[paths.Pa
     """
     if paths.exists(folder) and not folder.is_dir():
         raise PretrainedError(f"{folder} is a file; expected a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not locks.is_lock(path) for path in folder.iterdir()):
         if not overwrite:
             raise PretrainedError(
                 f"{folder} is not empty; choose another, or --force to replace it"
@@ -203,17 +206,26 @@ def replaced_folder(folder: paths.Path, *, overwrite: bool) -> Iterator[paths.Pa
             yield partial
         return
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    try:
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
+
+    def clean_up(*signal: object) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        paths.remove(partial)
+        for _ in range(20):  # threads of a save that failed may still be making files in it
+            paths.remove(partial)
+            if not partial.exists():
+                break
+            time.sleep(0.1)
         paths.remove(old)
+
+    try:
+        with at_end(clean_up), paths.explained_writes(folder):
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+    finally:
+        clean_up()

@@ -14,15 +14,20 @@ The functions on a workdir only read, and may be used while a run is writing to 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from logging import ERROR
+from pathlib import PurePath
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     EveryNSteps,
@@ -194,6 +199,7 @@ class Checkpoints:
         self._pinned = _Pinned()
         policies: list[PreservationPolicy] = [LatestN(keep_last), self._pinned]
         policies += [EveryNSteps(keep_every)] if keep_every else []
+        _leave_errors_to_us()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -364,6 +370,24 @@ class Checkpoints:
                 f"Is the disk full or read-only? Checkpoints before it are untouched ({left}); "
                 "make room and run the same command again."
             ) from error
+
+
+@functools.cache
+def _leave_errors_to_us() -> None:
+    """Orbax logs the traceback of an error in the background, and raises it later all the same.
+
+    Its other writes then end without those who waited for them, each with one more traceback.
+    """
+    hook = sys.unraisablehook
+
+    def without_orphans(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_orphans
+    logging.get_absl_logger().addFilter(
+        lambda record: record.levelno < ERROR or "orbax" not in PurePath(record.pathname).parts
+    )
 
 
 def check_structure(step_folder: PathLike, abstract_state: Any) -> None:

@@ -219,7 +219,7 @@ def save_snapshots(
         tensors = {path: to_host(leaf).astype(dtype) for path, leaf in ema[profile].items()}
         files.append(file)
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            paths.make_folder(folder)
             with paths.writing(file) as local:
                 save_file(tensors, local)
     return files

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax import paths, progress
+from sdjax import locks, paths, progress
 from sdjax.config import Config, to_dict
 from sdjax.data import encoded
 from sdjax.data.config import is_encoded, parts
@@ -164,7 +164,7 @@ def _begin(folder: paths.Path, encoding: Encoding, options: Options) -> None:
                 f"{folder} was begun with other settings ({', '.join(changed)}); give the same to "
                 "go on, or another --output"
             )
-    elif any(folder.iterdir()):
+    elif any(not locks.is_lock(path) for path in folder.iterdir()):
         raise UserError(f"--output={folder} is not empty, and nothing encoded; give another folder")
     else:
         paths.write_text(file, json.dumps(settings, indent=1) + "\n")

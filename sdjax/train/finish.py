@@ -40,19 +40,27 @@ def finish(
     looks: Looks,
     telemetry: Telemetry,
     folder: paths.Path,
-) -> None:
-    """Last pictures, score, diffusers folder, and the last screen."""
+) -> bool:
+    """Last pictures, score, diffusers folder, and the last screen; whether pictures are finite."""
     step = int(state["step"])
-    picture = looks.gallery.show(step, state, frozen, telemetry)
+    picture = looks.draw(step, state, frozen, telemetry)
     params = {**frozen, **evaluated_params(state)}
-    score_line = _fidelity(config, task, assembled, params, telemetry, step)
+    score_line, finite = "", picture is not None
+    try:
+        if finite:
+            score_line = _fidelity(config, task, assembled, params, telemetry, step)
+    except FloatingPointError as error:
+        telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
+        finite = False
     exported = None
-    if config.train.export:
+    # Of a VAE the export takes the scale of its latents, which would be NaN too.
+    if config.train.export and (finite or config.task != "autoencoder"):
         exported = export(config, assembled, params, folder)
     looks.report(telemetry)
     telemetry.close()
     if jax.process_index() == 0:
         print(last_screen(config, folder, picture, exported, score_line, step, looks.selection))
+    return finite
 
 
 def _fidelity(
@@ -124,7 +132,7 @@ def _scaling(config: Config, params: Params) -> float:
 def last_screen(
     config: Config,
     folder: paths.Path,
-    picture: paths.Path,
+    picture: paths.Path | None,
     exported: paths.Path | None,
     score_line: str,
     step: int,
@@ -135,7 +143,7 @@ def last_screen(
     inside = here.is_relative_to(Path.cwd())  # a virtual environment that need not be activated
     python = str(here.relative_to(Path.cwd())) if inside else "python"
     rows: list[tuple[str, Any]] = [
-        ("pictures", picture),
+        ("pictures", picture or "none: they have NaN pixels, see above"),
         *([("report", folder / REPORT_FILE)] if config.train.report else []),
         ("metrics", folder / "metrics.jsonl"),
         ("TensorBoard", shlex.join([python, "-m", "tensorboard.main", f"--logdir={folder}"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ class Looks:
             UserError: an example cannot be read, or a file not be written.
         """
         if self._draws(done):
-            self.gallery.show(done, state, frozen, telemetry)
+            self.draw(done, state, frozen, telemetry)
         if self._validates(done):
             self._validate(done, state, frozen, telemetry)
             self.report(telemetry)
@@ -129,6 +130,16 @@ class Looks:
         if self._keeps(done):
             dtype = self._config.ema.snapshot_dtype
             ema_lib.save_snapshots(self._folder, done, state["ema"], dtype=dtype)
+
+    def draw(
+        self, done: int, state: State, frozen: Params, telemetry: Telemetry
+    ) -> paths.Path | None:
+        """Pictures of step `done`; None, and a line, where they have NaN pixels."""
+        try:
+            return self.gallery.show(done, state, frozen, telemetry)
+        except FloatingPointError as error:
+            telemetry.message(f"no pictures of step {done}: {error}")
+            return None
 
     def report(self, telemetry: Telemetry) -> None:
         """Write report.html anew, on process 0. Where it cannot be written, that is only told."""
@@ -147,8 +158,14 @@ class Looks:
                 scalars[name][weights] = summary(validator.losses(every), validator.timesteps)
         if self._judge is not None:
             own = weight_sets(state)[evaluated_set(self._config.ema.profiles)]()
-            scalars["evaluation"] = self._judge(done, {**frozen, **own})
+            try:
+                scalars["evaluation"] = self._judge(done, {**frozen, **own})
+            except FloatingPointError as error:
+                telemetry.message(f"no metrics of pictures of step {done}: {error}")
+                scalars["evaluation"] = dict.fromkeys(self._config.validation.metrics, math.nan)
         flat = flatten(scalars)
+        if self._judge is not None:
+            flat.setdefault(self.selection.metric, math.nan)
         best = self.selection.observe(done, flat)
         scalars["validation"] |= {"best": self.selection.value, "best_step": self.selection.step}
         telemetry.scalars(done, scalars)

@@ -37,25 +37,11 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     """Train to `config.train.steps` and write everything into `workdir`.
 
     Returns:
-        An exit code: 0 finished, 3 diverged, 75 stopped by SIGTERM after saving.
+        An exit code: 0 finished; 3 diverged, or the last pictures are NaN; 75 stopped by SIGTERM
+        after saving.
 
     Raises:
         UserError: configuration or input cannot work; the message says what to change.
-    """
-    while True:
-        try:
-            code = _train(config, workdir, dry_run)
-            if code is not None:
-                return code
-        except Spike as spike:
-            report.announce_line(rollback.record(paths.to_path(workdir), spike))
-
-
-def _train(config: Config, workdir: str, dry_run: bool) -> int | None:
-    """One stage of the run, from its newest checkpoint; None if another stage follows.
-
-    Raises:
-        Spike: the run may go back.
     """
     agreement.check_config(config)
     startup.enable_compilation_cache(config.compilation_cache)
@@ -63,9 +49,26 @@ def _train(config: Config, workdir: str, dry_run: bool) -> int | None:
     stages.check(config, mesh)
     if dry_run:
         return report.describe(config, mesh)
+    folder = paths.to_path(workdir)
+    with startup.locked_workdir(folder):
+        while True:
+            try:
+                code = _train_stage(config, mesh, folder)
+                if code is not None:
+                    return code
+            except Spike as spike:
+                report.announce_line(rollback.record(folder, spike))
+
+
+def _train_stage(config: Config, mesh: Mesh, folder: paths.Path) -> int | None:
+    """One stage of the run, from its newest checkpoint; None if another stage follows.
+
+    Raises:
+        Spike: the run may go back.
+    """
     # The steps have a bar of their own.
     with collector.paused(), progress.shown(jax.process_index() == 0):
-        training = _Training(config, mesh, paths.to_path(workdir))
+        training = _Training(config, mesh, folder)
     return training.run()
 
 
@@ -190,11 +193,11 @@ class _Training:
                 if self.done < self.whole.train.steps and not self.looks.selection.stops:
                     return None
                 # Pictures, a diffusers folder, and where it all is.
-                finish(
+                finite = finish(
                     self.config, self.task, self.assembled, self.state, self.frozen, self.looks,
                     self.telemetry, self.folder,
                 )  # fmt: skip
-                return DONE
+                return DONE if finite else DIVERGED
         except Diverged:
             return DIVERGED
         finally:

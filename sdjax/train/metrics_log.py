@@ -45,7 +45,7 @@ class MetricsLog:
                 name="tensorboard",
             )
         workdir = paths.to_path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(workdir)
         trim_metrics(workdir / METRICS_FILE, start_step)
         lines = JsonLines(workdir / METRICS_FILE)
         self._lines = _Thread(lambda: lines)

@@ -6,10 +6,13 @@ import contextlib
 import gzip
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sdjax.errors import write_error
 
 
 class Entry:
@@ -22,7 +25,8 @@ class Entry:
 def entry(folder: Path, key: str) -> Iterator[Entry]:
     """The entry `key` of `folder`; a value that is set inside is written when the block ends well.
 
-    An unreadable file counts as absent and is written anew.
+    An unreadable file counts as absent and is written anew. A value that cannot be written is lost
+    to the next who asks, and that is told.
     """
     path, found = folder / f"{key}.json.gz", Entry()
     with contextlib.suppress(OSError, EOFError, ValueError):
@@ -31,9 +35,20 @@ def entry(folder: Path, key: str) -> Iterator[Entry]:
     yield found
     if found.value is before:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(path, gzip.compress(json.dumps(found.value).encode(), mtime=0))
+    except OSError as error:
+        print(f"note: {write_error(path, error)}; the next plan takes as long", file=sys.stderr)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Complete or not at all: two plans may be made at once.
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=key)
-    with os.fdopen(handle, "wb") as file:
-        file.write(gzip.compress(json.dumps(found.value).encode(), mtime=0))
-    os.replace(temporary, path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise

@@ -18,6 +18,7 @@ from typing import Any
 
 from sdjax.config import Config
 from sdjax.errors import UserError
+from sdjax.interrupts import at_end, ignored_by_children
 from sdjax.parallel import topologies
 from sdjax.parallel.topologies import Topology
 from sdjax.train.compilation import Outcome, schedule_lowered
@@ -39,13 +40,15 @@ class QuickPlanner(Planner):
         """See `Planner.plan`."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        with tempfile.TemporaryDirectory(
-            prefix="sdjax-plan-", ignore_cleanup_errors=True
-        ) as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="sdjax-plan-", ignore_cleanup_errors=True) as folder,
+            at_end(lambda *_: shutil.rmtree(folder, ignore_errors=True)),
+        ):
             process = context.Process(
                 target=_plan, args=(theirs, self.topology, self.cache, config, Path(folder))
             )
-            process.start()
+            with ignored_by_children():
+                process.start()
             theirs.close()
             try:
                 answer = ours.recv()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from sdjax import paths, text_files
+from sdjax import locks, paths, text_files
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
@@ -39,6 +40,29 @@ def enable_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+@contextlib.contextmanager
+def locked_workdir(folder: paths.Path) -> Iterator[None]:
+    """Keep other runs out of the workdir; process 0 does so for all.
+
+    Raises:
+        LockedError: another run writes there.
+        ConfigError: the folder cannot be made.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    _make_workdir(folder)
+    with locks.held(folder, "--workdir", "sdjax.main"):
+        yield
+
+
+def _make_workdir(folder: paths.Path) -> None:
+    try:
+        paths.make_folder(folder)
+    except UserError as error:
+        raise ConfigError(f"--workdir={error}") from error
+
+
 def open_workdir(folder: paths.Path, config: Config) -> Config | None:
     """Make the folder, or read what ran in it before.
 
@@ -50,10 +74,7 @@ def open_workdir(folder: paths.Path, config: Config) -> Config | None:
     """
     file = folder / CONFIG_FILE
     if not paths.exists(folder) or latest_step(folder) is None:
-        try:
-            paths.make_folder(folder)  # nothing to resume, whatever else an early end has left
-        except UserError as error:
-            raise ConfigError(f"--workdir={error}") from error
+        _make_workdir(folder)  # nothing to resume, whatever else an early end has left
         return None
     try:
         return resolve(text_files.read_json(file))

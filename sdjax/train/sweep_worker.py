@@ -7,14 +7,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType, TracebackType
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sdjax import paths
+from sdjax import locks, paths
 from sdjax.config import Config, to_dict
 from sdjax.errors import UserError
+from sdjax.interrupts import StopSignal
 from sdjax.models.config import ConfigError
 from sdjax.recipes import recipe
 from sdjax.train import sweep_run
@@ -33,30 +33,6 @@ Tell = Callable[[str], None]
 
 class Stopped(Exception):
     """Asked to stop, with all saved."""
-
-
-class StopSignal:
-    """Context in which SIGTERM and the first Ctrl-C only ask to stop."""
-
-    asked = False
-
-    def __enter__(self) -> StopSignal:
-        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 @dataclasses.dataclass
@@ -93,7 +69,19 @@ def work(
         UserError: the first trials cannot run, with what they said.
         Stopped: by SIGTERM or Ctrl-C; the same call goes on.
     """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with locks.held(sweep.folder, "--workdir", "sdjax.sweep", shared=True):
+        return _work(sweep, trials, tell, command, poll, claims)
+
+
+def _work(
+    sweep: Sweep,
+    trials: int,
+    tell: Tell,
+    command: Sequence[str],
+    poll: float,
+    claims: Claims | None,
+) -> optuna.Study:
+    """`work`, in a folder that only workers of sweeps write into."""
     claims = claims or Claims(sweep.folder / "claims")
     begin(sweep, claims)
     study = open_study(sweep, claims)
@@ -172,7 +160,7 @@ def _run(worker: Worker, number: int) -> None:
     except ConfigError as error:
         return _failed(worker, trial, str(error), wrong=True)
     about = f"Trial {number} of the sweep in {sweep.folder}: {shown}."
-    folder.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(paths.to_path(folder))
     paths.write_text(folder / "recipe.py", recipe(to_dict(config), about))
     follow = Follower(worker, trial, config)
     began = time.monotonic()

@@ -23,7 +23,7 @@ from sdjax.diffusion.losses import (
 )
 from sdjax.diffusion.schedules import make_schedule
 from sdjax.errors import UserError
-from sdjax.eval.generate import Drawing, draw, latent_shape, make_generator, to_uint8
+from sdjax.eval.generate import Drawing, check_finite, draw, latent_shape, make_generator, to_uint8
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText
 from sdjax.models.unet import UNet
@@ -223,8 +223,9 @@ def _autoencoder(config: Config) -> Task:
 
     def pictures(params, examples: Examples, seed: int, guided: bool = False) -> np.ndarray:
         """Originals on the left, reconstructions on the right."""
-        both = [examples.images / 2 + 0.5, to_host(reconstruct(params, examples.images))]
-        return to_uint8(np.concatenate(both, axis=2))
+        made = to_host(reconstruct(params, examples.images))
+        check_finite(made)
+        return to_uint8(np.concatenate([examples.images / 2 + 0.5, made], axis=2))
 
     def validate(every, batch, keys, timesteps):
         return per_example(every, batch, keys)[0][:, None]

@@ -140,7 +140,7 @@ def write_weights(
         total = sum(v.size for v in params.values()) * jnp.dtype(dtype).itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
-        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+        paths.write_text(folder / f"{stem}.safetensors.index.json", text)
 
 
 def _shards(params: Mapping[str, Any], itemsize: int, limit: int) -> list[list[str]]:

@@ -261,12 +261,12 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tensors, tmp_path, m
         raise weights.SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr(weights, "_save_safetensors", full)
-    with pytest.raises(OSError, match="model.safetensors: could not be written: .*No space left"):
+    with pytest.raises(OSError, match="model.safetensors cannot be written: No space left"):
         save_file(tensors, path)
     assert list(tmp_path.iterdir()) == [path]
     np.testing.assert_array_equal(load_file(path)["a"], np.ones(2))
 
 
 def test_saving_into_an_absent_folder_is_an_os_error(tmp_path):
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match="cannot be written"):
         save_file({"a": np.ones(2)}, tmp_path / "absent" / "model.safetensors")

@@ -16,7 +16,7 @@ import pytest
 from sdjax.config import resolve, to_dict
 from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
-from sdjax.train import checkpoint, loop
+from sdjax.train import checkpoint, loop, task
 from sdjax.train.checkpoint import CheckpointError
 from tests.conftest import small_autoencoder
 
@@ -287,3 +287,17 @@ def test_an_autoencoder_takes_the_same_road(tiny_config, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model"]["vae"]["scaling_factor"] == exported["scaling_factor"]
     assert run(tiny_config, tmp_path, **{"train.steps": 7}) == loop.DONE
+
+
+def test_pictures_of_nan_end_in_exit_code_3_and_lose_nothing(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    small_autoencoder(tiny_config)
+    monkeypatch.setattr(task, "to_host", lambda x: np.full(x.shape, np.nan))
+    changes = {"train.steps": 2, "train.sample_every": 1, "train.export": True}
+    assert run(tiny_config, tmp_path, **changes) == loop.DIVERGED
+    words = capsys.readouterr().out
+    assert "no pictures of step 1: " in words and "no pictures of step 2: " in words
+    assert "trained to step 2" in words and "none: they have NaN pixels" in words
+    assert checkpoint.latest_step(tmp_path) == 2 and sorted(rows(tmp_path)) == [1, 2]
+    assert not list((tmp_path / "samples").glob("*.png")) and not (tmp_path / "diffusers").exists()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging as std_logging
 import os
+import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sdjax import paths, progress
+from sdjax import locks, paths, progress
 from sdjax.data.dataset_folder import write_metadata
 from sdjax.data.prepare import cleaning, duplicates, report, writing
 from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
@@ -111,9 +113,9 @@ def _begin(place: Place, key: str) -> dict[str, Any] | None:
         state, finished = place.work / STATE, False
         paths.make_folder(place.work)
         if not state.exists():
-            there = {path.name for path in place.folder.iterdir()} - {"work"}
+            there = {path.name for path in place.folder.iterdir() if not locks.is_lock(path)}
             # A run that could use nothing leaves its report, and no other stands in the way.
-            others = sorted(there - {report.JSON, report.HTML, report.DROPPED})
+            others = sorted(there - {"work", report.JSON, report.HTML, report.DROPPED})
             if others:
                 raise UserError(f"--output is {str(place.folder)!r}, which holds {others[:5]}; "
                                 "expected a folder that is empty or not there")  # fmt: skip
@@ -149,8 +151,8 @@ def _find_duplicates(
     if not target.exists():
         distance = settings.near_distance if settings.duplicates == "near" else None
         folder = place.work / "pairs"
-        folder.mkdir(exist_ok=True)
-        with progress.work("looking for duplicates"), make() as pipeline:
+        paths.make_folder(folder)
+        with progress.work("looking for duplicates"), _own_errors(), make() as pipeline:
             _ = (
                 duplicates.find(pipeline, list(range(shards)), place=place, distance=distance)
                 | "batches" >> beam.BatchElements(min_batch_size=1000, max_batch_size=100_000)
@@ -182,10 +184,29 @@ def _there(folder: paths.Path, names: Sequence[str]) -> Callable[[], float]:
     return lambda: len({path.name for path in folder.iterdir()}.intersection(names))
 
 
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """In here an error of this package that a worker raised is raised again, without Beam's words.
+
+    Beam adds where it was, and puts the traceback of another process into the message of an error
+    of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        raised = list(re.finditer(r"^sdjax\.[\w.]+: ", text, re.M))
+        if raised:
+            text = text[raised[-1].end() :]
+        elif not isinstance(error, UserError):
+            raise
+        raise UserError(text.partition(" [while running ")[0].strip()) from None
+
+
 def _each(make: Any, jobs: Sequence[Any], work: Callable[[Any], Any]) -> None:
     """Does every job, wherever the runner has it done."""
     if jobs:
-        with make() as pipeline:
+        with _own_errors(), make() as pipeline:
             _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(work)
 
 
@@ -196,7 +217,8 @@ def _pipeline(*, workers: int, options: Sequence[str]) -> Any:
     """
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    std_logging.getLogger("apache_beam").setLevel(std_logging.ERROR)
+    # It logs the traceback of a worker's error, which comes with the error as well.
+    std_logging.getLogger("apache_beam").setLevel(std_logging.CRITICAL)
     parsed = PipelineOptions(list(options))
     unknown = sorted(
         set(parsed.get_all_options(retain_unknown_options=True)) - set(parsed.get_all_options())
@@ -223,7 +245,9 @@ def _local_pipeline(options: list[str], workers: int) -> Any:
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     # Of the options the workers need no other, and its workers say much that helps nobody.
-    encoded = JobServiceHandle.encode_pipeline_options({"default_sdk_harness_log_level": "ERROR"})
+    encoded = JobServiceHandle.encode_pipeline_options(
+        {"default_sdk_harness_log_level": "CRITICAL"}
+    )
     info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
     command = f"{shlex.quote(sys.executable)} -m sdjax.data.prepare.worker"
     processes = SubprocessSDKEnvironment.from_command_string(command) if workers > 1 else None
