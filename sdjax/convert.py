@@ -216,8 +216,8 @@ def convert(
             assert read.sampler
             lines.append(
                 f"its sampler is {read.unsupported_sampler}, which sdjax does not have: the "
-                f"workdir is drawn from with {read.sampler.name}, and a folder written of it has the "
-                "one there was"
+                f"workdir is drawn from with {read.sampler.name}, and a folder written of it has "
+                "the one there was"
             )
         options = {"dtype": dtype, "overwrite": force}
         return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)

@@ -168,7 +168,9 @@ def explained_writes(path: PathLike) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, storage_errors()) or system_error(error) is not None:
+        rust = sys.modules.get("safetensors")
+        disk = storage_errors(*([rust.SafetensorError] if rust is not None else []))
+        if isinstance(error, disk) or system_error(error) is not None:
             raise write_error(path, error) from error
         raise
 

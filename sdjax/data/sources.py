@@ -261,8 +261,8 @@ def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
         if not (builder.data_path / "dataset_info.json").exists():
             raise DataError(
                 f"cannot prepare {builder.info.full_name} in {builder.data_dir}: "
-                f"{'; '.join(cause_of(error))}; data.data_dir (or "
-                "$TFDS_DATA_DIR) must be a writable folder with room, and a dataset that TFDS downloads needs the network"
+                f"{'; '.join(cause_of(error))}; data.data_dir (or $TFDS_DATA_DIR) must be a "
+                "writable folder with room, and a dataset that TFDS downloads needs the network"
             ) from error
         builder.info.read_from_directory(builder.data_path)
 
