@@ -14,20 +14,15 @@ The functions on a workdir only read, and may be used while a run is writing to 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from logging import ERROR
-from pathlib import PurePath
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     EveryNSteps,
@@ -39,6 +34,7 @@ from sdjax import paths, progress
 from sdjax.errors import UserError
 from sdjax.paths import PathLike
 from sdjax.train import saved_state
+from sdjax.train.checkpoint_log import leave_errors_to_callers
 
 # What a host reads at once while it restores: Orbax's own limit, 96, is room for a whole copy.
 RESTORE_GB = 4
@@ -199,7 +195,7 @@ class Checkpoints:
         self._pinned = _Pinned()
         policies: list[PreservationPolicy] = [LatestN(keep_last), self._pinned]
         policies += [EveryNSteps(keep_every)] if keep_every else []
-        _leave_errors_to_us()
+        leave_errors_to_callers()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -370,24 +366,6 @@ class Checkpoints:
                 f"Is the disk full or read-only? Checkpoints before it are untouched ({left}); "
                 "make room and run the same command again."
             ) from error
-
-
-@functools.cache
-def _leave_errors_to_us() -> None:
-    """Orbax logs the traceback of an error in the background, and raises it later all the same.
-
-    Its other writes then end without those who waited for them, each with one more traceback.
-    """
-    hook = sys.unraisablehook
-
-    def without_orphans(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = without_orphans
-    logging.get_absl_logger().addFilter(
-        lambda record: record.levelno < ERROR or "orbax" not in PurePath(record.pathname).parts
-    )
 
 
 def check_structure(step_folder: PathLike, abstract_state: Any) -> None:
