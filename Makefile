@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 WORKDIR ?= runs/base
 
-.PHONY: train test test-all test-gpus test-wheel lint clean
+.PHONY: train test test-all test-gpus test-wheel test-newest lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m sdjax.main --config=configs/base.py --workdir=$(WORKDIR)
@@ -22,6 +22,10 @@ test-all: $(VENV)/.installed-test
 # environment itself it would complain at every start that there is none.
 test-gpus: $(VENV)/gpus/.installed
 	PYTHONPATH=$(VENV)/gpus $(BIN)/python -m pytest tests/test_plan_gpus.py
+
+# Debian 13 in a folder: Python 3.13 and the newest releases. It needs root rights and debootstrap.
+test-newest:
+	tests/newest.sh $(VENV)-newest
 
 # The wheel in an environment of its own, where there is no clone.
 test-wheel: $(VENV)/.installed-test

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Runs make targets as someone on Debian 13 would, with its Python 3.13 and the newest releases of
+# everything: in a root that debootstrap makes, entered by chroot, on a copy of this clone.
+#
+#     tests/newest.sh ROOT [TARGET ...]      # the root is kept and used again; by default: test
+#
+# Where that cannot be (no root rights, no debootstrap, no Linux) it says so and ends with 0.
+set -euo pipefail
+root=${1:?"expected the folder of the root"}
+shift
+cd "$(dirname "$0")/.."
+skip() { echo "skipped: $1"; exit 0; }
+[ "$(uname -s)" = Linux ] || skip "chroot and debootstrap are Linux's"
+[ "$(id -u)" = 0 ] || skip "chroot needs root rights"
+command -v debootstrap >/dev/null || skip "debootstrap is not installed (apt-get install debootstrap)"
+
+mkdir -p "$root"
+root=$(cd "$root" && pwd)
+if [ ! -e "$root/.made" ]; then
+  debootstrap --variant=minbase --include=python3,python3-venv,make,git,ca-certificates \
+    trixie "$root"
+  touch "$root/.made"
+fi
+# What is not in the repository: how this machine finds its packages.
+for file in /etc/resolv.conf /etc/hosts /etc/pip.conf; do
+  if [ -e "$file" ]; then cp -L "$file" "$root$file"; fi
+done
+cp -r /etc/ssl/certs "$root/etc/ssl/"
+if ! mountpoint -q "$root/proc" && mount -t proc proc "$root/proc" 2>/dev/null; then
+  trap 'umount "$root/proc"' EXIT
+fi
+
+# The files that git knows or does not ignore, as they are now; environments stay from last time.
+mkdir -p "$root/sdjax"
+git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+  if [ -e "$file" ]; then printf '%s\0' "$file"; fi
+done | tar --create --null --files-from=- | tar --extract --directory="$root/sdjax"
+chroot "$root" /usr/bin/env -i HOME=/root PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
+  PYTHONUNBUFFERED=1 make -C /sdjax "${@:-test}"
