@@ -4,6 +4,9 @@
 #
 #     tests/newest.sh ROOT [TARGET ...]      # the root is kept and used again; by default: test
 #
+# PIP_INDEX_URL and PIP_EXTRA_INDEX_URL are passed on: on most indexes torch is gigabytes of CUDA, and
+# one that has its CPU build saves them.
+#
 # Where that cannot be (no root rights, no debootstrap, no Linux) it says so and ends with 0.
 set -euo pipefail
 root=${1:?"expected the folder of the root"}
@@ -26,14 +29,24 @@ for file in /etc/resolv.conf /etc/hosts /etc/pip.conf; do
   if [ -e "$file" ]; then cp -L "$file" "$root$file"; fi
 done
 cp -r /etc/ssl/certs "$root/etc/ssl/"
-if ! mountpoint -q "$root/proc" && mount -t proc proc "$root/proc" 2>/dev/null; then
-  trap 'umount "$root/proc"' EXIT
-fi
+# TensorFlow looks at /proc, tests open terminals and shared memory.
+mounted=()
+trap 'for folder in "${mounted[@]}"; do umount "$folder"; done' EXIT
+mount -t proc proc "$root/proc" 2>/dev/null || skip "nothing can be mounted here"
+mounted=("$root/proc")
+for folder in /dev /dev/pts /dev/shm; do
+  mount --bind "$folder" "$root$folder" || skip "$folder cannot be mounted in $root"
+  mounted=("$root$folder" "${mounted[@]}")
+done
 
 # The files that git knows or does not ignore, as they are now; environments stay from last time.
 mkdir -p "$root/sdjax"
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
   if [ -e "$file" ]; then printf '%s\0' "$file"; fi
 done | tar --create --null --files-from=- | tar --extract --directory="$root/sdjax"
-chroot "$root" /usr/bin/env -i HOME=/root PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
+indexes=()
+for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL; do
+  if [ -n "${!name:-}" ]; then indexes+=("$name=${!name}"); fi
+done
+chroot "$root" /usr/bin/env -i "${indexes[@]}" HOME=/root PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
   PYTHONUNBUFFERED=1 make -C /sdjax "${@:-test}"

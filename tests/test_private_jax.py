@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from sdjax.train.model_flops import loop_arguments
+
 PACKAGE = Path(__file__).parents[1] / "sdjax"
 DISTRIBUTED = "jax._src.distributed"
 CLUSTERS = "jax._src.clusters.cloud_tpu_cluster"
@@ -77,6 +79,19 @@ def test_lowering_for_gpus_replaces_every_question_about_this_machine():
     if asked - replaced:
         pytest.fail(moved(f"only {sorted(replaced)}, but also {sorted(asked - replaced)}, as what "
                           "cuDNN's attention asks", "parallel/gpus.py"))  # fmt: skip
+
+
+def test_loop_says_how_many_arguments_it_carries():
+    def loop(kept, carried, many):
+        return jax.lax.scan(lambda carry, one: (kept @ carry, one + 1), carried, many)
+
+    square, many = jax.numpy.ones((4, 4)), jax.numpy.ones((3, 2))
+    (found,) = jax.make_jaxpr(loop)(square, square, many).eqns
+    try:
+        counts = loop_arguments(found.params)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        pytest.fail(moved(f"the parameters of a scan ({error!r})", "train/model_flops.py"))
+    assert counts == (1, 1)
 
 
 def test_every_private_module_in_use_is_looked_at_here():

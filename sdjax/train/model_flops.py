@@ -145,7 +145,7 @@ def _equation(equation: Any, trained: list[bool]) -> tuple[float, list[bool]]:
 
 def _scan(params: dict[str, Any], trained: list[bool]) -> tuple[float, list[bool]]:
     """A carry that a gradient reaches in one pass has it in the next ones."""
-    jaxpr, consts, carried = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    jaxpr, (consts, carried) = params["jaxpr"].jaxpr, loop_arguments(params)
     carry = trained[consts : consts + carried]
     while True:
         given = [*trained[:consts], *carry, *trained[consts + carried :]]
@@ -154,6 +154,14 @@ def _scan(params: dict[str, Any], trained: list[bool]) -> tuple[float, list[bool
         if reached == carry:
             return flops * params["length"], [*reached, *outputs[carried:]]
         carry = reached
+
+
+def loop_arguments(params: dict[str, Any]) -> tuple[int, int]:
+    """How many arguments of a `scan` are the same in every pass, and how many it carries."""
+    if "ft_in" in params:  # since jax 0.12
+        same, carried, _ = params["ft_in"].unpack()
+        return len(same), len(carried)
+    return params["num_consts"], params["num_carry"]
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
