@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from sdjax.convert import convert, main
 from sdjax.models import weights
 from sdjax.train.checkpoint import CheckpointError, Checkpoints, restore_params
 from sdjax.train.pretrained import PretrainedError, read_any, read_diffusers, read_workdir
+from tests.odd_names import ODD
 
 NETWORKS = ("unet", "vae", "text_encoder")
 FILES = {
@@ -24,10 +26,17 @@ FILES = {
 }
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
+
+
 @pytest.fixture(scope="module")
 def workdir(pipeline_folder, tmp_path_factory):
     """The pipeline as a workdir. Do not write into it."""
-    folder = tmp_path_factory.mktemp("convert") / "workdir"
+    folder = tmp_path_factory.mktemp("convert") / ODD
     convert(pipeline_folder, folder)
     return folder
 
@@ -36,7 +45,7 @@ def workdir(pipeline_folder, tmp_path_factory):
 def run(pipeline_folder, tmp_path_factory):
     """The workdir of a run that trained the UNet, kept two averages and saved twice."""
     read = read_diffusers(pipeline_folder)
-    folder = tmp_path_factory.mktemp("run") / "workdir"
+    folder = tmp_path_factory.mktemp("run") / ODD
     default = Config()
     config = dataclasses.replace(
         default,
@@ -239,7 +248,7 @@ def test_the_command(pipeline_folder, tmp_path):
     done = command(f"--input={pipeline_folder}", f"--output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert "vae: force_upcast" in done.stdout and not done.stderr.strip()
-    assert f"--config.init_from={tmp_path / 'out'}" in done.stdout
+    assert f"--config.init_from={tmp_path / 'out'}" in shlex.split(done.stdout.splitlines()[-1])
     done = command(f"--input={tmp_path}", f"--output={tmp_path / 'new'}")
     assert done.returncode == 2 and "neither a diffusers folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sdjax import convert, evaluate, sample
 from sdjax.eval import drawing
+from tests.odd_names import ODD
 
 OPTIONS = ("--num_samples=12", "--per_prompt=2", "--batch_size=5", "--features=pixels")
 
@@ -26,7 +27,7 @@ def run(pipeline_folder, shapes_dir, tmp_path_factory):
     from sdjax.train.pretrained import read_any
     from sdjax.train.workdir import save_workdir
 
-    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    folder = tmp_path_factory.mktemp("evaluated") / ODD
     save_workdir(folder, read_any(pipeline_folder))
     config = json.loads((folder / "config.json").read_text())
     config["data"].update(
@@ -64,7 +65,7 @@ def metrics(output):
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     """An evaluation with everything that takes no weights."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("whole") / ODD
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         assert verb(run, output, *OPTIONS) == 0
     (output / "shown.txt").write_text(shown.getvalue())

@@ -1,12 +1,16 @@
 """The command line of `main`: every mistake is one message that names it, and exit code 2."""
 
 import json
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from sdjax.train.checkpoint import latest_step, restore_params
+from tests.odd_names import ODD
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,9 +91,11 @@ def test_dry_run_of_a_full_size_model(runs, name, batch_size, counts):
 
 
 def test_a_run_from_the_command_line(tiny_config, tmp_path):
-    """The whole way, with overrides, from a recipe file."""
+    """The whole way, with overrides, from a recipe file, in a folder of an odd name."""
     from sdjax.config import resolve, to_dict
 
+    tmp_path = tmp_path / ODD
+    tmp_path.mkdir()
     recipe = tmp_path / "recipe.py"
     values = to_dict(resolve(tiny_config))
     recipe.write_text(
@@ -107,6 +113,12 @@ def test_a_run_from_the_command_line(tiny_config, tmp_path):
     assert "Traceback" not in run.stderr
     for words in ("trained to step 2", "sdjax.sample", "sdjax.convert", "tensorboard", "read back"):
         assert words in run.stdout
+    screen = {line.split()[0]: line for line in run.stdout.splitlines() if line.strip()}
+    assert f"--model={tmp_path / 'run'}" in shlex.split(screen["draw"])
+    assert f"--input={tmp_path / 'run'}" in shlex.split(screen["convert"])
+    assert f"--logdir={tmp_path / 'run'}" in shlex.split(screen["TensorBoard"])
+    assert latest_step(tmp_path / "run") == 2
+    assert restore_params(tmp_path / "run")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2] and all("train/loss" in x for x in lines)
     assert {"fidelity/colour", "fidelity/shape"} <= lines[-1].keys()

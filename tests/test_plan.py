@@ -20,6 +20,7 @@ from sdjax.parallel import chips, topologies
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.train import compilation, estimate, plan_cache, plan_search, planning
 from sdjax.train.hlo import Collective, Schedule, Work
+from tests.odd_names import ODD
 
 GIB = 2**30
 
@@ -458,6 +459,8 @@ def make(folder, *flags, topology="v5e:2x4"):
 def test_a_small_step_compiled_for_a_slice(tmp_path):
     """Compiled by libtpu for eight TPU v5e, without one: as far as the schedule, then all of it."""
     pytest.importorskip("libtpu")
+    tmp_path = tmp_path / ODD
+    tmp_path.mkdir()
     quick = make(tmp_path, "--quick")
     assert quick.returncode == 0, quick.stderr[-2000:]
     assert os.listdir(tmp_path / "cache" / "scheduled") and not any(

@@ -6,6 +6,7 @@ import pytest
 
 from sdjax.eval.report_page import write_report
 from tests.eval.report_workdir import NASTY, make_workdir
+from tests.odd_names import ODD
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -24,7 +25,7 @@ WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser") / "run"
+    folder = tmp_path_factory.mktemp("browser") / ODD / "run"
     return write_report(make_workdir(folder, count=3000))  # 3,000 points: thinned
 
 

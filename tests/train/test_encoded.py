@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shlex
 import sys
 import types
 
@@ -27,9 +28,17 @@ from sdjax.train.conditioning import encode_text, make_conditioner
 from sdjax.train.encode_dataset import Options, check_encoded, encode_dataset
 from sdjax.train.networks import assemble
 from sdjax.train.task import make_task
+from tests.odd_names import ODD
 from tests.train.test_loop import assert_same_run
 
 SIZES = [(20, 22), (18, 36), (40, 20)]  # height, width
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 class Snaps(tfds.core.GeneratorBasedBuilder):
@@ -74,7 +83,7 @@ class Snaps(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("tfds"))
+    folder = str(tmp_path_factory.mktemp("tfds") / ODD)
     Snaps(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
@@ -475,7 +484,9 @@ def test_the_verb(snaps, tmp_path, run_verb):
         "--splits=test", "--encode_text",
     )  # fmt: skip
     assert code == 0 and "test: 4 examples encoded" in out, out
-    assert f"--config.data.path={folder} --config.data.text_embeddings=True" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("to train on them")]
+    words = shlex.split(line)
+    assert words[-2:] == [f"--config.data.path={folder}", "--config.data.text_embeddings=True"]
     assert encoded.read(folder).dtype == "bfloat16"
 
 

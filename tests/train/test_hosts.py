@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from tests.conftest import make_tiny_config, small_autoencoder
 from tests.hosts import free_port, losses, run_hosts, start_host, start_hosts, write_recipe
+from tests.odd_names import ODD
 
 STEPS = 36  # of milliseconds each
 
@@ -31,7 +32,7 @@ def recipe(tiny_vae, shapes_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(recipe, tmp_path_factory):
     """The workdir of two hosts that nothing happens to."""
-    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    workdir = tmp_path_factory.mktemp("unbroken") / ODD
     codes, hosts = run_hosts(recipe, workdir, 2)
     assert codes == [0, 0], hosts[0].err
     return workdir

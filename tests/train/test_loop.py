@@ -19,6 +19,7 @@ from sdjax.models.config import ConfigError
 from sdjax.train import checkpoint, loop, task
 from sdjax.train.checkpoint import CheckpointError
 from tests.conftest import small_autoencoder
+from tests.odd_names import ODD
 
 
 def run(config, workdir, **changes):
@@ -91,7 +92,7 @@ def wait_for_step(process, workdir, step, seconds=180):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """The workdir of a run that nothing happened to; made by the first test that has a config."""
-    return tmp_path_factory.mktemp("unbroken") / "run"
+    return tmp_path_factory.mktemp("unbroken") / ODD
 
 
 @pytest.fixture
@@ -124,9 +125,10 @@ def test_a_run_leaves_what_it_promises(reference, capsys):
 
 def test_stopping_and_going_on_gives_the_same_bits(reference, tiny_config, tmp_path):
     # A shorter run first: constant learning rate, so that its length changes nothing else.
-    assert run(tiny_config, tmp_path, **{"train.steps": 4}) == loop.DONE
-    assert run(tiny_config, tmp_path, **{"train.steps": 6}) == loop.DONE
-    assert_same_run(reference, tmp_path)
+    workdir = tmp_path / ODD
+    assert run(tiny_config, workdir, **{"train.steps": 4}) == loop.DONE
+    assert run(tiny_config, workdir, **{"train.steps": 6}) == loop.DONE
+    assert_same_run(reference, workdir)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(reference, tiny_config, tmp_path):

@@ -17,8 +17,16 @@ from sdjax.models.clip import CLIPText
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.train.pretrained import PretrainedError, read_any, read_diffusers, write_diffusers
+from tests.odd_names import ODD
 
 PROMPTS = ["a red circle", "a green star!", ""]
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,16 @@ from sdjax.train.pretrained import Hints, PretrainedError, read_any, read_diffus
 from sdjax.train.single_file import read_single_file
 from sdjax.train.single_file_writer import write_single_file
 from sdjax.train.workdir import save_workdir
+from tests.odd_names import ODD
 
 EMA = "model_ema.diffusion_model"
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name is taken for no pattern, URL or word of a shell."""
+    (tmp_path / ODD).mkdir()
+    return tmp_path / ODD
 
 
 def torch_params(pipeline):
