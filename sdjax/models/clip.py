@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     # Both towers are made of the same layers.
     EncoderConfig: TypeAlias = "CLIPTextConfig | CLIPVisionConfig"
 
+# Deviation of new token embeddings; positions take half, as in CLIP. CLIP's own is 0.02, beside
+# layers that add values of about 1: the state of a word then says less of the word than of the
+# caption so far (docs/notes/first_pictures.md).
+TOKEN_STD = 0.5
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 # Defaults of transformers' CLIPTextConfig where they are not those of SD1.5's encoder.
@@ -236,12 +240,12 @@ class Embeddings(nnx.Module):
     def __init__(self, config: CLIPTextConfig, **kw: Any):
         width = config.hidden_size
         self.token_embedding = Embed(
-            config.vocab_size, width, embedding_init=normal_init(0.02), **kw
+            config.vocab_size, width, embedding_init=normal_init(TOKEN_STD), **kw
         )
         self.position_embedding = Embed(
             config.max_position_embeddings,
             width,
-            embedding_init=normal_init(0.01),
+            embedding_init=normal_init(TOKEN_STD / 2),
             **kw,
         )
         self.length = config.max_position_embeddings

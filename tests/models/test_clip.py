@@ -332,12 +332,12 @@ def test_bfloat16_stays_close_to_float32():
     assert float(jnp.sqrt(jnp.mean((rough - exact) ** 2))) < 0.02
 
 
-def test_initialisation_has_the_deviations_of_openai_clip():
+def test_layers_start_with_the_deviations_of_openai_clip_and_embeddings_with_larger_ones():
     params = weights.init(CLIPText, CASES["openclip_h_like"], jax.random.key(0))
     width, layers = 64, 5
     expected = {
-        "embeddings.token_embedding.embedding": 0.02,
-        "embeddings.position_embedding.embedding": 0.01,
+        "embeddings.token_embedding.embedding": 0.5,
+        "embeddings.position_embedding.embedding": 0.25,
         "encoder.layers.2.self_attn.q_proj.kernel": width**-0.5,
         "encoder.layers.2.self_attn.out_proj.kernel": (width * 2 * layers) ** -0.5,
         "encoder.layers.2.mlp.fc1.kernel": (2 * width) ** -0.5,
@@ -347,3 +347,12 @@ def test_initialisation_has_the_deviations_of_openai_clip():
         assert abs(float(params[path].std()) / std - 1) < 0.06, path
     a, b = (params[f"encoder.layers.{i}.self_attn.q_proj.kernel"] for i in (0, 1))
     assert np.abs(a - b).max() > 0.1, "layers must not share their draw"
+
+
+def test_the_state_of_a_word_tells_it_from_another_before_training():
+    params = weights.init(CLIPText, SMALL, jax.random.key(0))
+    graph, _ = weights.abstract(CLIPText, SMALL)
+    captions = np.array([[0, 5, 6, 7, 8, 2], [0, 9, 6, 7, 8, 2]])  # another second word
+    states = np.asarray(weights.merge(graph, params)(captions))
+    unit = states / np.linalg.norm(states, axis=-1, keepdims=True)
+    assert unit[0, 1] @ unit[1, 1] < 0.6  # a mean of 0.43 over seeds; with CLIP's own 0.02, 0.68
