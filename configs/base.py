@@ -45,7 +45,8 @@ def get_config():
     c.objective.caption_dropout = 0.1
     c.objective.stratified = True
 
-    # What words mean is learned in fewer steps than with AdamW (docs/notes/first_pictures.md).
+    # After five minutes of one core 76 % of places are right; with AdamW, 12 %, which is chance
+    # (docs/notes/first_pictures.md).
     c.optim.name = "muon"
     c.optim.momentum = 0.95
     c.optim.learning_rate = 2e-3
