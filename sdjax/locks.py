@@ -78,6 +78,9 @@ def held(
 ) -> Iterator[None]:
     """Make a folder, and hold its lock; in a bucket, only make it.
 
+    A folder that was made here and is empty at the end is removed: a verb that refuses its input
+    leaves nothing.
+
     Args:
         option: that named the folder, for messages, as "--workdir".
         program: whose lock it is, for messages of others.
@@ -90,12 +93,18 @@ def held(
         UserError: the folder cannot be made.
     """
     folder = paths.to_path(folder)
+    made = not paths.exists(folder)
     paths.make_folder(folder)
     if paths.is_remote(folder):
         yield
         return
-    with _hold(Path(folder, name), f"{option}={folder}", program, shared):
-        yield
+    try:
+        with _hold(Path(folder, name), f"{option}={folder}", program, shared):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
 
 
 @contextlib.contextmanager

@@ -106,6 +106,17 @@ def test_a_folder_below_has_a_lock_of_its_own(tmp_path):
             pass
 
 
+def test_a_folder_made_for_the_lock_goes_if_nothing_is_written(tmp_path):
+    filled, there = tmp_path / "filled", tmp_path / "there"
+    there.mkdir()
+    for folder in (tmp_path / "empty", filled, there):
+        with held(folder, "--output", "sdjax.prepare"):
+            if folder is filled:
+                (folder / "a.png").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["filled", "there"]
+    assert [path.name for path in filled.iterdir()] == ["a.png"]
+
+
 @pytest.mark.parametrize("kind", ["file.safetensors", "folder"])
 def test_a_target_that_is_replaced_is_locked_beside_it(tmp_path, kind):
     with replacing(tmp_path / kind, "--output", "sdjax.convert"):
@@ -290,4 +301,4 @@ def test_a_verb_keeps_out_of_a_folder_in_use(run, tmp_path, tiny_config, capsys)
     with held(folder, "--workdir", "sdjax.main"):
         words = run(folder, tiny_config, capsys)
     assert f"={folder}: another process is writing there (sdjax.main, process" in words
-    assert "Traceback" not in words and not list(folder.iterdir())
+    assert "Traceback" not in words and not folder.exists(), "nothing was written"
