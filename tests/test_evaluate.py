@@ -256,9 +256,10 @@ def snapshots(run, tmp_path):
 
     folder = tmp_path / "run"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("evaluations"))
-    own = {p: v for p, v in read_any(run).params.items() if p.startswith("unet.")}
+    own = read_any(run).params  # all are trained as far as this workdir says
     rng = np.random.default_rng(0)
-    noisy = {p: v + np.float32(rng.standard_normal(v.shape)) for p, v in own.items()}
+    noise = {p: np.float32(rng.standard_normal(v.shape)) for p, v in own.items() if p[0] == "u"}
+    noisy = {p: v + noise.get(p, 0) for p, v in own.items()}
     for step in (2, 4):
         ema.save_snapshots(folder, step, {"power-0.05": own, "power-0.1": noisy})
     return folder

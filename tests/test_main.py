@@ -64,7 +64,7 @@ def test_mistakes_are_named_without_a_traceback(runs, options, word):
 def test_help_is_an_answer_and_no_mistake(runs):
     run = runs["--help",]
     assert run.returncode == 0
-    for word in ("--config=configs/base.py", "--[no]dry_run", "Exit codes"):
+    for word in ("--config=base", "--[no]dry_run", "Exit codes"):
         assert word in run.stdout
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from sdjax import locks
 from sdjax.data.prepare.settings import Place, Settings, assign_splits
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, fraction
@@ -63,7 +64,9 @@ def dropped(output):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    """{name: bytes}, without the lock that a killed process leaves, which locks nothing."""
+    files = (path for path in Path(folder).iterdir() if not locks.is_lock(path))
+    return {path.name: path.read_bytes() for path in files}
 
 
 def small_dirty_set(folder):

@@ -301,7 +301,7 @@ def test_rematerialisation_changes_no_gradient(remat):
     largest = max(np.abs(gradient).max() for gradient in plain.values())
     for path, gradient in gradients(remat).items():
         # Gradients of the keys' biases are zero, up to the rounding of what cancels.
-        bound = 1e-5 * np.abs(plain[path]).max() + 1e-8 * largest
+        bound = 1e-5 * np.abs(plain[path]).max() + 6e-8 * largest
         np.testing.assert_allclose(gradient, plain[path], rtol=0, atol=bound)
 
 
