@@ -261,6 +261,9 @@ def run_prepare(folder, tiny_config, capsys):
 def run_encode(folder, tiny_config, capsys):
     from sdjax import encode
 
+    encode.FLAGS.unparse_flags()
+    for name in encode.FLAGS:  # of tests before this one
+        encode.FLAGS[name].unparse()
     options = ["--config=configs/base.py", f"--output={folder}"]
     assert encode.main(["", "--encode", *options]) == 2
     return capsys.readouterr().err
