@@ -170,6 +170,7 @@ def _acquire(file: Path, what: str, program: str, shared: bool) -> int:
     """The open file, locked and with this process's name in it."""
     watch = _Watch(file, what)
     while True:
+        file.parent.mkdir(parents=True, exist_ok=True)  # who had the lock may have removed it
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             alone = _flock(handle, fcntl.LOCK_EX)

@@ -117,6 +117,14 @@ def test_a_folder_made_for_the_lock_goes_if_nothing_is_written(tmp_path):
     assert [path.name for path in filled.iterdir()] == ["a.png"]
 
 
+def test_a_folder_that_goes_with_its_lock_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "GRACE", 20.0)
+    process = other(tmp_path / "x", then="time.sleep(0.5)")
+    with held(tmp_path / "x", "--output", "sdjax.prepare"):
+        assert (tmp_path / "x" / locks.FILE).exists()
+    assert process.wait() == 0
+
+
 @pytest.mark.parametrize("kind", ["file.safetensors", "folder"])
 def test_a_target_that_is_replaced_is_locked_beside_it(tmp_path, kind):
     with replacing(tmp_path / kind, "--output", "sdjax.convert"):

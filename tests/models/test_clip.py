@@ -286,6 +286,8 @@ def test_captions_longer_than_the_positions_are_refused():
 @pytest.mark.parametrize("remat", ["block", "full", "dots_saveable"])
 def test_rematerialisation_changes_no_gradient(remat):
     params = weights.init(CLIPText, SMALL, jax.random.key(0))
+    # Embeddings as small as those of CLIP's checkpoints.
+    params = {p: v * 0.04 if "embedding" in p else v for p, v in params.items()}
     tokens = jnp.asarray(tokens_for(SMALL))
 
     def gradients(remat):
@@ -301,7 +303,7 @@ def test_rematerialisation_changes_no_gradient(remat):
     largest = max(np.abs(gradient).max() for gradient in plain.values())
     for path, gradient in gradients(remat).items():
         # Gradients of the keys' biases are zero, up to the rounding of what cancels.
-        bound = 1e-5 * np.abs(plain[path]).max() + 6e-8 * largest
+        bound = 1e-5 * np.abs(plain[path]).max() + 1e-8 * largest
         np.testing.assert_allclose(gradient, plain[path], rtol=0, atol=bound)
 
 
