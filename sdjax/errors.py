@@ -46,7 +46,7 @@ def system_error(error: BaseException) -> int | None:
 
 
 def cause_of(error: BaseException) -> tuple[str, str]:
-    """What the system says of an error, and what helps."""
+    """The words of the system for an error, and what helps."""
     number = system_error(error)
     if number is not None:
         return os.strerror(number), _REMEDIES[number] + _AGAIN

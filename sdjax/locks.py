@@ -208,7 +208,7 @@ class _Watch:
         self._told = False
 
     def is_free(self, handle: int, *, locked: bool) -> bool:
-        """Of a file that nobody has locked as far as this machine knows."""
+        """Whether a file that nobody has locked, as far as this machine knows, may be taken."""
         holder = _read(handle)
         if holder is None:
             return True
@@ -218,7 +218,7 @@ class _Watch:
         return self._silent_for(handle, holder, 2.5 * BEAT)
 
     def is_dead(self, handle: int) -> bool:
-        """Of a file that somebody has locked: a machine that is gone."""
+        """Whether a locked file belongs to a machine that is gone."""
         holder = _read(handle)
         if holder is not None and not holder.here:
             return self._silent_for(handle, holder, SILENT)

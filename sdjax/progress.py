@@ -57,7 +57,7 @@ def bytes_written() -> Callable[[], float]:
 
 
 def _moved(counter: str) -> Callable[[], float]:
-    """Of /proc/self/io (man 5 proc), whoever moves them: libraries give no signs of life."""
+    """Count the bytes of /proc/self/io (man 5 proc) since now: libraries give no signs of life."""
 
     def count() -> int:
         with open("/proc/self/io", encoding="ascii") as file:

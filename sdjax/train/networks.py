@@ -162,7 +162,7 @@ def _adopt(
 
 
 def _described(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What differs, as "model.vae (layers_per_block, ...), objective.prediction_type = ..."."""
+    """The differences, as "model.vae (layers_per_block, ...), objective.prediction_type = ..."."""
     networks: dict[str, list[str]] = {}
     others: list[str] = []
     for path, value in _changes(before, after):

@@ -79,7 +79,7 @@ class Settings:
         return tuple(rule.column for rule in self.rules.scores)
 
     def cuts(self, stored: set[str]) -> list[str]:
-        """What becomes of `train` where the input has not the other splits, `stored`: lines."""
+        """Lines that say how `train` is cut where the input lacks the splits that `stored` names."""
         if "train" not in stored:
             return []
         shares = {"validation": self.validation_share, "test": self.test_share}

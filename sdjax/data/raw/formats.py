@@ -34,7 +34,7 @@ def all_rows(name: str, split: str) -> bool:
 
 
 def survey(path: str, format: str, fields: Fields) -> Survey:
-    """What a source consists of: its shards, and what makes splits of them.
+    """The shards of a source, and what makes splits of them.
 
     Raises DataError when there is none, or parquet files have no such columns.
     """

@@ -140,7 +140,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a source consists of, as far as it can be told before any row is read.
+    """The parts of a source, as far as they can be told before any row is read.
 
     made: {split: {what makes it, in words: how many rows or files}}.
     passed_over: how many files no row comes of, by ending. unnamed: the same of pictures that no
@@ -294,7 +294,7 @@ def links_left(links: list[str]) -> tuple[str, ...]:
 
 
 def _expand(pattern: paths.Path) -> tuple[paths.Path, list[paths.Path]]:
-    """What a pattern matches, and the folder it starts from; a part that exists is a name."""
+    """The matches of a pattern and the folder it starts from; a part that exists is a name."""
     if not any(sign in str(pattern) for sign in "*?["):
         return pattern, []
     least = 3 if paths.is_remote(pattern) else 0  # "/", "gs" and the bucket
