@@ -79,7 +79,7 @@ class Settings:
         return tuple(rule.column for rule in self.rules.scores)
 
     def cuts(self, stored: set[str]) -> list[str]:
-        """Lines that say how `train` is cut where the input lacks the splits that `stored` names."""
+        """Lines that say how `train` is cut where the input lacks splits; `stored` are there."""
         if "train" not in stored:
             return []
         shares = {"validation": self.validation_share, "test": self.test_share}
