@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 # into compiling, on one core.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 WORKDIR ?= runs/base
+FUZZ_SECONDS ?= 1200
 
-.PHONY: train test test-all test-gpus test-wheel test-newest lint clean
+.PHONY: train test test-all test-gpus test-wheel test-newest fuzz lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m sdjax.main --config=configs/base.py --workdir=$(WORKDIR)
@@ -34,6 +35,10 @@ test-wheel: $(VENV)/.installed-test
 	$(BIN)/python -m venv $(VENV)/wheel/env
 	$(VENV)/wheel/env/bin/python -m pip install --quiet $(VENV)/wheel/*.whl
 	tests/smoke.sh $(VENV)/wheel/env/bin/python
+
+# Hostile files for every reader, FUZZ_SECONDS for each; SECURITY.md says what came of it.
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz --seconds=$(FUZZ_SECONDS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
