@@ -160,7 +160,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     found = list(prompts)
     if file:
         try:
-            text = text_files.read_text(file)
+            text = text_files.read_text(file, pipes=True)
         except text_files.TextError as error:
             raise UserError(f"--prompts_file={error}") from error
         found += [line.strip() for line in text_files.lines(text) if line.strip()]

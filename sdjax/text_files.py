@@ -11,7 +11,7 @@ import codecs
 import json
 from typing import Any
 
-from sdjax import paths
+from sdjax import paths, untrusted
 from sdjax.errors import UserError
 
 _MARKS = (
@@ -84,20 +84,26 @@ def decode(data: bytes) -> str:
         ) from error
 
 
-def read_text(path: paths.PathLike) -> str:
+def read_text(path: paths.PathLike, *, most: int = untrusted.MOST_TEXT, pipes: bool = False) -> str:
     """The text of a file.
 
+    Args:
+        most: bytes that it may have.
+        pipes: it may be a pipe, as the user named it.
+
     Raises:
-        TextError: it is not there, cannot be read, or is no text.
+        TextError: it is not there, cannot be read, is no regular file, is too large, or is no text.
     """
     path = paths.to_path(path)
     try:
-        return decode(path.read_bytes())
+        return decode(untrusted.read_bytes(path, most, pipes=pipes))
+    except TextError as error:
+        raise TextError(f"{path}: {error}") from error
+    except UserError as error:
+        raise TextError(str(error)) from error
     except paths.storage_errors() as error:
         why = getattr(error, "strerror", None) or error
         raise TextError(f"{path}: cannot be read ({why})") from error
-    except TextError as error:
-        raise TextError(f"{path}: {error}") from error
 
 
 def lines(text: str) -> list[str]:
@@ -109,10 +115,13 @@ def read_json(path: paths.PathLike) -> Any:
     """The value in a JSON file.
 
     Raises:
-        TextError: it cannot be read, or is not JSON.
+        TextError: it cannot be read, is larger than 16 MiB, is not JSON, or is nested more than 100
+            deep.
     """
-    text = read_text(path)
+    text = read_text(path, most=untrusted.MOST_JSON)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"{paths.to_path(path)}: not JSON ({error})") from error
+        value = json.loads(text)
+        untrusted.check_depth(value)
+    except untrusted.damage() as error:
+        raise TextError(f"{paths.to_path(path)}: not JSON ({untrusted.why(error)})") from error
+    return value
