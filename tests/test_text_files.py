@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sdjax import text_files
-from sdjax.data import transforms
+from sdjax.data import image_files, transforms
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, clean
 from sdjax.data.raw.metadata import read_dialect
@@ -276,7 +276,7 @@ def test_pictures_and_captions_that_are_pointers_are_dropped_as_such():
     assert skip.reason == "git_lfs_pointer" and "git lfs pull" in skip.detail
     skip = clean(Row("a.png", "train", encoded.getvalue(), POINTER), Rules())
     assert skip.reason == "git_lfs_pointer" and "git lfs pull" in skip.detail
-    with pytest.raises(transforms.ImageError, match="git_lfs_pointer"):
+    with pytest.raises(image_files.ImageError, match="git_lfs_pointer"):
         transforms.decode(POINTER)
 
 

@@ -19,6 +19,7 @@ from sdjax.data import columns, encoded, splits, transforms
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
 from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
+from sdjax.data.image_files import ImageError
 from sdjax.data.records import Records
 from sdjax.errors import cause_of, system_error
 
@@ -85,7 +86,7 @@ class Source:
                 else _three_channels(np.asarray(image))
             )
             return {"image": picture, "original": _original(record)}
-        except transforms.ImageError as error:
+        except ImageError as error:
             raise self._error(index, f"the image cannot be decoded ({error})") from error
 
     def key(self, index: int) -> str:
@@ -151,7 +152,7 @@ class Source:
         elif isinstance(image, bytes):
             try:
                 height, width = transforms.upright_size(image, max_pixels=self._config.max_pixels)
-            except transforms.ImageError:
+            except ImageError:
                 height = width = 0
         else:
             height, width = np.shape(image)[:2]
@@ -201,7 +202,7 @@ def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
 def _three_channels(image: np.ndarray) -> np.ndarray:
     """Grey and grey-alpha arrays of TFDS -> uint8 [H, W, 3]; raises ImageError for other kinds."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise transforms.ImageError(
+        raise ImageError(
             "unsupported_mode", f"{image.dtype} {list(image.shape)}, not uint8 [H, W, C]"
         )
     if image.ndim == 3 and image.shape[-1] == 3:
@@ -210,7 +211,7 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
         image = image[..., None]
     if image.shape[-1] == 1:
         return np.repeat(image, 3, -1)
-    raise transforms.ImageError("unsupported_mode", f"{image.shape[-1]} channels")
+    raise ImageError("unsupported_mode", f"{image.shape[-1]} channels")
 
 
 def prepared_builder(config: DataConfig) -> Any:

@@ -6,28 +6,20 @@ Images stay uint8 [H, W, 3] until the last step, which makes them float32 in [-1
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import struct
-import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from sdjax import text_files
 from sdjax.data.config import MAX_PIXELS
+from sdjax.data.image_files import ImageError, damaged, open_image
 
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")  # ISO/IEC 18181-2: codestream, container
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; `reason` is a short word for counting, the text says more."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+# What undoes each EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def decode(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -47,50 +39,19 @@ def decode_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     image = open_image(encoded, max_pixels=max_pixels)
     try:
         image.load()
-        return to_rgb(_upright(image))
+        return to_rgb(upright(image))
     except ImageError:
         raise
-    except (OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error) as error:
-        # Pillow's decoders raise any of these on damaged data.
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise ImageError(reason, str(error) or type(error).__name__) from error
-
-
-def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens an image file and checks its header without decoding it. Raises ImageError."""
-    if not encoded:
-        raise ImageError("empty_file", "zero bytes")
-    try:
-        image = Image.open(io.BytesIO(encoded))
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_many_pixels", str(error)) from error
-    except UnidentifiedImageError as error:
-        if text_files.is_pointer(encoded):
-            raise ImageError("git_lfs_pointer", text_files.POINTER) from error
-        if kind := _foreign_format(encoded):
-            raise ImageError("unsupported_format", f"{kind}; convert it to PNG") from error
-        raise ImageError("not_an_image", f"starts with {encoded[:8]!r}") from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise ImageError("corrupt", str(error)) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError("too_many_pixels", f"{width}x{height}; at most {max_pixels} are read")
-    return image
-
-
-def _foreign_format(encoded: bytes) -> str:
-    """The name of a format that people use and Pillow does not read; "" for others."""
-    if b"<svg" in encoded[:1024]:
-        return "SVG"
-    if encoded[4:8] == b"ftyp" and encoded[8:12] in _HEIF_BRANDS:
-        return "HEIC"
-    return "JPEG XL" if encoded.startswith(_JPEG_XL) else ""
+    except Exception as error:  # Pillow's decoders raise whatever they like on damaged data
+        raise damaged(error) from error
 
 
 def upright_size(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width as `decode` will give them, from the header alone. Raises ImageError."""
     image = open_image(encoded, max_pixels=max_pixels)
     width, height = image.size
+    if image.format == "TIFF":  # of which Pillow may have turned the size already
+        width, height = (image.tag_v2[tag] for tag in (256, 257))  # type: ignore[attr-defined]
     return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
@@ -107,7 +68,7 @@ def is_plain_rgb(image: Image.Image) -> bool:
 
 def is_turned(image: Image.Image) -> bool:
     """Whether the EXIF orientation asks for the pixels to be turned or mirrored."""
-    return _orientation(image) in range(2, 9)
+    return _orientation(image) in _TURNS
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,18 +77,17 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+    except Exception:  # a broken EXIF block is ignored, whatever Pillow makes of it
         return 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; a broken EXIF block or an unknown value is ignored."""
-    if _orientation(image) not in range(2, 9):  # where Pillow would make a copy
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image
+def upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation; a broken EXIF block or an unknown value is ignored.
+
+    Pillow's own `exif_transpose` also writes the block anew, with all that it points to.
+    """
+    orientation = _orientation(image)
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

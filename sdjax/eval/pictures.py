@@ -14,6 +14,7 @@ import numpy as np
 from sdjax import paths
 from sdjax.data import pipeline, transforms
 from sdjax.data.config import DataConfig, parts
+from sdjax.data.image_files import ImageError
 from sdjax.data.raw.metadata import read_rows
 from sdjax.data.raw.rows import BadRow
 from sdjax.errors import UserError
@@ -122,7 +123,7 @@ def _rows(metadata: paths.Path) -> Iterator[dict[str, Any]]:
 def _decoded(file: paths.Path) -> np.ndarray:
     try:
         return transforms.decode(file.read_bytes())
-    except paths.storage_errors(transforms.ImageError) as error:
+    except paths.storage_errors(ImageError) as error:
         raise UserError(f"{file}: not a picture that can be read ({error})") from error
 
 

@@ -14,6 +14,7 @@ from etils import epath
 from PIL import Image
 
 from sdjax import paths
+from sdjax.data.image_files import read_image
 
 SIDE = 960  # pixels, of the longer side; a grid of 16 with its captions stays readable
 QUALITY = 80
@@ -80,9 +81,9 @@ def embed(path: paths.Path, *, side: int = SIDE) -> Picture:
 @functools.lru_cache(maxsize=2 * MOST_PICTURES)
 def _embed(path: paths.Path, side: int, length: int, mtime: float) -> Picture:
     """Of the file as it was then."""
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        texts = getattr(image, "text", {})
-        small = image.convert("RGB")
+    image = read_image(path)
+    texts = getattr(image, "text", {})
+    small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return _packed(path.name, small, str(texts.get("prompts", "")))
 
@@ -100,9 +101,9 @@ def embed_strip(path: paths.Path) -> Picture:
     Raises:
         OSError, ValueError: it cannot be read, or is no picture.
     """
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        steps = re.findall(r"\d+", str(getattr(image, "text", {}).get("steps", "")))
-        sheet = image.convert("RGB")
+    image = read_image(path)
+    steps = re.findall(r"\d+", str(getattr(image, "text", {}).get("steps", "")))
+    sheet = image.convert("RGB")
     if len(steps) <= STRIP_COLUMNS or sheet.width % len(steps):
         sheet.thumbnail((4 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
         return _packed(path.name, sheet)

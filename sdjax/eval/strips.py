@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sdjax import paths
+from sdjax.data.image_files import read_image
 from sdjax.eval.grids import save_png
 
 GAP, HEADER = 4, 16  # pixels
@@ -56,8 +55,7 @@ def _read(path: paths.Path, size: tuple[int, int]) -> tuple[list[int], Image.Ima
     if not paths.exists(path):
         return nothing
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()))
-        image.load()
+        image = read_image(path)
         steps = [int(step) for step in image.text["steps"].split(",")]  # type: ignore[attr-defined]
     except (OSError, AttributeError, KeyError, ValueError):  # not ours, or half a file
         return nothing

@@ -276,7 +276,7 @@ def test_folder_that_may_not_be_read_is_an_error(tmp_path):
 
 
 def test_every_ending_is_read_or_counted(tmp_path):
-    readable = ["a.jpg", "b.jfif", "c.jpe", "d.JPEG", "e.tiff", "f.ppm", "g.tga"]
+    readable = ["a.jpg", "b.jfif", "c.jpe", "d.JPEG", "e.tiff", "f.jp2", "g.bmp"]
     write(tmp_path, *readable)
     for name in readable:
         (tmp_path / name).with_suffix(".txt").write_text(name)

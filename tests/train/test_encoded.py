@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdjax import encode
 from sdjax.config import resolve
-from sdjax.data import encoded, transforms
+from sdjax.data import encoded, image_files, transforms
 from sdjax.data.config import DataError
 from sdjax.data.pipeline import make_iterator
 from sdjax.data.sources import open_source
@@ -376,7 +376,7 @@ def test_what_cannot_be_encoded_is_counted_and_named(snaps, tmp_path, monkeypatc
 def test_an_unreadable_picture_is_counted_and_what_is_forbidden_stops_it(
     snaps, tmp_path, monkeypatch
 ):
-    decode, error = transforms.decode_image, transforms.ImageError("truncated", "ends early")
+    decode, error = transforms.decode_image, image_files.ImageError("truncated", "ends early")
 
     def failing(data, **options):
         image = decode(data, **options)

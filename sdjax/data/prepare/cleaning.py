@@ -20,6 +20,7 @@ from PIL import Image
 
 from sdjax import paths
 from sdjax.data import transforms
+from sdjax.data.image_files import ImageError
 from sdjax.data.prepare.duplicates import difference_hash
 from sdjax.data.prepare.settings import Place, Settings
 from sdjax.data.raw import folder, formats
@@ -196,7 +197,7 @@ def thumbnail(encoded: bytes | None, max_pixels: int) -> str:
     """A small JPEG in base64; "" where nothing can be seen."""
     try:
         pixels = transforms.decode(encoded or b"", max_pixels=max_pixels)
-    except transforms.ImageError:
+    except ImageError:
         return ""
     small = Image.fromarray(np.ascontiguousarray(pixels))
     small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sdjax import paths
-from sdjax.data.raw.clean import MOST_PIXELS, Rules
+from sdjax.data.image_files import MOST_PIXELS
+from sdjax.data.raw.clean import Rules
 from sdjax.data.raw.rows import ORIGINAL, Fields, fraction
 from sdjax.errors import UserError
 

@@ -10,25 +10,20 @@ import html
 import io
 import math
 import re
-import struct
 import unicodedata
-import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sdjax import text_files
 from sdjax.data import transforms
-from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, shown
-
-# Pillow says of broken EXIF blocks, which are ignored here, that they are broken.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+from sdjax.data.image_files import MOST_PIXELS, ImageError, damaged, open_image
+from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, raised, shown
 
 # White space, and zero-width characters that str.split() does not count as such.
 _BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
 WHITE = (255, 255, 255)
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow sees a decompression bomb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +75,20 @@ class Example:
 
 
 def clean(row: Row, rules: Rules) -> Example | Skip:
-    """Checks and mends one row.
+    """Checks and mends one row; whatever it raises is one reason more to skip it.
 
     Skips for the reasons of `transforms.decode`, and: missing_image, too_small, aspect_ratio,
     colour_mode, no_caption, caption_not_text, bad_encoding, caption_too_short, caption_too_long,
-    caption_pattern, git_lfs_pointer, no_score, score.
+    caption_pattern, git_lfs_pointer, no_score, score, bad_record.
     """
+    try:
+        return _cleaned(row, rules)
+    except Exception as error:
+        return Skip(shown(row.place or row.name), *raised(error))
+
+
+def _cleaned(row: Row, rules: Rules) -> Example | Skip:
+    """`clean`, for whatever was foreseen."""
     try:
         if shown(row.name) != row.name:
             raise BadRow("bad_encoding", "a name that is not UTF-8")
@@ -97,7 +100,7 @@ def clean(row: Row, rules: Rules) -> Example | Skip:
     except BadRow as bad:
         detail = row.sought if bad.reason == "no_caption" and not bad.detail else bad.detail
         return Skip(shown(row.place or row.name), bad.reason, shown(detail))
-    except transforms.ImageError as bad:
+    except ImageError as bad:
         # Cut off in the header, a file is corrupt to Pillow, which knows the reason all the same.
         cut = bad.reason == "corrupt" and "truncated" in bad.detail.lower()
         return Skip(shown(row.name), "truncated" if cut else bad.reason, shown(bad.detail))
@@ -179,7 +182,7 @@ def _scores(row: Row, rules: Rules) -> dict[str, float]:
     for rule in rules.scores:
         try:
             value = float(row.columns[rule.column])
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise BadRow("no_score", f"no number {rule.column!r}") from error
         if not rule.low <= value <= rule.high:  # false for NaN, too
             raise BadRow("score", f"{rule.column} {value:g}")
@@ -207,12 +210,21 @@ def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str,
     Raises ImageError with the reasons of `transforms.decode`, or too_small, aspect_ratio or
     colour_mode.
     """
-    image = transforms.open_image(encoded, max_pixels=rules.pixel_limit)
+    try:
+        return _checked(encoded, rules)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise damaged(error) from error
+
+
+def _checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str, ...]]:
+    image = open_image(encoded, max_pixels=rules.pixel_limit)
     short, long = sorted(image.size)
     if short < rules.min_side:
-        raise transforms.ImageError("too_small", f"short side {short}; min_side {rules.min_side}")
+        raise ImageError("too_small", f"short side {short}; min_side {rules.min_side}")
     if rules.max_aspect and long > rules.max_aspect * short:
-        raise transforms.ImageError(
+        raise ImageError(
             "aspect_ratio", f"{image.size[0]}x{image.size[1]}; max_aspect {rules.max_aspect:g}"
         )
     modes, turned = _colour_modes(image), transforms.is_turned(image)
@@ -222,7 +234,7 @@ def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str,
     plain = transforms.is_plain_rgb(image) and not modes
     pixels = transforms.decode(encoded, max_pixels=rules.pixel_limit)
     if modes and not rules.convert_modes:
-        raise transforms.ImageError("colour_mode", " and ".join(modes))
+        raise ImageError("colour_mode", " and ".join(modes))
     if plain:
         return encoded, pixels, tuple(changed)
     if (turned and not rules.orient) or ("transparency" in modes and rules.background != WHITE):
@@ -251,15 +263,16 @@ def _colour_modes(image: Image.Image) -> list[str]:
 def _is_animated(image: Image.Image) -> bool:
     try:
         return getattr(image, "is_animated", False)
-    except (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error):
+    except Exception:
         return False  # the second frame is damaged, which is none of our business
 
 
 def _otherwise(encoded: bytes, rules: Rules) -> np.ndarray:
     """An image, known to be sound, as the rules want it and `transforms.decode` does not."""
-    image: Image.Image = Image.open(io.BytesIO(encoded))
-    if rules.orient and transforms.is_turned(image):
-        image = ImageOps.exif_transpose(image)
+    image = open_image(encoded, max_pixels=rules.pixel_limit)
+    image.load()
+    if rules.orient:
+        image = transforms.upright(image)
     if image.has_transparency_data and not image.mode.startswith("I"):
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, (*rules.background, 255))

@@ -16,11 +16,10 @@ from sdjax import paths
 from sdjax.data.raw.tree import walk
 from sdjax.data.sources import DataError
 
-# Endings of pictures that Pillow reads by itself, without Ghostscript or a plug-in.
+# Endings of pictures in the formats that are read, of `image_files.FORMATS`.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
-    ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo", ".ico",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".dds", ".sgi", ".qoi", ".psd"
+    ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo"
 )  # fmt: skip
 CAPTION_SUFFIXES = (".txt", ".caption", ".cap")  # of a file beside a picture; the first is taken
 SPLITS = ("train", "validation", "test")
@@ -193,6 +192,14 @@ class BadRow(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def raised(error: Exception) -> tuple[str, str]:
+    """The reason and the detail of a row whose reading raised this."""
+    if isinstance(error, BadRow):
+        return error.reason, shown(error.detail)
+    text = " ".join(str(error).split())[:200]
+    return "bad_record", shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def relative(path: str, root: str) -> str:

@@ -1,0 +1,134 @@
+"""Opens pictures: the one place that hands bytes to Pillow, and the list of formats that it reads.
+
+Pillow reads some forty formats. For one of them, EPS, it starts Ghostscript, which runs the file as
+a program; others hold a picture of another size than they say, or are never met.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from sdjax import paths, text_files
+from sdjax.data import image_tags
+from sdjax.data.config import MAX_PIXELS
+
+# An MPO is a JPEG that others follow; it is opened as one.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow sees a decompression bomb
+# Of a JPEG, those of its preview included. A progressive one has some 10, each of which costs time
+# in proportion to the whole picture, however short it is.
+MOST_SCANS = 100
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# The beginnings of formats that people use and that are not read. JPEG XL: ISO/IEC 18181-2.
+_OTHERS = (
+    (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"), (b"%!PS", "EPS"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"), (b"%PDF", "PDF"), (b"\0\0\1\0", "ICO"), (b"\0\0\2\0", "TGA"),
+    (b"icns", "ICNS"), (b"8BPS", "PSD"), (b"DDS ", "DDS"), (b"BLP1", "BLP"), (b"BLP2", "BLP"),
+    (b"qoif", "QOI"), (b"\1\xda", "SGI"), (b"SIMPLE  =", "FITS"), (b"\xd7\xcd\xc6\x9a", "WMF"),
+    (b"\x59\xa6\x6a\x95", "Sun raster"), (b"/* XPM", "XPM"), (b"#define", "XBM"),
+    *((b"P%d" % n, "PPM") for n in range(1, 8)), (b"\x0a\5\1", "PCX"), (b"II\xbc", "JPEG XR"),
+)  # fmt: skip
+
+# Pillow says of broken EXIF blocks, which are ignored here, that they are broken.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `reason` is a short word for counting, the text says more."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def damaged(error: Exception) -> ImageError:
+    """The ImageError for what a decoder raised."""
+    text = " ".join(str(error).split())[:200]
+    reason = "truncated" if "truncated" in text.lower() else "corrupt"
+    return ImageError(reason, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens an image file and checks its header without decoding it.
+
+    Raises ImageError: empty_file, git_lfs_pointer, not_an_image, unsupported_format,
+    too_many_pixels, truncated, corrupt.
+    """
+    if not encoded:
+        raise ImageError("empty_file", "zero bytes")
+    try:
+        _check_before(encoded)
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        _check_after(image, max_pixels)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        if text_files.is_pointer(encoded):
+            raise ImageError("git_lfs_pointer", text_files.POINTER) from error
+        if kind := _other_format(encoded):
+            raise ImageError("unsupported_format", f"{kind}; convert it to PNG") from error
+        raise ImageError("not_an_image", f"starts with {encoded[:8]!r}") from error
+    except Exception as error:  # Pillow's readers raise whatever they like on damaged data
+        raise damaged(error) from error
+    return image
+
+
+def read_image(path: paths.PathLike, *, max_pixels: int = MOST_PIXELS) -> Image.Image:
+    """The decoded picture of a file, in the mode that it has there.
+
+    Raises ImageError as `open_image`, and OSError: the file cannot be read.
+    """
+    image = open_image(paths.to_path(path).read_bytes(), max_pixels=max_pixels)
+    try:
+        image.load()
+    except Exception as error:
+        raise damaged(error) from error
+    return image
+
+
+def _other_format(encoded: bytes) -> str:
+    """The name of a format that people use and that is not read; "" for others."""
+    if b"<svg" in encoded[:1024]:
+        return "SVG"
+    if encoded[4:8] == b"ftyp" and encoded[8:12] in _HEIF_BRANDS:
+        return "HEIC"
+    return next((name for start, name in _OTHERS if encoded.startswith(start)), "")
+
+
+def _check_before(encoded: bytes) -> None:
+    """Refuses what costs more than it should in Pillow's reading of the header alone."""
+    if image_tags.is_tiff(encoded):
+        image_tags.check(encoded)
+    elif encoded.startswith(b"\xff\xd8\xff"):
+        exif, single = image_tags.jpeg_head(encoded)
+        if exif:
+            image_tags.check_exif(exif)
+        if not single and (scans := _scans(encoded)) > MOST_SCANS:
+            raise ImageError("corrupt", f"a JPEG of {scans:,} scans; at most {MOST_SCANS} are read")
+
+
+def _scans(encoded: bytes) -> int:
+    """How often the marker that begins a scan of a JPEG occurs, at even and at odd places."""
+    views = (np.frombuffer(encoded, "<u2", (len(encoded) - at) // 2, at) for at in (0, 1))
+    return sum(int(np.count_nonzero(view == 0xDAFF)) for view in views)
+
+
+def _check_after(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_many_pixels", f"{width}x{height}; at most {max_pixels} are read")
+    exif = image.info.get("exif", b"")
+    if image.format not in ("JPEG", "MPO") and exif:
+        image_tags.check_exif(exif)
+    image.info.pop("Raw profile type exif", None)  # of ImageMagick, in hexadecimal
+    if image.format == "TIFF":
+        wide, high = (image.tag_v2.get(tag, 0) for tag in (322, 323))  # type: ignore[attr-defined]
+        if wide * high > max(max_pixels, width * height):
+            raise ImageError("too_many_pixels", f"tiles of {wide}x{high}")
