@@ -23,16 +23,18 @@ from sdjax import paths
 from sdjax.errors import UserError
 
 # What Python's own parsers raise, and numpy's and JAX's, which raise nothing else. An encrypted zip
-# is a RuntimeError, a broken PNG a SyntaxError.
+# is a RuntimeError, a broken PNG a SyntaxError, half a letter for protobuf a SystemError.
 _DAMAGE: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError,
-    MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    MemoryError, OSError, RuntimeError, SyntaxError, SystemError, TypeError, ValueError,
     csv.Error, lzma.LZMAError, pickle.PickleError, struct.error, tarfile.TarError,
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
 )  # fmt: skip
 # Those of libraries, which have raised none unless they are loaded.
 _LIBRARIES = (
     ("PIL.Image", "DecompressionBombError"),
+    ("google.protobuf.json_format", "Error"),
+    ("google.protobuf.message", "Error"),
     ("pyarrow", "ArrowException"),
     ("safetensors", "SafetensorError"),
     ("yaml", "YAMLError"),

@@ -2,7 +2,8 @@
 
 TFDS decodes all features of a record, each through the description of nested ones that it might be,
 which for moments and small pictures takes longer than everything else. Bytes, numbers and arrays
-need none of that; any other feature still goes through TFDS.
+need none of that. What else is made of numbers and texts goes through TFDS. Pictures and sounds do
+not: their decoders would be given a stranger's bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from sdjax.data.config import DataError
 
 Reader = Callable[[Any], Any]  # of one feature of a tf.train.Example
 
@@ -33,6 +36,9 @@ class Records:
         found = {key: _bytes if key in decoders else _reader(feature, tfds)
                  for key, feature in self.features.items()}  # fmt: skip
         self.readers = {key: reader for key, reader in found.items() if reader is not None}
+        self.composed = {key: tfds.features.FeaturesDict({key: feature})
+                         for key, feature in self.features.items()
+                         if key not in self.decoders and _is_plain(feature, tfds)}  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -57,7 +63,6 @@ class Record(Mapping[str, Any]):
         self._data = data
         self._records = records
         self._values = tf_example_pb2.Example.FromString(data).features.feature
-        self._decoded: Mapping[str, Any] | None = None
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._records.features:
@@ -67,11 +72,11 @@ class Record(Mapping[str, Any]):
         reader = self._records.readers.get(key)
         if reader is not None and key in self._values:
             return reader(self._values[key])
-        if self._decoded is None:
-            self._decoded = self._records.features.deserialize_example_np(
-                self._data, decoders=self._records.decoders
-            )
-        return self._decoded[key]
+        if key in self._records.composed:
+            return self._records.composed[key].deserialize_example_np(self._data)[key]
+        kind = type(self._records.features[key]).__name__
+        missing = "is missing" if reader is not None else f"is a {kind}, which is not read here"
+        raise DataError(f"its feature {key!r} {missing}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._records.features)
@@ -95,6 +100,18 @@ def _reader(feature: Any, tfds: Any) -> Reader | None:
         if dtype.kind in "iuf" and stored_plainly and None not in shape:
             return Numbers(dtype, tuple(shape))
     return None
+
+
+def _is_plain(feature: Any, tfds: Any) -> bool:
+    """Whether a feature is made of numbers and texts, which numpy alone decodes."""
+    kinds = tfds.features
+    if type(feature) is kinds.FeaturesDict:
+        return all(_is_plain(inner, tfds) for inner in feature.values())
+    if type(feature) is kinds.Sequence:
+        return _is_plain(feature.feature, tfds)
+    plain = (kinds.Tensor, kinds.Scalar, kinds.Text, kinds.ClassLabel, kinds.BBoxFeature)
+    # A few bytes of zlib may become any number.
+    return type(feature) in plain and feature._encoding != kinds.Encoding.ZLIB
 
 
 def _bytes(value: Any) -> bytes:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from sdjax import paths, text_files
-from sdjax.data import columns, encoded, splits, transforms
+from sdjax import untrusted
+from sdjax.data import columns, encoded, splits, stored, transforms
 from sdjax.data.caption_choice import Caption
-from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError, parts
-from sdjax.data.features import FORMAT, as_text, check_format, decoders_and_text
+from sdjax.data.config import WITH_PATH, DataConfig, DataError, parts
+from sdjax.data.features import as_text, check_format, decoders_and_text
 from sdjax.data.image_files import ImageError
 from sdjax.data.records import Records
-from sdjax.errors import cause_of, system_error
 
 _AT_ONCE = 4096  # records read together where all are
 
@@ -65,8 +64,9 @@ class Source:
     def example(self, index: int) -> dict[str, Any]:
         """As source[index], but a picture that was decoded here is still Pillow's image."""
         record = self._record(index)
-        picture = self._picture(index, record)
-        caption = self._caption(record)
+        with self._named(index):
+            picture = self._picture(index, record)
+            caption = self._caption(record)
         if self._config.captions.empty == "error" and not caption.main.strip():
             raise DataError(
                 f"{self.name}, split {self.split}, example {index} has no caption; "
@@ -92,25 +92,28 @@ class Source:
     def key(self, index: int) -> str:
         """What the example is called: its file name, or the number it is stored under."""
         record = self._record(index)
-        return as_text(record["file_name"]) if "file_name" in record else str(index)
+        with self._named(index):
+            return as_text(record["file_name"]) if "file_name" in record else str(index)
 
     def text(self, index: int) -> str:
         """The caption alone, without decoding the image."""
-        return self._caption(self._record(index)).main
+        record = self._record(index)
+        with self._named(index):
+            return self._caption(record).main
 
     def texts(self) -> list[str]:
         """The captions of all examples, without decoding an image."""
         indices = range(len(self))
         chunks = (indices[first : first + _AT_ONCE] for first in indices[::_AT_ONCE])
-        return [self._caption(record).main for chunk in chunks for record in self._many(chunk)]
+        return [text for chunk in chunks for text in self._texts(chunk)]
 
-    def _many(self, indices: range) -> list[dict[str, Any]]:
-        """The records of these numbers; one by one where that says which cannot be read."""
-        with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, IndexError):
+    def _texts(self, indices: range) -> list[str]:
+        """The captions of these numbers; one by one where that says which cannot be read."""
+        with contextlib.suppress(*untrusted.damage()):
             records = self._records.__getitems__(indices)
             if all(record[self._config.text_key] is not None for record in records):
-                return records
-        return [self._record(index) for index in indices]
+                return [self._caption(record).main for record in records]
+        return [self.text(index) for index in indices]
 
     def _caption(self, record: dict[str, Any]) -> Caption:
         caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
@@ -146,6 +149,10 @@ class Source:
 
     def _row(self, index: int) -> columns.Row:
         record = self._record(index)
+        with self._named(index):
+            return self._facts(index, record)
+
+    def _facts(self, index: int, record: dict[str, Any]) -> columns.Row:
         image = record[self._config.image_key]
         if "height" in record and "width" in record:
             height, width = int(record["height"]), int(record["width"])
@@ -175,14 +182,24 @@ class Source:
         )
 
     def _record(self, index: int) -> dict[str, Any]:
-        try:
+        with self._named(index):
             record = self._records[index]
-        except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise self._error(index, f"the record cannot be read ({error})") from error
-        # ArrayRecord answers for a part of a file that is not there with an empty record.
-        if record[self._config.image_key] is None or record[self._config.text_key] is None:
+            # ArrayRecord answers for a part of a file that is not there with an empty record.
+            empty = record[self._config.image_key] is None or record[self._config.text_key] is None
+        if empty:
             raise self._error(index, "the record cannot be read (it is empty)")
         return record
+
+    @contextlib.contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """In here an example is read: what its damage raises becomes a DataError that names it."""
+        try:
+            yield
+        except untrusted.damage() as error:
+            if isinstance(error, DataError) and str(error).startswith(f"{self.name}, split "):
+                raise
+            why = untrusted.why(error)
+            raise self._error(index, f"the record cannot be read ({why})") from error
 
     def _error(self, index: int, what: str) -> DataError:
         return DataError(
@@ -214,100 +231,12 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
     raise ImageError("unsupported_mode", f"{image.shape[-1]} channels")
 
 
-def prepared_builder(config: DataConfig) -> Any:
-    """The TFDS builder of a dataset, made ready (generated, imported or downloaded) if need be.
-
-    Raises DataError for an unknown name, an empty or missing folder, or a dataset that was stored
-    in a format without random access.
-    """
-    if config.name in RAW_NAMES:
-        from sdjax.data.builders import raw_import
-
-        return raw_import.prepare(config)
-    if config.name in ("prepared", "encoded"):
-        return _prepared_folder(config)
-    if config.name == "captioned_shapes":
-        from sdjax.data.builders import captioned_shapes
-
-        builder = captioned_shapes.make_builder(
-            data_dir=config.data_dir,
-            train_examples=config.shapes_train,
-            test_examples=config.shapes_test,
-            pair_fraction=config.shapes_pairs,
-        )
-        prepare_builder(builder)
-        return builder
-    builder = _named_builder(config)
-    prepare_builder(builder, quiet=False)
-    return builder
-
-
-def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
-    """Writes the dataset if it is not there yet; safe when several hosts try at once.
-
-    Raises DataError when it cannot be written.
-    """
-    from sdjax.data.tfds_on_cpu import quiet_tfds
-
-    if builder.data_path.exists():
-        return
-    logging.info("preparing %s in %s, once", builder.info.full_name, builder.data_dir)
-    try:
-        with quiet_tfds() if quiet else contextlib.nullcontext():
-            builder.download_and_prepare(file_format=FORMAT)
-    except Exception as error:
-        if not isinstance(error, paths.storage_errors()) and system_error(error) is None:
-            raise
-        # Another process on a shared disk may have finished first: its rename made ours fail.
-        if not (builder.data_path / "dataset_info.json").exists():
-            raise DataError(
-                f"cannot prepare {builder.info.full_name} in {builder.data_dir}: "
-                f"{'; '.join(cause_of(error))}; data.data_dir (or $TFDS_DATA_DIR) must be a "
-                "writable folder with room, and a dataset that TFDS downloads needs the network"
-            ) from error
-        builder.info.read_from_directory(builder.data_path)
-
-
-def _prepared_folder(config: DataConfig) -> Any:
-    """The dataset that `sdjax.prepare` wrote, read where it lies."""
-    from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
-
-    if not (paths.to_path(config.path) / "dataset_info.json").exists():
-        raise DataError(
-            f"data.path is {config.path!r}, where there is no dataset_info.json; expected the "
-            "--output of a run of sdjax.prepare that is finished"
-        )
-    with quiet_tfds():
-        builder = tfds.builder_from_directory(str(paths.to_path(config.path)))
-    try:
-        report = text_files.read_json(paths.to_path(config.path) / "report.json")
-        builder.notes = [f"when it was prepared: {note}" for note in report["notes"]]
-    except paths.storage_errors(text_files.TextError, KeyError, TypeError):
-        pass  # encoded datasets have none, and nothing else needs it
-    return builder
-
-
-def _named_builder(config: DataConfig) -> Any:
-    from sdjax.data.tfds_on_cpu import tfds
-
-    try:
-        return tfds.builder(config.name, data_dir=config.data_dir or None, try_gcs=False)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-        raise DataError(
-            f"data.name is {config.name!r}, which TFDS cannot open: {str(error)[:500]}\nexpected "
-            f"'captioned_shapes', one of {WITH_PATH} (with data.path), or a name of "
-            "https://www.tensorflow.org/datasets/catalog, or of a dataset in data.data_dir"
-        ) from error
-
-
 def open_source(config: DataConfig, split: str) -> Source:
     """Opens a split (TFDS slices such as "train[:90%]" too) of the configured dataset.
 
     Raises DataError naming what is wrong: dataset, split, feature names, or storage format.
     """
-    from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
-
-    builder = prepared_builder(config)
+    builder = stored.prepared_builder(config)
     encoding = encoded.read(config.path) if config.name == "encoded" else None
     if config.name in WITH_PATH:  # which store them under names of their own
         config = dataclasses.replace(config, image_key="image", text_key="text")
@@ -329,9 +258,9 @@ def open_source(config: DataConfig, split: str) -> Source:
         )
     decoders, to_text = decoders_and_text(builder, config)
     # Read from the files alone: worker processes then need neither our builder nor TensorFlow.
-    with quiet_tfds():
-        stored = tfds.builder_from_directory(builder.data_path)
-        records = Records(stored, stored_split, decoders)
+    files = stored.builder_from_directory(builder.data_path)
+    with untrusted.explained(builder.data_path, "a dataset of TFDS", error=DataError):
+        records = Records(files, stored_split, decoders)
     if not len(records):
         raise DataError(f"{builder.info.full_name}, split {split!r}: no examples at all")
     source = Source(

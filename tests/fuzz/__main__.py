@@ -33,7 +33,8 @@ def main() -> int:
         print(f"{name}: {tally.line()}", flush=True)
         for outcome in tally.faults:
             code = 1
-            print(f"{name}, seed {outcome.seed}: {outcome.fault.strip()}", flush=True)
+            last = "\n  ".join(outcome.fault.strip().splitlines()[-3:])
+            print(f"{name}, seed {outcome.seed}:\n  {last[:2000]}", flush=True)
             print(f"  to repeat: {_save(args.faults, name, outcome)}", flush=True)
     return code
 

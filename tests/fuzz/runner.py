@@ -102,6 +102,9 @@ def _work(connection: Connection, name: str, seed: int, bounds: Bounds) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)  # readers may print
     os.dup2(null, 2)
+    # TFDS imports it in the middle of some inputs, where it takes as long as an input may take.
+    import tensorflow  # noqa: F401
+
     target = targets()[name]
     attempt(target, seed, WARM_UP)
     connection.send(None)

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from sdjax.data import shapes
-from sdjax.data.sources import FORMAT, DataError
+from sdjax.data.config import DataError
+from sdjax.data.features import FORMAT
 from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 
 

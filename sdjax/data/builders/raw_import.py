@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from sdjax.data.config import DataConfig, DataError
+from sdjax.data.features import FORMAT
 from sdjax.data.raw import clean, folder, formats, parquet, webdataset
 from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import SPLITS, Chosen, Fields, Row, Shard, Skip, fraction, passed_over
-from sdjax.data.sources import FORMAT, DataConfig, DataError, prepare_builder
+from sdjax.data.stored import prepare_builder
 from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 
 SKIP_REPORT = "skipped.json"
