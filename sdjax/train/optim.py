@@ -24,6 +24,7 @@ from optax import contrib
 
 from sdjax.errors import UserError
 from sdjax.train.moments import in_blocks
+from sdjax.train.muon import scale_by_muon
 
 OPTIMIZERS = (
     "adamw", "adam", "adafactor", "lion", "rmsprop", "sgd", "muon", "schedule_free",
@@ -211,19 +212,13 @@ def decay_mask(params: Params) -> dict[str, bool]:
     return {path: leaf.ndim > 1 for path, leaf in params.items()}
 
 
-def muon_dimensions(params: Params) -> dict[str, contrib.MuonDimensionNumbers | None]:
-    """How muon sees each parameter as a matrix `[inputs, outputs]`; None = adam takes it.
+def is_muons(path: str, ndim: int) -> bool:
+    """Whether muon takes a parameter; adam takes all others.
 
     As its author advises, the first and the last layer and embeddings go to adam.
     """
-
-    def dims(path: str, ndim: int) -> contrib.MuonDimensionNumbers | None:
-        ends = re.search(r"(^|\.)conv_(in|out)\.", path)
-        if not path.endswith("kernel") or ndim < 2 or ends:
-            return None
-        return contrib.MuonDimensionNumbers(tuple(range(ndim - 1)), ndim - 1)
-
-    return {path: dims(path, leaf.ndim) for path, leaf in params.items()}
+    ends = re.search(r"(^|\.)conv_(in|out)\.", path)
+    return path.endswith("kernel") and ndim > 1 and not ends
 
 
 def make_optimizer(
@@ -277,12 +272,10 @@ def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation
     if cfg.name == "adafactor":
         return optax.chain(optax.adafactor(learning_rate=None), optax.scale(-1.0))
     if cfg.name == "muon":
-        muon = contrib.muon(
-            1.0, beta=cfg.momentum, eps=cfg.eps, adam_b1=cfg.b1, adam_b2=cfg.b2,
-            consistent_rms=_MUON_RMS, mu_dtype=first,
-            muon_weight_dimension_numbers=muon_dimensions(params),
-        )  # fmt: skip
-        return optax.chain(muon, optax.scale(-1.0))
+        matrix = scale_by_muon(momentum=cfg.momentum, eps=cfg.eps, rms=_MUON_RMS, mu_dtype=first)
+        adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=first, nesterov=True)
+        labels = {p: "muon" if is_muons(p, v.ndim) else "adam" for p, v in params.items()}
+        return optax.partition({"muon": matrix, "adam": adam}, labels)
     # schedule_free: AdamW without its first moment (optax.contrib.schedule_free_adamw).
     return optax.scale_by_rms(cfg.b2, cfg.eps, eps_in_sqrt=False, bias_correction=True)
 

@@ -247,7 +247,7 @@ def test_decay_leaves_norms_and_biases_alone():
 
 
 def test_muon_takes_inner_matrices_only():
-    taken = {p for p, d in optim.muon_dimensions(tree(0)).items() if d is not None}
+    taken = {p for p, shape in SHAPES.items() if optim.is_muons(p, len(shape))}
     assert taken == {
         "unet.down_blocks.0.conv1.kernel",
         "text_encoder.layers.0.q_proj.kernel",
