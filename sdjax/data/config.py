@@ -60,6 +60,7 @@ class DataConfig:
     shapes_train: int = 20_000
     shapes_test: int = 512
     shapes_pairs: float = 0.35  # share of pictures with two objects
+    shapes_colours: str = "named"  # or "any", which captions do not name: for an autoencoder
 
     def __post_init__(self) -> None:
         for field in ("resolution", "batch_size", "max_pixels"):

@@ -36,6 +36,9 @@ CROSS_ARM = 0.36  # thickness of a cross's arms over its width
 WIDTHS = {"small": (18.0, 20.0), "large": (30.0, 34.0)}  # px, uniform
 BACKGROUND = (228, 250)  # light grey to pastel, per channel
 COLOUR_JITTER = 6  # +- per channel
+# "named": those of PALETTE; "any": every one, for an autoencoder, and captions name none.
+COLOURS = ("named", "any")
+CONTRAST = 100  # of 255, by which some channel of any other colour differs from the background
 PREFIXES = ("", "a picture of ", "a drawing of ")
 # column, row in {0, 1, 2} -> words
 POSITIONS = {
@@ -75,7 +78,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A drawn object: what it is, and its centre and width in pixels."""
+    """A drawn object: what it is, and its centre and width in pixels; a colour without a name is ""."""
 
     colour: str
     shape: str
@@ -111,31 +114,36 @@ def is_held_out(objects: tuple[Placed, ...] | tuple[Wanted, ...]) -> bool:
 
 
 def make_example(
-    seed: int, split: str, index: int, *, pair_fraction: float = 0.35
+    seed: int, split: str, index: int, *, pair_fraction: float = 0.35, colours: str = "named"
 ) -> tuple[np.ndarray, str, Scene]:
     """Returns (image [64, 64, 3] uint8, caption, scene) number `index` of `split`.
 
     Test captions always name size and position (one object), so that what was held out is what
-    is asked for; train captions leave things out at random.
+    is asked for; train captions leave things out at random. colours is one of `COLOURS`.
     """
     stream = {"train": 0, "test": 1}[split]
     rng = np.random.Generator(np.random.Philox(key=[seed, (stream << 40) | index]))
     while True:
         make = _pair if rng.random() < pair_fraction else _single
-        scene = make(rng)
+        scene = make(rng, colours == "any")
         if is_held_out(scene.objects) == (split == "test"):
             break
     caption = _caption(rng, scene, complete=split == "test")
     return draw(scene), caption, scene
 
 
-def _look(rng: np.random.Generator, size: str) -> tuple[str, str, float]:
-    colour = str(rng.choice(list(PALETTE)))
+def _look(rng: np.random.Generator, size: str, any_colour: bool) -> tuple[str, str, float]:
+    colour = "" if any_colour else str(rng.choice(list(PALETTE)))
     shape = SHAPES[int(rng.integers(len(SHAPES)))]
     return colour, shape, float(rng.uniform(*WIDTHS[size]))
 
 
 def _jittered(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
+    if not colour:
+        while True:
+            r, g, b = rng.integers(0, 256, 3).tolist()
+            if min(r, g, b) < BACKGROUND[0] - CONTRAST:
+                return r, g, b
     jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3)
     r, g, b = np.clip(np.asarray(PALETTE[colour]) + jitter, 0, 255).tolist()
     return r, g, b
@@ -146,9 +154,9 @@ def _background(rng: np.random.Generator) -> tuple[int, int, int]:
     return r, g, b
 
 
-def _single(rng: np.random.Generator) -> Scene:
+def _single(rng: np.random.Generator, any_colour: bool) -> Scene:
     size = ("small", "large")[int(rng.integers(2))]
-    colour, shape, width = _look(rng, size)
+    colour, shape, width = _look(rng, size, any_colour)
     position = list(POSITIONS)[int(rng.integers(len(POSITIONS)))]
     low = MARGIN + width / 2
     high = IMAGE_SIZE - low
@@ -158,12 +166,12 @@ def _single(rng: np.random.Generator) -> Scene:
     return Scene((one,), "", _background(rng))
 
 
-def _pair(rng: np.random.Generator) -> Scene:
+def _pair(rng: np.random.Generator, any_colour: bool) -> Scene:
     """Two objects of different colours side by side or one above the other, one large at most."""
     sizes = (("small", "small"), ("small", "large"), ("large", "small"))[int(rng.integers(3))]
-    looks = [_look(rng, size) for size in sizes]
-    while looks[1][0] == looks[0][0]:
-        looks[1] = _look(rng, sizes[1])
+    looks = [_look(rng, size, any_colour) for size in sizes]
+    while looks[1][0] == looks[0][0] and not any_colour:
+        looks[1] = _look(rng, sizes[1], any_colour)
     relation = list(RELATIONS)[int(rng.integers(len(RELATIONS)))]
     axis, sign = RELATIONS[relation]
     # Along the axis: margin, near object, gap, far object, margin; the slack is shared at random.
@@ -219,8 +227,9 @@ def _coverage(placed: Placed) -> np.ndarray:
 
 
 def _name(placed: Placed, with_size: bool) -> str:
-    words = f"{placed.size} " if with_size else ""
-    words += f"{placed.colour} {placed.shape}"
+    words = " ".join(
+        filter(None, (placed.size if with_size else "", placed.colour, placed.shape))
+    )
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 

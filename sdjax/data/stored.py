@@ -163,6 +163,7 @@ def prepared_builder(config: DataConfig) -> Any:
             train_examples=config.shapes_train,
             test_examples=config.shapes_test,
             pair_fraction=config.shapes_pairs,
+            colours=config.shapes_colours,
         )
         prepare_builder(builder)
         return builder

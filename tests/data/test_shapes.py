@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -188,7 +189,27 @@ def test_builder_stores_what_is_generated(tmp_path):
                                         for i in range(3)]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"shapes_train": 0}, {"shapes_pairs": 1.5}])
+def test_any_colour_stands_out_from_the_background_and_is_not_named(tmp_path):
+    named = re.compile("|".join(shapes.PALETTE))
+    colours = set()
+    for index in range(40):
+        image, text, scene = make_example(0, "train", index, colours="any")
+        assert not named.search(text) and "  " not in text
+        for placed in scene.objects:
+            row, column = round(placed.y), round(placed.x)
+            assert tuple(image[row, column]) == placed.rgb or placed.shape == "triangle"
+            assert max(np.subtract(scene.background, placed.rgb)) > shapes.CONTRAST
+            colours.add(placed.rgb)
+    assert len(colours) > 40
+    config = DataConfig(data_dir=str(tmp_path), shapes_train=2, shapes_test=1, shapes_colours="any")
+    image, text, _ = make_example(0, "train", 1, colours="any")
+    example = open_source(config, "train")[1]
+    assert (example["image"] == image).all() and example["text"] == text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shapes_train": 0}, {"shapes_pairs": 1.5}, {"shapes_colours": "all"}]
+)
 def test_builder_refuses_impossible_sizes(tmp_path, wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         open_source(DataConfig(data_dir=str(tmp_path), **wrong), "train")

@@ -18,11 +18,12 @@ from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """How many examples of each split, what share shows two objects, and from which seed."""
+    """How many examples of each split, what share shows two objects, colours and seed."""
 
     train_examples: int = 20_000
     test_examples: int = 512
     pair_fraction: float = 0.35
+    colours: str = "named"
     seed: int = 0
 
 
@@ -63,7 +64,11 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         for index in range(count):
             image, text, scene = shapes.make_example(
-                config.seed, split, index, pair_fraction=config.pair_fraction
+                config.seed,
+                split,
+                index,
+                pair_fraction=config.pair_fraction,
+                colours=config.colours,
             )
             png = io.BytesIO()
             Image.fromarray(image).save(png, "PNG", compress_level=3)
@@ -73,22 +78,32 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
 
 
 def make_builder(
-    *, data_dir: str, train_examples: int, test_examples: int, pair_fraction: float, seed: int = 0
+    *,
+    data_dir: str,
+    train_examples: int,
+    test_examples: int,
+    pair_fraction: float,
+    colours: str = "named",
+    seed: int = 0,
 ) -> CaptionedShapes:
     """The builder for these sizes; its name says everything that the data depends on.
 
-    Raises DataError for counts below 1 or a share outside [0, 1].
+    Raises DataError for counts below 1, a share outside [0, 1] or unknown colours.
     """
     for field, count in (("shapes_train", train_examples), ("shapes_test", test_examples)):
         if count < 1:
             raise DataError(f"data.{field} is {count}; expected at least 1")
     if not 0 <= pair_fraction <= 1:
         raise DataError(f"data.shapes_pairs is {pair_fraction}; expected 0 to 1")
+    if colours not in shapes.COLOURS:
+        raise DataError(f"data.shapes_colours is {colours!r}; expected one of {shapes.COLOURS}")
+    drawn = "" if colours == "named" else f"_{colours}"
     config = ShapesConfig(
-        name=f"train{train_examples}_test{test_examples}_pairs{pair_fraction:g}_seed{seed}",
+        name=f"train{train_examples}_test{test_examples}_pairs{pair_fraction:g}{drawn}_seed{seed}",
         train_examples=train_examples,
         test_examples=test_examples,
         pair_fraction=pair_fraction,
+        colours=colours,
         seed=seed,
     )
     with quiet_tfds():
