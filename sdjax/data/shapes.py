@@ -227,9 +227,7 @@ def _coverage(placed: Placed) -> np.ndarray:
 
 
 def _name(placed: Placed, with_size: bool) -> str:
-    words = " ".join(
-        filter(None, (placed.size if with_size else "", placed.colour, placed.shape))
-    )
+    words = " ".join(filter(None, (placed.size if with_size else "", placed.colour, placed.shape)))
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 

@@ -46,9 +46,7 @@ def scale_by_muon(
     def init(params: Any) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
 
-    def update(
-        grads: Any, state: MuonState, params: Any = None
-    ) -> tuple[Any, MuonState]:
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
         mu = optax.tree.update_moment(grads, state.mu, momentum, 1)
         count = optax.safe_increment(state.count)
