@@ -78,7 +78,10 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A drawn object: what it is, and its centre and width in pixels; a colour without a name is ""."""
+    """A drawn object: what it is, and its centre and width in pixels.
+
+    colour is "" where it has no name.
+    """
 
     colour: str
     shape: str

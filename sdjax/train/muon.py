@@ -97,10 +97,10 @@ def _iterated(x: jax.Array, eps: float) -> jax.Array:
         return x
     # All that is multiplied is a polynomial in the Gram matrix, so that the order does not matter:
     # with p = a + b g + c g^2, x <- p x makes g <- p g p, and x needs the product of all p alone.
-    gram, product = x @ x.mT, None
-    for step in range(_STEPS):
+    gram = x @ x.mT
+    product = p = a * jnp.eye(rows, dtype=x.dtype) + b * gram + c * (gram @ gram)
+    for _ in range(_STEPS - 1):
+        gram = p @ gram @ p
         p = a * jnp.eye(rows, dtype=x.dtype) + b * gram + c * (gram @ gram)
-        product = p if product is None else p @ product
-        if step < _STEPS - 1:
-            gram = p @ gram @ p
+        product = p @ product
     return product @ x

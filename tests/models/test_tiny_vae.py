@@ -32,7 +32,9 @@ def test_pictures_through_it_are_still_read_right(vae):
     examples = [shapes.make_example(0, "test", index) for index in range(64)]
     back = jax.jit(lambda x: vae.decode(vae.encode(x)[..., :4]))(as_input([e[0] for e in examples]))
     pictures = np.clip(np.round((np.asarray(back) + 1) * 127.5), 0, 255).astype(np.uint8)
-    exact = [verdicts(text, one)["exact"] for (_, text, _), one in zip(examples, pictures)]
+    exact = [
+        verdicts(text, one)["exact"] for (_, text, _), one in zip(examples, pictures, strict=True)
+    ]
     assert np.mean(exact) == 1
 
 
