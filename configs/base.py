@@ -55,10 +55,10 @@ def get_config():
     c.optim.schedule = "cosine"
     c.ema.profiles = ("warmup-0.999",)
 
-    c.train.steps = 1400
+    c.train.steps = 1700
     c.train.log_every = 50
-    c.train.sample_every = 350
-    c.train.checkpoint_every = 350
+    c.train.sample_every = 425
+    c.train.checkpoint_every = 425
     c.validation.examples = 128  # a validation then takes some seconds
     c.validation.train_examples = 128
     c.sample.guidance = 3.0

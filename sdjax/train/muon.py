@@ -25,7 +25,7 @@ _LONG = 1.5
 class MuonState(NamedTuple):
     """Updates so far, and the decaying mean of the gradients."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides the method of tuples, as optax does
     mu: Any
 
 
