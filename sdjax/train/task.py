@@ -117,10 +117,12 @@ def _text_to_image(config: Config, tokenizers: Mapping[str, Encoder]) -> Task:
     """See `LatentDiffusion`."""
     model, vae_config = config.model, config.model.vae
     if model.unet.in_channels != vae_config.latent_channels:
+        adopted = config.vae_from or config.init_from
+        hint = "" if adopted else "; the VAE of the recipe may be one that vae_from names"
         raise UserError(
             f"model.unet.in_channels is {model.unet.in_channels} and model.vae.latent_channels is "
             f"{vae_config.latent_channels}: training takes equal numbers (an inpainting UNet of 9 "
-            "can be loaded and converted, not trained)"
+            f"can be loaded and converted, not trained){hint}"
         )
     conditioner = make_conditioner(model, tokenizers, remat=model.remat)
     graphs, abstract, init = abstract_networks(config, ("unet", *model.text_encoders, "vae"))
