@@ -54,11 +54,11 @@ def get_config():
     c.optim.schedule = "cosine"
     c.ema.profiles = ("warmup-0.999",)
 
-    c.train.steps = 2000
+    c.train.steps = 1500
     c.train.log_every = 50
-    c.train.sample_every = 500
-    c.train.checkpoint_every = 500
-    c.validation.every = 500
+    c.train.sample_every = 375
+    c.train.checkpoint_every = 375
+    c.validation.every = 375
     c.sample.guidance = 3.0
     c.sample.sampler.steps = 25
     return c
