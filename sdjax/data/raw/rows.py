@@ -110,7 +110,8 @@ class Shard:
     stretch of metadata, `dialect` how that is written. `names` are images that have their captions
     beside them, in files with the endings `captions` ("" for none). `split` is that of every row,
     but for those of `folders`: (folder of the row's image, split). `nearer` are metadata files in
-    folders below this one's, which have the last word on what they name.
+    folders below this one's, which have the last word on what they name. `outside`: links may lead
+    out of the root.
     """
 
     format: str
@@ -125,6 +126,7 @@ class Shard:
     captions: tuple[str, ...] = ()
     folders: tuple[tuple[str, str], ...] = ()
     nearer: tuple[str, ...] = ()
+    outside: bool = False
 
     @property
     def name(self) -> str:

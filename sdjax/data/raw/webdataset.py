@@ -9,16 +9,19 @@ Members of other kinds are counted by their ending.
 from __future__ import annotations
 
 import json
-import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sdjax import paths
+from sdjax.data.raw import tar
+from sdjax.data.raw.files import open_shard
+from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_PICTURE_BYTES, MOST_ROW_BYTES
 from sdjax.data.raw.rows import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
+    BadRow,
     Chosen,
     Fields,
     Row,
@@ -28,6 +31,7 @@ from sdjax.data.raw.rows import (
     caption_files,
     ending,
     find_shards,
+    raised,
 )
 from sdjax.text_files import pointer_note
 
@@ -39,7 +43,12 @@ _KINDS = {
     "json": "json",
 }
 _MOST_PARTS = 8  # of a key, kept until it ends; more are samples of their own
-_Sample = dict[str, tuple[str, bytes]]  # by kind ("image", "json", ".txt" ...): path and content
+_MOST = {  # bytes of each kind
+    "image": MOST_PICTURE_BYTES,
+    "json": MOST_ROW_BYTES,
+    **dict.fromkeys(CAPTION_SUFFIXES, MOST_CAPTION_BYTES),
+}
+_Sample = dict[str, tar.Member]  # by kind: "image", "json", ".txt" ...
 
 
 def survey(path: str) -> Survey:
@@ -57,18 +66,39 @@ def read(
         if isinstance(sample, Skip):
             yield sample
         elif "image" not in sample:
-            members = [path.rpartition("/")[2] for path, _ in sample.values()]
+            members = [member.name.rpartition("/")[2] for member in sample.values()]
             yield Skip(name, "missing_image", f"only {' and '.join(sorted(members))}")
         else:
-            entry = _json(sample["json"][1] if "json" in sample else None)
-            text = fields.caption(entry)
-            if fields.text == "text":
-                beside = next((sample[end][1] for end in CAPTION_SUFFIXES if end in sample), None)
-                text = beside if beside is not None else entry.get("caption", text)
-            columns = {column: entry.get(column) for column in fields.handed_on}
-            sought = "" if text is not None else _sought(name, fields, entry)
-            captions, image = entry.get(fields.captions), sample["image"][1]
-            yield Row(name, shard.split, image, text, captions, columns, sought=sought)
+            try:
+                yield _row(name, shard, sample, fields)
+            except Exception as error:
+                yield Skip(name, *raised(error))
+
+
+def _row(name: str, shard: Shard, sample: _Sample, fields: Fields) -> Row:
+    """The row of a sample with a picture. Raises BadRow: a member of it was not read."""
+    image = _content(sample, "image")
+    json_read = sample["json"].data if "json" in sample else None
+    entry = _json(json_read)
+    text = fields.caption(entry)
+    if fields.text == "text":
+        beside = next((_content(sample, end) for end in CAPTION_SUFFIXES if end in sample), None)
+        text = beside if beside is not None else entry.get("caption", text)
+    if text is None and "json" in sample:
+        _content(sample, "json")
+    columns = {column: entry.get(column) for column in fields.handed_on}
+    sought = "" if text is not None else _sought(name, fields, entry)
+    return Row(name, shard.split, image, text, entry.get(fields.captions), columns, sought=sought)
+
+
+def _content(sample: _Sample, kind: str) -> bytes:
+    member = sample[kind]
+    if member.data is not None:
+        return member.data
+    if member.is_sparse:
+        raise BadRow("bad_record", "a sparse member, of which parts are not there")
+    reason = "too_many_bytes" if kind == "image" else "caption_too_long"
+    raise BadRow(reason, f"{member.size:,} bytes; at most {_MOST[kind]:,} are read")
 
 
 def _sought(name: str, fields: Fields, entry: dict[str, Any]) -> str:
@@ -89,7 +119,7 @@ def _json(encoded: bytes | None) -> dict[str, Any]:
     """A sample's metadata; {} when it has none that can be read, for the caption may do without."""
     try:
         entry = json.loads(encoded or b"{}")
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, MemoryError):
         return {}
     return entry if isinstance(entry, dict) else {}
 
@@ -102,19 +132,29 @@ def _samples(
 
     def named(sample: _Sample) -> tuple[str, _Sample]:
         first = sample.get("image") or next(iter(sample.values()))
-        name = f"{shard.name}/{first[0]}"
+        name = f"{shard.name}/{first.name}"
         seen[name] = seen.get(name, 0) + 1  # a key that comes again is another sample
         return (name if seen[name] == 1 else f"{name}#{seen[name]}"), sample
 
     key = ("", "")
     parts: dict[str, _Sample] = {}  # of the key, by what stands between its dot and the last one
-    for member in _members(shard, contents):
+
+    def wanted(path: str) -> int:
+        """The most bytes to be read of a member, so that those kept of a key are bounded, too."""
+        folder, _, file = path.rpartition("/")
+        same = (folder, file.partition(".")[0]) == key
+        kept = [m for part in parts.values() for m in part.values()] if same else []
+        held = sum(len(member.data or b"") for member in kept)
+        most = _MOST.get(_KINDS.get(file.rpartition(".")[2].lower(), ""), 0)
+        return max(0, min(most, MOST_PICTURE_BYTES - held)) if contents else 0
+
+    for member in _members(shard, wanted):
         if isinstance(member, Skip):
             yield from map(named, _finished(parts, passed_over))
             parts = {}
             yield member.name, member
             continue
-        path, data = member
+        path = member.name
         folder, _, file = path.rpartition("/")
         stem, _, extension = file.partition(".")
         middle, _, last = extension.lower().rpartition(".")
@@ -130,7 +170,7 @@ def _samples(
         if len(parts) >= _MOST_PARTS and middle not in parts and "image" not in parts.get("", ()):
             oldest = next(part for part in parts if part)
             yield from map(named, _finished({oldest: parts.pop(oldest)}, passed_over))
-        parts.setdefault(middle, {})[kind] = (path, data)
+        parts.setdefault(middle, {})[kind] = member
     yield from map(named, _finished(parts, passed_over))
 
 
@@ -153,42 +193,16 @@ def _finished(parts: dict[str, _Sample], passed_over: Counter[str]) -> Iterator[
     yield from dotted.values()
     for middle, part in parts.items():
         if middle and middle not in dotted:
-            passed_over.update(f".{middle}{ending(path)}" for path, _ in part.values())
+            passed_over.update(f".{middle}{ending(member.name)}" for member in part.values())
 
 
-class _Strict(tarfile.TarInfo):
-    """tarfile ends in silence where a header is damaged or cut off; this makes it say so."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark of the end
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
-
-
-def _members(shard: Shard, contents: bool) -> Iterator[tuple[str, bytes] | Skip]:
-    """(path, content) of each file; the last is a Skip when the tar cannot be read to its end."""
+def _members(shard: Shard, wanted: Callable[[str], int]) -> Iterator[tar.Member | Skip]:
+    """The files of a tar; the last is a Skip when it cannot be read to its end."""
     try:
-        with (
-            paths.to_path(shard.path).open("rb") as file,
-            tarfile.open(
-                fileobj=file, mode="r|*", tarinfo=_Strict
-            ) as tar,  # one pass from front to back
-        ):
-            for member in tar:
-                if not member.isfile():
-                    continue
-                data = b""
-                if contents:
-                    content = tar.extractfile(member)
-                    data = content.read() if content else b""
-                    if len(data) < member.size:
-                        raise tarfile.ReadError(f"{member.name} breaks off")
-                tar.members = []  # type: ignore[attr-defined]  # or it remembers them all
-                yield member.name, data
-    except paths.storage_errors(tarfile.TarError, zlib.error, EOFError) as error:
+        with open_shard(shard) as file:
+            yield from tar.members(file, wanted)
+    except BadRow as bad:
+        yield Skip(shard.name, bad.reason, bad.detail)
+    except paths.storage_errors(tar.TarError, zlib.error, EOFError) as error:
         note = pointer_note(shard.path)
         yield Skip(shard.name, "bad_shard", note or f"not read to its end: {str(error)[:200]}")

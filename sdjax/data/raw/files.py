@@ -1,0 +1,80 @@
+"""Opens the files of raw data: regular ones only, of bounded size, and none outside the folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sdjax import paths
+from sdjax.data.raw.rows import BadRow, Shard
+
+
+class Inside:
+    """Tells the files that lie in a folder from those that links lead to.
+
+    outside: whether links may lead out of it.
+    """
+
+    def __init__(self, root: str, *, outside: bool):
+        self._root = os.path.realpath(root) if not paths.is_remote(root) else root
+        self._outside = outside
+        self._folders: dict[str, str] = {}  # that were seen, and where they really are
+
+    def check(self, file: paths.Path) -> int:
+        """The size of a file in bytes.
+
+        Raises:
+            BadRow: leads_outside, or not_a_file for whatever is no regular one.
+            OSError: it is not there.
+        """
+        if paths.is_remote(file):
+            return int(file.stat().length)  # type: ignore[attr-defined]  # epath's
+        path = os.fspath(file)
+        found = os.lstat(path)
+        if not self._outside:
+            self._check_place(path, link=stat.S_ISLNK(found.st_mode))
+        if stat.S_ISLNK(found.st_mode):
+            found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
+            raise BadRow("not_a_file", kind)
+        return found.st_size
+
+    def _check_place(self, path: str, *, link: bool) -> None:
+        if link:
+            real = os.path.realpath(path)
+        else:
+            folder = os.path.dirname(path)
+            if folder not in self._folders:
+                self._folders[folder] = os.path.realpath(folder)
+            real = os.path.join(self._folders[folder], os.path.basename(path))
+        if not is_within(real, self._root):
+            raise BadRow("leads_outside", "a link leads out of the folder")
+
+    def read(self, file: paths.Path, most: int, reason: str) -> bytes:
+        """The bytes of a file. BadRow for the `reason` if there are more than `most`, or as
+        `check`."""
+        size = self.check(file)
+        if size <= most:
+            with file.open("rb") as opened:
+                data = opened.read(most + 1)  # those of /proc have no size, and others grow
+            if len(data) <= most:
+                return data
+        raise BadRow(reason, f"{max(size, most + 1):,} bytes; at most {most:,} are read")
+
+
+def is_within(real: str, root: str) -> bool:
+    """Whether a path without links is the root, or lies below it."""
+    return real == root or real.startswith(root.rstrip("/") + "/")
+
+
+@contextmanager
+def open_shard(shard: Shard) -> Iterator[Any]:
+    """The file of a shard, to be read. Raises BadRow and OSError as `Inside.check`."""
+    path = paths.to_path(shard.path)
+    Inside(shard.root, outside=shard.outside).check(path)
+    with path.open("rb") as file:
+        yield file
