@@ -66,6 +66,7 @@ _OF_SETTINGS = {
     "test_share": "The same for test.",
     "shard_mb": "Size of the files written.",
     "thumbnails": "Pictures of each reason in the report.",
+    "outside_links": "Read what links below the input lead to outside of it.",
 }
 _DEFAULT = Settings("", Fields(), Rules())
 for _owner, _texts in ((_DEFAULT.rules, _OF_RULES), (_DEFAULT, _OF_SETTINGS)):
@@ -155,7 +156,11 @@ def settings_of_flags() -> Settings:
         scores=scores,
     )
     columns = tuple(rule.column for rule in scores)
-    found = _FORMAT.value if _FORMAT.value != "auto" else formats.detect(_INPUT.value or "")
+    found = (
+        _FORMAT.value
+        if _FORMAT.value != "auto"
+        else formats.detect(_INPUT.value or "", outside=bool(FLAGS["outside_links"].value))
+    )
     return Settings(
         format=found,
         fields=Fields(_IMAGE_KEY.value, _TEXT_KEY.value, _CAPTIONS_KEY.value, columns),

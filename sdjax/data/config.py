@@ -53,6 +53,7 @@ class DataConfig:
     prefetch: int = 4  # batches kept ready (per worker); 0 makes each when it is asked for
     max_pixels: int = MAX_PIXELS  # larger images are refused before decoding
     # Raw data: what is skipped (and reported), and how much of that is an error
+    outside_links: bool = False  # read what links below `path` lead to outside of it
     min_side: int = 16
     max_aspect: float = 8.0  # long side over short side; 0 for any
     max_bad_examples: int = -1  # more skipped than this is an error; -1 for any number

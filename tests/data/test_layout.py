@@ -18,8 +18,8 @@ from sdjax.data.raw import formats, metadata_parquet
 from sdjax.data.raw.clean import Rules, clean
 from sdjax.data.raw.layout import split_folders
 from sdjax.data.raw.remedies import unusable
-from sdjax.data.raw.rows import Fields, Row, passed_over
-from sdjax.data.raw.tree import walk
+from sdjax.data.raw.rows import Fields, Row, Skip, passed_over
+from sdjax.data.raw.tree import Links, walk
 from sdjax.data.sources import DataConfig, DataError, captions, open_source
 from sdjax.data.summary import summarise
 from sdjax.errors import UserError
@@ -249,19 +249,30 @@ def test_links_to_folders_give_no_picture_twice(tmp_path):
     (inside / "other2").symlink_to(outside / "more")
     (outside / "back").symlink_to(inside)
     (outside / "more" / "up").symlink_to(outside)
-    assert names_by_split(inside) == {
-        "train": {"a.png", "sub/b.png", "sub/deep/c.png", "other/d.png", "other/more/e.png"}
-    }
-    not_followed = []
-    files = [name for _, names in walk(inside, not_followed) for name in names]
+    here, there = {"a.png", "sub/b.png", "sub/deep/c.png"}, {"other/d.png", "other/more/e.png"}
+    for outside_links, read in ((False, here), (True, here | there)):
+        found = formats.survey(str(inside), "image_text_folder", Fields(), outside=outside_links)
+        found_rows = [row for shard in found.shards for row in formats.read(shard, Fields())]
+        assert {row.name for row in found_rows if isinstance(row, Row)} == read
+        assert {row.name: row.reason for row in found_rows if isinstance(row, Skip)} == {
+            "broken.png": "missing_file"}  # fmt: skip
+    links = Links()
+    files = [name for _, names in walk(inside, links, outside=True) for name in names]
     assert Counter(files) == Counter(
         ["a.png", "b.png", "c.png", "d.png", "e.png", "itself", "broken.png"]
     )
-    assert sorted(not_followed) == [
+    assert links.out == [] and sorted(links.back) == [
         "again", "other/back", "other/more/up", "other2", "parent", "sub/above", "sub/up"
     ]  # fmt: skip
+    assert found.remarks[0].startswith("7 link(s) to folders that are read already, not followed: ")
+    links = Links()
+    assert sum(len(names) for _, names in walk(inside, links)) == 5
+    assert links.out == ["other", "other2"]
+    assert sorted(links.back) == ["again", "parent", "sub/above", "sub/up"]
     remarks = formats.survey(str(inside), "image_text_folder", Fields()).remarks
-    assert remarks[0].startswith("7 link(s) to folders that are read already, not followed: ")
+    assert (
+        "2 link(s) to folders outside of this one" in remarks[1] and "--outside_links" in remarks[1]
+    )
     write_tar(outside / "t.tar", [("0.png", grey(1)), ("0.txt", b"one")])
     assert list(outcomes(outside, "webdataset")) == ["t.tar/0.png"]
 

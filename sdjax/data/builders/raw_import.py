@@ -33,7 +33,7 @@ from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
 SKIP_REPORT = "skipped.json"
 PASSED_OVER = "passed_over.json"  # members of tars that no row is made of, by ending
 TEST_SHARE = 0.03
-_OPTIONS = ("text_key", "image_key", "min_side", "max_aspect", "max_pixels")
+_OPTIONS = ("text_key", "image_key", "min_side", "max_aspect", "max_pixels", "outside_links")
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,13 +48,17 @@ class ImportConfig(tfds.core.BuilderConfig):
     rules: clean.Rules = clean.Rules()
 
 
-def import_config(path: str, format: str, fields: Fields, rules: clean.Rules) -> ImportConfig:
+def import_config(
+    path: str, format: str, fields: Fields, rules: clean.Rules, *, outside: bool = False
+) -> ImportConfig:
     """Names the import by the folder and by a fingerprint of all that its content depends on.
+
+    outside: links may lead out of the folder.
 
     Raises DataError when there is nothing to read.
     """
-    survey = formats.survey(path, format, fields)
-    identity = f"{formats.fingerprint(survey.shards, fields)} {rules}"
+    survey = formats.survey(path, format, fields, outside=outside)
+    identity = f"{formats.fingerprint(survey.shards, fields)} {rules} {outside}"
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     stem = Path(path).expanduser().resolve().name
     base = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "folder"
@@ -265,7 +269,9 @@ def prepare(config: DataConfig) -> Any:
     )
     with quiet_tfds():
         builder = _BUILDERS[config.name](
-            config=import_config(config.path, config.name, fields, rules),
+            config=import_config(
+                config.path, config.name, fields, rules, outside=config.outside_links
+            ),
             data_dir=config.data_dir or None,
             file_format=FORMAT,
         )

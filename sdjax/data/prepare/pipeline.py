@@ -34,6 +34,7 @@ _OPTIONS = {
     for name in (
         "format", "image_key", "text_key", "min_caption_chars", "max_caption_chars",
         "drop_pattern", "min_side", "max_aspect", "max_pixels", "convert_modes", "score",
+        "outside_links",
     )
 }  # fmt: skip
 
@@ -47,7 +48,9 @@ def run(
     Raises UserError when nothing is usable, or the output is that of another run.
     """
     with progress.work("looking at the input"):
-        survey = formats.survey(input, settings.format, settings.fields)
+        survey = formats.survey(
+            input, settings.format, settings.fields, outside=settings.outside_links
+        )
         fingerprint = formats.fingerprint(survey.shards, settings.fields)
     shards = survey.shards
     workers = min(workers or os.cpu_count() or 1, len(shards))

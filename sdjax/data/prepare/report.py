@@ -21,8 +21,8 @@ JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
 # Where what is dropped, or changed, is; in the order of the work.
 STEPS = {
     "reading": ("bad_shard", "bad_json", "bad_record", "no_file_name", "unsafe_path",
-                "named_twice", "bad_encoding", "git_lfs_pointer", "missing_file",
-                "missing_image"),
+                "leads_outside", "named_twice", "bad_encoding", "git_lfs_pointer", "missing_file",
+                "not_a_file", "too_many_bytes", "missing_image"),
     "captions": ("no_caption", "caption_not_text", "caption_html", "caption_control",
                  "caption_spaces", "caption_too_short", "caption_too_long", "caption_pattern"),
     "scores": ("no_score", "score"),

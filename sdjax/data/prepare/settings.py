@@ -37,6 +37,7 @@ class Settings:
     test_share: float = 0.03
     shard_mb: int = 256
     thumbnails: int = 8  # in the report, of each reason
+    outside_links: bool = False  # links below the input may lead out of it
 
     def __post_init__(self) -> None:
         if self.duplicates not in DUPLICATES:

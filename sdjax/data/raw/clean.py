@@ -19,6 +19,7 @@ from PIL import Image
 from sdjax import text_files
 from sdjax.data import transforms
 from sdjax.data.image_files import MOST_PIXELS, ImageError, damaged, open_image
+from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_CAPTION_CHARS
 from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, raised, shown
 
 # White space, and zero-width characters that str.split() does not count as such.
@@ -133,6 +134,8 @@ def clean_captions(
 
 def _caption(text: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
     if isinstance(text, bytes):
+        if len(text) > MOST_CAPTION_BYTES:
+            raise BadRow("caption_too_long", f"{len(text):,} bytes")
         reason = "git_lfs_pointer" if text_files.is_pointer(text) else "bad_encoding"
         try:
             text = text_files.decode(text)
@@ -142,6 +145,9 @@ def _caption(text: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
         text = ""
     if not isinstance(text, str):
         raise BadRow("caption_not_text", f"a {type(text).__name__}")
+    if len(text) > MOST_CAPTION_CHARS:
+        detail = f"{len(text):,} characters; at most {MOST_CAPTION_CHARS:,} are read"
+        raise BadRow("caption_too_long", detail)
     if shown(text) != text:
         raise BadRow("bad_encoding", "half of a surrogate pair")
     text, changed = _mended(text, rules)

@@ -19,7 +19,8 @@ class Inside:
     """
 
     def __init__(self, root: str, *, outside: bool):
-        self._root = os.path.realpath(root) if not paths.is_remote(root) else root
+        self._is_local = not paths.is_remote(root)
+        self._root = os.path.realpath(root) if self._is_local else root
         self._outside = outside
         self._folders: dict[str, str] = {}  # that were seen, and where they really are
 
@@ -30,7 +31,7 @@ class Inside:
             BadRow: leads_outside, or not_a_file for whatever is no regular one.
             OSError: it is not there.
         """
-        if paths.is_remote(file):
+        if not self._is_local:
             return int(file.stat().length)  # type: ignore[attr-defined]  # epath's
         path = os.fspath(file)
         found = os.lstat(path)
@@ -59,7 +60,7 @@ class Inside:
         `check`."""
         size = self.check(file)
         if size <= most:
-            with file.open("rb") as opened:
+            with open(file, "rb") if self._is_local else file.open("rb") as opened:
                 data = opened.read(most + 1)  # those of /proc have no size, and others grow
             if len(data) <= most:
                 return data

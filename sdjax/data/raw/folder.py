@@ -15,11 +15,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sdjax import paths
+from sdjax import paths, untrusted
 from sdjax.data.raw import metadata_parquet
+from sdjax.data.raw.files import Inside
 from sdjax.data.raw.layout import Contents, join, made_by_folders, split_folders, with_splits
+from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_NAME_CHARS, MOST_PICTURE_BYTES
 from sdjax.data.raw.metadata import parse, read_dialect, row_ends
 from sdjax.data.raw.rows import (
+    OUTSIDE,
     BadRow,
     Chosen,
     Fields,
@@ -33,7 +36,7 @@ from sdjax.data.raw.rows import (
     shown,
     stamp,
 )
-from sdjax.data.raw.tree import walk
+from sdjax.data.raw.tree import Links, walk
 from sdjax.data.sources import DataError
 
 FORMAT = "image_text_folder"
@@ -42,8 +45,11 @@ CSV = "metadata.csv"
 ROWS_PER_SHARD = 500  # small enough to share out, large enough to be worth a file of its own
 
 
-def survey(path: str) -> Survey:
-    """The images of a folder, in stretches. Raises DataError when it is no folder or has none."""
+def survey(path: str, *, outside: bool) -> Survey:
+    """The images of a folder, in stretches. Raises DataError when it is no folder or has none.
+
+    outside: links may lead out of it.
+    """
     folder = paths.to_path(path)
     if not folder.is_dir():
         raise DataError(
@@ -51,9 +57,10 @@ def survey(path: str) -> Survey:
             f"{'no folder' if folder.exists() else 'not there'}; expected a folder of images with "
             f"{METADATA}"
         )
-    contents, not_followed, remarks = Contents(), list[str](), list[str]()
-    for below, files in walk(folder, not_followed):
-        chosen = metadata_of(folder / below, files)
+    contents, links, remarks = Contents(), Links(), list[str]()
+    inside = Inside(str(folder), outside=outside)
+    for below, files in walk(folder, links, outside=outside):
+        chosen = metadata_of(folder / below, files, inside)
         remarks += [f"{join(below, name)} is not read, for {chosen[0]} beside it is"
                     for name in chosen[1:]]  # fmt: skip
         contents.add(below, files, chosen[0] if chosen else "")
@@ -67,19 +74,36 @@ def survey(path: str) -> Survey:
     for _, of_part in parts:
         rows.update(of_part)
     made, classes = split_folders(rows)
-    shards = [with_splits(shard, of_part, made) for shard, of_part in parts]
+    shards = [
+        dataclasses.replace(with_splits(shard, of_part, made), outside=outside)
+        for shard, of_part in parts
+    ]
     return Survey(
         shards,
         made_by_folders(rows, made),
         "row",
         contents.passed_over(),
         contents.unnamed(),
-        (*remarks, *classes, *contents.remarks(made), *links_left(not_followed)),
+        (*remarks, *classes, *contents.remarks(made), *links_left(links)),
     )
 
 
-def metadata_of(folder: paths.Path, files: list[str]) -> list[str]:
-    """The metadata files among the files of a folder, the one to be read first."""
+def metadata_of(folder: paths.Path, files: list[str], inside: Inside) -> list[str]:
+    """The metadata files among the files of a folder, the one to be read first.
+
+    Raises DataError: one cannot be read, or a link leads to it out of the folder.
+    """
+    for name in (METADATA, CSV, metadata_parquet.NAME):
+        try:
+            if name in files:
+                inside.check(folder / name)
+        except BadRow as bad:
+            raise DataError(
+                f"{folder / name}: {bad.detail}; put the file itself there, or take it away "
+                f"({OUTSIDE})"
+            ) from bad
+        except paths.storage_errors():
+            pass  # which is said where it is read
     found = [name for name in (METADATA, CSV) if name in files]
     if metadata_parquet.NAME in files and metadata_parquet.names_pictures(
         folder / metadata_parquet.NAME
@@ -173,6 +197,7 @@ def read(
 ) -> Iterator[Row | Skip]:
     """The rows of a shard, each with its image's bytes, or why there is none."""
     root, splits = paths.to_path(shard.root), dict(shard.folders)
+    inside = Inside(shard.root, outside=shard.outside)
     captions = dict(zip(shard.names, shard.captions, strict=True))
     looked = False
     for place, entry in _entries(shard):
@@ -186,9 +211,12 @@ def read(
             continue
         sought = ""
         try:
-            image = (root / name).read_bytes()
+            image = inside.read(root / name, MOST_PICTURE_BYTES, "too_many_bytes")
             if captions.get(name):
-                entry[fields.text] = _caption_beside(root, name, captions[name])
+                entry[fields.text] = _caption_beside(root, name, captions[name], inside)
+        except BadRow as bad:
+            yield Skip(place, bad.reason, bad.detail)
+            continue
         except paths.storage_errors() as error:
             yield Skip(place, "missing_file", str(error)[:200])
             continue
@@ -203,9 +231,10 @@ def read(
         yield Row(name, split, image, text, others, columns, place, sought)
 
 
-def _caption_beside(root: paths.Path, name: str, ending: str) -> bytes | None:
+def _caption_beside(root: paths.Path, name: str, ending: str, inside: Inside) -> bytes | None:
+    file = root / f"{name.rpartition('.')[0]}{ending}"
     try:
-        return (root / f"{name.rpartition('.')[0]}{ending}").read_bytes()
+        return inside.read(file, MOST_CAPTION_BYTES, "caption_too_long")
     except paths.storage_errors():
         return None
 
@@ -295,8 +324,10 @@ def _rows(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         except BadRow as bad:
             name = entry.get("file_name")
             if bad.reason == "no_file_name" and not bad.detail:
-                bad.detail = f"the row has {', '.join(map(repr, list(entry)[:8])) or 'nothing'}"
-            yield (f"{place} ({shown(name)})" if name and isinstance(name, str) else place), bad
+                keys = ", ".join(map(untrusted.brief, list(entry)[:8]))
+                bad.detail = f"the row has {keys or 'nothing'}"
+            named = f" ({shown(name[:200])})" if name and isinstance(name, str) else ""
+            yield f"{place}{named}", bad
             continue
         yield f"{place} ({entry['file_name']})", entry
 
@@ -309,8 +340,7 @@ def _parsed(shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         return
     with file.open("rb") as opened:
         opened.seek(shard.start)
-        stretch = opened.read(shard.stop - shard.start)
-    yield from parse(stretch, shard.dialect, shard.line)
+        yield from parse(opened, shard.stop - shard.start, shard.dialect, shard.line)
 
 
 def _safe(name: Any) -> str:
@@ -320,6 +350,8 @@ def _safe(name: Any) -> str:
     parts = name.split("/")
     if name[0] == "/" or ".." in parts or "\0" in name or "\\" in name:
         raise BadRow("unsafe_path", "expected a path below the folder")
+    if len(name) > MOST_NAME_CHARS:
+        raise BadRow("unsafe_path", f"a file_name of {len(name):,} characters")
     if shown(name) != name:
         raise BadRow("bad_encoding", "a file_name with half of a surrogate pair")
     return "/".join(part for part in parts if part not in ("", "."))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from sdjax import paths
 from sdjax.data.raw import folder, parquet, webdataset
+from sdjax.data.raw.files import Inside
 from sdjax.data.raw.rows import (
     IMAGE_SUFFIXES,
     Chosen,
@@ -18,10 +19,12 @@ from sdjax.data.raw.rows import (
     Survey,
     by_ending,
     ending,
+    raised,
     stamp,
 )
 from sdjax.data.raw.tree import walk
 from sdjax.data.sources import DataError
+from sdjax.errors import UserError
 
 _READERS = {folder.FORMAT: folder, webdataset.FORMAT: webdataset, parquet.FORMAT: parquet}
 FORMATS = tuple(_READERS)
@@ -33,12 +36,14 @@ def all_rows(name: str, split: str) -> bool:
     return True
 
 
-def survey(path: str, format: str, fields: Fields) -> Survey:
+def survey(path: str, format: str, fields: Fields, *, outside: bool = False) -> Survey:
     """The shards of a source, and what makes splits of them.
+
+    outside: links may lead out of the folder.
 
     Raises DataError when there is none, or parquet files have no such columns.
     """
-    found = _READERS[format].survey(path)
+    found = _READERS[format].survey(path, outside=outside)
     if format == parquet.FORMAT:
         any(parquet.check_fields(shard, fields) for shard in found.shards)
     return found
@@ -60,12 +65,23 @@ def read(
     `passed_over` counts the members of tars that no row is made of, by ending.
     """
     counts = Counter[str]() if passed_over is None else passed_over
-    return _READERS[shard.format].read(shard, fields, chosen, counts)
+    try:
+        yield from _READERS[shard.format].read(shard, fields, chosen, counts)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged shard raises: what lies before it is read
+        if chosen(shard.name, shard.split):
+            yield Skip(shard.name, "bad_shard", f"not read from here on: {raised(error)[1]}")
 
 
 def names(shard: Shard) -> Iterator[str]:
     """The names of all rows of a shard, without decoding anything."""
-    return _READERS[shard.format].names(shard)
+    try:
+        yield from _READERS[shard.format].names(shard)
+    except UserError:
+        raise
+    except Exception:  # `read` says why there are no more
+        return
 
 
 def fingerprint(shards: list[Shard], fields: Fields) -> str:
@@ -80,15 +96,19 @@ def fingerprint(shards: list[Shard], fields: Fields) -> str:
     return digest.hexdigest()
 
 
-def detect(path: str) -> str:
-    """Which format lies in a folder or a file. Raises DataError when none is recognised."""
+def detect(path: str, *, outside: bool = False) -> str:
+    """Which format lies in a folder or a file. Raises DataError when none is recognised.
+
+    outside: links may lead out of the folder.
+    """
     root = paths.to_path(path)
     there: Counter[str] = Counter()
     if root.is_dir():
         shards = None
-        for below, files in walk(root):
+        inside = Inside(str(root), outside=outside)
+        for below, files in walk(root, outside=outside):
             there.update(map(ending, files))
-            if folder.metadata_of(root / below, files) or not _IMAGES.isdisjoint(there):
+            if folder.metadata_of(root / below, files, inside) or not _IMAGES.isdisjoint(there):
                 return folder.FORMAT
             shards = shards or next(filter(None, map(_format_of, files)), None)
         if shards:

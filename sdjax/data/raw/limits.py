@@ -8,7 +8,8 @@ MOST_PICTURE_BYTES = 256 << 20  # of an encoded picture: 50 megapixels uncompres
 MOST_CAPTION_CHARS = 100_000  # of a caption: text encoders read some 77 to 512 tokens of it
 MOST_CAPTION_BYTES = 4 * MOST_CAPTION_CHARS  # of a file that is one, in UTF-8
 MOST_ROW_BYTES = 4 << 20  # of a line of JSON, a row of CSV, the .json of a tar, a cell of parquet
-MOST_WHOLE_BYTES = 256 << 20  # of metadata read as a whole: a JSON array, UTF-16 and UTF-32
+MOST_WHOLE_BYTES = 64 << 20  # of metadata read as a whole: a JSON array, UTF-16 and UTF-32
+MOST_NAME_CHARS = 4096  # of a file_name, as long as a path of Linux
 # A tar is all headers of 512 bytes and padding, which gzip makes 20 times smaller; pictures it
 # hardly makes smaller at all.
 MOST_EXPANSION = 100  # bytes that come of each byte of a gzip file ...

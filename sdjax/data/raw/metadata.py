@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sdjax import paths
+from sdjax import paths, untrusted
+from sdjax.data.raw.limits import MOST_ROW_BYTES, MOST_WHOLE_BYTES
 from sdjax.data.raw.rows import BadRow, Dialect, shown
 from sdjax.data.sources import DataError
 from sdjax.text_files import BOM, TextError, codec
@@ -65,60 +66,101 @@ def _header(text: str, delimiter: str) -> list[str]:
 def row_ends(file: paths.Path, dialect: Dialect) -> Iterator[tuple[int, int, list[str]]]:
     """(number of its last line, byte after it, the cells of CSV) of each row, the header too.
 
+    A row of CSV that cannot be read has no cells.
+
     Raises:
-        DataError: the rows of CSV, or of JSON that is not one object a line, cannot be told apart.
+        DataError: the rows of JSON that is not one object a line cannot be told apart.
     """
     with file.open("rb") as opened:
-        lines = _Lines(opened, dialect.encoding)
         try:
-            if dialect.kind == "csv":
-                reader = csv.reader(lines, delimiter=dialect.delimiter)
-                for cells in reader:
-                    yield reader.line_num, lines.offset, cells
-            elif dialect.kind == "values":
-                text, line, offset, at = "".join(lines), 1, lines.mark, 0
+            if dialect.kind == "values":
+                text, mark = _whole(opened, dialect.encoding)
+                line, offset, at = 1, mark, 0
                 for _, _, end in _values(text, file):
                     line += text.count("\n", at, end)
                     offset += len(_encoded(text[at:end], dialect.encoding))
                     at = end
                     yield line, offset, []
+                return
+            lines = _Lines(opened, dialect.encoding)
+            if dialect.kind == "csv":
+                for cells in _csv_rows(lines, dialect.delimiter):
+                    yield lines.number, lines.offset, [] if isinstance(cells, BadRow) else cells
             else:
-                for number, _ in enumerate(lines, start=1):
-                    yield number, lines.offset, []
-        except csv.Error as error:
-            raise DataError(f"{file} line {reader.line_num}: {error}; mend the line") from error
+                for _ in lines:
+                    yield lines.number, lines.offset, []
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: it is not {dialect.encoding}; save it as UTF-8") from error
+        except BadRow as bad:
+            raise DataError(f"{file}: {bad.detail}") from bad
+
+
+class _Long(str):
+    """A line that is too long to be kept, of which this is nothing."""
 
 
 class _Lines:
-    """Lines of text with their ends, which knows how many bytes it has handed out.
+    """Lines of text with their ends, which knows how many lines and bytes it has handed out.
 
     Bytes that are not UTF-8 become surrogates: then one row cannot be used, and not the file.
+
+    Args:
+        size: bytes of the file to be read; -1 for all.
     """
 
-    def __init__(self, file: Any, encoding: str):
-        self._file, self._encoding = file, encoding
-        self.offset = 0
-        self.mark = 0  # bytes of the byte order mark
+    def __init__(self, file: Any, encoding: str, size: int = -1):
+        self._file, self._encoding, self._size = file, encoding, size
+        self._whole: Iterator[str] | None = None
+        self.number = self.offset = 0
+        self.begin: int | None = None  # of a row of CSV, which may have many lines
+        if encoding != "utf-8":  # a byte of a line feed may be half of another character
+            text, self.offset = _whole(file, encoding, size)
+            self._whole = io.StringIO(text, newline="\n")
 
     def __iter__(self) -> Iterator[str]:
-        for text, size in self._texts():
-            if not self.offset and text.startswith(BOM):
-                self.mark = len(_encoded(BOM, self._encoding))
-                text = text.removeprefix(BOM)
-            self.offset += size
-            yield text
+        return self
 
-    def _texts(self) -> Iterator[tuple[str, int]]:
-        if self._encoding == "utf-8":
-            for line in self._file:
-                yield line.decode("utf-8", "surrogateescape"), len(line)
-            return
-        # A byte of a line feed may be half of another character.
-        whole = self._file.read().decode(self._encoding, "surrogatepass")
-        for text in io.StringIO(whole, newline="\n"):
-            yield text, len(_encoded(text, self._encoding))
+    def __next__(self) -> str:
+        if self.begin is not None and self.offset - self.begin > MOST_ROW_BYTES:
+            raise BadRow("caption_too_long", f"a row of more than {MOST_ROW_BYTES:,} bytes")
+        if self._whole is not None:
+            text = next(self._whole)
+            self.offset += len(_encoded(text, self._encoding))
+        else:
+            text = self._line()
+        self.number += 1
+        if isinstance(text, _Long) and self.begin is not None:
+            raise BadRow("caption_too_long", f"a line of more than {MOST_ROW_BYTES:,} bytes")
+        return text
+
+    def _line(self) -> str:
+        if 0 <= self._size <= self.offset:
+            raise StopIteration
+        line = self._file.readline(MOST_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        first, self.offset = not self.offset, self.offset + len(line)
+        if len(line) > MOST_ROW_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = self._file.readline(_HEAD)
+                self.offset += len(line)
+            return _Long()
+        text = line.decode("utf-8", "surrogateescape")
+        return text.removeprefix(BOM) if first else text
+
+
+def _whole(file: Any, encoding: str, size: int = -1) -> tuple[str, int]:
+    """All the text of a file, or so many bytes of it, and the bytes of its byte order mark.
+
+    Raises BadRow: there is too much of it.
+    """
+    data = file.read(MOST_WHOLE_BYTES + 1 if size < 0 else size)
+    if len(data) > MOST_WHOLE_BYTES:
+        raise BadRow("too_many_bytes", f"more than {MOST_WHOLE_BYTES:,} bytes, which are read as a "
+                     "whole; write one object in every line, in UTF-8")  # fmt: skip
+    text = data.decode(encoding, "surrogateescape" if encoding == "utf-8" else "surrogatepass")
+    mark = len(_encoded(BOM, encoding)) if text.startswith(BOM) else 0
+    return text.removeprefix(BOM), mark
 
 
 def _encoded(text: str, encoding: str) -> bytes:
@@ -131,41 +173,49 @@ def _values(text: str, file: Any) -> Iterator[tuple[Any, int, int]]:
     while at < len(text):
         try:
             value, end = _DECODER.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise DataError(
-                f"{file}: not JSON ({error}); mend it, or write one object in every line"
+                f"{file}: not JSON ({untrusted.why(error)}); mend it, or write one object in "
+                "every line"
             ) from error
         yield value, at, end
         at = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
 
 
-def parse(stretch: bytes, dialect: Dialect, line: int) -> Iterator[tuple[int, Parsed]]:
+def parse(file: Any, size: int, dialect: Dialect, line: int) -> Iterator[tuple[int, Parsed]]:
     """(line, its object or what is wrong with it) of each row; blank lines are nothing at all.
 
     Args:
-        stretch: bytes of the file, from after a row or from its beginning, to the end of a row.
+        file: binary, after a row or at its beginning.
+        size: bytes from there to the end of a row; -1 for all.
         line: number of the first.
     """
-    lines = _Lines(io.BytesIO(stretch), dialect.encoding)
-    if dialect.kind == "csv":
-        yield from _parse_csv(lines, dialect, line)
-    elif dialect.kind == "values":
-        text, at = "".join(lines), 0
+    if dialect.kind == "values":
+        text, at = _whole(file, dialect.encoding, size)[0], 0
         for value, start, end in _values(text, "metadata"):
             line += text.count("\n", at, end)
             at = end
             yield line, _checked(value, text[start:end], dialect)
-    else:
-        for number, text in enumerate(lines, start=line):
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                bad = _no_text(text, dialect) or BadRow("bad_json", str(error))
-                yield number, bad
-            else:
-                yield number, _checked(value, text, dialect)
+        return
+    lines = _Lines(file, dialect.encoding, size)
+    if dialect.kind == "csv":
+        yield from _parse_csv(lines, dialect, line)
+        return
+    for number, text in enumerate(lines, start=line):
+        if isinstance(text, _Long):
+            detail = f"a line of more than {MOST_ROW_BYTES:,} bytes"
+            yield number, BadRow("caption_too_long", detail)
+        elif text.strip():
+            yield number, _json(text, dialect)
+
+
+def _json(text: str, dialect: Dialect) -> Parsed:
+    try:
+        value = json.loads(text)
+        untrusted.check_depth(value)
+    except (ValueError, RecursionError, MemoryError) as error:
+        return _no_text(text, dialect) or BadRow("bad_json", untrusted.why(error))
+    return _checked(value, text, dialect)
 
 
 def _checked(value: Any, text: str, dialect: Dialect) -> Parsed:
@@ -184,15 +234,32 @@ def _no_text(text: str, dialect: Dialect) -> BadRow | None:
 
 
 def _parse_csv(lines: _Lines, dialect: Dialect, first: int) -> Iterator[tuple[int, Parsed]]:
-    reader = csv.reader(lines, delimiter=dialect.delimiter)
-    for cells in reader:
-        if cells:
-            number = first + reader.line_num - 1
-            if len(cells) == len(dialect.header):
-                yield number, dict(zip(dialect.header, cells, strict=True))
-            else:
-                detail = f"{len(cells)} cells; the header has {len(dialect.header)}"
-                yield number, BadRow("bad_record", detail)
+    for cells in _csv_rows(lines, dialect.delimiter):
+        number = first + lines.number - 1
+        if isinstance(cells, BadRow):
+            yield number, cells
+        elif len(cells) == len(dialect.header):
+            yield number, dict(zip(dialect.header, cells, strict=True))
+        elif cells:
+            detail = f"{len(cells)} cells; the header has {len(dialect.header)}"
+            yield number, BadRow("bad_record", detail)
+
+
+def _csv_rows(lines: _Lines, delimiter: str) -> Iterator[list[str] | BadRow]:
+    """The cells of each row, or why it has none; the reader goes on with the next line."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    while True:
+        lines.begin = lines.offset
+        try:
+            cells: list[str] | BadRow = next(reader)
+        except StopIteration:
+            return
+        except BadRow as bad:
+            cells = bad
+        except csv.Error as error:
+            is_long = "field larger" in str(error)
+            cells = BadRow("caption_too_long" if is_long else "bad_record", str(error))
+        yield cells
 
 
 def read_rows(file: paths.Path) -> Iterator[tuple[int, Parsed]]:
@@ -203,6 +270,10 @@ def read_rows(file: paths.Path) -> Iterator[tuple[int, Parsed]]:
     """
     dialect = read_dialect(file)
     try:
-        yield from parse(file.read_bytes(), dialect, 1)
-    except paths.storage_errors() as error:
+        untrusted.check_regular(file)
+        with file.open("rb") as opened:
+            yield from parse(opened, -1, dialect, 1)
+    except BadRow as bad:
+        raise DataError(f"{file}: {bad.detail}") from bad
+    except paths.storage_errors(UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from error

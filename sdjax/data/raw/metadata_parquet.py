@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from sdjax import paths
-from sdjax.data.raw.parquet import open_file
-from sdjax.data.raw.rows import BadRow
+from sdjax import paths, untrusted
+from sdjax.data.raw.parquet import batches, cell, open_file
+from sdjax.data.raw.rows import BadRow, raised
 from sdjax.data.sources import DataError
 from sdjax.text_files import pointer_note
 
@@ -21,12 +21,10 @@ def names_pictures(file: paths.Path) -> bool:
 
     Raises DataError: it cannot be read.
     """
-    import pyarrow
-
     try:
         with open_file(str(file)) as table:
             return "file_name" in table.schema_arrow.names
-    except paths.storage_errors(pyarrow.ArrowException) as error:
+    except untrusted.damage() as error:
         raise DataError(
             f"{file}: cannot be read as parquet ("
             f"{pointer_note(file) or f'{str(error)[:200]}; copy the file again'})"
@@ -52,13 +50,11 @@ def stretches(file: paths.Path, rows: int) -> Iterator[tuple[int, int]]:
 
 def parse(file: paths.Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """(number from 1, fields) of the rows from `start` up to `stop`, counted from 0."""
-    import pyarrow
-
     number = start
     try:
         for number, row in enumerate(_rows(file, start, stop), start=start + 1):
             yield number, row
-    except paths.storage_errors(pyarrow.ArrowException) as error:
+    except untrusted.damage() as error:
         yield number + 1, BadRow("bad_shard", f"not read from here on: {str(error)[:200]}")
 
 
@@ -68,7 +64,8 @@ def _rows(file: paths.Path, start: int, stop: int) -> Iterator[dict[str, Any] | 
         ends = list(itertools.accumulate(sizes))
         groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]
         number = ends[groups[0]] - sizes[groups[0]] if groups else 0  # rows before the batch
-        for batch in table.iter_batches(1024, row_groups=groups):
+        names = list(dict.fromkeys(table.schema_arrow.names))
+        for batch in batches(table, str(file), names, 1024, row_groups=groups):
             for position in range(max(0, start - number), min(batch.num_rows, stop - number)):
                 yield _row(batch, position)
             number += batch.num_rows
@@ -84,8 +81,10 @@ def _sizes(table: Any) -> list[int]:
 def _row(batch: Any, position: int) -> dict[str, Any] | BadRow:
     try:
         return {
-            name: column[position].as_py()
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            name: cell(batch, batch.schema.names.index(name), position)
+            for name in dict.fromkeys(batch.schema.names)
         }
     except UnicodeDecodeError:
         return BadRow("bad_encoding", "not UTF-8")
+    except Exception as error:
+        return BadRow(*raised(error))

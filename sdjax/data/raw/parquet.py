@@ -8,33 +8,74 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sdjax import paths
-from sdjax.data.raw.rows import Chosen, Fields, Row, Shard, Skip, Survey, find_shards
+from sdjax import paths, untrusted
+from sdjax.data.raw import parquet_pages as pages
+from sdjax.data.raw.files import Inside
+from sdjax.data.raw.limits import MOST_PICTURE_BYTES, MOST_ROW_BYTES
+from sdjax.data.raw.rows import (
+    BadRow,
+    Chosen,
+    Fields,
+    Row,
+    Shard,
+    Skip,
+    Survey,
+    find_shards,
+    raised,
+)
 from sdjax.data.sources import DataError
 from sdjax.text_files import pointer_note
 
 FORMAT = "parquet"
 SUFFIXES = (".parquet",)
-_ROWS = 64  # read at a time
+_ROWS = 64  # read at a time, if they are not large
 
 
-def survey(path: str) -> Survey:
+def survey(path: str, *, outside: bool) -> Survey:
     """The parquet files of a folder or a pattern. Raises DataError when there is none."""
-    return find_shards(path, SUFFIXES, FORMAT)
+    return find_shards(path, SUFFIXES, FORMAT, outside=outside)
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[Any]:
-    """A file as pyarrow's ParquetFile, which asks more of Python files than those of buckets do."""
+    """A file as pyarrow's ParquetFile, which asks more of Python files than those of buckets do.
+
+    Raises PageError: it announces more rows than it can have.
+    """
     import pyarrow.parquet
 
     with paths.to_path(path).open("rb") as file:
         whole = _Whole(file) if paths.is_remote(path) else file
-        yield pyarrow.parquet.ParquetFile(whole)
+        table = pyarrow.parquet.ParquetFile(whole)
+        pages.check_rows(table, whole.seek(0, io.SEEK_END))
+        yield table
+
+
+def batches(table: Any, path: str, columns: Collection[str], most: int, **groups: Any) -> Any:
+    """The rows of some columns of an opened file, `most` or fewer at once.
+
+    Raises PageError: a page would become too large. Files in buckets are not looked at before, for
+    every page would cost a request; of them one row is decoded at a time.
+    """
+    rows = 1
+    if not paths.is_remote(path):
+        with paths.to_path(path).open("rb") as file:
+            rows = pages.rows_at_once(table, file, columns, most)
+    return table.iter_batches(rows, columns=list(columns), **groups)
+
+
+def cell(batch: Any, column: int, position: int, most: int = MOST_ROW_BYTES) -> Any:
+    """The value of a cell as an object of Python. Raises BadRow: it is larger than `most` bytes."""
+    found = batch.column(column)[position]
+    if (size := pages.cell_bytes(found)) > most:
+        reason = "too_many_bytes" if most == MOST_PICTURE_BYTES else "caption_too_long"
+        name = untrusted.brief(batch.schema.names[column])
+        raise BadRow(reason, f"column {name}: {size:,} bytes; at most {most:,} are read")
+    return found.as_py()
 
 
 class _Whole(io.RawIOBase):
@@ -63,14 +104,21 @@ class _Whole(io.RawIOBase):
         return len(data)
 
 
+@contextmanager
+def _opened(shard: Shard) -> Iterator[Any]:
+    """`open_file` of a shard, which has to be a regular file of its folder. Raises BadRow."""
+    path = paths.to_path(shard.path)
+    Inside(shard.root, outside=shard.outside).check(path)
+    with open_file(shard.path) as table:
+        yield table
+
+
 def check_fields(shard: Shard, fields: Fields) -> bool:
     """Whether a file can be opened at all. Raises DataError when it lacks image or captions."""
-    import pyarrow
-
     try:
-        with open_file(shard.path) as table:
+        with _opened(shard) as table:
             columns = table.schema_arrow.names
-    except paths.storage_errors(pyarrow.ArrowException):
+    except Exception:  # `read` says why
         return False
     for what, names in (("image", (fields.image,)), ("text", fields.texts)):
         if not set(names) & set(columns):
@@ -104,12 +152,10 @@ def read(
 
 def names(shard: Shard) -> Iterator[str]:
     """The names of a file's rows: its path and their number."""
-    import pyarrow
-
     try:
-        with open_file(shard.path) as table:
+        with _opened(shard) as table:
             count = table.metadata.num_rows
-    except paths.storage_errors(pyarrow.ArrowException):
+    except Exception:  # `read` says why
         return
     yield from (f"{shard.name}/{index}" for index in range(count))
 
@@ -117,23 +163,39 @@ def names(shard: Shard) -> Iterator[str]:
 def _entries(
     shard: Shard, wanted: list[str], chosen: Chosen
 ) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
-    import pyarrow
-
     index = 0
     try:
-        with open_file(shard.path) as table:
-            columns = [name for name in table.schema_arrow.names if name in wanted]
-            for batch in table.iter_batches(_ROWS, columns=columns):
+        with _opened(shard) as table:
+            # Of columns of one name the first is read.
+            columns = [name for name in dict.fromkeys(table.schema_arrow.names) if name in wanted]
+            for batch in batches(table, shard.path, columns, _ROWS):
                 for position in range(batch.num_rows):
                     name = f"{shard.name}/{index}"
                     index += 1
-                    if not chosen(name, shard.split):
-                        continue
-                    try:
-                        yield name, {c: batch.column(c)[position].as_py() for c in columns}
-                    except UnicodeDecodeError:
-                        yield name, Skip(name, "bad_encoding", "not UTF-8")
-    except paths.storage_errors(pyarrow.ArrowException) as error:
+                    if chosen(name, shard.split):
+                        yield name, _entry(name, batch, position, columns, wanted[0])
+    except BadRow as bad:
+        if chosen(shard.name, shard.split):
+            yield shard.name, Skip(shard.name, bad.reason, bad.detail)
+    except Exception as error:
         if chosen(shard.name, shard.split):
             detail = f"not read beyond row {index}: {str(error)[:200]}"
             yield shard.name, Skip(shard.name, "bad_shard", pointer_note(shard.path) or detail)
+
+
+def _entry(
+    name: str, batch: Any, position: int, columns: list[str], image: str
+) -> dict[str, Any] | Skip:
+    """The cells of a row by column, or why it has none."""
+    numbers = {column: batch.schema.names.index(column) for column in columns}
+    try:
+        return {
+            column: cell(
+                batch, number, position, MOST_PICTURE_BYTES if column == image else MOST_ROW_BYTES
+            )
+            for column, number in numbers.items()
+        }
+    except UnicodeDecodeError:
+        return Skip(name, "bad_encoding", "not UTF-8")
+    except Exception as error:
+        return Skip(name, *raised(error))

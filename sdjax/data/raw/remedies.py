@@ -20,6 +20,7 @@ _OPTIONS = {
     "aspect_ratio": (("max_aspect", "is the limit, 0 for none"),),
     "too_many_pixels": (("max_pixels", "is the limit"),),
     "colour_mode": (("convert_modes", "converts it"),),
+    "leads_outside": (("outside_links", "reads what links lead to outside of the folder"),),
     "no_score": (("score", "names it"),),
     "score": (("score", "has the limits"),),
 }  # fmt: skip
@@ -28,6 +29,7 @@ _MEND = {
     "missing_file": "file_name is a path below the folder of the metadata file",
     "no_file_name": "expected a field file_name, a path below the folder of the metadata file",
     "unsafe_path": "file_name is a path below the folder of the metadata file",
+    "not_a_file": "only regular files are read",
     "bad_json": "expected one JSON object in each line",
     "bad_record": "expected one JSON object in each line, or as many cells as the header of CSV",
     "unsupported_format": "convert the pictures to PNG or JPEG",

@@ -12,8 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from sdjax import paths
-from sdjax.data.raw.tree import walk
+from sdjax import paths, untrusted
+from sdjax.data.raw.tree import Links, walk
 from sdjax.data.sources import DataError
 
 # Endings of pictures in the formats that are read, of `image_files.FORMATS`.
@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 CAPTION_SUFFIXES = (".txt", ".caption", ".cap")  # of a file beside a picture; the first is taken
 SPLITS = ("train", "validation", "test")
+OUTSIDE = "data.outside_links (--outside_links) reads what links lead to outside of the folder"
 # The words of Hugging Face datasets (data_files.py, SPLIT_KEYWORDS) ...
 SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -61,7 +62,7 @@ class Fields:
 
     def sought(self, entry: Iterable[str]) -> str:
         """Where the caption of a row without one was looked for, and the fields that it has."""
-        there = ", ".join(repr(name) for name in list(entry)[:12])
+        there = ", ".join(untrusted.brief(name) for name in list(entry)[:12])
         return f"no field {' or '.join(map(repr, self.texts))}; it has {there or 'none'}"
 
 
@@ -247,17 +248,19 @@ def caption_files(stem: str) -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> Survey:
+def find_shards(path: str, suffixes: tuple[str, ...], format: str, *, outside: bool) -> Survey:
     """One shard for each such file of a folder, of a pattern (`*`, `?`), or for the file itself.
+
+    outside: links may lead out of the folder.
 
     Raises DataError when there is none.
     """
     root = paths.to_path(path)
     others: Counter[str] = Counter()
-    not_followed: list[str] = []
+    links = Links()
     if root.is_dir():
         files = []
-        for folder, names in walk(root, not_followed):
+        for folder, names in walk(root, links, outside=outside):
             for name in names:
                 if name.lower().endswith(suffixes):
                     files.append(root / folder / name)
@@ -275,10 +278,12 @@ def find_shards(path: str, suffixes: tuple[str, ...], format: str) -> Survey:
             f"pattern such as DIR/train-*{suffixes[0]}"
         )
     shards = [
-        Shard(format, str(root), str(file), split_of(relative(str(file), str(root))))
+        Shard(
+            format, str(root), str(file), split_of(relative(str(file), str(root))), outside=outside
+        )
         for file in files
     ]
-    return Survey(shards, _made_by_names(shards), "file", others, {}, links_left(not_followed))
+    return Survey(shards, _made_by_names(shards), "file", others, {}, links_left(links))
 
 
 def _made_by_names(shards: list[Shard]) -> dict[str, dict[str, int]]:
@@ -294,12 +299,17 @@ def _made_by_names(shards: list[Shard]) -> dict[str, dict[str, int]]:
     return made
 
 
-def links_left(links: list[str]) -> tuple[str, ...]:
-    """A remark on links to folders that are not followed, if there are any."""
-    if not links:
-        return ()
-    some = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
-    return (f"{len(links)} link(s) to folders that are read already, not followed: {some}",)
+def links_left(links: Links) -> tuple[str, ...]:
+    """Remarks on links to folders that are not followed, if there are any."""
+    remarks = []
+    for found, what in (
+        (links.back, "to folders that are read already, not followed"),
+        (links.out, f"to folders outside of this one, not followed ({OUTSIDE})"),
+    ):
+        if found:
+            some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            remarks.append(f"{len(found)} link(s) {what}: {some}")
+    return tuple(remarks)
 
 
 def _expand(pattern: paths.Path) -> tuple[paths.Path, list[paths.Path]]:

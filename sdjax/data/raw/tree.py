@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,29 +13,37 @@ from sdjax.data.sources import DataError
 _FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,8}$")  # what is called so in a bucket is no folder
 
 
+@dataclasses.dataclass
+class Links:
+    """Links to folders that a walk does not follow: back to what it reads anyway, or out of it."""
+
+    back: list[str] = dataclasses.field(default_factory=list)
+    out: list[str] = dataclasses.field(default_factory=list)
+
+
 def walk(
-    root: paths.Path, not_followed: list[str] | None = None
+    root: paths.Path, links: Links | None = None, *, outside: bool = False
 ) -> Iterator[tuple[str, list[str]]]:
     """(folder below the root, "" for the root; names of its files) of the root and all below it.
 
     Files and folders come in the order of their names, hidden ones and __MACOSX left out. A link to
-    a folder is followed unless it leads into the root, to a folder that holds the link or the root,
-    or to one that was seen already; `not_followed` gets the links that are not.
+    a folder is not followed; with `outside` one that leads out of the root is, unless it leads to a
+    folder that holds the link or the root, or to one that was seen already. `links` gets those that
+    are not followed.
 
     Raises DataError: a folder cannot be listed.
     """
-    skipped = not_followed if not_followed is not None else []
     if paths.is_remote(root):
         yield from _walk_bucket(root, "")
     else:
-        yield from _walk_disk(os.fspath(root), skipped)
+        yield from _walk_disk(os.fspath(root), links or Links(), outside)
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() == "__macosx"
 
 
-def _walk_disk(root: str, not_followed: list[str]) -> Iterator[tuple[str, list[str]]]:
+def _walk_disk(root: str, links: Links, outside: bool) -> Iterator[tuple[str, list[str]]]:
     real_root = os.path.realpath(root)
     seen: set[tuple[int, int]] = set()  # device and inode of each folder
     pending = [""]
@@ -44,7 +53,7 @@ def _walk_disk(root: str, not_followed: list[str]) -> Iterator[tuple[str, list[s
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                not_followed.append(below)
+                links.back.append(below)
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
@@ -61,7 +70,9 @@ def _walk_disk(root: str, not_followed: list[str]) -> Iterator[tuple[str, list[s
             path = f"{below}/{entry.name}" if below else entry.name
             if _is(entry.is_dir):
                 if entry.is_symlink() and _leads_back(entry.path, folder, real_root):
-                    not_followed.append(path)
+                    links.back.append(path)
+                elif entry.is_symlink() and not outside:
+                    links.out.append(path)
                 else:
                     folders.append(path)
             elif _is(entry.is_file) or entry.is_symlink():  # a broken link is missing when read

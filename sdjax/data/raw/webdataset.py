@@ -51,9 +51,9 @@ _MOST = {  # bytes of each kind
 _Sample = dict[str, tar.Member]  # by kind: "image", "json", ".txt" ...
 
 
-def survey(path: str) -> Survey:
+def survey(path: str, *, outside: bool) -> Survey:
     """The tar files of a folder or a pattern. Raises DataError when there is none."""
-    return find_shards(path, SUFFIXES, FORMAT)
+    return find_shards(path, SUFFIXES, FORMAT, outside=outside)
 
 
 def read(
