@@ -17,9 +17,10 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from sdjax import paths
+from sdjax import paths, untrusted
 
 CHUNK = 4096  # records a thread reads at once
+_HEADER = 1 << 14  # bytes of a file of numpy that are not its numbers, at most
 PROGRESS = 60.0  # seconds from one word of a long pass to the next
 
 
@@ -83,12 +84,22 @@ def load(
 
 def _read(path: paths.Path, count: int) -> Columns | None:
     """A damaged file counts as none and is written anew."""
+    names = [field.name for field in dataclasses.fields(Columns)]
     try:
-        with paths.reading(path) as local, np.load(local, allow_pickle=False) as arrays:
-            columns = Columns(*(arrays[f.name] for f in dataclasses.fields(Columns)))
-    except paths.storage_errors(ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with paths.reading(path) as local:
+            untrusted.check_regular(local)
+            with zipfile.ZipFile(local) as archive:
+                if any(part.file_size > _HEADER + 8 * count for part in archive.infolist()):
+                    return None
+            with np.load(local, allow_pickle=False) as arrays:
+                columns = Columns(*(arrays[name] for name in names))
+    except untrusted.damage():
         return None
-    return columns if len(columns.height) == count else None
+    whole = all(
+        getattr(columns, name).shape == (count,) and getattr(columns, name).dtype == kind
+        for name, kind in zip(names, TYPES, strict=True)
+    )
+    return columns if whole else None
 
 
 def _write(path: paths.Path, columns: Columns) -> None:

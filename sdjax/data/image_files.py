@@ -12,13 +12,14 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sdjax import paths, text_files
+from sdjax import paths, text_files, untrusted
 from sdjax.data import image_tags
 from sdjax.data.config import MAX_PIXELS
 
 # An MPO is a JPEG that others follow; it is opened as one.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond it Pillow sees a decompression bomb
+MOST_BYTES = 256 << 20  # of an encoded picture: 50 megapixels uncompressed are 200 MB
 # Of a JPEG, those of its preview included. A progressive one has some 10, each of which costs time
 # in proportion to the whole picture, however short it is.
 MOST_SCANS = 100
@@ -83,14 +84,20 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def read_image(path: paths.PathLike, *, max_pixels: int = MOST_PIXELS) -> Image.Image:
     """The decoded picture of a file, in the mode that it has there.
 
-    Raises ImageError as `open_image`, and OSError: the file cannot be read.
+    Raises ImageError as `open_image`, UserError: it is no regular file or has more than
+    `MOST_BYTES`, and OSError: it cannot be read.
     """
-    image = open_image(paths.to_path(path).read_bytes(), max_pixels=max_pixels)
+    image = open_image(read_encoded(path), max_pixels=max_pixels)
     try:
         image.load()
     except Exception as error:
         raise damaged(error) from error
     return image
+
+
+def read_encoded(path: paths.PathLike) -> bytes:
+    """The bytes of a picture's file. Raises UserError and OSError as `read_image`."""
+    return untrusted.read_bytes(path, min(MOST_BYTES, max(untrusted.check_regular(path), 1)))
 
 
 def _other_format(encoded: bytes) -> str:

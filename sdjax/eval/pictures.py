@@ -14,7 +14,8 @@ import numpy as np
 from sdjax import paths
 from sdjax.data import pipeline, transforms
 from sdjax.data.config import DataConfig, parts
-from sdjax.data.image_files import ImageError
+from sdjax.data.image_files import ImageError, read_encoded
+from sdjax.data.raw.folder import safe_name
 from sdjax.data.raw.metadata import read_rows
 from sdjax.data.raw.rows import BadRow
 from sdjax.errors import UserError
@@ -96,8 +97,8 @@ def open_folder(
     metadata = folder / METADATA
     if metadata.exists():
         try:
-            captions = {row["file_name"]: row["text"] for row in _rows(metadata)}
-        except (KeyError, TypeError) as error:
+            captions = {safe_name(row["file_name"]): str(row["text"]) for row in _rows(metadata)}
+        except (KeyError, TypeError, BadRow) as error:
             raise UserError(
                 f'{metadata}: expected {{"file_name": ..., "text": ...}} in every line ({error!r})'
             ) from error
@@ -122,7 +123,7 @@ def _rows(metadata: paths.Path) -> Iterator[dict[str, Any]]:
 
 def _decoded(file: paths.Path) -> np.ndarray:
     try:
-        return transforms.decode(file.read_bytes())
+        return transforms.decode(read_encoded(file))
     except paths.storage_errors(ImageError) as error:
         raise UserError(f"{file}: not a picture that can be read ({error})") from error
 

@@ -61,7 +61,9 @@ class Inside:
         size = self.check(file)
         if size <= most:
             with open(file, "rb") if self._is_local else file.open("rb") as opened:
-                data = opened.read(most + 1)  # those of /proc have no size, and others grow
+                data = opened.read(size + 1)
+                if len(data) != size:  # those of /proc have no size, and others grow
+                    data += opened.read(most + 1 - len(data))
             if len(data) <= most:
                 return data
         raise BadRow(reason, f"{max(size, most + 1):,} bytes; at most {most:,} are read")

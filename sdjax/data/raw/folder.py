@@ -320,7 +320,7 @@ def _rows(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
             yield place, entry
             continue
         try:
-            entry["file_name"] = join(base, _safe(entry.get("file_name")))
+            entry["file_name"] = join(base, safe_name(entry.get("file_name")))
         except BadRow as bad:
             name = entry.get("file_name")
             if bad.reason == "no_file_name" and not bad.detail:
@@ -343,7 +343,7 @@ def _parsed(shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         yield from parse(opened, shard.stop - shard.start, shard.dialect, shard.line)
 
 
-def _safe(name: Any) -> str:
+def safe_name(name: Any) -> str:
     """A path that stays below the folder. Raises BadRow for any other."""
     if not isinstance(name, str) or not name:
         raise BadRow("no_file_name")

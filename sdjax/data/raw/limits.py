@@ -4,7 +4,9 @@ All are far beyond what honest data has, and are there so that one small file ca
 or all time of a machine. A row beyond one is skipped and counted, a shard read up to there.
 """
 
-MOST_PICTURE_BYTES = 256 << 20  # of an encoded picture: 50 megapixels uncompressed are 200 MB
+from sdjax.data.image_files import MOST_BYTES
+
+MOST_PICTURE_BYTES = MOST_BYTES  # of an encoded picture
 MOST_CAPTION_CHARS = 100_000  # of a caption: text encoders read some 77 to 512 tokens of it
 MOST_CAPTION_BYTES = 4 * MOST_CAPTION_CHARS  # of a file that is one, in UTF-8
 MOST_ROW_BYTES = 4 << 20  # of a line of JSON, a row of CSV, the .json of a tar, a cell of parquet

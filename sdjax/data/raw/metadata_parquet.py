@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from sdjax import paths, untrusted
 from sdjax.data.raw.parquet import batches, cell, open_file
+from sdjax.data.raw.parquet_footer import read_footer
+from sdjax.data.raw.parquet_pages import check_rows
 from sdjax.data.raw.rows import BadRow, raised
 from sdjax.data.sources import DataError
 from sdjax.text_files import pointer_note
@@ -33,8 +36,7 @@ def names_pictures(file: paths.Path) -> bool:
 
 def stretches(file: paths.Path, rows: int) -> Iterator[tuple[int, int]]:
     """(first row, row after the last) of each part of a file; of about `rows` rows, or of more."""
-    with open_file(str(file)) as table:
-        groups = _sizes(table)
+    groups = _sizes(file)
     start = stop = 0
     for group in groups:
         step = max(rows, -(-group // _PARTS))
@@ -60,12 +62,12 @@ def parse(file: paths.Path, start: int, stop: int) -> Iterator[tuple[int, dict[s
 
 def _rows(file: paths.Path, start: int, stop: int) -> Iterator[dict[str, Any] | BadRow]:
     with open_file(str(file)) as table:
-        sizes = _sizes(table)
+        sizes = _sizes(file)
         ends = list(itertools.accumulate(sizes))
         groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]
         number = ends[groups[0]] - sizes[groups[0]] if groups else 0  # rows before the batch
         names = list(dict.fromkeys(table.schema_arrow.names))
-        for batch in batches(table, str(file), names, 1024, row_groups=groups):
+        for batch in batches(table, str(file), names, 1024, groups):
             for position in range(max(0, start - number), min(batch.num_rows, stop - number)):
                 yield _row(batch, position)
             number += batch.num_rows
@@ -73,9 +75,12 @@ def _rows(file: paths.Path, start: int, stop: int) -> Iterator[dict[str, Any] | 
                 return
 
 
-def _sizes(table: Any) -> list[int]:
-    """The rows of each row group."""
-    return [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+def _sizes(file: paths.Path) -> list[int]:
+    """The rows of each row group. Raises PageError: they are more than the file can have."""
+    with file.open("rb") as opened:
+        sizes = [group.rows for group in read_footer(opened)]
+        check_rows(sum(map(abs, sizes)), opened.seek(0, io.SEEK_END))
+    return sizes
 
 
 def _row(batch: Any, position: int) -> dict[str, Any] | BadRow:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from sdjax import paths, untrusted
 from sdjax.data.raw import parquet_pages as pages
 from sdjax.data.raw.files import Inside
 from sdjax.data.raw.limits import MOST_PICTURE_BYTES, MOST_ROW_BYTES
+from sdjax.data.raw.parquet_footer import read_footer
 from sdjax.data.raw.rows import (
     BadRow,
     Chosen,
@@ -51,12 +52,17 @@ def open_file(path: str) -> Iterator[Any]:
     with paths.to_path(path).open("rb") as file:
         whole = _Whole(file) if paths.is_remote(path) else file
         table = pyarrow.parquet.ParquetFile(whole)
-        pages.check_rows(table, whole.seek(0, io.SEEK_END))
+        pages.check_rows(table.metadata.num_rows, whole.seek(0, io.SEEK_END))
         yield table
 
 
-def batches(table: Any, path: str, columns: Collection[str], most: int, **groups: Any) -> Any:
+def batches(
+    table: Any, path: str, columns: Collection[str], most: int, numbers: Sequence[int] | None = None
+) -> Any:
     """The rows of some columns of an opened file, `most` or fewer at once.
+
+    Args:
+        numbers: of the row groups; None for all.
 
     Raises PageError: a page would become too large. Files in buckets are not looked at before, for
     every page would cost a request; of them one row is decoded at a time.
@@ -64,8 +70,10 @@ def batches(table: Any, path: str, columns: Collection[str], most: int, **groups
     rows = 1
     if not paths.is_remote(path):
         with paths.to_path(path).open("rb") as file:
-            rows = pages.rows_at_once(table, file, columns, most)
-    return table.iter_batches(rows, columns=list(columns), **groups)
+            groups = read_footer(file)
+            some = groups if numbers is None else [groups[number] for number in numbers]
+            rows = pages.rows_at_once(some, file, columns, most)
+    return table.iter_batches(rows, columns=list(columns), row_groups=numbers)
 
 
 def cell(batch: Any, column: int, position: int, most: int = MOST_ROW_BYTES) -> Any:
