@@ -7,18 +7,24 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdjax import untrusted
 from sdjax.config import Config, to_dict
 
 
 def recipe(config: Mapping[str, Any], about: str) -> str:
     """Python code with a `get_config()` that gives `config` again.
 
+    It may be a stranger's: a name becomes code only if it is of a field, and values are literals.
+
     Args:
         config: nested, as `to_dict` gives it or as config.json holds it.
         about: docstring of the file.
     """
     defaults = json.loads(json.dumps(to_dict(Config())))  # tuples become lists, as in a file
-    lines = [f"    c.{name} = {_literal(value)}" for name, value in differences(defaults, config)]
+    fields, unknown = differences(defaults, config)
+    lines = [f"    c.{name} = {_literal(value)}" for name, value in fields]
+    if unknown:
+        lines.insert(0, f"    # Left out, as there are no such fields: {untrusted.brief(unknown)}")
     quoted = about.replace("\\", "\\\\").replace('"""', "'''")
     return "\n".join([
         f'"""{quoted}"""', "",
@@ -29,16 +35,26 @@ def recipe(config: Mapping[str, Any], about: str) -> str:
 
 def differences(
     defaults: Mapping[str, Any], config: Mapping[str, Any], prefix: str = ""
-) -> list[tuple[str, Any]]:
-    """(dotted name, value) of the fields of `config` that are not the defaults'."""
-    found = []
+) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Return what in `config` is not as in `defaults`.
+
+    Returns:
+        (dotted name, value) of fields that differ; dotted names that `defaults` does not have.
+    """
+    found: list[tuple[str, Any]] = []
+    unknown: list[str] = []
     for name, value in config.items():
-        default = defaults.get(name)
+        if name not in defaults:
+            unknown.append(prefix + name)
+            continue
+        default = defaults[name]
         if isinstance(value, dict) and isinstance(default, dict):
-            found += differences(default, value, f"{prefix}{name}.")
-        elif name not in defaults or _plain(value) != default:
+            inner, missing = differences(default, value, f"{prefix}{name}.")
+            found += inner
+            unknown += missing
+        elif _plain(value) != default:
             found.append((prefix + name, _plain(value)))
-    return found
+    return found, unknown
 
 
 def _plain(value: Any) -> Any:

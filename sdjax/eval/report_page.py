@@ -37,7 +37,8 @@ def write_report(workdir: paths.PathLike, output: paths.PathLike | None = None) 
     folder = paths.to_path(workdir)
     page = paths.to_path(output) if output is not None else folder / REPORT_FILE
     found = gather(folder, page)
-    paths.write_text(page, render(found))
+    # JSON may hold halves of letters, which no text file can.
+    paths.write_text(page, render(found).encode("utf-8", "replace").decode("utf-8"))
     return page
 
 
@@ -74,6 +75,7 @@ def render(found: Found) -> str:
         ("Metrics", chapters.metrics), ("Speed and memory", chapters.speed),
         ("Data", chapters.data), ("Recipe", chapters.recipe),
     ]  # fmt: skip
+    tiles = _guarded(found, "Numbers", _tiles)
     written = {title: _guarded(found, title, write) for title, write in parts}
     # The last to be written, for it tells of what went wrong with the others.
     written = {"Warnings": _guarded(found, "Warnings", chapters.warnings), **written}
@@ -89,13 +91,15 @@ def render(found: Found) -> str:
         '<a class="skip" href="#content">To the content</a>'
         f"<header><h1>{h.esc(name)}</h1>"
         f'<p class="soft">{h.esc(found.run.workdir)}, as it was on {now}</p>'
-        f"{_tiles(found)}</header>"
+        f"{tiles}</header>"
         f'<nav aria-label="Chapters"><ul>{links}</ul></nav>'
         f'<main id="content">{sections}'
         "<noscript><p>The curves and the slider over the pictures take JavaScript.</p></noscript>"
         f"</main><footer>{h.esc(_versions())}</footer>"
     )
-    seen = report_figures.images_seen(found.metrics, found.run.field("data.batch_size"))
+    batch = found.run.field("data.batch_size")
+    batch = batch if isinstance(batch, int) and 0 < batch < 2**31 else None
+    seen = report_figures.images_seen(found.metrics, batch)
     return h.document(f"{name}: training report", body, report_figures.to_json(found.figures, seen))
 
 

@@ -1,6 +1,7 @@
 """The parts of the report: warnings, pictures, evaluations, and what was trained."""
 
 import base64
+import contextlib
 import io
 import json
 
@@ -279,6 +280,53 @@ def test_recipes_of_the_configs_too(name):
     assert resolve(made["get_config"]()) == config
 
 
+CODE = "x = 1\n    __import__('os').system('touch ran')  #"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{CODE: 1}, {"seed": 1, "a b": {}}, {"data": {CODE: 1, "path": CODE}}, {"__class__": 1},
+     {"model": {CODE: {"unet": 1}, "unet": {CODE: 1}}}, {"task": {CODE: CODE}},
+     {"\ud800": "\ud800"},
+     {"model": {"text_encoder_2": {CODE: [CODE, float("inf")]}}}, {"lambda": 0, "": 1, "a.b": 2}],
+)  # fmt: skip
+def test_config_of_a_stranger_becomes_no_code(config, tmp_path, monkeypatch):
+    """Names that Config lacks are left out; values are literals, whatever they are."""
+    from tests.fuzz.targets_settings import check_recipe
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert check_recipe(page) == "with recipe"
+    run = report_run.Run(paths.to_path("x"), config, report_run.Sizes({}, {}, {}), ())
+    made = {}
+    exec(recipe(run), made)
+    with contextlib.suppress(AttributeError, TypeError, ValueError, KeyError):
+        made["get_config"]()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_fields_that_config_lacks_are_told_in_the_recipe():
+    config = {"seed": 7, "data": {"colour": 1}, "new\nfield": 2}
+    run = report_run.Run(paths.to_path("x"), config, report_run.Sizes({}, {}, {}), ())
+    text = recipe(run)
+    assert "# Left out, as there are no such fields: ['data.colour', 'new\\nfield']\n" in text
+    assert "c.seed = 7" in text and "colour =" not in text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"train": {"steps": "many"}}, {"data": {"batch_size": "all"}},
+     {"ema": {"profiles": {"a": 1}}}, {"data": {"batch_size": 10**40}}],
+)  # fmt: skip
+def test_report_with_fields_of_another_type_is_written(fields, workdir, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert "Curves" in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_sizes_are_those_of_the_files(tmp_path):
     """A checkpoint as training writes it, and frozen.safetensors: nothing is restored."""
     import jax
@@ -328,5 +376,5 @@ def test_the_summary_says_what_was_trained(workdir):
 def test_a_config_of_another_version_is_no_obstacle(tmp_path):
     (tmp_path / "config.json").write_text('{"data": {"batch_size": 4}, "new": {"field": 1}}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 0.5}\n')
-    assert "c.new = {&#x27;field&#x27;: 1}" in write_report(tmp_path).read_text()
+    assert "no such fields: [&#x27;new&#x27;]" in write_report(tmp_path).read_text()
     assert gather(paths.to_path(tmp_path), tmp_path / "x").problems == []

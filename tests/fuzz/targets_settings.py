@@ -1,16 +1,24 @@
-"""Hostile settings: JSON, the description of a stored dataset."""
+"""Hostile settings: JSON, the description of a stored dataset, the files of a workdir."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import dataclasses
 import functools
+import html
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from sdjax import text_files
+from sdjax.config import Config
 from sdjax.errors import UserError
+from sdjax.eval import report_page
+from tests.eval import report_workdir
 from tests.fuzz import mutation, stored_dataset
 
 _WORDS = (
@@ -70,4 +78,53 @@ def dataset(rng: np.random.Generator, folder: Path) -> str:
     return "read"
 
 
-TARGETS = [("json", json_text), ("dataset", dataset)]
+@functools.cache
+def _workdir() -> dict[str, bytes]:
+    """The text files of a workdir with all that a report shows, and of its data."""
+    with tempfile.TemporaryDirectory() as folder:
+        report_workdir.make_workdir(Path(folder) / "run", count=40)
+        (Path(folder) / "run" / "rollbacks.json").write_text(json.dumps([{"step": 10, "back": 5}]))
+        files = (file for file in Path(folder).rglob("*") if file.suffix in (".json", ".jsonl"))
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def report(rng: np.random.Generator, folder: Path) -> str:
+    """The workdir of a stranger, of whose files one or two are changed, in a report."""
+    files = dict(_workdir())
+    for _ in range(rng.integers(1, 3)):
+        name = sorted(files)[rng.integers(len(files))] if rng.random() < 0.6 else "run/config.json"
+        if name.endswith(".json") and rng.random() < 0.9:
+            with contextlib.suppress(ValueError):
+                changed = mutation.tree(rng, json.loads(files[name]))
+                files[name] = json.dumps(changed).encode()
+        else:
+            files[name] = mutation.damaged(rng, files[name])
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data.replace(b'/data"', str(folder / "data").encode() + b'"'))
+    page = report_page.write_report(folder / "run").read_text(encoding="utf-8")
+    assert report_workdir.NASTY not in page
+    return check_recipe(page)
+
+
+def check_recipe(page: str) -> str:
+    """Check that the recipe in a report assigns literals to fields of Config, and nothing else."""
+    found = re.search(r'<pre[^>]*id="recipe-file"[^>]*>(.*?)</pre>', page, re.DOTALL)
+    if found is None:
+        return "without recipe"
+    imported, function = ast.parse(html.unescape(found.group(1))).body[1:]
+    assert ast.unparse(imported) == "from sdjax.config import default"
+    assert isinstance(function, ast.FunctionDef)
+    first, *lines, last = function.body
+    assert ast.unparse(first) == "c = default()" and ast.unparse(last) == "return c"
+    for line in lines:
+        assert isinstance(line, ast.Assign) and len(line.targets) == 1
+        defined: object = Config()
+        for name in ast.unparse(line.targets[0]).removeprefix("c.").split("."):
+            assert name in {field.name for field in dataclasses.fields(defined)}  # type: ignore
+            defined = getattr(defined, name)
+        ast.literal_eval(re.sub(r"float\('(nan|-?inf)'\)", "0.0", ast.unparse(line.value)))
+    return "with recipe"
+
+
+TARGETS = [("json", json_text), ("dataset", dataset), ("report", report)]
