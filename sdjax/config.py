@@ -181,7 +181,8 @@ class Config:
     validation: ValidationConfig = ValidationConfig()
     mesh: MeshConfig = MeshConfig()
     stages: tuple[Stage, ...] = ()  # a curriculum: what changes on the way, in order
-    compilation_cache: str = ""  # folder of XLA's persistent cache; "" is ~/.cache/sdjax/xla
+    # Folder of XLA's persistent cache; "" is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/sdjax/xla.
+    compilation_cache: str = ""
 
     def __post_init__(self):
         if self.task not in ("text_to_image", "autoencoder"):

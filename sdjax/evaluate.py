@@ -113,7 +113,8 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
         "--dataset", default="",
         help="captions to draw and pictures to compare with: captioned_shapes, a TFDS name, or the "
         "path of a folder of pictures with captions, of tar shards, parquet files or what "
-        "sdjax.prepare wrote; a run's own by default",
+        "sdjax.prepare wrote; a run's own by default, which has to be `own` where the run's "
+        "config.json names a folder for it: a model of somebody else may name any",
     )  # fmt: skip
     group.add_argument("--split", default="", help="of it; the recipe's data.eval_split by default")
     group.add_argument("--data_dir", default="", help="where prepared datasets lie")
@@ -273,8 +274,7 @@ def evaluate(args: argparse.Namespace) -> str:
 
     request = make_request(args)
     loaded = load(args.model, weights=args.weights, step=args.step) if args.model else None
-    own = loaded.config if loaded else None
-    enable_compilation_cache(own.compilation_cache if own else "")
+    enable_compilation_cache("")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
     if args.ema_lengths:
         if not args.output:

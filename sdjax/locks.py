@@ -290,8 +290,10 @@ def _read(handle: int) -> Holder | None:
     """Who has the lock; of several, the first that runs here, or the last."""
     holders = []
     for line in os.pread(handle, 65536, 0).splitlines():
-        with contextlib.suppress(ValueError, TypeError):
-            holders.append(Holder(**json.loads(line)))
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            holder = Holder(**json.loads(line))
+            if type(holder.pid) is int and 0 < holder.pid < 2**31 and str(holder).isprintable():
+                holders.append(holder)
     running = (holder for holder in holders if holder.here and _is_running(holder))
     return next(running, holders[-1] if holders else None)
 

@@ -1,6 +1,7 @@
 """What the verbs with absl's flags have in common: their beginning.
 
-A recipe is a Python file with a `get_config()`; those of sdjax also go by their names, as "base".
+A recipe is a Python file with a `get_config()`, which is run; those of sdjax also go by their names,
+as "base".
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from sdjax import paths
 from sdjax.errors import UserError, explain
 
 CONFIG_HELP = (
-    "Recipe: the name of one, such as base, or a file; change its fields with --config.FIELD=VALUE."
+    "Recipe: the name of one, such as base, or a file; change its fields with --config.FIELD=VALUE. "
+    "A recipe is a Python file and is run: take none from somebody you do not trust."
 )
 
 

@@ -43,7 +43,7 @@ def run(pipeline_folder, shapes_dir, tmp_path_factory):
 
 
 def verb(folder, output, *options):
-    return evaluate.main([f"--model={folder}", f"--output={output}", *options])
+    return evaluate.main([f"--model={folder}", f"--output={output}", "--dataset=own", *options])
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +221,7 @@ def test_neither_a_model_nor_pictures(tmp_path, capsys):
 
 
 def test_the_loss_alone_draws_nothing_and_goes_beside_the_run(run):
-    assert evaluate.main([f"--model={run}", "--metrics=validation_loss"]) == 0
+    assert evaluate.main([f"--model={run}", "--metrics=validation_loss", "--dataset=own"]) == 0
     folder = run / "evaluations" / "00000000-ema-captioned_shapes"
     assert set(metrics(folder)["metrics"]) == {"validation_loss"}
     assert not (folder / "images").exists() and not (folder / "grid.png").exists()
@@ -268,7 +268,8 @@ def snapshots(run, tmp_path):
 def test_the_best_length_of_average_is_found(run, snapshots, whole, capsys):
     from sdjax.train.pretrained import read_any
 
-    assert evaluate.main([f"--model={snapshots}", "--ema_lengths=0.05:0.1:3"]) == 0
+    options = [f"--model={snapshots}", "--ema_lengths=0.05:0.1:3", "--dataset=own"]
+    assert evaluate.main(options) == 0
     shown = capsys.readouterr().out
     folder = snapshots / "evaluations" / "00000000-ema-captioned_shapes-ema_lengths"
     found = metrics(folder)

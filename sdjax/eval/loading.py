@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from sdjax import paths
 from sdjax.config import Config, resolve
-from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig
+from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError
 from sdjax.data.raw import formats
 from sdjax.errors import UserError
+from sdjax.machine_settings import asks_for, data_of_model, of_model
 from sdjax.train.bundle import TOKENIZERS, Pretrained, read_json
 from sdjax.train.checkpoint import latest_step
 from sdjax.train.conditioning import TOKENS
@@ -23,18 +24,23 @@ from sdjax.train.task import make_task
 from sdjax.train.validation import Validator
 from sdjax.train.workdir import CONFIG_FILE
 
+OWN = "own"  # as a dataset: what the model was trained on, wherever it lies
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
     """A model, from whatever folder the user has.
 
-    workdir, config, step: of the run; None for a diffusers folder or a file.
+    workdir, config, step: of the run; None for a diffusers folder or a file. The configuration has
+        nothing of the machine that it was made on.
+    data: that the run was trained on, with folders and names as they were there.
     """
 
     found: Pretrained
     workdir: paths.Path | None = None
     config: Config | None = None
     step: int | None = None
+    data: DataConfig | None = None
 
 
 def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None) -> Loaded:
@@ -57,7 +63,8 @@ def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None
             f"{model} is a run of config.task = {config.task!r}, which draws nothing from prompts; "
             "expected 'text_to_image'"
         )
-    return Loaded(read_any(folder, weights=weights, step=step), folder, config, step)
+    found = read_any(folder, weights=weights, step=step)
+    return Loaded(found, folder, of_model(config), step, data_of_model(config))
 
 
 def choose_data(
@@ -66,18 +73,30 @@ def choose_data(
     """The dataset that --dataset says, or the run's own; None if there is neither.
 
     Args:
+        own: what the run was trained on.
         dataset: "captioned_shapes", a TFDS name, or a path: of a dataset that sdjax.prepare wrote,
-            of an image folder, tar shards or parquet files.
+            of an image folder, tar shards or parquet files; "own" for the run's own wherever it
+            lies, "" for it if that takes nothing of this machine.
 
     Raises:
-        DataError: a path is none of these.
+        DataError: a path is none of these, or the run's own data lie in a folder that only its
+            config.json names.
     """
     changes: dict[str, Any] = {"resolution": resolution} if resolution else {}
     if data_dir:
         changes["data_dir"] = data_dir
-    if not dataset:
-        return dataclasses.replace(own, **changes) if own else None
-    base = own or DataConfig()
+    if dataset in ("", OWN):
+        if own is None:
+            return None
+        data = dataclasses.replace(own, **changes)
+        theirs = dataclasses.replace(own, data_dir="") if data_dir else own
+        if not dataset and (taken := asks_for(theirs)):
+            raise DataError(
+                f"the model's config.json says {taken}, which is not opened unasked: --dataset=own "
+                "opens it, if the model is yours or you trust who made it, --dataset=PATH another"
+            )
+        return data
+    base = dataclasses.replace(own, data_dir="") if own else DataConfig()
     is_path = "/" in dataset and (
         dataset.startswith(("/", ".", "~", "gs://")) or paths.exists(paths.to_path(dataset))
     )

@@ -17,7 +17,7 @@ from sdjax.eval.bootstrap import RESAMPLES
 from sdjax.eval.drawing import Prompts, native_size
 from sdjax.eval.evaluation import METRICS, check_names
 from sdjax.eval.features import ClipTower, clip_tower, inception_tower
-from sdjax.eval.loading import Loaded
+from sdjax.eval.loading import OWN, Loaded
 from sdjax.eval.pictures import has_pictures, open_split
 from sdjax.eval.reference import PixelTower, Reference, Tower
 
@@ -225,8 +225,8 @@ def default_output(request: Request, loaded: Loaded | None) -> paths.Path:
             "--output is missing: pictures and metrics.json of a model that is no workdir need a "
             "folder, as --output=evaluation"
         )
-    own = loaded.config.data if loaded.config else None
-    dataset = request.dataset.rstrip("/").rpartition("/")[2] or dataset_name(own)
+    given = "" if request.dataset == OWN else request.dataset
+    dataset = given.rstrip("/").rpartition("/")[2] or dataset_name(loaded.data)
     if request.audit:
         dataset = paths.to_path(request.audit).stem
     parts = (f"{loaded.step or 0:08d}", request.weights, dataset)

@@ -281,8 +281,8 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     if loaded is not None and (drawn or request.audit):  # an error now, before data is read
         choose_sampler(loaded.found, request.sampler, f"--model={request.model}")
     mesh = make_mesh(MeshConfig())
-    config = loaded.config if loaded else None
-    data = choose_data(config.data if config else None, request.dataset, data_dir=request.data_dir)
+    own = loaded.data if loaded else None
+    data = choose_data(own, request.dataset, data_dir=request.data_dir)
     split = request.split or (data.eval_split if data else "")
     given, prompts, count = None, None, 0
     captions: tuple[str, ...] | None = None

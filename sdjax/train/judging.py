@@ -8,7 +8,7 @@ from sdjax import paths
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
-from sdjax.eval.loading import Loaded
+from sdjax.eval.loading import OWN, Loaded
 from sdjax.eval.request import Request
 from sdjax.eval.session import open_session
 from sdjax.models.config import ConfigError
@@ -34,6 +34,7 @@ class Judge:
         try:
             request = Request(
                 model=str(folder),
+                dataset=OWN,  # the recipe's, whose user is here
                 metrics=validation.metrics,
                 num_samples=validation.num_samples,
                 seed=config.seed,
@@ -43,7 +44,8 @@ class Judge:
                 clip=validation.clip,
                 features=validation.features,
             )
-            loaded = Loaded(bundle(config, tokenizers, {}), folder, config)
+            networks = bundle(config, tokenizers, {})
+            loaded = Loaded(networks, folder, config, data=config.data)
             self._session = open_session(request, loaded, self._folder)
         except UserError as error:
             raise ConfigError(

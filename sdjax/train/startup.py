@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,8 +33,15 @@ from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE, read_scheduler, write_
 
 
 def enable_compilation_cache(folder: str) -> None:
-    """XLA's persistent cache: the second start of a run compiles nothing."""
-    path = paths.to_path(folder or "~/.cache/sdjax/xla")
+    """XLA's persistent cache: the second start of a run compiles nothing.
+
+    What lies there is run. So the folder is a recipe's or this machine's, never a model's.
+
+    Args:
+        folder: "" takes $JAX_COMPILATION_CACHE_DIR, or ~/.cache/sdjax/xla.
+    """
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/sdjax/xla"
+    path = paths.to_path(folder or own)
     if paths.is_remote(path):
         paths.make_folder(path)  # JAX makes local ones
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -27,7 +27,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
-from sdjax import paths
+from sdjax import paths, text_files, untrusted
 from sdjax.config import Config, to_dict
 from sdjax.models.config import ConfigError
 from sdjax.train.changes import compare_configs
@@ -117,12 +117,12 @@ def begin(sweep: Sweep, claims: Claims) -> None:
             paths.write_text(file, json.dumps(given, indent=2) + "\n")
             return
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            saved = text_files.read_json(file)
+            different = compare_configs(saved, given)
+        except untrusted.damage() as error:
             raise ConfigError(
-                f"{file} cannot be read ({error}); choose another --workdir"
+                f"{file} cannot be read ({untrusted.why(error)}); choose another --workdir"
             ) from error
-    different = compare_configs(saved, given)
     if different:
         lines = "\n  ".join(str(d) for d in different)
         raise ConfigError(

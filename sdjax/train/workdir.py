@@ -19,6 +19,7 @@ import numpy as np
 from sdjax import paths, progress
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.machine_settings import of_model
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import WeightsError, abstract, check_finite, load_file
 from sdjax.train.bundle import (
@@ -69,7 +70,7 @@ def read_workdir(
     check_components(components)
     file = folder / CONFIG_FILE
     try:
-        config = resolve(read_json(file))
+        config = of_model(resolve(read_json(file)))
     except ConfigError as error:
         raise PretrainedError(f"{file}: {error}") from error
     latent = config.task == "text_to_image"

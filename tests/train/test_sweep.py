@@ -22,7 +22,7 @@ from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.recipes import recipe
 from sdjax.train import sweep_ranking, sweep_run
-from sdjax.train.sweep_claims import Claims, Lost
+from sdjax.train.sweep_claims import Claims, Lost, _started
 from sdjax.train.sweep_space import changed
 from sdjax.train.sweep_worker import Stopped, work
 from tests.odd_names import ODD
@@ -258,13 +258,14 @@ def test_claims(tmp_path):
         mine.beat(0, None)
     mine.release(0)
     assert file.exists()  # not ours any more
-    # A dead worker's run that still saves keeps the trial, and is asked to stop.
+    # A dead worker's run that still saves keeps the trial. (The kernel has asked it to stop.)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     other.beat(0, child, now=True)
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "started": "1"}))
     assert not mine.take(0) and mine.undecided(0)
-    assert child.wait(10) == -signal.SIGTERM and mine.take(0)
+    child.kill()
+    assert child.wait(10) == -signal.SIGKILL and mine.take(0)
     # Elsewhere: alive while its beat changes, dead when it stands still.
     file.write_text(json.dumps({**content, "host": "elsewhere"}))
     assert not other.take(0) and other.undecided(0)
@@ -272,6 +273,32 @@ def test_claims(tmp_path):
     assert not other.take(0) and not other.undecided(0)
     time.sleep(0.25)
     assert other.take(0)
+
+
+def test_process_that_a_claim_names_gets_no_signal(tmp_path, monkeypatch):
+    """Files of a stranger, of all kinds: none ends a process, and none is a traceback."""
+    signals, kill = [], os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append(number) or kill(pid, number))
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    mine = Claims(tmp_path, stale=0.0)
+    good = {"token": "x", "host": socket.gethostname(), "pid": 2**22 + 1, "started": "1",
+            "child": victim.pid, "child_started": None, "beat": 1, "time": ""}  # fmt: skip
+    began = _started(victim.pid)
+    hostile = [{}, {"child_started": began}, {"child": -1}, {"child": 0}, {"child": 1},
+               {"child": -victim.pid}, {"child": 10**30}, {"child": str(victim.pid)},
+               {"child": True}, {"child": [1]}, {"pid": -1}, {"pid": None}, {"pid": 2**31},
+               {"pid": "x"}, {"host": 5}, {"host": "\x1b[2J"}, {"started": 1},
+               {"more": 1}]  # fmt: skip
+    texts = [json.dumps({**good, **change}) for change in hostile]
+    for text in [*texts, "[]", "1", "{", "[" * 3000, "\0", '{"pid": 1}']:
+        (tmp_path / "0000.json").write_text(text)
+        mine.take(0)
+        mine.undecided(0)
+        assert "\x1b" not in mine.holder(0)
+        mine.release(0)
+    assert victim.poll() is None and set(signals) <= {0}
+    victim.kill()
+    victim.wait()
 
 
 def test_another_sweep_in_the_same_folder_is_refused(unbroken):
