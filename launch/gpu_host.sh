@@ -20,6 +20,12 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 MAX_RESTARTS=${MAX_RESTARTS:-10}
 PAUSE=${PAUSE:-10}
+for name in MAX_RESTARTS PAUSE; do
+  if ! [[ "${!name}" =~ ^[0-9]{1,5}(\.[0-9]+)?$ ]]; then
+    echo "launch/gpu_host.sh: $name is '${!name}'; expected a number" >&2
+    exit 2
+  fi
+done
 
 if ! command -v nvidia-smi >/dev/null; then
   echo "launch/gpu_host.sh: nvidia-smi is not there: install the NVIDIA driver, or run" \

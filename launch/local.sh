@@ -21,6 +21,16 @@ if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh PROCESSES --config=FILE --workdir=DIR [flags of sdjax.main]" >&2
   exit 2
 fi
+if ! [[ "$1" =~ ^[0-9]{1,3}$ ]]; then
+  echo "launch/local.sh: PROCESSES is $1; expected at most 999 on one machine" >&2
+  exit 2
+fi
+for name in GRACE PORT; do # they go into the shell's arithmetic, which would run what is no number
+  if ! [[ "${!name:-1}" =~ ^[0-9]{1,5}$ ]]; then
+    echo "launch/local.sh: $name is '${!name}'; expected a whole number" >&2
+    exit 2
+  fi
+done
 count=$1
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2

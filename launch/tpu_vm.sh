@@ -314,6 +314,15 @@ case $verb in
 esac
 [ -n "${NAME:-}" ] || fail "NAME is not set; for instance NAME=sd21"
 [ -n "${ZONE:-}" ] || fail "ZONE is not set; for instance ZONE=us-east5-a"
+[[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+  fail "NAME is '$NAME'; expected lower-case letters, digits and hyphens, a letter first (Cloud TPU's rule)"
+[[ "$ZONE" =~ ^[a-z0-9-]+$ ]] || fail "ZONE is '$ZONE'; expected a zone, such as us-east5-a"
+[[ "$POLL" =~ ^[0-9]{1,5}(\.[0-9]+)?$ ]] || fail "POLL is '$POLL'; expected seconds"
+for setting in SLICES MAX_RESTARTS WORKER; do # the shell's arithmetic would run what is no number
+  [[ "${!setting:-0}" =~ ^[0-9]{1,5}$ || "$setting ${!setting:-}" = "WORKER all" ]] ||
+    fail "$setting is '${!setting}'; expected a whole number"
+done
+[ "$SLICES" -ge 1 ] || fail "SLICES is '$SLICES'; expected at least 1"
 if [ -z "${DRY_RUN:-}" ] && ! command -v gcloud >/dev/null; then
   fail "gcloud is not there: https://cloud.google.com/sdk/docs/install (DRY_RUN=1 works without)"
 fi

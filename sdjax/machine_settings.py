@@ -29,6 +29,7 @@ MACHINE = (
     "data.data_dir",
     "data.mixture",
     "data.text_embeddings",  # which only some of those datasets have
+    "data.outside_links",
     "data.workers",
     "data.threads",
     "data.prefetch",
@@ -43,7 +44,8 @@ MACHINE = (
     "compilation_cache",
 )
 # Of these, what a user may take from a workdir by asking for it: where its data are.
-_DATA = ("data.name", "data.path", "data.data_dir", "data.mixture", "data.text_embeddings")
+_DATA = ("data.name", "data.path", "data.data_dir", "data.mixture", "data.text_embeddings",
+         "data.outside_links")  # fmt: skip
 
 
 def is_machine(name: str) -> bool:

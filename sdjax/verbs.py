@@ -1,7 +1,7 @@
 """What the verbs with absl's flags have in common: their beginning.
 
-A recipe is a Python file with a `get_config()`, which is run; those of sdjax also go by their names,
-as "base".
+A recipe is a Python file with a `get_config()`, which is run; those of sdjax also go by their
+names, as "base".
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sdjax import paths
+from sdjax import paths, untrusted
 from sdjax.errors import UserError, explain
 
 CONFIG_HELP = (
-    "Recipe: the name of one, such as base, or a file; change its fields with --config.FIELD=VALUE. "
-    "A recipe is a Python file and is run: take none from somebody you do not trust."
+    "Recipe: the name of one, such as base, or a file; change its fields with "
+    "--config.FIELD=VALUE. A recipe is a Python file and is run: take none from somebody you do "
+    "not trust."
 )
 
 
@@ -93,9 +94,13 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
         flags.Error: an unknown flag or a wrong value.
         UserError: the configuration has no such field.
     """
+    for argument in argv:
+        _check_field(argument)
     try:
         return values(_with_recipe_files(argv))
-    except (AttributeError, KeyError) as error:  # ml_collections' word for an unknown field
+    except (AttributeError, KeyError, TypeError) as error:  # ml_collections' for an unknown field
+        for argument in argv:
+            _check_depth(argument)
         unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
         name = unknown.group() if unknown else ""
         culprit = next((arg for arg in argv if arg.startswith("--config.") and name in arg), None)
@@ -103,6 +108,37 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
             raise
         hint = f"; did you mean {close.group(1)}?" if close else ""
         raise UserError(f"{culprit}: the configuration has no field {name!r}{hint}") from None
+
+
+def _check_field(argument: str) -> None:
+    """Raise a UserError if what stands between --config. and = is no name of a field."""
+    flag = argument.partition("=")[0]
+    found = re.fullmatch(r"--?config\.(.*)", flag, re.DOTALL)
+    if found and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", found[1], re.ASCII):
+        raise UserError(
+            f"{untrusted.brief(argument)}: expected --config.FIELD=VALUE, where FIELD is names "
+            "with points between them, as in --config.train.steps=100 (a tuple is set as a whole)"
+        )
+
+
+def _check_depth(argument: str) -> None:
+    """Raise a UserError if an argument names a field of what is a value and has none."""
+    found = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL)
+    if found is None:
+        return
+    from sdjax.config import Config, to_dict
+
+    here, names = to_dict(Config()), found[1].split(".")
+    for i, name in enumerate(names):
+        if not isinstance(here, dict):
+            value = ".".join(["config", *names[:i]])
+            raise UserError(
+                f"{untrusted.brief(argument)}: {value} is a value and has no field {name!r}; set "
+                f"it by --{value}=VALUE"
+            )
+        if name not in here:
+            return
+        here = here[name]
 
 
 def _with_recipe_files(argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """The command `sdjax VERB`, recipes by name, and what a wheel holds."""
 
+import importlib
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -66,6 +68,40 @@ def test_a_recipe_by_name_takes_overrides_and_changes_no_other_flag(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["verb", *arguments])  # where ml_collections looks for them
     config = config_of(*arguments)
     assert (config.train.steps, config.vae_from) == (7, "base")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--config.=5", "--config.", "--config..=5", "--config.data.=5", "--config.data..path=x",
+     "--config.data[=5", "--config.stages[0]=5", "--config.ema.profiles[x]=3", "--config. =5",
+     "-config.=5", "--config.data.path\n=5"],
+)  # fmt: skip
+def test_override_whose_field_is_no_name_is_refused(argument, monkeypatch):
+    arguments = ["--config=base", argument]
+    monkeypatch.setattr(sys, "argv", ["verb", *arguments])
+    with pytest.raises(UserError) as error:
+        config_of(*arguments)
+    assert str(error.value).startswith(f"{argument!r}: expected --config.FIELD=VALUE, ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("--config.data.path.x=5", "config.data.path is a value and has no field 'x'"),
+     ("--config.seed.real=5", "config.seed is a value and has no field 'real'"),
+     ("--config.__class__=5", "the configuration has no field '__class__'")],
+)  # fmt: skip
+def test_override_of_a_field_within_a_value_is_refused(argument, said, monkeypatch):
+    arguments = ["--config=base", argument]
+    monkeypatch.setattr(sys, "argv", ["verb", *arguments])
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_of(*arguments)
+
+
+@pytest.mark.parametrize("module", ["main", "plan", "encode", "sweep"])
+def test_help_of_config_says_that_a_recipe_is_run(module):
+    verb = importlib.import_module(f"sdjax.{module}")
+    values = flags.FLAGS if module == "main" else verb.FLAGS
+    assert "is a Python file and is run" in values["config"].help
 
 
 def test_a_file_comes_before_a_name(tmp_path, monkeypatch):

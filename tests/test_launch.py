@@ -206,6 +206,25 @@ def test_local_without_a_number_says_its_usage(stubs):
     assert run.returncode == 2 and "usage" in run.stderr
 
 
+@pytest.mark.parametrize("count", ["99999999999999", "1000"])
+def test_local_with_too_many_processes_starts_none(stubs, count):
+    run = bash("local.sh", count, "--config=x")
+    assert run.returncode == 2
+    assert run.stderr == (
+        f"launch/local.sh: PROCESSES is {count}; expected at most 999 on one machine\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["GRACE", "PORT"])
+def test_local_with_a_setting_that_is_no_number_runs_nothing_of_it(
+    stubs, tmp_path, name, monkeypatch
+):
+    monkeypatch.setenv(name, f"a[$(touch {tmp_path / 'ran'})]")
+    run = bash("local.sh", "1", "--config=x")
+    assert run.returncode == 2 and f"{name} is 'a[" in run.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 # --- gpu_host.sh ------------------------------------------------------------------------------
 
 NVIDIA_SMI = """#!/usr/bin/env bash

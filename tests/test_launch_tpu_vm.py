@@ -306,6 +306,12 @@ def test_several_slices_by_hand(cloud):
         (["create"], {"ZONE": ""}, "ZONE is not set"),
         (["create"], {"ACCELERATOR": ""}, "ACCELERATOR is not set"),
         (["create"], {"ACCELERATOR": "h100"}, "set RUNTIME"),
+        (["create"], {"NAME": "a run"}, "NAME is 'a run'; expected lower-case letters"),
+        (["delete"], {"NAME": "--all"}, "NAME is '--all'"),
+        (["create"], {"ZONE": "us east"}, "ZONE is 'us east'"),
+        (["create"], {"SLICES": "a[$(id)]"}, "SLICES is 'a[$(id)]'; expected a whole number"),
+        (["create"], {"SLICES": "0"}, "SLICES is '0'; expected at least 1"),
+        (["watch"], {"POLL": "soon"}, "POLL is 'soon'; expected seconds"),
         (["watch", "--config=x", "--workdir=runs/x"], {}, "gs://"),
     ],
 )

@@ -35,7 +35,7 @@ data.captions.main_share data.captions.templates data.captions.separator data.ca
 data.captions.keep_tags data.captions.tag_dropout data.captions.empty data.resolution data.crop
 data.buckets.step data.buckets.max_aspect data.buckets.max_upscale data.flip data.batch_size
 data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shapes_test
-data.shapes_pairs
+data.shapes_pairs data.shapes_colours
 optim.name optim.learning_rate optim.b1 optim.b2 optim.eps optim.weight_decay optim.momentum
 optim.schedule optim.warmup_steps optim.end_value optim.power optim.rsqrt_steps optim.boundaries
 optim.scales optim.clip_norm optim.groups optim.moments
@@ -88,7 +88,7 @@ def test_every_pattern_is_of_a_field():
 
 
 def test_fields_that_sound_like_a_machine_are_one():
-    sounds = re.compile("path|dir|folder|cache|_from|worker|thread|host|prefetch|xla|slices|mesh|"
+    sounds = re.compile("path|dir|folder|cache|_from|worker|thread|host|prefetch|xla|links|slices|mesh|"
                         "pixels|inception|clip$|features")  # fmt: skip
     for name, _ in fields():
         if name.startswith("model."):
@@ -124,6 +124,7 @@ def test_config_of_a_model_keeps_nothing_of_the_machine():
         tokenizer=dataclasses.replace(default.tokenizer, path="evil", path_2="evil"),
         data=DataConfig(
             path="evil", data_dir="evil", workers=7, threads=7, prefetch=7, max_pixels=7,
+            outside_links=True,
             name="encoded", text_embeddings=True, mixture=(Part(path="evil"),), resolution=32,
         ),
         train=TrainConfig(xla_options=("xla_dump_to=evil",), steps=7),
