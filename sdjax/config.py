@@ -29,11 +29,13 @@ from sdjax.train import xla
 from sdjax.train.ema import EMAConfig
 from sdjax.train.optim import OptimConfig
 from sdjax.train.validation_config import ValidationConfig
+from sdjax.untrusted import brief, plain
 
 if TYPE_CHECKING:
     import ml_collections  # of the verbs alone: the dataclasses are complete without it
 
 T = TypeVar("T")
+_MOST_UNKNOWN = 20  # fields that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,16 +277,19 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
 
 def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None:
     if not isinstance(values, dict):
-        errors.append(f"{where} is {values!r}; expected a group of fields")
+        errors.append(f"{where} is {brief(values)}; expected a group of fields")
         return None
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     before = len(errors)
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {where}.{close[0]}?" if close else f"; known: {sorted(known)}"
-            errors.append(f"{where}.{name} is not a field{hint}")
+    unknown = [name for name in values if name not in known]
+    for name in unknown[:_MOST_UNKNOWN]:
+        name = plain(name)
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {where}.{close[0]}?" if close else f"; known: {sorted(known)}"
+        errors.append(f"{where}.{name} is not a field{hint}")
+    if len(unknown) > _MOST_UNKNOWN:
+        errors.append(f"{where} has {len(unknown) - _MOST_UNKNOWN} more fields that it has not")
     kwargs: dict[str, Any] = {}
     for name in known & set(values):
         field = f"{where}.{name}"
@@ -304,14 +309,14 @@ def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None
                 kwargs[name] = _cast(hints[name], values[name])
             except TypeError:
                 errors.append(
-                    f"{field} is {values[name]!r} ({type(values[name]).__name__}); "
+                    f"{field} is {brief(values[name])} ({type(values[name]).__name__}); "
                     f"expected {_describe(hints[name])}"
                 )
     if len(errors) > before:
         return None
     try:
         return cls(**kwargs)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         errors.append(f"{where}: {error}")
         return None
 
@@ -354,7 +359,7 @@ def _cast(hint: Any, value: Any) -> Any:
     if hint is tuple:
         return tuple(value) if isinstance(value, tuple | list) else _fail()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if value.bit_length() < 1000 else _fail()  # larger than any float
     if hint is int and isinstance(value, bool):
         raise TypeError
     if isinstance(hint, type) and isinstance(value, hint):

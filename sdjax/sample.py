@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import locks, paths, progress, text_files
+from sdjax import locks, paths, progress, text_files, untrusted
 from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
 
@@ -177,12 +177,14 @@ def read_latents(file: str, count: int, shape: tuple[int, int, int]):
     """
     import numpy as np
 
+    from sdjax import array_files
+
     height, width, channels = shape
     try:
         with paths.reading(file) as local:
-            latents = np.load(local, allow_pickle=False).astype(np.float32)
-    except paths.storage_errors(ValueError, TypeError) as error:
-        why = text_files.pointer_note(file) or error
+            latents = array_files.read_npy(local).astype(np.float32)
+    except untrusted.damage() as error:
+        why = text_files.pointer_note(file) or untrusted.why(error)
         raise UserError(f"--latents={file} cannot be read as a NumPy array: {why}") from error
     if latents.shape == (count, height, width, channels):
         return latents

@@ -13,6 +13,7 @@ import stat
 import struct
 import sys
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ _DAMAGE: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError,
     MemoryError, OSError, RuntimeError, SyntaxError, SystemError, TypeError, ValueError,
     csv.Error, lzma.LZMAError, pickle.PickleError, struct.error, tarfile.TarError,
+    tokenize.TokenError,  # of numpy, which reads its headers as Python
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
 )  # fmt: skip
 # Those of libraries, which have raised none unless they are loaded.
@@ -69,15 +71,16 @@ def explained(
         remedy: for the end of the message.
 
     Raises:
-        UserError: `error`; or one from within, unchanged if it names `path`.
+        UserError: `error`, with the cause; a UserError from within keeps its words.
     """
     try:
         yield
     except BaseException as found:
         if isinstance(found, UserError):
-            if str(path) in str(found):
+            named = str(path) in str(found)
+            if named and isinstance(found, error):
                 raise
-            raise error(f"{path}: {found}") from found
+            raise error(str(found) if named else f"{path}: {found}") from found
         # What pyo3 makes of a panic in Rust (in tokenizers, safetensors) is no Exception.
         if not isinstance(found, damage()) and type(found).__name__ != "PanicException":
             raise
@@ -107,7 +110,18 @@ def brief(value: Any) -> str:
 
     The repr of a list that holds itself in many places is longer than any memory.
     """
-    return _brief(value, _LEVELS)
+    text = _brief(value, _LEVELS)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def is_number(name: str) -> bool:
+    """Whether a name is a whole number in ASCII: "²" and "٣" are digits to `str.isdigit`."""
+    return name.isascii() and name.isdigit()
+
+
+def plain(name: Any) -> str:
+    """Return a name for a message as it is, without quotes; short, and whatever it is."""
+    return name if isinstance(name, str) and len(name) <= _LETTERS else brief(name)
 
 
 def _brief(value: Any, levels: int) -> str:

@@ -17,24 +17,26 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from sdjax import paths, text_files
-from sdjax.errors import UserError
+from sdjax import paths
+from sdjax.data.tokenizer_files import (
+    BOS,
+    DEFAULT_CONTEXT_LENGTH,
+    DEFAULT_SPECIAL,
+    END_OF_WORD,
+    EOS,
+    TokenizerError,
+    merge_pairs,
+    read_folder,
+    token_arguments,
+    token_text,
+)
+from sdjax.untrusted import brief, explained
 
-BOS = "<|startoftext|>"
-EOS = "<|endoftext|>"
-END_OF_WORD = "</w>"
-DEFAULT_CONTEXT_LENGTH = 77  # OpenAI CLIP, clip/model.py
 KEPT = 16_384  # captions whose tokens are remembered, some 10 MB: they come again every epoch
-# What transformers takes for the tokens that the files leave open, in the order it adds them.
-DEFAULT_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 # OpenAI CLIP, clip/simple_tokenizer.py
 SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-
-
-class TokenizerError(UserError):
-    """A tokenizer folder that cannot be read; the message says which file and why."""
 
 
 class Tokenizer:
@@ -61,7 +63,7 @@ class Tokenizer:
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         self._special = {**DEFAULT_SPECIAL, **(special or {})}
         self._added = dict(added or {})
-        names = {key: _content(token) for key, token in self._special.items()}
+        names = {key: token_text(token) for key, token in self._special.items()}
         self._backend = _backend(self._vocab, self._merges, unk=names["unk_token"])
         _add_tokens(self._backend, self._special, self._added)
         ids = self._backend.get_vocab()
@@ -75,6 +77,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, special and added ones included."""
         return self._backend.get_vocab_size()
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id; larger than `vocab_size` - 1 where ids are left out."""
+        return max(self._backend.get_vocab().values())
+
+    def check_vocabulary(self, vocab_size: int, where: object) -> None:
+        """Raise TokenizerError, naming `where`, if a token has an id from `vocab_size` on."""
+        if self.largest_id >= vocab_size:
+            raise TokenizerError(
+                f"{where}: the tokenizer's ids go up to {self.largest_id:,}, and the text encoder "
+                f"has {vocab_size:,} tokens: they do not belong together"
+            )
 
     @property
     def identity(self) -> str:
@@ -146,31 +161,11 @@ class Tokenizer:
     ) -> Tokenizer:
         """Reads a `CLIPTokenizer` folder: vocab.json and merges.txt (transformers 4, the hub), or
         tokenizer.json (transformers 5). `context_length` and `pad_token` default to the folder's
-        own."""
+        own. Raises TokenizerError."""
         folder = paths.to_path(folder)
-        config = _read_json(folder / "tokenizer_config.json", default={})
-        special = {key: config[key] for key in DEFAULT_SPECIAL if config.get(key) is not None}
-        vocab, merges, tokens = _read_vocabulary(folder)
-        if "added_tokens_decoder" in config:  # then transformers reads no other list of tokens
-            tokens = config["added_tokens_decoder"]
-        else:
-            overrides = _read_json(folder / "special_tokens_map.json", default={})
-            special.update({key: overrides[key] for key in DEFAULT_SPECIAL if key in overrides})
-            names = {_content(token) for token in special.values()}
-            for text, index in _read_json(folder / "added_tokens.json", default={}).items():
-                is_special = text in names
-                flags = {"normalized": not is_special, "special": is_special}
-                tokens.setdefault(index, {"content": text, **flags})
-        added = {int(index): _token_arguments(token) for index, token in tokens.items()}
-        if pad_token is not None:
-            special["pad_token"] = pad_token
-        length = context_length or config.get("model_max_length", DEFAULT_CONTEXT_LENGTH)
-        if length > 1e6:  # transformers writes 1e30 for "not known"
-            length = DEFAULT_CONTEXT_LENGTH
-        try:
-            return cls(vocab, merges, context_length=length, special=special, added=added)
-        except ValueError as error:
-            raise TokenizerError(f"{folder}: {error}") from error
+        again = "copy the folder again"
+        with explained(folder, "a CLIP tokenizer", error=TokenizerError, remedy=again):
+            return cls(**read_folder(folder, context_length, pad_token))
 
     @classmethod
     def train(
@@ -200,7 +195,7 @@ class Tokenizer:
         model = json.loads(backend.to_str())["model"]
         vocab = dict(model["vocab"])
         vocab.update({BOS: len(vocab), EOS: len(vocab) + 1})
-        return cls(vocab, _pairs(model["merges"]), context_length=context_length)
+        return cls(vocab, merge_pairs(model["merges"]), context_length=context_length)
 
     def save(self, folder: paths.PathLike) -> None:
         """Writes a folder for `load` and the `CLIPTokenizer` of transformers 4 and 5."""
@@ -229,7 +224,7 @@ class Tokenizer:
             "add_prefix_space": False,
             "errors": "replace",
             "added_tokens_decoder": tokens,
-            **{key: _content(token) for key, token in self._special.items()},
+            **{key: token_text(token) for key, token in self._special.items()},
         }
         _write_json(folder / "tokenizer_config.json", config)
 
@@ -266,7 +261,7 @@ def _add_tokens(
     added: Mapping[int, dict[str, Any]],
 ) -> None:
     """Makes the tokens known that are taken whole. The first mention of a token sets its flags."""
-    names = {_content(token) for token in special.values()}
+    names = {token_text(token) for token in special.values()}
     for index, arguments in sorted(added.items()):
         flags = {**arguments, "special": arguments.get("special", False)}
         if arguments["content"] in names:
@@ -275,56 +270,13 @@ def _add_tokens(
         got = backend.token_to_id(arguments["content"])
         if got != index:
             raise ValueError(
-                f"added token {arguments['content']!r} has id {index}, but gets {got} after a "
+                f"added token {brief(arguments['content'])} has id {index}, but gets {got} after a "
                 f"vocabulary of {backend.get_vocab_size(with_added_tokens=False)}; the tokenizer's "
                 "files do not belong together"
             )
     for token in special.values():
-        arguments = _token_arguments(token)
+        arguments = token_arguments(token)
         backend.add_tokens([AddedToken(**{**arguments, "special": True})])
-
-
-def _read_vocabulary(
-    folder: paths.Path,
-) -> tuple[dict[str, int], list[tuple[str, str]], dict[Any, dict[str, Any]]]:
-    """(vocabulary, merges, added tokens by id). tokenizer.json wins, as it does in transformers."""
-    single = folder / "tokenizer.json"
-    if single.is_file():
-        content = _read_json(single)
-        model = content.get("model", {})
-        kind, suffix = model.get("type"), model.get("end_of_word_suffix")
-        if kind not in ("BPE", None) or suffix != END_OF_WORD or "vocab" not in model:
-            raise TokenizerError(
-                f"{single}: expected CLIP's BPE model with end_of_word_suffix {END_OF_WORD!r}, "
-                f"found type {kind!r} with {suffix!r}; sdjax reads CLIP tokenizers only"
-            )
-        tokens = {entry["id"]: entry for entry in content.get("added_tokens", [])}
-        added = {
-            index: {key: value for key, value in entry.items() if key != "id"}
-            for index, entry in tokens.items()
-        }
-        return model["vocab"], _pairs(model["merges"]), added
-    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-    if missing:
-        raise TokenizerError(
-            f"{folder}: no {' and no '.join(missing)}; expected a CLIP tokenizer folder with "
-            "vocab.json and merges.txt, or tokenizer.json"
-        )
-    try:
-        lines = text_files.lines(text_files.read_text(folder / "merges.txt"))
-    except text_files.TextError as error:
-        raise TokenizerError(f"{error}; copy the file again") from error
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return _read_json(folder / "vocab.json"), _pairs(merges), {}
-
-
-def _pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
-    """Merges as pairs; files hold them as "a b" or as ["a", "b"]."""
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    for rank, pair in enumerate(pairs):
-        if len(pair) != 2:
-            raise TokenizerError(f"merge {rank} is {pair!r}: expected two tokens")
-    return pairs  # type: ignore[return-value]
 
 
 def _byte_alphabet() -> list[str]:
@@ -344,16 +296,6 @@ def _valid_text(text: str) -> str:
     return text
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def _token_arguments(token: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(token, str):
-        return {"content": token}
-    return {key: value for key, value in token.items() if key not in ("__type", "id")}
-
-
 def _as_special_map(special: Mapping[str, str | dict[str, Any]]) -> dict[str, Any]:
     """special_tokens_map.json has no `special` flag: every token in it is."""
     drop = ("__type", "special")
@@ -366,15 +308,6 @@ def _as_special_map(special: Mapping[str, str | dict[str, Any]]) -> dict[str, An
 def _token_json(token: AddedToken) -> str:
     keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return json.dumps({key: getattr(token, key) for key in keys})
-
-
-def _read_json(path: paths.Path, default: Any = None) -> Any:
-    if default is not None and not path.is_file():
-        return default
-    try:
-        return text_files.read_json(path)
-    except text_files.TextError as error:
-        raise TokenizerError(f"{error}; copy the file again") from error
 
 
 def _write_json(path: paths.Path, content: Any, indent: int | None = 2) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.diffusion.schedules import Schedule, shift_noise_level
+from sdjax.diffusion.schedules import MOST_TIMESTEPS, Schedule, shift_noise_level
 from sdjax.errors import UserError
+from sdjax.untrusted import brief
 
 SAMPLERS = (
     "ddpm",
@@ -41,6 +42,7 @@ _MULTISTEP = ("dpmpp_2m", "unipc")
 _CLIPPING_SAMPLERS = ("ddpm", "ddim", "heun")  # as in diffusers
 # Keeps sigma/alpha finite where alpha is 0 (the same value as in scheduling_euler_discrete.py)
 _LEAST_ALPHAS_CUMPROD = 2.0**-24
+_MOST_RANGE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +72,21 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLERS:
-            raise UserError(f"sampler.name is {self.name!r}; expected one of {', '.join(SAMPLERS)}")
+            raise UserError(
+                f"sampler.name is {brief(self.name)}; expected one of {', '.join(SAMPLERS)}"
+            )
         if self.spacing not in SPACINGS:
             raise UserError(
-                f"sampler.spacing is {self.spacing!r}; expected one of {', '.join(SPACINGS)}"
+                f"sampler.spacing is {brief(self.spacing)}; expected one of {', '.join(SPACINGS)}"
             )
-        if self.steps < 1:
-            raise UserError(f"sampler.steps is {self.steps}; expected at least 1")
-        if self.steps_offset < 0:
-            raise UserError(f"sampler.steps_offset is {self.steps_offset}; expected 0 or more")
+        for field, least in (("steps", 1), ("steps_offset", 0)):
+            value = getattr(self, field)
+            if not least <= value <= MOST_TIMESTEPS:
+                raise UserError(
+                    f"sampler.{field} is {brief(value)}; expected {least} to {MOST_TIMESTEPS:,}"
+                )
         if not 0.0 <= self.eta <= 1.0:
-            raise UserError(f"sampler.eta is {self.eta}; expected 0 to 1")
+            raise UserError(f"sampler.eta is {brief(self.eta)}; expected 0 to 1")
         if self.eta and self.name != "ddim":
             raise UserError(
                 f"sampler.eta is {self.eta} with sampler {self.name!r}; "
@@ -96,9 +102,10 @@ class SamplerConfig:
                 f"sampler.clip_sample is True with sampler {self.name!r}; "
                 f"only {', '.join(_CLIPPING_SAMPLERS)} can use it"
             )
-        if not self.clip_sample_range > 0.0:
+        if not 0.0 < self.clip_sample_range <= _MOST_RANGE:
             raise UserError(
-                f"sampler.clip_sample_range is {self.clip_sample_range}; expected more than 0"
+                f"sampler.clip_sample_range is {brief(self.clip_sample_range)}; expected above 0, "
+                f"at most {_MOST_RANGE:g}"
             )
 
 

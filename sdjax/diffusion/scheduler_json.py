@@ -18,6 +18,9 @@ from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.prediction import PREDICTIONS
 from sdjax.diffusion.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS, SchedulerClass
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.untrusted import brief, plain
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +48,11 @@ def scheduler_from_diffusers(
     Raises ValueError naming every field that is unknown or that asks for a noise schedule or a
     prediction that sdjax does not have.
     """
-    name = str(config.get("_class_name"))
-    cls = (CLASSES | FLOW_CLASSES).get(name)
-    if cls is None:
+    name = config.get("_class_name")
+    cls = (CLASSES | FLOW_CLASSES).get(name) if isinstance(name, str) else None
+    if not isinstance(name, str) or cls is None:
         raise ValueError(
-            f"{where}: _class_name is {config.get('_class_name')!r}; expected one of "
+            f"{where}: _class_name is {brief(name)}; expected one of "
             + ", ".join(CLASSES | FLOW_CLASSES)
         )
     config = corrected(config, pipeline)
@@ -114,7 +117,7 @@ def _unsupported(name: str, cls: SchedulerClass, fields: Mapping[str, Any]) -> s
     if not cls.same:
         return name
     others = [
-        f"{field} = {fields[field]!r}"
+        f"{field} = {brief(fields[field])}"
         for field, accepted in cls.drawn.items()
         if field in fields and fields[field] not in accepted
     ]
@@ -125,7 +128,7 @@ def _check_fields(name: str, cls: SchedulerClass, config: Mapping[str, Any], whe
     """Collects everything in `config` that the networks cannot be used with into one ValueError."""
     present = {field: value for field, value in config.items() if not field.startswith("_")}
     problems = [
-        f"{field} = {value!r}: unknown field"
+        f"{plain(field)} = {brief(value)}: unknown field"
         for field, value in present.items()
         if field not in KNOWN_FIELDS
     ]
@@ -135,19 +138,32 @@ def _check_fields(name: str, cls: SchedulerClass, config: Mapping[str, Any], whe
     for field, accepted in required.items():
         if field in present and present[field] not in accepted:
             expected = " or ".join(repr(value) for value in accepted)
-            problems.append(f"{field} = {present[field]!r}: expected {expected}")
+            problems.append(f"{field} = {brief(present[field])}: expected {expected}")
+    for field, default in cls.defaults.items():
+        if field in present and not _is_like(present[field], default):
+            expected = _KINDS[type(default)]
+            problems.append(f"{field} = {brief(present[field])}: expected {expected}")
     rescales = "rescale_betas_zero_snr"
     if name not in FLOW_CLASSES and rescales not in cls.defaults and present.get(rescales):
         problems.append(
-            f"{rescales} = {present[rescales]!r}: diffusers' {name} does not read it, so that what "
-            "the network was trained on is unclear. Set it to False, or name a class that has it, "
-            "as DDIMScheduler"
+            f"{rescales} = {brief(present[rescales])}: diffusers' {name} does not read it, so that "
+            "what the network was trained on is unclear. Set it to False, or name a class that has "
+            "it, as DDIMScheduler"
         )
     if problems:
         raise ValueError(
             f"{where} ({name}) has settings that sdjax does not support:\n  "
             + "\n  ".join(problems)
         )
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a field's default. Files write a null for False."""
+    if default is None or isinstance(default, bool):
+        return default is None or value is None or isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
 
 
 def scheduler_to_diffusers(

@@ -13,8 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdjax.untrusted import brief
+
 DISCRETE_KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 KINDS = (*DISCRETE_KINDS, "flow")
+MOST_TIMESTEPS = 100_000  # a hundred times as many as any model has
+_MOST_SCALE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +45,26 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"schedule.kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"schedule.kind is {brief(self.kind)}; expected one of {', '.join(KINDS)}"
+            )
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(
-                f"schedule.beta_start is {self.beta_start} and schedule.beta_end {self.beta_end}; "
+                f"schedule.beta_start is {brief(self.beta_start)} and schedule.beta_end "
+                f"{brief(self.beta_end)}; "
                 "expected 0 < beta_start <= beta_end < 1"
             )
-        if self.num_train_timesteps < 2:
+        if not 2 <= self.num_train_timesteps <= MOST_TIMESTEPS:
             raise ValueError(
-                f"schedule.num_train_timesteps is {self.num_train_timesteps}; expected at least 2"
+                f"schedule.num_train_timesteps is {brief(self.num_train_timesteps)}; expected 2 to "
+                f"{MOST_TIMESTEPS:,}"
             )
-        if self.snr_scale <= 0:
-            raise ValueError(f"schedule.snr_scale is {self.snr_scale}; expected a positive number")
-        if self.shift <= 0:
-            raise ValueError(f"schedule.shift is {self.shift}; expected a positive number")
+        for name in ("snr_scale", "shift"):
+            value = getattr(self, name)
+            if not 0 < value <= _MOST_SCALE:
+                raise ValueError(
+                    f"schedule.{name} is {brief(value)}; expected above 0, at most {_MOST_SCALE:g}"
+                )
         self._check_combination()
 
     def _check_combination(self) -> None:

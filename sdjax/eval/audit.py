@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
-from sdjax import paths, text_files
+from sdjax import paths, text_files, yaml_files
 from sdjax.errors import UserError
 from sdjax.eval.features import ClipTower
+from sdjax.untrusted import brief, explained, plain
 
 UNTOLD = -1  # the code of a picture whose label cannot be told
 _FIELDS = ("prompts", "pictures_per_prompt", "attributes", "targets", "labeller")
@@ -83,15 +84,11 @@ def read_audit(path: paths.PathLike) -> Audit:
     """
     path = paths.to_path(path)
     try:
-        content = yaml.load(text_files.read_text(path), _Loader)
+        content = yaml_files.read_yaml(path)
     except text_files.TextError as error:
         raise AuditError(f"--audit={error}") from error
-    except yaml.YAMLError as error:
-        raise AuditError(f"{path}: not valid yaml: {error}") from error
-    try:
+    with explained(path, "an audit", error=AuditError, remedy="see sdjax/eval/audit.py"):
         return _audit(content)
-    except AuditError as error:
-        raise AuditError(f"{path}: {error}") from error
 
 
 def make_labeller(
@@ -195,62 +192,49 @@ def _codes(attribute: Attribute, named: Any, count: int, labeller: str | None) -
 # ---- the file ------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which yaml would drop the first without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
-            if not isinstance(name, Hashable):
-                continue  # yaml's own error, below
-            if name in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{name!r} is there twice", problem_mark=key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def _audit(content: Any) -> Audit:
     if not isinstance(content, Mapping):
         raise AuditError(f"expected {', '.join(_FIELDS)}; found {type(content).__name__}")
-    unknown = [str(name) for name in content if name not in _FIELDS]
+    unknown = [name for name in content if name not in _FIELDS]
     if unknown:
-        raise AuditError(f"unknown field {', '.join(unknown)}; expected {', '.join(_FIELDS)}")
+        raise AuditError(
+            f"unknown field {', '.join(map(plain, unknown[:8]))}; expected {', '.join(_FIELDS)}"
+        )
     prompts = _texts("prompts", content.get("prompts"))
     number = content.get("pictures_per_prompt")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise AuditError(f"pictures_per_prompt is {number!r}; expected a number from 1 on")
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= 1e6:
+        raise AuditError(f"pictures_per_prompt is {brief(number)}; expected 1 to 1,000,000")
     attributes, targets = content.get("attributes"), content.get("targets") or {}
     if not isinstance(attributes, Mapping) or not attributes:
-        raise AuditError(f"attributes is {attributes!r}; expected {{name: labels}}, at least one")
+        raise AuditError(
+            f"attributes is {brief(attributes)}; expected {{name: labels}}, at least one"
+        )
     if not isinstance(targets, Mapping) or set(targets) - set(attributes):
-        raise AuditError(f"targets is {targets!r}; expected shares for names in attributes")
+        raise AuditError(f"targets is {brief(targets)}; expected shares for names in attributes")
     found = tuple(_attribute(name, value, targets) for name, value in attributes.items())
     labeller = content.get("labeller")
     by_function = [attribute.name for attribute in found if not attribute.texts]
     if labeller is not None and (
         not isinstance(labeller, str) or not all(labeller.partition(":")[::2])
     ):
-        raise AuditError(f"labeller is {labeller!r}; expected package.module:function")
+        raise AuditError(f"labeller is {brief(labeller)}; expected package.module:function")
     if bool(by_function) != bool(labeller):
         raise AuditError(
-            f"attributes.{by_function[0]} is a list of labels without texts for CLIP: add texts, "
-            "or name the function that tells it in labeller"
+            f"attributes.{plain(by_function[0])} is a list of labels without texts for CLIP: add "
+            "texts, or name the function that tells it in labeller"
             if by_function
-            else f"labeller is {labeller!r}, but every attribute has texts and is told by CLIP; "
-            "write an attribute as a list of its labels for the labeller to tell it"
+            else f"labeller is {brief(labeller)}, but every attribute has texts and is told by "
+            "CLIP; write an attribute as a list of its labels for the labeller to tell it"
         )
     return Audit(prompts, number, found, labeller)
 
 
 def _attribute(name: Any, value: Any, targets: Mapping[Any, Any]) -> Attribute:
-    where = f"attributes.{name}"
     _texts("attributes", [name])
+    where = f"attributes.{plain(name)}"
     if isinstance(value, Mapping):
         labels = _texts(where, list(value))
-        texts = tuple(_texts(f"{where}.{label}", found) for label, found in value.items())
+        texts = tuple(_texts(f"{where}.{plain(label)}", found) for label, found in value.items())
     else:
         labels, texts = _texts(where, value), ()
     if len(labels) < 2:
@@ -263,8 +247,8 @@ def _attribute(name: Any, value: Any, targets: Mapping[Any, Any]) -> Attribute:
         or abs(sum(target.values()) - 1) > 1e-6
     ):
         raise AuditError(
-            f"targets.{name} is {target!r}; expected a share for each of {', '.join(labels)}, "
-            "which add up to 1"
+            f"targets.{name} is {brief(target)}; expected a share for each of "
+            f"{', '.join(map(plain, labels))}, which add up to 1"
         )
     return Attribute(name, labels, texts, tuple(float(target[label]) for label in labels))
 
@@ -273,11 +257,11 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
     """Different texts, at least one; a single one may stand without a list."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise AuditError(f"{where} is {value!r}; expected a list of texts")
+        raise AuditError(f"{where} is {brief(value)}; expected a list of texts")
     odd = [text for text in texts if not isinstance(text, str) or not text.strip()]
     if odd:  # yaml reads yes, no, on, off and 1 as something else
-        raise AuditError(f"{where} has {odd[0]!r}, which is no text; put it in quotes")
-    twice = [text for text in texts if texts.count(text) > 1]
+        raise AuditError(f"{where} has {brief(odd[0])}, which is no text; put it in quotes")
+    twice = [text for text, count in Counter(texts).items() if count > 1]
     if twice:
-        raise AuditError(f"{where} has {twice[0]!r} twice")
+        raise AuditError(f"{where} has {brief(twice[0])} twice")
     return tuple(texts)

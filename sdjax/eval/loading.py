@@ -23,6 +23,7 @@ from sdjax.train.pretrained import folder_kind, read_any
 from sdjax.train.task import make_task
 from sdjax.train.validation import Validator
 from sdjax.train.workdir import CONFIG_FILE
+from sdjax.untrusted import is_number
 
 OWN = "own"  # as a dataset: what the model was trained on, wherever it lies
 
@@ -54,7 +55,7 @@ def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None
         if step is not None:
             raise UserError(f"--step={step}: {model} is no workdir, and has no checkpoints")
         return Loaded(read_any(folder, weights=weights))
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+    if folder.parent.name == "checkpoints" and is_number(folder.name):
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))

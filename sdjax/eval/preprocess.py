@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from sdjax import untrusted
 from sdjax.errors import UserError
 from sdjax.models.inception import SIZE
+from sdjax.untrusted import brief
 
 INCEPTION = f"bilinear {SIZE}x{SIZE}, no antialias, [-1, 1]"  # in the digest of features
+_MOST_SIDE = 4096  # that pictures are resized to; CLIP's have 224 to 448
 # OpenAI CLIP, clip/clip.py `_transform`; transformers' defaults where a file leaves them out.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -83,12 +86,26 @@ class ClipPreprocess:
                 std=tuple(map(float, data.get("image_std", CLIP_STD))) if normalize else (1.0,),
             )
             Image.Resampling(found.resample)
-        except (KeyError, TypeError, ValueError) as error:
+            found._check_numbers()
+        except untrusted.damage() as error:
             raise UserError(
-                f"{where}: not a CLIPImageProcessor ({error!r}); expected size, crop_size, "
-                "resample, image_mean and image_std as transformers writes them"
+                f"{where}: not a CLIPImageProcessor ({untrusted.why(error)}); expected size, "
+                "crop_size, resample, image_mean and image_std as transformers writes them"
             ) from error
         return found
+
+    def _check_numbers(self) -> None:
+        """ValueError, naming the field, if a number is none that a picture can be prepared by."""
+        for name, value in (("size", self.size), ("crop_size", self.crop)):
+            for side in () if value is None else _sides(value):
+                if not 1 <= side <= _MOST_SIDE:
+                    raise ValueError(f"{name} is {brief(value)}; expected 1 to {_MOST_SIDE:,}")
+        for name, values in (("image_mean", self.mean), ("image_std", self.std)):
+            least = 1e-6 if name == "image_std" else -1e6
+            if len(values) not in (1, 3) or not all(least <= number <= 1e6 for number in values):
+                raise ValueError(f"{name} is {brief(values)}; expected 3 numbers, none too small")
+        if not 0 < self.scale <= 1e6:
+            raise ValueError(f"rescale_factor is {brief(self.scale)}; expected a positive number")
 
     def check(self, image_size: int, where: str) -> None:
         """UserError unless pictures of any shape become squares of `image_size`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -19,10 +18,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sdjax import paths, progress
+from sdjax.array_files import open_npz
 from sdjax.errors import UserError
 from sdjax.eval.frechet import Moments, moments
 from sdjax.eval.pictures import Pictures, stretches
 from sdjax.text_files import pointer_note
+from sdjax.untrusted import brief, check_depth, damage, why
 
 PYTORCH_FID_TOWER = "inception-v3-2048"  # what a file without "meta" is taken to be of
 
@@ -146,25 +147,39 @@ def read(
     """
     file = paths.to_path(file)
     try:
-        with paths.reading(file) as local, np.load(local, allow_pickle=False) as stored:
+        with paths.reading(file) as local, open_npz(local) as stored:
             features = stored["features"] if "features" in stored else None
             meta = json.loads(str(stored["meta"])) if "meta" in stored else {}
+            check_depth(meta)
             mu, sigma = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
+            _check_arrays(mu, sigma, features, meta)
             found = Reference(Moments(mu, sigma), features, meta)
-    except paths.storage_errors(ValueError, KeyError, zipfile.BadZipFile) as error:
-        why = pointer_note(file) or error
+    except damage() as error:
+        cause = pointer_note(file) or why(error)
         raise UserError(
-            f"{file}: cannot be read as statistics of pictures ({why}); expected an .npz with mu "
+            f"{file}: cannot be read as statistics of pictures ({cause}); expected an .npz with mu "
             "and sigma, as pytorch-fid --save-stats or sdjax.evaluate writes"
         ) from error
-    if found.moments.sigma.shape != (*found.moments.mu.shape,) * 2:
-        raise UserError(
-            f"{file}: mu has shape {list(found.moments.mu.shape)} and sigma "
-            f"{list(found.moments.sigma.shape)}; expected [D] and [D, D]"
-        )
     if tower is not None:
         _check(file, found, tower, size)
     return found
+
+
+def _check_arrays(mu: np.ndarray, sigma: np.ndarray, features: Any, meta: Any) -> None:
+    """ValueError unless mu is [D], sigma [D, D], features [N, D] or None, all finite."""
+    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape):
+        shapes = f"mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}"
+        raise ValueError(f"{shapes}; expected [D] and [D, D]")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("mu or sigma has NaN or Inf")
+    if features is not None and (
+        features.shape[1:] != mu.shape or features.ndim != 2 or features.dtype.kind != "f"
+    ):
+        raise ValueError(
+            f"features are {features.dtype} {list(features.shape)}; expected floats [N, {len(mu)}]"
+        )
+    if not isinstance(meta, dict):
+        raise ValueError(f"meta is {brief(meta)}; expected a group")
 
 
 def _check(file: paths.Path, found: Reference, tower: Tower, size: tuple[int, int] | None) -> None:
@@ -173,7 +188,9 @@ def _check(file: paths.Path, found: Reference, tower: Tower, size: tuple[int, in
     has = {"tower": made_by, "digest": found.meta.get("digest", tower.digest)}
     if size is not None and "size" in found.meta:
         wanted["size"], has["size"] = list(size), found.meta["size"]
-    different = [f"{k}: {has[k]} there, {wanted[k]} here" for k in wanted if has[k] != wanted[k]]
+    different = [
+        f"{k}: {brief(has[k])} there, {wanted[k]} here" for k in wanted if has[k] != wanted[k]
+    ]
     if different:
         raise UserError(
             f"{file} holds statistics that cannot be compared with: {'; '.join(different)} "

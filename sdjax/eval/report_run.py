@@ -13,6 +13,7 @@ from typing import Any
 
 from sdjax import paths, text_files
 from sdjax.eval.report_metrics import Metrics
+from sdjax.untrusted import MOST_JSON, is_number
 
 Config = Mapping[str, Any]
 PACKAGES = ("sdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -80,7 +81,7 @@ def _checkpoints(folder: paths.Path) -> tuple[int, ...]:
     within = folder / "checkpoints"
     if not within.exists():
         return ()
-    steps = (int(path.name) for path in within.iterdir() if path.name.isdigit())
+    steps = (int(path.name) for path in within.iterdir() if is_number(path.name))
     return tuple(sorted(step for step in steps if _metadata(folder, step).exists()))
 
 
@@ -117,6 +118,8 @@ def _safetensors_shapes(file: paths.Path) -> dict[str, list[int]]:
     """The file begins with the length of its header, which is JSON."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
+        if length > MOST_JSON:
+            raise ValueError(f"{file.name} has a header of {length:,} bytes")
         header = json.loads(opened.read(length))
     return {path: entry["shape"] for path, entry in header.items() if path != "__metadata__"}
 

@@ -113,7 +113,8 @@ def read_pickle(
         ValueError, IndexError, KeyError, TypeError: it is damaged.
     """
     machine = _Machine(where, {} if storages is None else storages)
-    for opcode, argument, _ in pickletools.genops(_Limited(file, min(size, MOST_BYTES))):
+    limited: Any = _Limited(file, min(size, MOST_BYTES))
+    for opcode, argument, _ in pickletools.genops(limited):
         machine.count(1)
         if opcode.name == "STOP":
             return machine.pop()
@@ -275,10 +276,10 @@ class _Machine:
         self._stack.append(storage)
 
 
-_ACTIONS: dict[str, Callable[[_Machine], None]] = {
+_ACTIONS: dict[str, Callable[[_Machine], Any]] = {
     "MARK": _Machine._mark,
-    "POP": lambda machine: machine.pop() and None,
-    "POP_MARK": lambda machine: machine._since_mark() and None,
+    "POP": lambda machine: machine.pop(),
+    "POP_MARK": lambda machine: machine._since_mark(),
     "EMPTY_TUPLE": lambda machine: machine._short_tuple(0),
     "TUPLE1": lambda machine: machine._short_tuple(1),
     "TUPLE2": lambda machine: machine._short_tuple(2),

@@ -27,6 +27,7 @@ from sdjax.models.clip_vision import CLIPVision, read_clip_config
 from sdjax.models.inception import InceptionConfig, InceptionV3
 from sdjax.models.weight_checks import quantised_config
 from sdjax.models.weights import WeightsError
+from sdjax.untrusted import explained, plain
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
@@ -102,6 +103,12 @@ def read_clip(folder: paths.PathLike) -> Clip:
             fit; names it.
     """
     folder = paths.to_path(folder)
+    with explained(folder, "a CLIP of transformers"):
+        return _read_clip(folder)
+
+
+def _read_clip(folder: paths.Path) -> Clip:
+    """See `read_clip`."""
     if not folder.is_dir():
         raise UserError(
             f"the CLIP folder {folder} is not there: fetch one of huggingface.co, as "
@@ -126,20 +133,24 @@ def read_clip(folder: paths.PathLike) -> Clip:
         parts[part if part in parts else ""][re.sub("^(text|vision)_model[.]", "", name)] = value
     scale = parts[""].pop("logit_scale", None)
     if scale is None or parts[""]:
-        unknown = f"; unused: {', '.join(sorted(parts['']))}" if parts[""] else ""
+        unknown = f"; unused: {', '.join(map(plain, sorted(parts[''])[:8]))}" if parts[""] else ""
         raise WeightsError(
             f"{file}: expected text_model.*, vision_model.*, text_projection, visual_projection "
             f"and logit_scale{'' if scale is not None else ', which is missing'}{unknown}"
         )
-    scale = np.exp(np.float32(scale))
+    if np.size(scale) != 1:
+        raise WeightsError(f"{file}: logit_scale has the shape {np.shape(scale)}; expected []")
+    scale = np.exp(np.float32(scale)).reshape(())
     if not np.isfinite(scale):
         raise WeightsError(f"{file}: logit_scale is NaN or Inf; get the file again, or another")
+    tokenizer = Tokenizer.load(folder, context_length=text_config.max_position_embeddings)
+    tokenizer.check_vocabulary(text_config.vocab_size, folder)
     return Clip(
         name=folder.name,
         text=_network(CLIPText, text_config, parts["text"], f"{file} (text)"),
         vision=_network(CLIPVision, vision_config, parts["vision"], f"{file} (vision)"),
         logit_scale=float(scale),
-        tokenizer=Tokenizer.load(folder, context_length=text_config.max_position_embeddings),
+        tokenizer=tokenizer,
         preprocess=preprocess,
     )
 
@@ -211,8 +222,7 @@ def _is_whole(folder: paths.Path) -> bool:
         return False
     if files[0].suffix != ".json":
         return True
-    shards = set(_read_json(files[0]).get("weight_map", {}).values())
-    return all((folder / str(shard)).is_file() for shard in shards)
+    return all(file.is_file() for file in weights.index_files(files[0]))
 
 
 def _network(model: Any, config: Any, tensors: Mapping[str, np.ndarray], where: str) -> Network:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdjax.models.attention import attention
-from sdjax.models.config import check, json_values, read_config
+from sdjax.models.config import check, check_bounds, json_values, read_config
 from sdjax.models.layers import (
     Array,
     Dtype,
@@ -69,6 +69,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "quantization_config": (None,),
 }
+# Far beyond any text encoder of this kind: the largest has 32 layers, a width of 1,280.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "hidden_size": (1, 65_536),
+    "intermediate_size": (1, 1_048_576),
+    "num_hidden_layers": (1, 256),
+    "num_attention_heads": (1, 65_536),
+    "projection_dim": (1, 65_536),
+    "layer_norm_eps": (1e-30, 1),
+}
+_TEXT_BOUNDS: dict[str, tuple[float, float]] = {
+    **BOUNDS,
+    "vocab_size": (1, 2_097_152),
+    "max_position_embeddings": (1, 65_536),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (-1, 2_097_152)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +115,7 @@ class CLIPTextConfig:
     causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "max_position_embeddings"):  # fmt: skip
-            value = getattr(self, name)
-            check(value >= 1, name, value, "at least 1")
+        check_bounds(self, _TEXT_BOUNDS)
         check(
             self.hidden_size % self.num_attention_heads == 0,
             "num_attention_heads",
@@ -113,13 +125,6 @@ class CLIPTextConfig:
         check(
             self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, " or ".join(ACTIVATIONS)
         )
-        check(
-            self.projection_dim is None or self.projection_dim >= 1,
-            "projection_dim",
-            self.projection_dim,
-            "at least 1, or None",
-        )
-        check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "a positive number")
         check(
             0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "[0, 1)"
         )
@@ -134,7 +139,7 @@ class CLIPTextConfig:
             ConfigError: listing the fields that are unknown or not supported.
         """
         values, absent = dict(data), dict(_ABSENT)
-        if "CLIPTextModelWithProjection" in (data.get("architectures") or ()):
+        if has_projection(data):
             absent["projection_dim"] = 512
         else:
             values.pop("projection_dim", None)
@@ -162,6 +167,12 @@ class CLIPTextConfig:
     def architecture(self) -> str:
         """The class of transformers."""
         return "CLIPTextModelWithProjection" if self.projection_dim else "CLIPTextModel"
+
+
+def has_projection(data: Mapping[str, Any]) -> bool:
+    """Whether a text encoder's config.json is of a `CLIPTextModelWithProjection`."""
+    classes = data.get("architectures")
+    return isinstance(classes, list | tuple) and "CLIPTextModelWithProjection" in classes
 
 
 class CLIPText(nnx.Module):

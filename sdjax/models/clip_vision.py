@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models.clip import ACTIVATIONS, CLIPTextConfig, Encoder
-from sdjax.models.config import ConfigError, check, read_config
+from sdjax.models.clip import ACTIVATIONS, BOUNDS, CLIPTextConfig, Encoder
+from sdjax.models.config import ConfigError, check, check_bounds, read_config
 from sdjax.models.layers import Array, LayerNorm, normal_init
 from sdjax.models.products import Conv, Embed, Linear
+from sdjax.untrusted import brief
 
 # What transformers 4 wrote of every config, generation and labels included (configuration_utils.py,
 # PretrainedConfig): none of it is read by CLIP.
@@ -69,17 +70,15 @@ class CLIPVisionConfig:
     causal: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
-                     "num_attention_heads", "image_size", "patch_size"):  # fmt: skip
-            value = getattr(self, name)
-            check(value >= 1, name, value, "at least 1")
+        check_bounds(self, {**BOUNDS, "image_size": (1, 4096), "patch_size": (1, 4096)})
         width, heads = self.hidden_size, self.num_attention_heads
         check(width % heads == 0, "num_attention_heads", heads, f"a divisor of {width}")
         check(self.patch_size <= self.image_size, "patch_size", self.patch_size, "<= image_size")
         check(self.num_channels == 3, "num_channels", self.num_channels, "3")
         acts = " or ".join(ACTIVATIONS)
         check(self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, acts)
-        check(self.layer_norm_eps > 0, "layer_norm_eps", self.layer_norm_eps, "a positive number")
+        dropout = self.attention_dropout
+        check(0 <= dropout < 1, "attention_dropout", dropout, "a rate in [0, 1)")
 
 
 def read_clip_config(
@@ -90,10 +89,11 @@ def read_clip_config(
     Raises:
         ConfigError: it is of another model, or listing the fields that are unknown.
     """
-    if data.get("model_type") != "clip":
+    kind = data.get("model_type")
+    if kind != "clip":
         raise ConfigError(
-            f"{where}: model_type is {data.get('model_type')!r}; expected 'clip', a CLIPModel with "
-            "both towers, as openai/clip-vit-large-patch14 is on huggingface.co"
+            f"{where}: model_type is {brief(kind)}; expected 'clip', a CLIPModel with both towers, "
+            "as openai/clip-vit-large-patch14 is on huggingface.co"
         )
     parts: dict[str, dict[str, Any]] = {}
     for name in ("text_config", "vision_config"):
@@ -101,8 +101,10 @@ def read_clip_config(
         # other (CLIPConfig.__post_init__).
         chosen = data.get(f"{name}_dict")
         chosen = (data.get(name) or {}) if chosen is None else chosen
+        if not isinstance(chosen, Mapping):
+            raise ConfigError(f"{where}: {name} = {brief(chosen)}: expected a group of fields")
         # The width of the whole model is what its projections have.
-        parts[name] = chosen | {"projection_dim": data.get("projection_dim", 512)}
+        parts[name] = {**chosen, "projection_dim": data.get("projection_dim", 512)}
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     text = {k: v for k, v in parts["text_config"].items() if k in ids or k not in _SOFTWARE}
     text |= {"architectures": ["CLIPTextModelWithProjection"]}

@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sdjax.errors import UserError
+from sdjax.untrusted import brief, check_depth, plain
 
 Config = TypeVar("Config")
+_MOST_PROBLEMS = 40  # that an error shows
 
 
 class ConfigError(UserError):
@@ -53,6 +55,10 @@ def read_config(
     Raises:
         ConfigError: listing every unknown or unsupported field with its value.
     """
+    try:
+        check_depth(data)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
     neutral, null = neutral or {}, null or {}
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -65,20 +71,20 @@ def read_config(
             if matches(value, hints[name]):
                 values[name] = value
             else:
-                problems.append(f"{name} = {value!r} (expected {_type_name(hints[name])})")
+                problems.append(f"{name} = {brief(value)} (expected {_type_name(hints[name])})")
         elif name in neutral:
             if not _is_neutral(value, neutral[name]):
                 allowed = " or ".join(repr(v) for v in neutral[name])
-                problems.append(f"{name} = {value!r} (supported: {allowed})")
+                problems.append(f"{name} = {brief(value)} (supported: {allowed})")
         elif name in ignored or name.startswith("_"):
             skipped.append(name)
         else:
-            problems.append(f"{name} = {value!r} (unknown field)")
+            problems.append(f"{plain(name)} = {brief(value)} (unknown field)")
     if problems:
         raise ConfigError(_report(where, cls.__name__, problems))
     try:
         return cls(**values), skipped
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise ConfigError(_report(where, cls.__name__, [str(error)])) from error
 
 
@@ -107,11 +113,30 @@ def matches(value: Any, hint: Any) -> bool:
 def check(condition: bool, field: str, value: Any, expected: str) -> None:
     """Raises a ValueError that names the field, its value and what is expected."""
     if not condition:
-        raise ValueError(f"{field} = {value!r}: expected {expected}")
+        raise ValueError(f"{field} = {brief(value)}: expected {expected}")
+
+
+def check_bounds(config: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Checks numbers of a config, or each number of a tuple; None passes.
+
+    Args:
+        bounds: {field: (least, most)}. A file may ask for a network that no machine can build, or
+            has the time to describe.
+
+    Raises:
+        ValueError: naming the field, its value and its bounds. NaN is outside all.
+    """
+    for field, (least, most) in bounds.items():
+        value = getattr(config, field)
+        for number in value if isinstance(value, tuple) else (value,):
+            within = number is None or least <= number <= most
+            check(within, field, value, f"{least:,} to {most:,}")
 
 
 def _report(where: str, name: str, problems: list[str]) -> str:
-    lines = "\n".join(f"  {problem}" for problem in problems)
+    more = len(problems) - _MOST_PROBLEMS
+    shown = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+    lines = "\n".join(f"  {problem}" for problem in shown)
     return (
         f"{where}: not a config that {name} can honour:\n{lines}\n"
         "Use a checkpoint without these, or edit the file if they are mistaken."

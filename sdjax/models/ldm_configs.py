@@ -16,6 +16,7 @@ from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError
 from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import VAEConfig
+from sdjax.untrusted import is_number
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -39,7 +40,7 @@ def unet_config(shapes: Shapes, *, sample_size: int, upcast: bool = False) -> UN
             levels.append(level)
             level = []
         else:
-            width = _shape(shapes, f"{place}.0.out_layers.3.weight")[0]
+            width = _shape(shapes, f"{place}.0.out_layers.3.weight", 4)[0]
             level.append((width, _count(shapes, f"{place}.1.transformer_blocks")))
     levels.append(level)
     if not all(level and len(set(level)) == 1 and len(level) == len(levels[0]) for level in levels):
@@ -49,7 +50,8 @@ def unet_config(shapes: Shapes, *, sample_size: int, upcast: bool = False) -> UN
     attends = tuple(depth > 0 for depth in depths)
     projection = _shape(shapes, "middle_block.1.proj_in.weight")
     linear = len(projection) == 2
-    added = shapes.get("label_emb.0.0.weight")
+    label = "label_emb.0.0.weight"
+    added = _shape(shapes, label, 2) if label in shapes else None
     text_time: dict[str, Any] = {}
     if added is not None:
         text_time = {
@@ -57,12 +59,12 @@ def unet_config(shapes: Shapes, *, sample_size: int, upcast: bool = False) -> UN
             "addition_time_embed_dim": TIME_ID_CHANNELS,
             "projection_class_embeddings_input_dim": added[1],
         }
-    cross = _shape(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    cross = _shape(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     try:
         return UNetConfig(
             sample_size=sample_size,
-            in_channels=_shape(shapes, "input_blocks.0.0.weight")[1],
-            out_channels=_shape(shapes, "out.2.weight")[0],
+            in_channels=_shape(shapes, "input_blocks.0.0.weight", 4)[1],
+            out_channels=_shape(shapes, "out.2.weight", 4)[0],
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             up_block_types=tuple(
                 "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)
@@ -97,17 +99,17 @@ def vae_config(shapes: Shapes, *, scaling_factor: float, sample_size: int) -> VA
     """The config of an autoencoder; shapes do not say its `scaling_factor`."""
     count = _count(shapes, "encoder.down")
     widths = tuple(
-        _shape(shapes, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count)
+        _shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(count)
     )
     try:
         return VAEConfig(
-            in_channels=_shape(shapes, "encoder.conv_in.weight")[1],
-            out_channels=_shape(shapes, "decoder.conv_out.weight")[0],
+            in_channels=_shape(shapes, "encoder.conv_in.weight", 4)[1],
+            out_channels=_shape(shapes, "decoder.conv_out.weight", 4)[0],
             down_block_types=("DownEncoderBlock2D",) * count,
             up_block_types=("UpDecoderBlock2D",) * count,
             block_out_channels=widths,
             layers_per_block=_count(shapes, "encoder.down.0.block"),
-            latent_channels=_shape(shapes, "decoder.conv_in.weight")[1],
+            latent_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
             sample_size=sample_size,
             scaling_factor=scaling_factor,
             use_quant_conv="quant_conv.weight" in shapes,
@@ -120,14 +122,14 @@ def vae_config(shapes: Shapes, *, scaling_factor: float, sample_size: int) -> VA
 
 def clip_config(shapes: Shapes) -> CLIPTextConfig:
     """The config of CLIP-L's text encoder, under the names of transformers 5."""
-    vocab, width = _shape(shapes, "embeddings.token_embedding.weight")
+    vocab, width = _shape(shapes, "embeddings.token_embedding.weight", 2)
     return CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
-        intermediate_size=_shape(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
+        intermediate_size=_shape(shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0],
         num_hidden_layers=_count(shapes, "encoder.layers"),
         num_attention_heads=max(width // HEAD_CHANNELS, 1),
-        max_position_embeddings=_shape(shapes, "embeddings.position_embedding.weight")[0],
+        max_position_embeddings=_shape(shapes, "embeddings.position_embedding.weight", 2)[0],
     )
 
 
@@ -139,17 +141,17 @@ def open_clip_config(shapes: Shapes, *, penultimate: bool) -> CLIPTextConfig:
         penultimate: it is SD2's, of which the last of 24 layers is not used and the config has 23
             (files from diffusers lack it). SDXL's keeps all layers and its projection.
     """
-    vocab, width = _shape(shapes, "token_embedding.weight")
+    vocab, width = _shape(shapes, "token_embedding.weight", 2)
     layers = _count(shapes, "transformer.resblocks")
     return CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
-        intermediate_size=_shape(shapes, "transformer.resblocks.0.mlp.c_fc.weight")[0],
+        intermediate_size=_shape(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         num_hidden_layers=layers - 1 if penultimate and layers == 24 else layers,
         num_attention_heads=max(width // HEAD_CHANNELS, 1),
-        max_position_embeddings=_shape(shapes, "positional_embedding")[0],
+        max_position_embeddings=_shape(shapes, "positional_embedding", 2)[0],
         hidden_act="gelu",
-        projection_dim=None if penultimate else _shape(shapes, "text_projection")[1],
+        projection_dim=None if penultimate else _shape(shapes, "text_projection", 2)[1],
     )
 
 
@@ -157,10 +159,13 @@ def _count(shapes: Shapes, prefix: str) -> int:
     """How many modules `prefix.0`, `prefix.1`, ... there are."""
     start = prefix + "."
     numbers = {n[len(start) :].split(".")[0] for n in shapes if n.startswith(start)}
-    return len({number for number in numbers if number.isdigit()})
+    return len({number for number in numbers if is_number(number)})
 
 
-def _shape(shapes: Shapes, name: str) -> Sequence[int]:
+def _shape(shapes: Shapes, name: str, *ranks: int) -> Sequence[int]:
+    """The shape of a weight. ConfigError if it is not there, or has another number of axes."""
     if name not in shapes:
         raise ConfigError(f"no {name} among the weights, which every such network has")
+    if len(shapes[name]) not in (ranks or (1, 2, 4)):
+        raise ConfigError(f"{name} has the shape {list(shapes[name])[:8]}, as in no such network")
     return shapes[name]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax.models.config import check, json_values, read_config
+from sdjax.models.config import check, check_bounds, json_values, read_config
 
 # By whether their residual blocks are followed by transformers.
 DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -45,6 +45,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Heads of an added embedding of a kind ("text") that this network does not have.
 _IGNORED = frozenset({"addition_embed_type_num_heads"})
+# Far beyond any network there is: the largest has 4 levels, widths to 2,048, 70 transformers.
+_MOST_LEVELS, _MOST_BLOCKS = 10, 500
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "sample_size": (1, 4096),
+    "in_channels": (1, 4096),
+    "out_channels": (1, 4096),
+    "freq_shift": (-1000, 1000),
+    "block_out_channels": (4, 32_768),
+    "layers_per_block": (1, 32),
+    "norm_num_groups": (1, 32_768),
+    "norm_eps": (1e-30, 1),
+    "cross_attention_dim": (1, 65_536),
+    "transformer_layers_per_block": (1, 128),
+    "attention_head_dim": (1, 32_768),
+    "addition_time_embed_dim": (1, 65_536),
+    "projection_class_embeddings_input_dim": (1, 1_048_576),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,36 +98,38 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        check(levels >= 1, "block_out_channels", self.block_out_channels, "at least one level")
+        expected = f"1 to {_MOST_LEVELS} levels"
+        check(1 <= levels <= _MOST_LEVELS, "block_out_channels", self.block_out_channels, expected)
+        check_bounds(self, _BOUNDS)
         for field, allowed in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             value = getattr(self, field)
             expected = f"{levels} of {allowed}, one for each of block_out_channels"
             check(len(value) == levels and set(value) <= set(allowed), field, value, expected)
-        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            check(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
-        check(
-            self.cross_attention_dim >= 1, "cross_attention_dim", self.cross_attention_dim, ">= 1"
-        )
         check(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a rate in [0, 1)")
-        check(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
         channels = self.block_out_channels
         check(
-            all(c >= 1 and c % self.norm_num_groups == 0 for c in channels),
+            all(c % self.norm_num_groups == 0 for c in channels),
             "block_out_channels",
             channels,
             f"multiples of norm_num_groups = {self.norm_num_groups}",
         )
         check(
-            channels[0] >= 4 and channels[0] % 2 == 0,
+            channels[0] % 2 == 0,
             "block_out_channels",
             channels,
-            "an even first width of at least 4",
+            "an even first width",
         )
         for field in ("attention_head_dim", "transformer_layers_per_block"):
             value = getattr(self, field)
             per_level = value if isinstance(value, tuple) else (value,) * levels
-            expected = f"positive, one number or {levels}"
-            check(len(per_level) == levels and min(per_level) >= 1, field, value, expected)
+            check(len(per_level) == levels, field, value, f"one number or {levels}")
+        blocks = self._blocks()
+        check(
+            blocks <= _MOST_BLOCKS,
+            "layers_per_block",
+            self.layers_per_block,
+            f"with transformer_layers_per_block at most {_MOST_BLOCKS} blocks in all, not {blocks}",
+        )
         check(
             all(c % self.heads(i) == 0 for i, c in enumerate(channels) if self._attends(i)),
             "attention_head_dim",
@@ -131,7 +150,7 @@ class UNetConfig:
             if kind is None:
                 check(value is None, field, value, "None without addition_embed_type 'text_time'")
             else:
-                check(value is not None and value >= 1, field, value, "at least 1")
+                check(value is not None, field, value, "a number")
         if sinusoids and width:
             check(sinusoids % 2 == 0, "addition_time_embed_dim", sinusoids, "an even number")
             expected = f"more than addition_time_embed_dim = {sinusoids}"
@@ -172,6 +191,11 @@ class UNetConfig:
         """Transformer blocks in each attention module at `level`."""
         value = self.transformer_layers_per_block
         return value if isinstance(value, int) else value[level]
+
+    def _blocks(self) -> int:
+        """Residual blocks and transformers, down and up; the middle aside."""
+        depths = [self.depth(i) * self._attends(i) for i in range(len(self.block_out_channels))]
+        return (2 * self.layers_per_block + 1) * sum(1 + depth for depth in depths)
 
     def _attends(self, level: int) -> bool:
         last = len(self.block_out_channels) - 1

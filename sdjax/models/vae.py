@@ -16,7 +16,7 @@ from flax import nnx
 
 from sdjax.models.attention import Attention
 from sdjax.models.blocks import Downsample, ResnetBlock, Upsample
-from sdjax.models.config import check, json_values, read_config
+from sdjax.models.config import check, check_bounds, json_values, read_config
 from sdjax.models.layers import (
     Array,
     Dtype,
@@ -39,6 +39,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # force_upcast tells pipelines which dtype to run in.
 _IGNORED = frozenset({"force_upcast"})
+# Far beyond any autoencoder there is: Stable Diffusion's has 4 levels of 2 layers, widths to 512.
+_MOST_LEVELS = 10
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "in_channels": (1, 4096),
+    "out_channels": (1, 4096),
+    "block_out_channels": (1, 32_768),
+    "layers_per_block": (1, 32),
+    "latent_channels": (1, 4096),
+    "norm_num_groups": (1, 32_768),
+    "sample_size": (1, 32_768),
+    "scaling_factor": (1e-6, 1e6),
+    "shift_factor": (-1e6, 1e6),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,28 +79,21 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        check(levels >= 1, "block_out_channels", self.block_out_channels, "at least one level")
+        expected = f"1 to {_MOST_LEVELS} levels"
+        check(1 <= levels <= _MOST_LEVELS, "block_out_channels", self.block_out_channels, expected)
+        check_bounds(self, _BOUNDS)
         for field, kind in (
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),
         ):
             value = getattr(self, field)
             check(value == (kind,) * levels, field, value, f"{levels} times {kind!r}")
-        for field in (
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "norm_num_groups",
-        ):
-            check(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         check(
-            all(c >= 1 and c % self.norm_num_groups == 0 for c in self.block_out_channels),
+            all(c % self.norm_num_groups == 0 for c in self.block_out_channels),
             "block_out_channels",
             self.block_out_channels,
             f"multiples of norm_num_groups = {self.norm_num_groups}",
         )
-        check(self.scaling_factor > 0, "scaling_factor", self.scaling_factor, "a positive number")
 
     @property
     def downscale(self) -> int:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -22,12 +24,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file as _save_safetensors
 
 from sdjax import paths, progress, text_files
 from sdjax.errors import UserError
 from sdjax.models import weight_checks
+from sdjax.untrusted import brief, check_regular, explained
 
 Params = dict[str, Any]
 
@@ -41,6 +44,10 @@ _FLOAT8: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+# Of a file: SDXL's has 2,500 tensors and a header of 0.3 MB.
+_MOST_HEADER = 16 * 2**20  # bytes, which take some 10 times as much memory
+_MOST_FILES = 10_000  # that an index names
+_MOST_PROBLEMS = 100  # that an error shows
 _READ_BY_LIBRARY = frozenset("F64 F32 F16 BF16 I64 U64 I32 U32 I16 U16 I8 U8 BOOL C64".split())
 
 
@@ -165,9 +172,11 @@ def from_diffusers(
         found[path] = array
     problems += [f"missing: {spell(name)}" for name, path in names.items() if path not in found]
     if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        shown = sorted(problems)[:_MOST_PROBLEMS] + ([f"and {more:,} more"] if more > 0 else [])
         raise WeightsError(
             "the weights do not fit the model (does its config belong to them?):\n  "
-            + "\n  ".join(sorted(problems))
+            + "\n  ".join(shown)
         )
     params = {path: _to_jax(path, found[path], want) for path, want in abstract_params.items()}
     check_finite(params, spell=lambda path: spell(weight_name(path)))
@@ -234,14 +243,8 @@ def load_file(
             and what to do.
     """
     path = paths.to_path(path)
-    if path.suffix == ".json":  # also "X.safetensors.index.fp16.json"
-        try:
-            shards = sorted(set(text_files.read_json(path)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path}: not a readable safetensors index: {error!r}") from error
-        files = [path.parent / shard for shard in shards]
-    else:
-        files = [path]
+    # Also "X.safetensors.index.fp16.json".
+    files = index_files(path) if path.suffix == ".json" else [path]
     absent = [str(file) for file in files if not file.is_file()]
     if absent:
         raise WeightsError(
@@ -249,15 +252,55 @@ def load_file(
         )
     tensors: dict[str, np.ndarray] = {}
     for file in files:
-        try:
-            with paths.reading(file) as local, safe_open(local, framework="numpy") as opened:
-                names = [key for key in opened.keys() if wanted(key)]
-                if problem := weight_checks.quantised(names):
-                    raise WeightsError(f"{file}: {problem}")
-                tensors |= _read_tensors(file, local, opened, names)
-        except SafetensorError as error:
-            raise _not_whole(file, error) from error
+        with _opened(file) as (local, opened):
+            names = [key for key in opened.keys() if wanted(key)]
+            if problem := weight_checks.quantised(names):
+                raise WeightsError(f"{file}: {problem}")
+            tensors |= _read_tensors(file, local, opened, names)
     return tensors
+
+
+def index_files(index: paths.Path) -> list[paths.Path]:
+    """Return the files of weights that a `*.safetensors.index.json` names, which are beside it.
+
+    Raises:
+        WeightsError: it is no such index, or names anything but plain files.
+    """
+    with explained(index, "a safetensors index", error=WeightsError):
+        content = text_files.read_json(index)
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict):
+            raise WeightsError(f"{index}: weight_map is {brief(names)}; expected {{weight: file}}")
+        for weight, name in names.items():
+            # Nothing outside the folder, and nothing below it either.
+            plain = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+            if not plain:
+                raise WeightsError(
+                    f"{index}: weight_map[{brief(weight)}] is {brief(name)}; expected the name of "
+                    "a .safetensors file beside it"
+                )
+        files = sorted(set(names.values()))
+        if len(files) > _MOST_FILES:
+            raise WeightsError(f"{index}: {len(files):,} files; expected at most {_MOST_FILES:,}")
+    return [index.parent / name for name in files]
+
+
+@contextmanager
+def _opened(file: paths.Path) -> Iterator[tuple[Any, Any]]:
+    """(local path, open safetensors file). Its damage is a WeightsError, there and within."""
+    again = "download or export it again"
+    with explained(file, "a whole safetensors file", error=WeightsError, remedy=again):
+        if note := text_files.pointer_note(file):
+            raise WeightsError(f"{file}: {note}")
+        with paths.reading(file) as local:
+            with open(local, "rb") as start:
+                length = int.from_bytes(start.read(8), "little")
+            if length > _MOST_HEADER and length < check_regular(local):
+                raise WeightsError(
+                    f"{file}: its header has {length:,} bytes; expected at most {_MOST_HEADER:,}"
+                )
+            with safe_open(local, framework="numpy") as opened:
+                yield local, opened
 
 
 def _read_tensors(
@@ -307,25 +350,14 @@ def read_header(path: paths.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[
     path = paths.to_path(path)
     if not path.is_file():
         raise WeightsError(f"no such weights file: {path}: download it, or fix the path")
-    try:
-        with paths.reading(path) as local, safe_open(local, framework="numpy") as opened:
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
-            return shapes, opened.metadata() or {}
-    except SafetensorError as error:
-        raise _not_whole(path, error) from error
+    with _opened(path) as (_, opened):
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+        return shapes, opened.metadata() or {}
 
 
 def _short(path: paths.PathLike) -> str:
     """The last two parts of a path, as "unet/model.safetensors"."""
     return "/".join(paths.to_path(path).parts[-2:])
-
-
-def _not_whole(file: Any, error: SafetensorError) -> WeightsError:
-    if note := text_files.pointer_note(file):
-        return WeightsError(f"{file}: {note}")
-    return WeightsError(
-        f"{file}: not a whole safetensors file ({error}). Download or export it again."
-    )
 
 
 def weight_name(path: str) -> str:

@@ -21,6 +21,7 @@ from sdjax.train.bundle import TOKENIZERS, Pretrained, PretrainedError
 from sdjax.train.changes import MISSING, compare_configs
 from sdjax.train.checkpoint import all_steps
 from sdjax.train.workdir import FROZEN_FILE
+from sdjax.untrusted import is_number
 
 _LAST = re.compile(r"last:(\d+)")
 
@@ -42,7 +43,7 @@ def members(source: paths.PathLike | None, names: Sequence[str]) -> list[Member]
     Raises:
         PretrainedError: they are of both kinds, too few, twice the same, or not there.
     """
-    steps = [name for name in names if name.isdigit() or _LAST.fullmatch(name)]
+    steps = [name for name in names if is_number(name) or _LAST.fullmatch(name)]
     if not steps:
         if source is not None:
             raise PretrainedError(

@@ -35,6 +35,7 @@ from sdjax.errors import UserError
 from sdjax.paths import PathLike
 from sdjax.train import saved_state
 from sdjax.train.checkpoint_log import leave_errors_to_callers
+from sdjax.untrusted import is_number
 
 # What a host reads at once while it restores: Orbax's own limit, 96, is room for a whole copy.
 RESTORE_GB = 4
@@ -58,7 +59,7 @@ def all_steps(workdir: PathLike) -> list[int]:
     """Steps of the complete checkpoints, rising."""
     folder = checkpoint_folder(workdir)
     complete = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
-    return sorted(int(path.name) for path in complete if path.name.isdigit())
+    return sorted(int(path.name) for path in complete if is_number(path.name))
 
 
 def latest_step(workdir: PathLike) -> int | None:
@@ -101,6 +102,7 @@ def restore_params(
                 f"which={which!r}: the checkpoint of step {step} in {workdir} has {', '.join(sets)}"
             )
         item = {"params": sets[which]} if kind == "params" else {"ema": {profile: sets[which]}}
+        saved_state.check_size(checkpoint_folder(workdir) / str(step), _bytes(item))
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         with _reading(step, item):
             restored = handler.restore(
@@ -111,9 +113,12 @@ def restore_params(
 
 def _reading(step: int, tree: Any) -> AbstractContextManager[Any]:
     """Shows how much of a checkpoint is read. Compressed, it is a tenth less than its arrays."""
-    size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in _arrays(tree))
     name = f"reading the checkpoint of step {step}"
-    return progress.work(name, size, poll=progress.bytes_read())
+    return progress.work(name, _bytes(tree), poll=progress.bytes_read())
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in _arrays(tree))
 
 
 def _arrays(tree: Any) -> list[Any]:

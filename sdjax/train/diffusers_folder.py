@@ -18,7 +18,7 @@ import numpy as np
 from sdjax import paths
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.diffusion.scheduler_json import scheduler_from_diffusers
-from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.clip import CLIPTextConfig, has_projection
 from sdjax.models.config import ConfigError
 from sdjax.models.weight_checks import quantised_config
 from sdjax.models.weights import (
@@ -39,6 +39,7 @@ from sdjax.train.bundle import (
 )
 from sdjax.train.single_file_layout import counted
 from sdjax.train.weight_files import MAX_SHARD_SIZE, find_weights, parse_size, write_weights
+from sdjax.untrusted import brief, explained, plain
 
 PIPELINES = tuple(
     f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")
@@ -66,6 +67,14 @@ def read_diffusers(
     """
     folder = paths.to_path(folder)
     check_components(components)
+    with explained(folder, "a diffusers folder", error=PretrainedError):
+        return _read(folder, components, variant, with_weights)
+
+
+def _read(
+    folder: paths.Path, components: Sequence[str], variant: str, with_weights: bool
+) -> Pretrained:
+    """See `read_diffusers`."""
     problems: list[str] = []
     ignored: list[str] = []
     parts: dict[str, Any] = {"params": {}}
@@ -104,7 +113,8 @@ def read_diffusers(
 
 def _parts(folder: paths.Path, ignored: list[str]) -> dict[str, paths.Path]:
     """{part: folder} of a pipeline, from its model_index.json."""
-    index = read_json(folder / "model_index.json")
+    file = folder / "model_index.json"
+    index = read_json(file)
     cls = index.get("_class_name")
     known = (*NETWORKS, "scheduler", *TOKENIZERS.values(), *_IGNORED_PARTS)
     listed = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
@@ -113,10 +123,8 @@ def _parts(folder: paths.Path, ignored: list[str]) -> dict[str, paths.Path]:
     listed = [name for name in listed if name not in private]
     unknown = [name for name in listed if name not in known]
     if cls not in PIPELINES or unknown:
-        more = f" with {', '.join(unknown)}" if unknown else ""
-        raise PretrainedError(
-            f"{folder / 'model_index.json'}: a {cls}{more}; sdjax reads {', '.join(PIPELINES)}"
-        )
+        more = f" with {', '.join(map(plain, unknown[:8]))}" if unknown else ""
+        raise PretrainedError(f"{file}: a {plain(cls)}{more}; sdjax reads {', '.join(PIPELINES)}")
     ignored += [*private, *(name for name in listed if name in _IGNORED_PARTS)]
     return {name: folder / name for name in listed if name not in _IGNORED_PARTS}
 
@@ -125,14 +133,14 @@ def _single_part(folder: paths.Path, components: Sequence[str]) -> dict[str, pat
     """{name: folder} of a folder that holds one network."""
     config = read_json(folder / "config.json")
     classes = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
-    name = classes.get(config.get("_class_name", ""))
+    kind = config.get("_class_name")
+    name = classes.get(kind) if isinstance(kind, str) else None
     if config.get("model_type") == "clip_text_model":
-        projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-        name = "text_encoder_2" if projects else "text_encoder"
+        name = "text_encoder_2" if has_projection(config) else "text_encoder"
     if name is None:
-        what = config.get("_class_name") or config.get("model_type") or config.get("architectures")
+        what = kind or config.get("model_type") or config.get("architectures")
         raise PretrainedError(
-            f"{folder / 'config.json'}: of a {what!r}; expected {', '.join(classes)} or "
+            f"{folder / 'config.json'}: of a {brief(what)}; expected {', '.join(classes)} or "
             "clip_text_model"
         )
     if name not in components:
@@ -206,6 +214,8 @@ def _read_tokenizer(
             f"tokenizer: model_max_length {tokenizer.context_length}, taken as {longest}"
         )
         tokenizer = Tokenizer.load(folder, context_length=longest)
+    if text_encoder:
+        tokenizer.check_vocabulary(text_encoder.vocab_size, folder)
     return tokenizer
 
 

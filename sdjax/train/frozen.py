@@ -19,6 +19,9 @@ from sdjax import paths
 from sdjax.errors import UserError
 from sdjax.models import weight_checks
 from sdjax.text_files import pointer_note
+from sdjax.untrusted import brief, check_regular, damage, plain, why
+
+_MOST_HEADER = 16 * 2**20  # bytes; that of SDXL has 0.3 MB
 
 
 def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -34,15 +37,18 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
         UserError: the file is not there, is cut short, or holds other arrays or NaN or Inf.
     """
     try:
+        check_regular(file)
         with file.open("rb") as opened:
             start, header = _header(opened)
             _check(file, header, wanted)
             # In the file's order: from a bucket, going back would fetch a block again.
             order = sorted(wanted, key=lambda path: header[path]["data_offsets"])
             return {path: _read(opened, start, path, header[path], wanted[path]) for path in order}
-    except paths.storage_errors(ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except damage() as error:
         raise UserError(
-            f"{file} cannot be read: {pointer_note(file) or error}\n"
+            f"{file} cannot be read: {pointer_note(file) or why(error)}\n"
             "It holds the networks that this run does not train, and is written when the run "
             "begins. Restore it from a copy, or start in another --workdir"
         ) from error
@@ -51,9 +57,12 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
 def _header(opened: Any) -> tuple[int, dict[str, Any]]:
     """(where the arrays begin, {name: entry})."""
     size = int.from_bytes(opened.read(8), "little")
-    if not 2 <= size <= 100_000_000:  # the library's own limit
+    if not 2 <= size <= _MOST_HEADER:
         raise ValueError("not a safetensors file")
-    return 8 + size, json.loads(opened.read(size))
+    header = json.loads(opened.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file: its header is no group")
+    return 8 + size, header
 
 
 def _check(file: paths.Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -61,8 +70,8 @@ def _check(file: paths.Path, header: Mapping[str, Any], wanted: Mapping[str, Any
     for path, want in wanted.items():
         if path not in header:
             problems.append(f"missing: {path}")
-        elif (header[path]["dtype"], tuple(header[path]["shape"])) != ("F32", tuple(want.shape)):
-            has = f"{header[path]['dtype']} {header[path]['shape']}"
+        elif (header[path]["dtype"], header[path]["shape"]) != ("F32", list(want.shape)):
+            has = f"{plain(header[path]['dtype'])} {brief(header[path]['shape'])}"
             problems.append(f"{path} is {has}, the model has F32 {list(want.shape)}")
     if problems:
         raise UserError(

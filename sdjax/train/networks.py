@@ -213,14 +213,11 @@ def _fit_vocabularies(
         if name not in loaded:
             fitted[name] = dataclasses.replace(
                 encoder,
-                vocab_size=tokenizer.vocab_size,
+                vocab_size=tokenizer.largest_id + 1,
                 bos_token_id=tokenizer.bos_id,
                 eos_token_id=tokenizer.eos_id,
                 pad_token_id=tokenizer.pad_id,
             )
-        elif tokenizer.vocab_size > encoder.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the vocab_size of {name} is "
-                f"{encoder.vocab_size}: they do not belong together"
-            )
+        else:
+            tokenizer.check_vocabulary(encoder.vocab_size, name)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fitted))

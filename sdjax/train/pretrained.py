@@ -13,6 +13,7 @@ from sdjax.train.bundle import INCOMPLETE, NETWORKS, Pretrained, PretrainedError
 from sdjax.train.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.train.single_file import Hints, read_single_file
 from sdjax.train.workdir import read_workdir
+from sdjax.untrusted import is_number
 
 __all__ = [
     "NETWORKS",
@@ -62,7 +63,7 @@ def read_any(
         return read_diffusers(
             path, components=components, variant=variant, with_weights=with_weights
         )
-    if path.parent.name == "checkpoints" and path.name.isdigit():
+    if path.parent.name == "checkpoints" and is_number(path.name):
         path, step = path.parents[1], int(path.name)
     return read_workdir(
         path, components=components, weights=weights, step=step, with_weights=with_weights
@@ -89,7 +90,7 @@ def folder_kind(path: paths.Path) -> str:
     if (path / "model_index.json").is_file():
         return "diffusers"
     if (path / "checkpoints").is_dir() or (
-        path.parent.name == "checkpoints" and path.name.isdigit()
+        path.parent.name == "checkpoints" and is_number(path.name)
     ):
         return "workdir"
     if (path / "config.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import tensorstore
 from sdjax import paths
 
 _MOST = 20  # lines that an error shows
+# Parameters compress by a tenth. Those of new networks are random, but for some zeros.
+_MOST_RATIO, _FREE = 100, 64 * 2**20
 
 
 def leaves(tree: Any) -> dict[str, str]:
@@ -47,6 +50,20 @@ def differences(step_folder: paths.PathLike, wanted: Mapping[str, str]) -> list[
         if saved[name] != wanted[name]
     ]
     return lines[:_MOST] + ([f"... and {len(lines) - _MOST} more"] if len(lines) > _MOST else [])
+
+
+def check_size(step_folder: paths.PathLike, size: int) -> None:
+    """Raise a ValueError if a checkpoint announces far more bytes of parameters than it has.
+
+    What a file does not hold is read as zeros: a small one could fill any memory.
+    """
+    folder = paths.to_path(step_folder) / "state"
+    if paths.is_remote(folder):
+        return
+    parts = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
+    there = sum(os.path.getsize(part) for part in parts if os.path.isfile(part))
+    if size > _MOST_RATIO * there + _FREE:
+        raise ValueError(f"it announces {size:,} bytes of parameters, and its files have {there:,}")
 
 
 def stored(step_folder: paths.PathLike) -> set[str]:

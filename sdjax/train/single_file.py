@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax import paths
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.scheduler_json import scheduler_from_diffusers
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.models import ldm_configs, ldm_names
-from sdjax.models.config import ConfigError
+from sdjax.models.config import read_config
 from sdjax.models.weight_checks import quantised
 from sdjax.models.weights import (
     WeightsError,
@@ -42,9 +43,16 @@ from sdjax.train.single_file_layout import (
     whole_average,
     within,
 )
+from sdjax.untrusted import brief, check_depth, damage, explained, why
 
 # The name of our entry in the file's header.
 METADATA = "sdjax"
+# What it says, besides a schedule with a prediction type.
+_SAID = {
+    **dict.fromkeys((*NETWORKS, "schedule", "scheduler"), dict),
+    "prediction_type": str,
+    "zero_empty_prompt": bool,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,37 +95,39 @@ def read_single_file(
     check_components(components)
     if weights not in ("ema", "raw"):
         raise PretrainedError(f"weights is {weights!r}; a single file has ema and raw")
-    try:
-        shapes, metadata = read_header(file)
-        family, prefixes = layout(file, shapes)
-        _refuse_quantised(file, shapes, prefixes, components)
-        contents = sort_out(file, shapes, prefixes)
-        ignored, averages = list(contents.ignored), contents.averages
-        said = _said(file, metadata)
-        schedule = _schedule(file, shapes, family, said, hints) if "unet" in prefixes else None
-        parts: dict[str, Any] = {"params": {}}
-        for name, prefix in prefixes.items():
-            if name not in components:
-                continue
-            origin = _origin(file, name, prefix, contents.weights)
-            own = {key: shapes[full] for key, full in origin.items()}
-            prediction = schedule[1] if schedule else ""
-            config = _config(file, name, own, family, prediction, said, hints)
-            if weights == "ema" and (name == "unet" or not prefix):
-                if taken := whole_average(file, name, origin, averages):
-                    origin, averages = taken, ()
-                    who = "UNet" if name == "unet" else "VAE"
-                    what = f"the {who}'s parameters: the file has their average, which was taken"
-                    ignored.append(what)
-            params, unused = _read_network(file, name, prefix, config, origin)
-            ignored += unused
-            parts[name] = config
-            parts["params"] |= {f"{name}.{path}": value for path, value in params.items()}
-        encoders = [name for name in TOKENIZERS if name in parts]
-        parts |= _tokenizers(file, family, encoders, parts, hints)
-    except (ConfigError, WeightsError, TokenizerError) as error:
-        text = str(error)
-        raise PretrainedError(text if str(file) in text else f"{file}: {text}") from error
+    with explained(file, "a single-file checkpoint", error=PretrainedError):
+        return _read(file, components, weights, hints)
+
+
+def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hints) -> Pretrained:
+    """See `read_single_file`."""
+    shapes, metadata = read_header(file)
+    family, prefixes = layout(file, shapes)
+    _refuse_quantised(file, shapes, prefixes, components)
+    contents = sort_out(file, shapes, prefixes)
+    ignored, averages = list(contents.ignored), contents.averages
+    said = _said(file, metadata)
+    schedule = _schedule(file, shapes, family, said, hints) if "unet" in prefixes else None
+    parts: dict[str, Any] = {"params": {}}
+    for name, prefix in prefixes.items():
+        if name not in components:
+            continue
+        origin = _origin(file, name, prefix, contents.weights)
+        own = {key: shapes[full] for key, full in origin.items()}
+        prediction = schedule[1] if schedule else ""
+        config = _config(file, name, own, family, prediction, said, hints)
+        if weights == "ema" and (name == "unet" or not prefix):
+            if taken := whole_average(file, name, origin, averages):
+                origin, averages = taken, ()
+                who = "UNet" if name == "unet" else "VAE"
+                what = f"the {who}'s parameters: the file has their average, which was taken"
+                ignored.append(what)
+        params, unused = _read_network(file, name, prefix, config, origin)
+        ignored += unused
+        parts[name] = config
+        parts["params"] |= {f"{name}.{path}": value for path, value in params.items()}
+    encoders = [name for name in TOKENIZERS if name in parts]
+    parts |= _tokenizers(file, family, encoders, parts, hints)
     ignored += counted("model_ema.*" for _ in averages)
     if "unet" in parts:
         assert schedule
@@ -147,12 +157,17 @@ def _said(file: paths.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What sdjax wrote into the header, or nothing."""
     try:
         said = json.loads(metadata.get(METADATA, "{}"))
+        check_depth(said)
+        for name, kind in _SAID.items():
+            if not isinstance(said.get(name, kind()), kind):
+                raise ValueError(f"{name} is {brief(said[name])}; expected a {kind.__name__}")
         if "schedule" in said:
-            said["schedule"] = ScheduleConfig(**said["schedule"])
-    except (ValueError, TypeError) as error:
+            said["schedule"] = read_config(ScheduleConfig, said["schedule"], where="schedule")[0]
+            check_prediction(said["prediction_type"])
+    except damage() as error:
         raise PretrainedError(
-            f"{file}: the header has a part of sdjax's that this version cannot read ({error}); "
-            "use the version that wrote it, or write it again"
+            f"{file}: the header has a part of sdjax's that this version cannot read "
+            f"({why(error)}); use the version that wrote it, or write it again"
         ) from error
     return said
 
@@ -335,10 +350,6 @@ def _tokenizers(
             # OpenCLIP pads with zeros, and "!" is token 0 (open_clip/tokenizer.py).
             pad = "!" if is_open_clip(ENCODERS[family][encoder]) else None
             own = Tokenizer.load(hints.tokenizer, context_length=length, pad_token=pad)
-        if own.vocab_size > configs[encoder].vocab_size:
-            raise PretrainedError(
-                f"{file}: its {encoder} has {configs[encoder].vocab_size} tokens, the tokenizer "
-                f"{own.vocab_size}: they do not belong together"
-            )
+        own.check_vocabulary(configs[encoder].vocab_size, f"{file}: {encoder}")
         found[name] = own
     return found

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sdjax import paths
 from sdjax.train.bundle import TOKENIZERS, PretrainedError
+from sdjax.untrusted import plain
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -30,6 +31,7 @@ ENCODERS: dict[str, dict[str, str]] = {
 }
 _VAE_PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 _EMA = "model_ema."
+_SHOWN = 20  # groups of names that an error shows
 # Buffers of ldm/models/diffusion/ddpm.py, ldm/modules/ema.py and sgm's denoiser, counters of
 # trainers, and the marks of ComfyUI. None is a weight.
 _HARMLESS = frozenset((
@@ -70,13 +72,14 @@ def layout(file: paths.Path, shapes: Shapes) -> tuple[str, dict[str, str]]:
         if len(found) == len(encoders):
             return family, prefixes | found
     if not prefixes:
-        some = ", ".join(sorted(shapes)[:4]) or "nothing"
+        some = ", ".join(map(plain, sorted(shapes)[:4])) or "nothing"
         raise PretrainedError(
             f"{file}: no Stable Diffusion checkpoint; expected names that begin with {UNET}, {VAE} "
             f"or encoder., found {some}"
         )
-    context = shapes.get(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
-    return {768: "sd1", 1024: "sd2", 1280: "refiner", 2048: "sdxl"}.get(context, ""), prefixes
+    context = shapes.get(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))
+    families = {768: "sd1", 1024: "sd2", 1280: "refiner", 2048: "sdxl"}
+    return families.get(context[-1] if context else 0, ""), prefixes
 
 
 def sort_out(file: paths.Path, shapes: Shapes, prefixes: Mapping[str, str]) -> Contents:
@@ -141,10 +144,12 @@ def _named(names: Iterable[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(name.split(".")[0], []).append(name)
-    return ", ".join(
-        first + (f" (and {len(more)} more under {top}.)" if more else "")
-        for top, (first, *more) in groups.items()
-    )
+    shown = [
+        plain(first) + (f" (and {len(more)} more under {plain(top)}.)" if more else "")
+        for top, (first, *more) in list(groups.items())[:_SHOWN]
+    ]
+    rest = len(groups) - _SHOWN
+    return ", ".join([*shown, *([f"and names under {rest} more words"] if rest > 0 else [])])
 
 
 def whole_average(

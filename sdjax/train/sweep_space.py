@@ -18,11 +18,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from sdjax import paths, text_files
+from sdjax import paths, text_files, yaml_files
 from sdjax.config import Config, resolve, to_dict
 from sdjax.models.config import ConfigError
+from sdjax.untrusted import brief, explained, plain
 
 Value = None | bool | int | float | str
 
@@ -98,18 +97,22 @@ def read_space(file: paths.PathLike, base: Config) -> Space:
     """
     file = paths.to_path(file)
     try:
-        content = yaml.safe_load(text_files.read_text(file))
+        content = yaml_files.read_yaml(file)
     except text_files.TextError as error:
         raise ConfigError(f"--space={error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--space={file}: not YAML: {error}") from error
+    with explained(f"--space={file}", "a search space", error=ConfigError, remedy="mend it"):
+        return _space(file, content, base)
+
+
+def _space(file: paths.Path, content: Any, base: Config) -> Space:
+    """The search space in the value of a file."""
     if not isinstance(content, dict) or not isinstance(content.get("fields"), dict):
         raise ConfigError(
             f"--space={file}: expected a group `fields:` with at least one field, such as\n"
             "fields:\n  optim.learning_rate: {low: 1e-5, high: 1e-2, log: true}"
         )
     problems = [
-        f"{key} is unknown; expected some of {', '.join(_KEYS)}"
+        f"{plain(key)} is unknown; expected some of {', '.join(_KEYS)}"
         for key in content
         if key not in _KEYS
     ]
@@ -121,9 +124,9 @@ def read_space(file: paths.PathLike, base: Config) -> Space:
             problems.append(str(error))
     metric, mode = content.get("metric", ""), content.get("mode", "")
     if not isinstance(metric, str):
-        problems.append(f"metric is {metric!r}; expected a name of metrics.jsonl")
+        problems.append(f"metric is {brief(metric)}; expected a name of metrics.jsonl")
     if mode not in ("", "min", "max"):
-        problems.append(f"mode is {mode!r}; expected min or max")
+        problems.append(f"mode is {brief(mode)}; expected min or max")
     parts = {}
     for key, kinds in (("pruner", PRUNERS), ("sampler", SAMPLERS)):
         try:
@@ -158,7 +161,7 @@ def _field(name: str, given: Any, base: Config) -> Range | Choices:
     hint = _type(name, base)
     if not isinstance(given, dict):
         raise ConfigError(
-            f"{name} is {given!r}; expected {{low: ..., high: ...}} or {{choices: [...]}}"
+            f"{name} is {brief(given)}; expected {{low: ..., high: ...}} or {{choices: [...]}}"
         )
     field: Range | Choices
     if "choices" in given:
@@ -177,13 +180,13 @@ def _field(name: str, given: Any, base: Config) -> Range | Choices:
 
 def _choices(name: str, given: Any) -> Choices:
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"{name}.choices is {given!r}; expected a list of values")
+        raise ConfigError(f"{name}.choices is {brief(given)}; expected a list of values")
     if any(isinstance(value, dict) for value in given):
         raise ConfigError(f"{name}.choices has a group; name its fields one by one")
     found = Choices(tuple(given))
     labels = found.labels
     if len(set(labels)) < len(labels):
-        raise ConfigError(f"{name}.choices is {given!r}; expected each value once")
+        raise ConfigError(f"{name}.choices is {brief(given)}; expected each value once")
     return found
 
 
@@ -207,7 +210,7 @@ def _range(name: str, given: Mapping[str, Any], hint: Any) -> Range:
     if not low < high:
         raise ConfigError(f"{name}: low {low:g} is not below high {high:g}; the range is empty")
     if not isinstance(log, bool):
-        raise ConfigError(f"{name}.log is {log!r}; expected true or false")
+        raise ConfigError(f"{name}.log is {brief(log)}; expected true or false")
     if log and low <= 0:
         raise ConfigError(f"{name}.low is {low:g}; with log it must be above 0")
     if step is not None and (log or not 0 < step <= high - low):
@@ -222,10 +225,10 @@ def _number(name: str, value: Any) -> float:
         if isinstance(value, bool):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {value!r}; expected a number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} is {brief(value)}; expected a number") from error
     if not math.isfinite(number):
-        raise ConfigError(f"{name} is {value!r}; expected a finite number")
+        raise ConfigError(f"{name} is {brief(value)}; expected a finite number")
     return number
 
 
@@ -256,7 +259,7 @@ def _check_value(name: str, value: Any, base: Config) -> None:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         own = [line for line in lines if line and not line.startswith("config: ")]
         if own:
-            raise ConfigError(f"{name} can be {value!r}, but {'; '.join(own)}") from error
+            raise ConfigError(f"{name} can be {brief(value)}, but {'; '.join(own)}") from error
 
 
 def _named(key: str, given: Any, kinds: Mapping[str, dict[str, int]]) -> dict:
@@ -265,7 +268,7 @@ def _named(key: str, given: Any, kinds: Mapping[str, dict[str, int]]) -> dict:
     given = {"name": given} if isinstance(given, str) else given
     name = str(given.get("name")) if isinstance(given, dict) else ""
     if not isinstance(given, dict) or name not in kinds:
-        raise ConfigError(f"{key} is {given!r}; expected {{name: {' | '.join(kinds)}, ...}}")
+        raise ConfigError(f"{key} is {brief(given)}; expected {{name: {' | '.join(kinds)}, ...}}")
     options = kinds[name]
     for option, value in given.items():
         if option == "name":
@@ -275,7 +278,9 @@ def _named(key: str, given: Any, kinds: Mapping[str, dict[str, int]]) -> dict:
             raise ConfigError(f"{key}.{option} is unknown; {name} has {known}")
         low = 2 if option == "reduction_factor" else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{key}.{option} is {value!r}; expected a whole number from {low}")
+            raise ConfigError(
+                f"{key}.{option} is {brief(value)}; expected a whole number from {low}"
+            )
     return {"name": name, **{o: given.get(o, default) for o, default in options.items()}}
 
 

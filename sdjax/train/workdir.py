@@ -38,6 +38,7 @@ from sdjax.train.checkpoint import (
     latest_step,
     restore_params,
 )
+from sdjax.untrusted import explained
 
 CONFIG_FILE, FROZEN_FILE = "config.json", "frozen.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -68,6 +69,18 @@ def read_workdir(
     """
     folder = paths.to_path(workdir)
     check_components(components)
+    with explained(folder, "a workdir of sdjax"):
+        return _read(folder, components, weights, step, with_weights)
+
+
+def _read(
+    folder: paths.Path,
+    components: Sequence[str],
+    weights: str,
+    step: int | None,
+    with_weights: bool,
+) -> Pretrained:
+    """See `read_workdir`."""
     file = folder / CONFIG_FILE
     try:
         config = of_model(resolve(read_json(file)))
@@ -94,6 +107,7 @@ def read_workdir(
             length = networks[name].max_position_embeddings
             try:
                 parts[tokenizer] = Tokenizer.load(folder / tokenizer, context_length=length)
+                parts[tokenizer].check_vocabulary(networks[name].vocab_size, folder / tokenizer)
             except TokenizerError as error:
                 raise PretrainedError(str(error)) from error
             parts["zero_empty_prompt"] = config.model.zero_empty_prompt

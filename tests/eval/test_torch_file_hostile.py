@@ -48,7 +48,10 @@ def storage(count=4, key=None, kind=b"ctorch\nFloatStorage\n"):
     return MARK + text("storage") + kind + key + text("cpu") + number(count) + b"tQ"
 
 
-def tensor(shape=number(4) + b"\x85", strides=number(1) + b"\x85", where=None):
+FOUR, ONE = number(4) + b"\x85", number(1) + b"\x85"
+
+
+def tensor(shape=FOUR, strides=ONE, where=None):
     where = storage() if where is None else where
     return REBUILD + MARK + where + number(0) + shape + strides + b"\x89" + ORDERED + b")RtR"
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
 
 from sdjax.models import weights
 from sdjax.models.unet import UNet, UNetConfig
@@ -240,7 +241,7 @@ def test_truncated_files_are_named(keep, tensors, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match="model.safetensors: not a whole .*again"):
+    with pytest.raises(WeightsError, match="model.safetensors: cannot be read as a whole .*again"):
         load_file(path)
 
 
@@ -248,8 +249,41 @@ def test_truncated_files_are_named(keep, tensors, tmp_path):
 def test_damaged_indices_are_named(text, tmp_path):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(text)
-    with pytest.raises(WeightsError, match="m.safetensors.index.json: not a readable"):
+    with pytest.raises(WeightsError, match="m.safetensors.index.json: (not JSON|weight_map is)"):
         load_file(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../one.safetensors", "/etc/one.safetensors", "sub/one.safetensors", "a\\one.safetensors",
+        "..", "", "one.bin", 3, None, ["one.safetensors"], {"a": 1}, "a\0.safetensors",
+    ],
+)  # fmt: skip
+def test_an_index_that_names_more_than_files_beside_it_is_refused(name, tmp_path):
+    save_file({"a": np.ones(2)}, tmp_path / "one.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = folder / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match=r"weight_map\['a'\] is .*; expected the name of a"):
+        load_file(index)
+
+
+def test_a_header_beyond_any_models_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "m.safetensors"
+    length = 90_000_000
+    with file.open("wb") as opened:
+        opened.write(length.to_bytes(8, "little") + b"{")
+        opened.truncate(length + 8)
+    for read in (load_file, weights.read_header):
+        with pytest.raises(WeightsError, match="its header has 90,000,000 bytes; expected at most"):
+            read(file)
+
+
+def test_a_thousand_problems_are_counted(tmp_path):
+    with pytest.raises(WeightsError, match="and 901 more$"):
+        weights.from_diffusers({f"a{i}": np.ones(1) for i in range(1001)}, {})
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tensors, tmp_path, monkeypatch):
@@ -258,7 +292,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tensors, tmp_path, m
 
     def full(arrays, target, metadata):
         target.write_bytes(b"half of i")
-        raise weights.SafetensorError("No space left on device (os error 28)")
+        raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr(weights, "_save_safetensors", full)
     with pytest.raises(OSError, match="model.safetensors cannot be written: No space left"):

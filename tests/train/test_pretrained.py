@@ -270,7 +270,7 @@ def test_all_problems_of_all_networks_are_reported_at_once(folder):
         "mis-shaped: conv_in.bias is (3,)",
         "missing: conv_out.bias",
         "unused: conv_in.oops",
-        f"{vae}: not a whole safetensors file",
+        f"{vae}: cannot be read as a whole safetensors file",
         "again",
         "frobnicate = 1",
         "scheduler_config.json",
