@@ -115,7 +115,7 @@ def read_json(path: paths.PathLike) -> Any:
     """The value in a JSON file.
 
     Raises:
-        TextError: it cannot be read, is larger than 16 MiB, is not JSON, or is nested more than 100
+        TextError: it cannot be read, is larger than 8 MiB, is not JSON, or is nested more than 100
             deep.
     """
     text = read_text(path, most=untrusted.MOST_JSON)

@@ -42,7 +42,7 @@ _LIBRARIES = (
     ("yaml", "YAMLError"),
 )
 MOST_TEXT = 256 * 2**20  # bytes of a text file
-MOST_JSON = 16 * 2**20  # bytes of a JSON file, which takes some 20 times as much memory
+MOST_JSON = 8 * 2**20  # bytes of a JSON file, which may take 45 times as much memory
 MOST_DEPTH = 100  # of lists and objects within one another
 _LONGEST = 300  # letters of a cause that an error shows
 _ITEMS, _LEVELS, _LETTERS = 6, 3, 80  # of a value that an error shows

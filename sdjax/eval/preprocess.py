@@ -100,6 +100,8 @@ class ClipPreprocess:
             for side in () if value is None else _sides(value):
                 if not 1 <= side <= _MOST_SIDE:
                     raise ValueError(f"{name} is {brief(value)}; expected 1 to {_MOST_SIDE:,}")
+        if isinstance(self.crop, int):
+            raise ValueError(f"crop_size is {self.crop}; expected a height and a width")
         for name, values in (("image_mean", self.mean), ("image_std", self.std)):
             least = 1e-6 if name == "image_std" else -1e6
             if len(values) not in (1, 3) or not all(least <= number <= 1e6 for number in values):

@@ -151,7 +151,7 @@ def read(
             features = stored["features"] if "features" in stored else None
             meta = json.loads(str(stored["meta"])) if "meta" in stored else {}
             check_depth(meta)
-            mu, sigma = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
+            mu, sigma = (np.asarray(stored[name], np.float64) for name in ("mu", "sigma"))
             _check_arrays(mu, sigma, features, meta)
             found = Reference(Moments(mu, sigma), features, meta)
     except damage() as error:
