@@ -178,7 +178,8 @@ class _Guard:
             if isinstance(flags, int) and flags & _WRITES and self._is_outside(path):
                 self._refuse(event, args)
         elif event in _MOVES:
-            if any(self._is_outside(path) for path in args if isinstance(path, str | bytes)):
+            where = args[1:] if event == "os.symlink" else args  # a link may say what it likes
+            if any(self._is_outside(path) for path in where if isinstance(path, str | bytes)):
                 self._refuse(event, args)
 
     def _is_outside(self, path: Any) -> bool:
