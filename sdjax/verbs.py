@@ -7,6 +7,7 @@ names, as "base".
 from __future__ import annotations
 
 import difflib
+import keyword
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -98,31 +99,28 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
         _check_field(argument)
     try:
         return values(_with_recipe_files(argv))
-    except (AttributeError, KeyError, TypeError) as error:  # ml_collections' for an unknown field
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         for argument in argv:
-            _check_depth(argument)
-        unknown, close = re.search(r"\w+", str(error)), re.search(r'mean "(\w+)"', str(error))
-        name = unknown.group() if unknown else ""
-        culprit = next((arg for arg in argv if arg.startswith("--config.") and name in arg), None)
-        if culprit is None:
-            raise
-        hint = f"; did you mean {close.group(1)}?" if close else ""
-        raise UserError(f"{culprit}: the configuration has no field {name!r}{hint}") from None
+            _check_known(argument)  # ml_collections raises any of these where one is not
+        raise
 
 
 def _check_field(argument: str) -> None:
     """Raise a UserError if what stands between --config. and = is no name of a field."""
     flag = argument.partition("=")[0]
     found = re.fullmatch(r"--?config\.(.*)", flag, re.DOTALL)
-    if found and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", found[1], re.ASCII):
+    if found is None:
+        return
+    plain = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", found[1], re.ASCII)
+    if not plain or any(keyword.iskeyword(name) for name in found[1].split(".")):
         raise UserError(
             f"{untrusted.brief(argument)}: expected --config.FIELD=VALUE, where FIELD is names "
             "with points between them, as in --config.train.steps=100 (a tuple is set as a whole)"
         )
 
 
-def _check_depth(argument: str) -> None:
-    """Raise a UserError if an argument names a field of what is a value and has none."""
+def _check_known(argument: str) -> None:
+    """Raise a UserError if an argument sets a field that the configuration does not have."""
     found = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL)
     if found is None:
         return
@@ -130,6 +128,8 @@ def _check_depth(argument: str) -> None:
 
     here, names = to_dict(Config()), found[1].split(".")
     for i, name in enumerate(names):
+        if here is None:
+            return  # a group that a recipe may have
         if not isinstance(here, dict):
             value = ".".join(["config", *names[:i]])
             raise UserError(
@@ -137,7 +137,10 @@ def _check_depth(argument: str) -> None:
                 f"it by --{value}=VALUE"
             )
         if name not in here:
-            return
+            close = difflib.get_close_matches(name, here, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            shown = argument if len(argument) < 200 else untrusted.brief(argument)
+            raise UserError(f"{shown}: the configuration has no field {name!r}{hint}")
         here = here[name]
 
 

@@ -23,6 +23,7 @@ class Tally:
     """What a target's inputs have come to."""
 
     words: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    spent: float = 0.0  # seconds, without the starts of processes
     slowest: Outcome | None = None
     largest: Outcome | None = None
     faults: list[Outcome] = dataclasses.field(default_factory=list)
@@ -50,17 +51,16 @@ class Tally:
 def run(name: str, seed: int, seconds: float, inputs: int | None, bounds: Bounds) -> Tally:
     """Run one target for so many seconds, in processes that may die."""
     tally = Tally()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and (inputs is None or tally.words.total() < inputs):
+    while tally.spent < seconds and (inputs is None or tally.words.total() < inputs):
         left = None if inputs is None else inputs - tally.words.total()
-        seed = _one_process(tally, name, seed, end, left, bounds)
+        seed = _one_process(tally, name, seed, seconds, left, bounds)
         if len(tally.faults) >= _FAULTS:
             break
     return tally
 
 
 def _one_process(
-    tally: Tally, name: str, seed: int, end: float, inputs: int | None, bounds: Bounds
+    tally: Tally, name: str, seed: int, seconds: float, inputs: int | None, bounds: Bounds
 ) -> int:
     """Run inputs until the time is over or the process has died; return the next seed."""
     context = multiprocessing.get_context("spawn")
@@ -69,7 +69,7 @@ def _one_process(
     process.start()
     theirs.close()
     patience = WARM_UP.seconds
-    first = True
+    first, asked = True, time.monotonic()
     try:
         while inputs is None or inputs > 0:
             if not ours.poll(patience + _GRACE):
@@ -86,10 +86,12 @@ def _one_process(
                 first, patience = False, bounds.seconds
             else:
                 tally.add(message)
+                tally.spent += time.monotonic() - asked
                 seed += 1
                 inputs = None if inputs is None else inputs - 1
-            if time.monotonic() > end or len(tally.faults) >= _FAULTS:
+            if tally.spent > seconds or len(tally.faults) >= _FAULTS:
                 break
+            asked = time.monotonic()
             ours.send(seed)
     finally:
         process.kill()

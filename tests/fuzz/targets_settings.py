@@ -8,16 +8,24 @@ import dataclasses
 import functools
 import html
 import json
+import os
 import re
+import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from absl import flags
+from ml_collections import config_flags
 
-from sdjax import text_files
-from sdjax.config import Config
+from sdjax import machine_settings, text_files, verbs
+from sdjax.config import Config, resolve, to_dict
 from sdjax.errors import UserError
 from sdjax.eval import report_page
+from sdjax.eval.loading import choose_data
+from sdjax.train import sweep_claims
 from tests.eval import report_workdir
 from tests.fuzz import mutation, stored_dataset
 
@@ -127,4 +135,81 @@ def check_recipe(page: str) -> str:
     return "with recipe"
 
 
-TARGETS = [("json", json_text), ("dataset", dataset), ("report", report)]
+def model_config(rng: np.random.Generator, folder: Path) -> str:
+    """The config.json of a stranger's workdir, and what of it is obeyed."""
+    config = json.loads(json.dumps(to_dict(Config())))
+    (folder / "config.json").write_text(json.dumps(mutation.tree(rng, config)))
+    try:
+        found = resolve(text_files.read_json(folder / "config.json"))
+    except UserError as error:
+        assert len(str(error)) < 30_000, f"a message of {len(str(error))} characters"
+        return "refused"
+    obeyed = machine_settings.of_model(found)
+    for name, value in _leaves(to_dict(obeyed)):
+        assert not machine_settings.is_machine(name) or value == _DEFAULTS[name], name
+    with contextlib.suppress(UserError):  # what a user has to agree to
+        choose_data(machine_settings.data_of_model(found), "")
+    return "read"
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+_DEFAULTS = dict(_leaves(to_dict(Config())))
+
+
+def claim(rng: np.random.Generator, folder: Path) -> str:
+    """A claim in a sweep's folder, of which some name this process or its parent."""
+    content = {
+        "token": "x", "host": socket.gethostname(), "pid": int(rng.choice([os.getpid(), 2**22])),
+        "started": sweep_claims._started(os.getpid()), "child": os.getppid(),
+        "child_started": sweep_claims._started(os.getppid()), "beat": 1, "time": "",
+    }  # fmt: skip
+    text = json.dumps(mutation.tree(rng, content) if rng.random() < 0.9 else content)
+    data = text.encode() if rng.random() < 0.7 else mutation.damaged(rng, text.encode())
+    (folder / "0000.json").write_bytes(data)
+    mine = sweep_claims.Claims(folder, stale=0.0)
+    mine.undecided(0)
+    assert mine.holder(0).isprintable()
+    return "taken" if mine.take(0) or mine.take(0) else "left"
+
+
+_PARTS = ("config", "data", "path", "train", "steps", "ema", "profiles", "stages", "model", "unet",
+          "", ".", "..", "[0]", "[", "]", " ", "=", "5", "-1", "'x'", "()", "((", "None", "x" * 500,
+          "__class__", "items", "\0", "\n", "é", "9" * 5000, "{}", "lambda: 0", ",")  # fmt: skip
+
+
+def override(rng: np.random.Generator, folder: Path) -> str:
+    """An argument of the command line that begins with --config."""
+    parts = [_PARTS[i] for i in rng.integers(len(_PARTS), size=rng.integers(1, 7))]
+    argument = "--config." + ("." if rng.random() < 0.7 else "").join(parts)
+    if rng.random() < 0.4:
+        argument = "--config." + ("train.steps", "data.path", "ema.profiles")[rng.integers(3)]
+    if rng.random() < 0.5:
+        argument += "=" + _PARTS[rng.integers(len(_PARTS))]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    before, sys.argv = sys.argv, ["verb", "--config=base", argument]
+    try:
+        verbs.parse(sys.argv, values)
+        resolve(verbs.recipe(values, "base"))
+    except (UserError, flags.Error):
+        return "refused"
+    finally:
+        sys.argv = before
+    return "read"
+
+
+TARGETS = [
+    ("json", json_text),
+    ("dataset", dataset),
+    ("report", report),
+    ("model_config", model_config),
+    ("claim", claim),
+    ("override", override),
+]
