@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.eval.report_html import bars, esc, folded, table, tiles
 from sdjax.eval.report_run import Run
 
@@ -45,7 +44,7 @@ def gather(run: Run) -> tuple[list[DataReport], list[str]]:
             file = folder / "report.json"
             if not file.exists():
                 continue
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = text_files.read_json(file)
             if not isinstance(found, dict) or "kept" not in found:
                 raise ValueError("it is no report of sdjax.prepare")
             reports.append(DataReport(folder, found, (folder / "report.html").exists()))

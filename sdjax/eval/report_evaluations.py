@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, text_files
 from sdjax.eval.report_figures import Figure, Series, logarithmic
 from sdjax.eval.report_pictures import Picture, embed
 
@@ -71,7 +70,7 @@ def gather(workdir: paths.PathLike) -> tuple[list[Evaluation], list[str]]:
     files = sorted(folder.glob("*/metrics.json"), key=str) if folder.exists() else []
     for file in files:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = text_files.read_json(file)
             if not isinstance(content, dict):
                 raise ValueError("no JSON object")
             found.append(Evaluation(file.parent.name, content))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sdjax import paths
+from sdjax import paths, untrusted
 
 METRICS_FILE = "metrics.jsonl"
 BLOCK_BYTES = 8 << 20  # parsed at once; a line may be no longer
@@ -69,6 +69,7 @@ class Metrics:
 
 
 EMPTY = Metrics({}, {}, 0, 0)
+_MOST = 2**30  # bytes of metrics.jsonl
 
 
 def read_metrics(workdir: paths.PathLike) -> Metrics:
@@ -78,7 +79,7 @@ def read_metrics(workdir: paths.PathLike) -> Metrics:
         OSError: the file is there and cannot be read.
     """
     path = paths.to_path(workdir) / METRICS_FILE
-    return parse(path.read_bytes()) if path.exists() else EMPTY
+    return parse(untrusted.read_bytes(path, _MOST)) if path.exists() else EMPTY
 
 
 def parse(data: bytes) -> Metrics:

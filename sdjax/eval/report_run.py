@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax import paths, text_files
+from sdjax import paths, text_files, untrusted
 from sdjax.eval.report_metrics import Metrics
 from sdjax.untrusted import MOST_JSON, is_number
 
 Config = Mapping[str, Any]
+_LONGEST_HEADER = 100 * 2**20  # bytes, of a safetensors file
 PACKAGES = ("sdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -73,7 +74,7 @@ def read_run(workdir: paths.PathLike) -> Run:
         raise ValueError(f"{folder / 'config.json'} is no JSON object")
     checkpoints = _checkpoints(folder)
     file = folder / "rollbacks.json"
-    rollbacks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rollbacks = text_files.read_json(file) if file.exists() else []
     return Run(folder, config, _sizes(folder, checkpoints), checkpoints, tuple(rollbacks))
 
 
@@ -96,7 +97,7 @@ def _sizes(folder: paths.Path, checkpoints: tuple[int, ...]) -> Sizes:
     frozen: Counter[str] = Counter()
     state: Counter[str] = Counter()
     if checkpoints:
-        tree = json.loads(_metadata(folder, checkpoints[-1]).read_text())["tree_metadata"]
+        tree = json.loads(text_files.read_text(_metadata(folder, checkpoints[-1])))["tree_metadata"]
         for leaf in tree.values():
             keys = [str(part["key"]) for part in leaf["key_metadata"]]
             shape = leaf["value_metadata"].get("write_shape")
@@ -116,10 +117,13 @@ def _sizes(folder: paths.Path, checkpoints: tuple[int, ...]) -> Sizes:
 
 def _safetensors_shapes(file: paths.Path) -> dict[str, list[int]]:
     """The file begins with the length of its header, which is JSON."""
+    untrusted.check_regular(file)
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         if length > MOST_JSON:
             raise ValueError(f"{file.name} has a header of {length:,} bytes")
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"{file}: a header of {length:,} bytes")
         header = json.loads(opened.read(length))
     return {path: entry["shape"] for path, entry in header.items() if path != "__metadata__"}
 

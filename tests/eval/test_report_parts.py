@@ -4,6 +4,8 @@ import base64
 import contextlib
 import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -325,6 +327,19 @@ def test_report_with_fields_of_another_type_is_written(fields, workdir, tmp_path
     (folder / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
     (folder / "config.json").write_text(json.dumps(fields))
     assert "Curves" in write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "rollbacks.json", "metrics.jsonl", "frozen.safetensors",
+     "evaluations/step-1000/metrics.json"],
+)  # fmt: skip
+def test_pipe_in_place_of_a_file_keeps_no_report_waiting(name, workdir, tmp_path):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "a device, a pipe or a socket; expected a file" in page
 
 
 def test_sizes_are_those_of_the_files(tmp_path):
