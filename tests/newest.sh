@@ -29,11 +29,14 @@ for file in /etc/resolv.conf /etc/hosts /etc/pip.conf; do
   if [ -e "$file" ]; then cp -L "$file" "$root$file"; fi
 done
 cp -r /etc/ssl/certs "$root/etc/ssl/"
-# TensorFlow looks at /proc, tests open terminals and shared memory.
+# TensorFlow looks at /proc, the compiler for TPU counts the processors in /sys and ends the process
+# where it cannot, tests open terminals and shared memory.
 mounted=()
 trap 'for folder in "${mounted[@]}"; do umount "$folder"; done' EXIT
 mount -t proc proc "$root/proc" 2>/dev/null || skip "nothing can be mounted here"
 mounted=("$root/proc")
+mount -t sysfs -o ro sysfs "$root/sys" || skip "/sys cannot be mounted in $root"
+mounted=("$root/sys" "${mounted[@]}")
 for folder in /dev /dev/pts /dev/shm; do
   mount --bind "$folder" "$root$folder" || skip "$folder cannot be mounted in $root"
   mounted=("$root$folder" "${mounted[@]}")
