@@ -369,7 +369,9 @@ def test_an_audit_draws_prompts_of_its_own(run, clip, tmp_path, capsys):
 def test_fid_is_that_of_pytorch_fid_on_the_same_folders(run, whole, inception, tmp_path):
     """The whole way: weights, resize, network, moments, distance. Random weights."""
     network, file = inception
-    from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
+    from pytorch_fid.fid_score import calculate_activation_statistics
+
+    from tests.eval.pytorch_fid_distance import calculate_frechet_distance
 
     data = tmp_path / "data"
     for split in ("train", "test"):

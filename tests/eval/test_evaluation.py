@@ -14,6 +14,7 @@ from sdjax.eval.evaluation import Inputs, choose, judge
 from sdjax.eval.fidelity import fidelity, verdicts
 from sdjax.eval.pictures import open_folder, open_split
 from sdjax.eval.reference import PixelTower
+from tests.eval.pytorch_fid_distance import calculate_frechet_distance
 
 
 @dataclasses.dataclass
@@ -186,7 +187,6 @@ def test_metrics_of_pictures_are_those_of_their_features(folder, shapes, tmp_pat
     y, train = tower(inputs.reference.read(0, 8)), tower(inputs.train.read(0, 40))
     values = {name: one.value for name, one in found.metrics.items()}
     torch = pytest.importorskip("torch")
-    from pytorch_fid.fid_score import calculate_frechet_distance
     from torchmetrics.image.kid import poly_mmd
 
     moments = [f(np.float64(z)) for z in (x, y) for f in (lambda z: z.mean(0), covariance)]

@@ -9,6 +9,7 @@ import scipy.spatial.distance
 import scipy.stats
 
 from sdjax.eval import bootstrap, frechet, mmd, neighbours, similarity
+from tests.eval.pytorch_fid_distance import calculate_frechet_distance
 
 torch = pytest.importorskip("torch")
 
@@ -26,12 +27,8 @@ X, Y = features(0, 120, shift=0.05, scale=1.1), features(1, 150)
 
 
 def pytorch_fid(x, y):
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
     arguments = [f(np.float64(z)) for z in (x, y) for f in (lambda z: z.mean(0), covariance)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's of `disp`
-        return calculate_frechet_distance(*arguments)
+    return calculate_frechet_distance(*arguments)
 
 
 def covariance(z):
@@ -70,8 +67,6 @@ def test_frechet_is_torchmetrics():
 @pytest.mark.parametrize("count", [120, 40])
 def test_influence_is_the_derivative_of_pytorch_fids_distance(count):
     """By weights: a little more of one picture, and less of all."""
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
     x, y = np.float64(X[:count]), np.float64(Y)
     theirs = y.mean(0), covariance(y)
 
@@ -80,9 +75,7 @@ def test_influence_is_the_derivative_of_pytorch_fids_distance(count):
         weights[i] += h
         mu = weights @ x
         sigma = (weights[:, None] * (x - mu)).T @ (x - mu) * count / (count - 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return calculate_frechet_distance(mu, sigma, *theirs)
+        return calculate_frechet_distance(mu, sigma, *theirs)
 
     found = frechet.influence(X[:count], frechet.moments(Y))
     h = 1e-5
