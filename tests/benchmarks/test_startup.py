@@ -25,9 +25,11 @@ def test_phases_of_a_run():
 
     found = startup.first_step([sys.executable, "-c", LINES])
     before, compilation, data, step = (found[name] for name in startup.PHASES)
-    assert compilation == 0.2 and before >= 0.1 and data >= 0.1 and step >= 0.2
+    assert compilation == 0.2
+    # A busy machine reads a line late, and then the next phase is short: what is sure are the sums.
+    assert before >= 0.1 and before + data >= 0.2 and before + data + step >= 0.4
     assert found["total"] == pytest.approx(before + compilation + data + step)
-    assert 0.6 <= found["total"] < 60  # it was ended
+    assert found["total"] < 60  # it was ended
     assert 0 < found[startup.WORKED] < 5  # it slept
 
 

@@ -28,7 +28,8 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
-os.sysconf = lambda name: {{"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": {MEMORY}}}[name]
+true, small = os.sysconf, {{"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": {MEMORY}}}
+os.sysconf = lambda name: small[name] if name in small else true(name)
 
 import train_step
 from sizes import SIZES, Size
