@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError, WriteError
 from sdjax.eval import animation, drawing, grids, reference, strips
 from sdjax.train import ema, encoding, loop, monitor, plan_cache, rollback, startup
+from sdjax.train.bundle import replaced_folder
 from sdjax.train.rollback import Spike
 
 WORDS = "File too large; raise the limit on the size of files \\(ulimit -f\\)"
@@ -129,6 +131,19 @@ def test_convert_to_a_workdir_leaves_nothing_behind(tiny_vae, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "the checkpoint could not be written" in error and "Is the disk full" in error
     assert str(tmp_path) in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_threads_make_again_after_the_failure_is_removed(tmp_path):
+    def late():
+        (partial / "checkpoints").mkdir(parents=True)
+
+    with pytest.raises(UserError, match="full"):
+        with replaced_folder(tmp_path / "x", overwrite=False) as partial:
+            thread = threading.Timer(0.15, late)
+            thread.start()
+            raise UserError("the disk is full")
+    thread.join()
     assert not list(tmp_path.iterdir())
 
 

@@ -213,13 +213,11 @@ def replaced_folder(folder: paths.Path, *, overwrite: bool) -> Iterator[paths.Pa
     def clean_up(*signal: object) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        for _ in range(20):  # threads of a save that failed may still be making files in it
-            paths.remove(partial)
-            if not partial.exists():
-                break
-            time.sleep(0.1)
+        if not complete:
+            _remove_for_good(partial)
         paths.remove(old)
 
+    complete = False
     try:
         with at_end(clean_up), paths.explained_writes(folder):
             partial.mkdir()
@@ -227,5 +225,17 @@ def replaced_folder(folder: paths.Path, *, overwrite: bool) -> Iterator[paths.Pa
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
+            complete = True
     finally:
         clean_up()
+
+
+def _remove_for_good(folder: paths.Path) -> None:
+    """Delete a folder that threads of a save that failed may make again, up to 0.3 s later."""
+    absent = 0
+    for _ in range(20):
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 4:
+            break
+        paths.remove(folder)
+        time.sleep(0.1)
