@@ -54,11 +54,11 @@ def get_config():
     c.optim.schedule = "cosine"
     c.ema.profiles = ("warmup-0.999",)
 
-    c.train.steps = 1500
+    c.train.steps = 500
     c.train.log_every = 50
-    c.train.sample_every = 375
-    c.train.checkpoint_every = 375
-    c.validation.every = 375
+    c.train.sample_every = 250
+    c.train.checkpoint_every = 250
+    c.validation.every = 125
     c.sample.guidance = 3.0
     c.sample.sampler.steps = 25
     return c
