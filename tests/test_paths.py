@@ -89,7 +89,8 @@ def test_shards_in_any_folder_are_found_by_folder_file_and_pattern(folder):
     every = ["[a] *.tar", "test-0.tar", "train-0.tar", "train-1.tar"]
 
     def found(path):
-        return [shard.name for shard in find_shards(str(path), (".tar",), "webdataset").shards]
+        survey = find_shards(str(path), (".tar",), "webdataset", outside=False)
+        return [shard.name for shard in survey.shards]
 
     assert found(folder) == every
     for name in every:
@@ -105,7 +106,7 @@ def test_shards_in_any_folder_are_found_by_folder_file_and_pattern(folder):
 
 def test_a_pattern_of_all_depths_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match="name the folder alone"):
-        find_shards(str(tmp_path / "**" / "*.tar"), (".tar",), "webdataset")
+        find_shards(str(tmp_path / "**" / "*.tar"), (".tar",), "webdataset", outside=False)
 
 
 def test_printed_commands_are_read_by_a_shell_as_they_are_meant(folder):

@@ -146,7 +146,7 @@ def test_pipe_or_device_is_never_opened(tmp_path, end):
         reason = "not_a_file" if outside else "leads_outside"
         assert skips == {"b.png": "not_a_file", "c.png": reason}
     assert time.monotonic() - began < 5
-    with pytest.raises(BadRow, match="not_a_file: a folder"):
+    with pytest.raises(BadRow, match="missing_file: a folder"):
         Inside(str(tmp_path), outside=False).check(data)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax import paths
 from sdjax.data import sources
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.mixture import Part
@@ -127,7 +128,7 @@ def test_sizes_are_those_of_the_decoded_pictures(config):
 
 def test_the_table_is_read_once_and_mended(config, monkeypatch):
     first = open_source(config, "train").table
-    folder = sources.paths.to_path(open_source(config, "train").directory)
+    folder = paths.to_path(open_source(config, "train").directory)
 
     def forbidden(self, index):
         raise AssertionError("a record was read again")

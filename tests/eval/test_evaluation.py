@@ -110,7 +110,7 @@ def test_pytorch_fid_reads_our_statistics_and_we_read_its(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "inception-v3-64"}, ["tower: inception-v3-2048 there, inception-v3-64 here"]),
+        ({"name": "inception-v3-64"}, ["tower: 'inception-v3-2048' there, 'inception-v3-64' here"]),
         ({"digest": "f" * 16}, ["digest", "preprocessing"]),
         ({}, ["size: [16, 16] there, [32, 32] here"]),
     ],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdjax import encode
 from sdjax.config import resolve
-from sdjax.data import encoded, image_files, transforms
+from sdjax.data import encoded, image_files, sources, transforms
 from sdjax.data.config import DataError
 from sdjax.data.pipeline import make_iterator
 from sdjax.data.sources import open_source
@@ -388,7 +388,11 @@ def test_an_unreadable_picture_is_counted_and_what_is_forbidden_stops_it(
     report = encoded_once(snaps, tmp_path / "data")
     assert report.examples["train"] == 20
     assert len(report.dropped["train"]["cannot be read"]) == 10
-    error = DataError("has no caption")  # as data.captions.empty = "error" says it
+
+    def forbidden(self, index):  # as data.captions.empty = "error" says it
+        raise DataError("has no caption")
+
+    monkeypatch.setattr(sources.Source, "example", forbidden)
     with pytest.raises(DataError, match="has no caption"):
         encoded_once(snaps, tmp_path / "again")
 

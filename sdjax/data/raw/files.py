@@ -28,7 +28,8 @@ class Inside:
         """The size of a file in bytes.
 
         Raises:
-            BadRow: leads_outside, or not_a_file for whatever is no regular one.
+            BadRow: leads_outside; missing_file where a folder is; not_a_file for whatever else is
+                no regular one.
             OSError: it is not there.
         """
         if not self._is_local:
@@ -40,8 +41,9 @@ class Inside:
         if stat.S_ISLNK(found.st_mode):
             found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
-            raise BadRow("not_a_file", kind)
+            if stat.S_ISDIR(found.st_mode):
+                raise BadRow("missing_file", "a folder is there")
+            raise BadRow("not_a_file", "a device, a pipe or a socket")
         return found.st_size
 
     def _check_place(self, path: str, *, link: bool) -> None:
