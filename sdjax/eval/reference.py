@@ -189,7 +189,9 @@ def _check(file: paths.Path, found: Reference, tower: Tower, size: tuple[int, in
     if size is not None and "size" in found.meta:
         wanted["size"], has["size"] = list(size), found.meta["size"]
     different = [
-        f"{k}: {brief(has[k])} there, {brief(wanted[k])} here" for k in wanted if has[k] != wanted[k]
+        f"{k}: {brief(has[k])} there, {brief(wanted[k])} here"
+        for k in wanted
+        if has[k] != wanted[k]
     ]
     if different:
         raise UserError(
