@@ -6,7 +6,7 @@
         --config.vae_from=runs/emoji_vae
 
 DIR holds pictures and a metadata.jsonl with `file_name` and `text` (or train/ and test/ folders of
-that kind). Hardware: 2 CPU cores; see docs/emoji.md for the hour-long run and its pictures.
+that kind). Hardware: 2 CPU cores; docs/emoji.md has its pictures, and how long it takes.
 """
 
 from sdjax.config import default

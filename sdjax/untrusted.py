@@ -180,7 +180,9 @@ def read_bytes(path: paths.PathLike, most: int, *, pipes: bool = False) -> bytes
     size = 0 if pipes else check_regular(path)
     if size <= most:
         with path.open("rb") as file:
-            data = file.read(most + 1)  # it may grow, or have no size, as those of /proc
+            data = file.read(size + 1)  # no more: a read makes room for all that it is asked for
+            if len(data) > size:  # it grew, or has no size, as those of /proc
+                data += file.read(most + 1 - len(data))
         if len(data) <= most:
             return data
     has = f"{size:,}" if size > most else "more"

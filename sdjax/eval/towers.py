@@ -39,7 +39,6 @@ INCEPTION_UNUSED = re.compile(r"fc\.(weight|bias)|.*\.num_batches_tracked")
 CLIP_EXAMPLE = "openai/clip-vit-large-patch14"
 _CLIP_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _CLIP_FILES = ("*.json", "merges.txt", "vocab.json")
-_SHOWN = 12  # problems of a file of weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,10 +229,7 @@ def _network(model: Any, config: Any, tensors: Mapping[str, np.ndarray], where: 
     try:
         return Network(config, graph, weights.from_diffusers(tensors, shapes))
     except WeightsError as error:
-        title, *problems = str(error).splitlines()
-        more = len(problems) - _SHOWN
-        problems = [*problems[:_SHOWN], *([f"  and {more} more"] if more > 0 else [])]
-        raise WeightsError("\n".join([f"{where}: {title}", *problems])) from error
+        raise WeightsError(f"{where}: {error}") from error
 
 
 def _read_preprocess(folder: paths.Path) -> ClipPreprocess:

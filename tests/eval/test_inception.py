@@ -151,7 +151,7 @@ def test_weights_that_do_not_fit_are_named(state_dict, tmp_path):
                  "mis-shaped: Mixed_5b.branch1x1.bn.bias is (3,)"):  # fmt: skip
         assert text in str(caught.value)
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"and \d+ more"):
+    with pytest.raises(WeightsError, match="and 371 more$"):
         read_inception(tmp_path / "other.pth")
 
 
