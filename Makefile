@@ -22,7 +22,7 @@ test-all: $(VENV)/.installed-test
 # What is compiled for GPUs needs JAX's plugin for CUDA, and no GPU. It is kept apart: in the
 # environment itself it would complain at every start that there is none.
 test-gpus: $(VENV)/gpus/.installed
-	PYTHONPATH=$(VENV)/gpus $(BIN)/python -m pytest tests/test_plan_gpus.py
+	PYTHONPATH=$(VENV)/gpus $(BIN)/python -m pytest tests/planning/test_plan_gpus.py
 
 # Debian 13 in a folder: Python 3.13 and the newest releases. It needs root rights and debootstrap.
 test-newest:

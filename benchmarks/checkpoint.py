@@ -15,8 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from sdjax.checkpoints.checkpoint import Checkpoints
 from sdjax.config import TrainConfig
-from sdjax.train.checkpoint import Checkpoints
 
 
 def make_state(millions: float) -> dict:

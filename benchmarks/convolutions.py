@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import environment, in_turn, table, write_json
 
-from sdjax.allocator import use_large_pages
+from sdjax.system.allocator import use_large_pages
 
 # (side, channels in, channels out) of the UNet `small` of benchmarks/sizes.py.
 SHAPES = ((32, 64, 64), (32, 128, 64), (16, 128, 128), (16, 384, 128), (8, 256, 256))

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from sdjax import paths
 from sdjax.data import encoded
 from sdjax.data.config import DataConfig
-from sdjax.data.dataset_folder import Stored, file_name, write_metadata
 from sdjax.data.encoded import Encoding
-from sdjax.data.tfds_on_cpu import tfds
-from sdjax.train.encoding import write_records
+from sdjax.data.tfds.dataset_folder import Stored, file_name, write_metadata
+from sdjax.data.tfds.tfds_on_cpu import tfds
+from sdjax.encoding.encoder import write_records
+from sdjax.system import paths
 
 DIFFERENT = 20  # pictures are stored several times under other names: to decode, no two are alike
 ASPECTS = (1, 4 / 3, 3 / 2, 3 / 4, 2 / 3)  # height over width

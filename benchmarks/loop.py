@@ -36,11 +36,11 @@ import jax.numpy as jnp
 from measure import Blocks, environment, table, write_json
 from ml_collections import ConfigDict
 
-from sdjax.allocator import use_large_pages
+from sdjax.checkpoints.checkpoint import Checkpoints
 from sdjax.config import Config, resolve
 from sdjax.errors import UserError
+from sdjax.system.allocator import use_large_pages
 from sdjax.train import loop
-from sdjax.train.checkpoint import Checkpoints
 from sdjax.train.program import Steps
 
 

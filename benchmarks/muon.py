@@ -22,11 +22,11 @@ import numpy as np
 from measure import environment, in_turn, table, write_json
 from optax import contrib
 
+from sdjax.checkpoints import assemble
 from sdjax.config import Config, resolve
-from sdjax.train import networks
-from sdjax.train.muon import scale_by_muon
-from sdjax.train.optim import is_muons
-from sdjax.train.task import make_task, trainable_networks
+from sdjax.methods.task import make_task, trainable_networks
+from sdjax.optim.muon import scale_by_muon
+from sdjax.optim.optimizers import is_muons
 
 OURS, THEIRS = "sdjax", "optax"
 TOLERANCE = 1e-4  # of the largest element of a matrix
@@ -35,7 +35,7 @@ RMS, MOMENTUM, EPS = 0.2, 0.95, 1e-8
 
 def matrices(config: Config) -> dict[str, jax.Array]:
     """Random gradients [..., outputs] of what muon takes among the trained parameters."""
-    assembled = networks.assemble(config)
+    assembled = assemble.assemble(config)
     abstract = make_task(assembled.config, assembled.tokenizers).abstract
     trained = trainable_networks(assembled.config)
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@
     python benchmarks/sample.py --size=sd21 --batches=1,8  # random weights of benchmarks/sizes.py
 
 From the tokens of a prompt to uint8 pictures on the host: text encoder, 20 steps of DDIM with
-guidance (two evaluations of the UNet a step, as one batch), VAE decoder, by `sdjax.eval.generate`
+guidance (two evaluations of the UNet a step, as one batch), VAE decoder, by `sdjax.sampling.generate`
 as `sdjax.sample` uses it. Compilation, once for each batch size, is timed apart.
 
 The peer, on request, is the pipeline of torch diffusers on the same diffusers folder, from the same
@@ -32,20 +32,20 @@ import numpy as np
 from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 
-from sdjax.allocator import use_large_pages
+from sdjax.checkpoints.bundle import TOKENIZERS
+from sdjax.checkpoints.pretrained import folder_kind, read_any
 from sdjax.config import ModelConfig
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
-from sdjax.eval import generate
+from sdjax.families.conditioning import TOKENS, Encoder, blank_tokenizers, encode_text
 from sdjax.models import presets, weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
+from sdjax.models.params import prefixed
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE, VAEConfig
-from sdjax.train.bundle import TOKENIZERS
-from sdjax.train.conditioning import TOKENS, Encoder, blank_tokenizers, encode_text
-from sdjax.train.pretrained import folder_kind, read_any
-from sdjax.train.state import prefixed
+from sdjax.sampling import generate
+from sdjax.system.allocator import use_large_pages
 
 PROMPT, GUIDANCE, SEED = "a red circle", 7.5, 0
 TOLERANCE = 0.02  # largest difference from torch's pixels, of [0, 1], in float32

@@ -29,10 +29,9 @@ from measure import table, write_json
 from sdjax.models import placement
 from sdjax.models.attention import Attention, BasicTransformerBlock
 from sdjax.models.layers import GroupNorm, conv, linear, rematerialised, silu
-from sdjax.parallel import topologies
-from sdjax.train import estimate, hlo
+from sdjax.planning import estimate, hlo, topologies
 from sdjax.train.compilation import compile_lowered
-from sdjax.train.model_flops import count_flops
+from sdjax.train.monitoring.model_flops import count_flops
 
 # The smallest slice of each chip; the layer runs on one of its chips.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

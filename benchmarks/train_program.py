@@ -20,16 +20,17 @@ from sizes import SIZES, Size
 from sdjax.config import Config, ModelConfig, TrainConfig
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.families.conditioning import blank_tokenizers
+from sdjax.methods.task import Task, make_task
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.layers import check_remat
+from sdjax.models.params import Params
 from sdjax.models.vae import VAEConfig
+from sdjax.optim.ema import EMAConfig
+from sdjax.optim.optimizers import OptimConfig
 from sdjax.parallel.mesh import MeshConfig, make_mesh
-from sdjax.train.conditioning import blank_tokenizers
-from sdjax.train.ema import EMAConfig
-from sdjax.train.optim import OptimConfig
 from sdjax.train.program import Program, build
-from sdjax.train.state import Params, State
-from sdjax.train.task import Task, make_task
+from sdjax.train.state import State
 
 # Stable Diffusion's factor of 8 between pixels and latents, and its 4 channels; no other part runs.
 _VAE = VAEConfig(block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=4)

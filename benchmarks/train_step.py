@@ -31,12 +31,12 @@ from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 from train_program import Bench, Row, make_bench, make_config, own_resolution
 
-from sdjax.allocator import use_large_pages
 from sdjax.config import Config
 from sdjax.parallel.batches import check_batch
 from sdjax.parallel.chips import peak_flops
 from sdjax.parallel.mesh import MeshConfig, make_mesh
-from sdjax.train.model_flops import train_flops, unet_flops
+from sdjax.system.allocator import use_large_pages
+from sdjax.train.monitoring.model_flops import train_flops, unet_flops
 from sdjax.train.program import compile_step
 
 GIB = 2**30

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sizes import SIZES
 
-from sdjax.allocator import use_large_pages
+from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
     from torch_peer import Torch
@@ -50,11 +50,11 @@ class Sdjax:
         from torch_peer import CLIP_NORM, LEARNING_RATE, WEIGHT_DECAY
 
         from sdjax.models import placement, weights
+        from sdjax.models.params import component, prefixed
         from sdjax.models.unet import UNet
+        from sdjax.optim.optimizers import OptimConfig, make_optimizer
         from sdjax.parallel.activations import Activations
         from sdjax.parallel.mesh import MeshConfig, make_mesh
-        from sdjax.train.optim import OptimConfig, make_optimizer
-        from sdjax.train.state import component, prefixed
         from sdjax.train.step import make_train_step
 
         config = SIZES[args.size].unet
@@ -98,7 +98,7 @@ class Sdjax:
         self.compile_seconds = time.perf_counter() - begin
 
     def _fresh(self, params: dict[str, Any]) -> dict[str, Any]:
-        from sdjax.train.ema import EMAConfig
+        from sdjax.optim.ema import EMAConfig
         from sdjax.train.state import init_state
 
         return init_state(params, self._optimizer, EMAConfig(profiles=()))
@@ -108,7 +108,7 @@ class Sdjax:
         import jax
 
         from sdjax.models import weights
-        from sdjax.train.state import component, prefixed
+        from sdjax.models.params import component, prefixed
 
         params = weights.from_diffusers(tensors, component(self._abstract, "unet"))
         self._state = jax.jit(self._fresh)(prefixed(params, "unet"))

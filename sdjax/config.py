@@ -19,62 +19,20 @@ from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.diffusion.losses import check as check_objective
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
-from sdjax.models.clip import CLIPTextConfig
+from sdjax.families.model import ModelConfig
 from sdjax.models.config import ConfigError
-from sdjax.models.kernels import WANTED
-from sdjax.models.unet import UNetConfig
-from sdjax.models.vae import VAEConfig
+from sdjax.optim.ema import EMAConfig
+from sdjax.optim.optimizers import OptimConfig
+from sdjax.parallel import xla
 from sdjax.parallel.mesh import MeshConfig
-from sdjax.train import xla
-from sdjax.train.ema import EMAConfig
-from sdjax.train.optim import OptimConfig
-from sdjax.train.validation_config import ValidationConfig
-from sdjax.untrusted import brief, plain
+from sdjax.system.untrusted import brief, plain
+from sdjax.validation_config import ValidationConfig
 
 if TYPE_CHECKING:
     import ml_collections  # of the verbs alone: the dataclasses are complete without it
 
 T = TypeVar("T")
 _MOST_UNKNOWN = 20  # fields that an error shows
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The networks. With `init_from` and its kin the loaded folder decides these instead."""
-
-    unet: UNetConfig = UNetConfig()
-    vae: VAEConfig = VAEConfig()
-    text_encoder: CLIPTextConfig | None = CLIPTextConfig()  # None for SDXL's refiner
-    text_encoder_2: CLIPTextConfig | None = None  # of SDXL and its refiner, with a projection
-    # SDXL: an empty caption is zeros, in training and drawing, and not the encoding of "".
-    zero_empty_prompt: bool = False
-    # What a refiner is told of every picture, and of what guidance leads away from.
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
-    dtype: str = "float32"  # of matmuls and convolutions; parameters stay in float32
-    remat: str = "none"  # "attention", "block", "full" or the name of a jax.checkpoint policy
-    # "auto": the kernel that is faster there; "dense": none; "flash" (TPU), "cudnn" (NVIDIA GPUs):
-    # that one, wherever it takes the shape.
-    attention: str = "auto"
-
-    def __post_init__(self):
-        if self.attention not in WANTED:
-            raise ValueError(
-                f"model.attention is {self.attention!r}; expected one of {', '.join(WANTED)}"
-            )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
-        if self.attention == "cudnn" and self.dtype == "float32":
-            raise ValueError(
-                "model.attention is 'cudnn', which has no float32; set model.dtype to 'bfloat16', "
-                "or model.attention to 'auto'"
-            )
-
-    @property
-    def text_encoders(self) -> dict[str, CLIPTextConfig]:
-        """{name: config} of those that are there."""
-        both = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-        return {name: encoder for name, encoder in both.items() if encoder is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +75,9 @@ class TrainConfig:
     rollbacks: int = 0
     export: bool = True  # write a diffusers folder at the end
     report: bool = True  # write report.html at every validation and at the end
-    xla_options: tuple[str, ...] = ()  # of the step, "NAME=VALUE"; they win over sdjax/train/xla.py
+    xla_options: tuple[
+        str, ...
+    ] = ()  # of the step, "NAME=VALUE"; they win over sdjax/parallel/xla.py
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "checkpoint_every", "keep_last",

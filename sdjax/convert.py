@@ -24,7 +24,7 @@ Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be writt
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command begins again")
 
@@ -36,11 +36,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import locks, paths, progress
+from sdjax.system import locks, paths, progress
 
 if TYPE_CHECKING:
-    from sdjax.train import averages
-    from sdjax.train.bundle import Pretrained
+    from sdjax.checkpoints import averages
+    from sdjax.checkpoints.bundle import Pretrained
 
 FORMATS = ("workdir", "diffusers", "single_file")
 MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
@@ -175,7 +175,7 @@ def convert(
         PretrainedError, CheckpointError: `source` cannot be read or `target` not written.
         OSError: of the disk.
     """
-    from sdjax.train.pretrained import Hints, PretrainedError, folder_kind, read_any
+    from sdjax.checkpoints.pretrained import Hints, PretrainedError, folder_kind, read_any
 
     found = _sources(source, average, average_weights, ema_length, step, weights)
     target = paths.to_path(target)
@@ -232,8 +232,8 @@ def _sources(
     weights: str,
 ) -> list[averages.Member]:
     """What is read. PretrainedError if the options that say so contradict one another."""
-    from sdjax.train import averages
-    from sdjax.train.pretrained import PretrainedError
+    from sdjax.checkpoints import averages
+    from sdjax.checkpoints.pretrained import PretrainedError
 
     if average:
         for option, value in (("step", step), ("ema_length", ema_length)):
@@ -264,7 +264,7 @@ def _read(
     step: int | None,
 ) -> tuple[Pretrained, str]:
     """The model to write, and what it was made of."""
-    from sdjax.train import averages
+    from sdjax.checkpoints import averages
 
     if len(found) > 1:
         read = averages.average(found, read_one, average_weights)
@@ -306,7 +306,7 @@ def _misplaced(
 
 def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:
     """PretrainedError if writing would destroy what is read, or the name and kind disagree."""
-    from sdjax.train.pretrained import PretrainedError
+    from sdjax.checkpoints.pretrained import PretrainedError
 
     inner, outer = paths.resolved(target), paths.resolved(source)
     if inner == outer or inner in outer.parents:
@@ -319,9 +319,9 @@ def _write(
     to: str, target: paths.Path, read: Any, options: dict[str, Any], max_shard_size: str
 ) -> list[str]:
     """Write networks in the layout `to`; what was done, as lines."""
-    from sdjax.train.pretrained import write_diffusers
-    from sdjax.train.single_file_writer import write_single_file
-    from sdjax.train.workdir import save_workdir
+    from sdjax.checkpoints.pretrained import write_diffusers
+    from sdjax.checkpoints.single_file_writer import write_single_file
+    from sdjax.checkpoints.workdir import save_workdir
 
     if to == "workdir":
         save_workdir(target, read, overwrite=options["overwrite"])
@@ -339,8 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, convert, and give the exit code."""
     args = parser().parse_args(argv)
     # Imported here so that --help and a mistyped option answer at once.
+    from sdjax.checkpoints.checkpoint import CheckpointError
     from sdjax.errors import explain
-    from sdjax.train.checkpoint import CheckpointError
 
     logging.set_verbosity(logging.WARNING)  # Orbax narrates
     try:

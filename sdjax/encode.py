@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from sdjax import locks, progress, verbs
+from sdjax import verbs
 from sdjax.errors import UserError
+from sdjax.system import locks, progress
 
 FLAGS = flags.FlagValues()
 _ENCODE = flags.DEFINE_bool("encode", True, "This mode of sdjax.prepare.", flag_values=FLAGS)
@@ -72,7 +73,7 @@ def _run() -> int:
         raise UserError(f"--host is {_HOST.value}; expected 0 to --hosts - 1 = {_HOSTS.value - 1}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     from sdjax.config import resolve
-    from sdjax.train.encode_dataset import Options, encode_dataset
+    from sdjax.encoding.dataset import Options, encode_dataset
     from sdjax.train.startup import enable_compilation_cache
 
     options = Options(

@@ -34,7 +34,7 @@ Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be writt
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command goes on")
 
@@ -48,13 +48,13 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax import locks, paths, progress
-from sdjax.allocator import use_large_pages
 from sdjax.sample import SAMPLER_NAMES
+from sdjax.system import locks, paths, progress
+from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
-    from sdjax.eval.loading import Loaded
-    from sdjax.eval.request import Request
+    from sdjax.evaluation.loading import Loaded
+    from sdjax.evaluation.request import Request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -203,9 +203,9 @@ def _add_drawing_options(p: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, evaluate, and give the exit code."""
     args = parser().parse_args(argv)
+    from sdjax.checkpoints.checkpoint import CheckpointError
     from sdjax.errors import UserError, explain
     from sdjax.parallel import distributed, hosts
-    from sdjax.train.checkpoint import CheckpointError
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     try:
@@ -237,7 +237,7 @@ def make_request(args: argparse.Namespace) -> Request:
         UserError: one has a value that it cannot have.
     """
     from sdjax.errors import UserError
-    from sdjax.eval.request import Request
+    from sdjax.evaluation.request import Request
 
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both, or none")
@@ -266,10 +266,10 @@ def evaluate(args: argparse.Namespace) -> str:
         UserError and its kin: the model, a file or an option is wrong.
         FloatingPointError: a picture has NaN pixels.
     """
-    from sdjax.eval.evaluation_output import FILE, table
-    from sdjax.eval.loading import load
-    from sdjax.eval.request import default_output
-    from sdjax.eval.session import open_session
+    from sdjax.evaluation.evaluation_output import FILE, table
+    from sdjax.evaluation.loading import load
+    from sdjax.evaluation.request import default_output
+    from sdjax.evaluation.session import open_session
     from sdjax.train.startup import enable_compilation_cache
 
     request = make_request(args)
@@ -303,9 +303,9 @@ def _search(
     args: argparse.Namespace, request: Request, loaded: Loaded | None, output: paths.Path
 ) -> str:
     """The best length of average."""
-    from sdjax.eval import ema_lengths
-    from sdjax.eval.evaluation_output import FILE, number
-    from sdjax.eval.session import open_session
+    from sdjax.evaluation import ema_lengths
+    from sdjax.evaluation.evaluation_output import FILE, number
+    from sdjax.evaluation.session import open_session
 
     lengths = ema_lengths.parse(args.ema_lengths)
     ema_lengths.check(loaded)

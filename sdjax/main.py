@@ -16,20 +16,24 @@ again, on all hosts, to go on.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command goes on from the last checkpoint, if there is one", terminated=75)
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sdjax import collector, paths
-from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
+from sdjax.system import collector, paths
+from sdjax.system.allocator import use_large_pages
 from sdjax.verbs import CONFIG_HELP, parse_or_exit, recipe
+
+if TYPE_CHECKING:
+    from sdjax.config import Config
 
 config_flags.DEFINE_config_file("config", None, CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
@@ -89,19 +93,33 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         os._exit(explain(error))  # JAX's own way out waits for the hosts that did not come
 
-    def train() -> int:
+    def resolved_and_trained() -> int:
         with collector.paused():
             from sdjax.config import resolve
-            from sdjax.train import loop
 
         if _DRY_RUN.value and not config.data.path:
             config.data.path = "(not read)"  # a dry run looks at no data
-        return loop.run(resolve(config), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
+        return train(resolve(config), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
 
     try:
-        return hosts.together(train)
+        return hosts.together(resolved_and_trained)
     except paths.storage_errors(UserError) as error:
         return explain(error)
+
+
+def train(config: Config, workdir: str, *, dry_run: bool = False) -> int:
+    """Run `sdjax.train.loop.run` with the judge of `sdjax.evaluate` and the report."""
+    with collector.paused():
+        from sdjax.train import loop
+        from sdjax.train.hooks import Hooks, Judge
+        from sdjax.web.report_page import write_report
+
+    def make_judge(config: Config, tokenizers: Any, folder: paths.Path) -> Judge:
+        from sdjax.evaluation import judging  # of many modules, which few runs need
+
+        return judging.PictureJudge(config, tokenizers, folder)
+
+    return loop.run(config, workdir, dry_run=dry_run, hooks=Hooks(make_judge, write_report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Ctrl-C.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("plans that were finished are kept")
 
@@ -36,14 +36,15 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sdjax import paths, verbs
+from sdjax import verbs
 from sdjax.errors import UserError, explain
+from sdjax.system import paths
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sdjax.config import Config
-    from sdjax.train.planning import Planner
+    from sdjax.planning.planner import Planner
 
 # Flags of its own: those of `sdjax.main` (--workdir, --coordinator, ...) mean nothing here.
 FLAGS = flags.FlagValues()
@@ -115,15 +116,15 @@ def _run() -> int:
     recipe = verbs.recipe(FLAGS, "sd15")
     _check_flags()
     logging.set_verbosity(logging.ERROR)
-    from sdjax.parallel import topologies
+    from sdjax.planning import topologies
 
     topology = topologies.parse(_TOPOLOGY.value or "")
     devices = topologies.devices(topology)
     from rich.console import Console
 
-    from sdjax.train.plan_report import show, show_search
-    from sdjax.train.planning import Planner
-    from sdjax.train.quick_plan import QuickPlanner
+    from sdjax.planning.plan_report import show, show_search
+    from sdjax.planning.planner import Planner
+    from sdjax.planning.quick_plan import QuickPlanner
 
     make = QuickPlanner if _QUICK.value else Planner
     planner = make(topology, devices, Path(_CACHE.value).expanduser())
@@ -167,8 +168,8 @@ def _config(raw: ConfigDict) -> Config:
 
     A tokenizer that the run would train has at most `tokenizer.vocab_size` entries.
     """
+    from sdjax.checkpoints.assemble import assemble
     from sdjax.config import resolve
-    from sdjax.train.networks import assemble
 
     if not raw.data.path:
         raw.data.path = "(not read)"
@@ -189,7 +190,7 @@ def _config(raw: ConfigDict) -> Config:
 
 
 def _search(planner: Planner, config: Config, console: Console) -> tuple:
-    from sdjax.train.plan_search import search
+    from sdjax.planning.plan_search import search
 
     found = search(planner, config, lambda line: console.print(line, markup=False, highlight=False))
     return found.best, list(found.tried)

@@ -19,7 +19,7 @@ Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be writt
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command goes on")
 
@@ -32,13 +32,13 @@ from typing import Any
 
 from absl import flags, logging
 
-from sdjax import locks, paths, progress
 from sdjax.data.prepare.settings import DUPLICATES, Place, Settings
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, passed_over
 from sdjax.errors import UserError, explain
-from sdjax.interrupts import ignored_by_children
+from sdjax.system import locks, paths, progress
+from sdjax.system.interrupts import ignored_by_children
 from sdjax.verbs import parse
 
 FLAGS = flags.FlagValues()  # of its own: those of `sdjax.main` mean nothing here
@@ -218,7 +218,7 @@ def _run(rest: list[str]) -> int:
 if __name__ == "__main__":
     if any(re.fullmatch("--?encode(=.*)?", argument) for argument in sys.argv):
         from sdjax import encode
-        from sdjax.allocator import use_large_pages
+        from sdjax.system.allocator import use_large_pages
 
         use_large_pages()
         sys.exit(encode.main(sys.argv))

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax import untrusted
 from sdjax.config import Config, to_dict
+from sdjax.system import untrusted
 
 
 def recipe(config: Mapping[str, Any], about: str) -> str:

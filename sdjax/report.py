@@ -11,7 +11,7 @@ cannot be written; 130 Ctrl-C.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command writes the page again")
 
@@ -19,8 +19,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sdjax import paths
 from sdjax.errors import UserError, cause_of, explain
+from sdjax.system import paths
 
 # One of these makes a folder a workdir.
 FILES = ("config.json", "metrics.jsonl")
@@ -60,7 +60,7 @@ def report(args: argparse.Namespace) -> paths.Path:
     Raises:
         UserError: there is no such run, or the page cannot be written.
     """
-    from sdjax.eval.report_page import write_report
+    from sdjax.web.report_page import write_report
 
     folder = paths.to_path(args.workdir)
     if not paths.exists(folder):

@@ -16,7 +16,7 @@ Ctrl-C.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command draws the pictures again")
 
@@ -28,19 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from sdjax import locks, paths, progress, text_files, untrusted
-from sdjax.allocator import use_large_pages
 from sdjax.errors import UserError, explain
+from sdjax.system import locks, paths, progress, text_files, untrusted
+from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdjax.checkpoints.pretrained import Pretrained
     from sdjax.config import ModelConfig
     from sdjax.data.tokenizer import Tokenizer
     from sdjax.diffusion.samplers import SamplerConfig
     from sdjax.diffusion.schedules import ScheduleConfig
-    from sdjax.eval.order import Order
-    from sdjax.train.pretrained import Pretrained
+    from sdjax.sampling.order import Order
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
@@ -177,7 +177,7 @@ def read_latents(file: str, count: int, shape: tuple[int, int, int]):
     """
     import numpy as np
 
-    from sdjax import array_files
+    from sdjax.system import array_files
 
     height, width, channels = shape
     try:
@@ -200,7 +200,7 @@ def read_latents(file: str, count: int, shape: tuple[int, int, int]):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, draw, and give the exit code."""
     args = parser().parse_args(argv)
-    from sdjax.train.checkpoint import CheckpointError
+    from sdjax.checkpoints.checkpoint import CheckpointError
     from sdjax.train.startup import enable_compilation_cache
 
     enable_compilation_cache("")  # the second drawing of a shape compiles nothing
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
     """The model's own sampler with what the options change."""
-    from sdjax.train.bundle import choose_sampler, sampler_note
+    from sdjax.checkpoints.bundle import choose_sampler, sampler_note
 
     given = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -234,9 +234,9 @@ def _whole(
     Raises:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
+    from sdjax.checkpoints.bundle import TOKENIZERS
     from sdjax.config import ModelConfig
-    from sdjax.train.bundle import TOKENIZERS
-    from sdjax.train.conditioning import TOKENS
+    from sdjax.families.conditioning import TOKENS
 
     unet, vae, schedule = found.unet, found.vae, found.schedule
     names = [name for name in TOKENS if getattr(found, name) is not None]
@@ -282,10 +282,10 @@ def _order(args: argparse.Namespace, prompts: list[str]) -> Order:
     import jax.numpy as jnp
     import numpy as np
 
-    from sdjax.eval.generate import Drawing, latent_shape
-    from sdjax.eval.order import Order
-    from sdjax.train.conditioning import encode_text
-    from sdjax.train.pretrained import read_any
+    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.families.conditioning import encode_text
+    from sdjax.sampling.generate import Drawing, latent_shape
+    from sdjax.sampling.order import Order
 
     found = read_any(args.model, weights=args.weights)
     model, tokenizers, schedule = _whole(found, args)
@@ -363,8 +363,8 @@ def sample(args: argparse.Namespace) -> str:
         UserError and its kin: the model or an option is wrong.
         FloatingPointError: a picture has NaN pixels.
     """
-    from sdjax.eval import explain, interpolate, trajectory
-    from sdjax.eval.grids import grid, save_png
+    from sdjax.sampling import explain, interpolate, trajectory
+    from sdjax.sampling.grids import grid, save_png
 
     _check(args)
     prompts = read_prompts(args.prompts, args.prompts_file)

@@ -29,7 +29,7 @@ stopped by SIGTERM or Ctrl-C, to go on with the same command.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take a while
-    from sdjax.interrupts import install
+    from sdjax.system.interrupts import install
 
     install("the same command goes on")
 
@@ -50,7 +50,7 @@ from sdjax.errors import UserError
 if TYPE_CHECKING:
     import optuna
 
-    from sdjax.train.sweep_study import Sweep
+    from sdjax.sweeps.study import Sweep
 
 # Flags of its own: those of `sdjax.main` say how processes of one run find each other.
 FLAGS = flags.FlagValues()
@@ -98,9 +98,9 @@ def _run() -> int:
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.captureWarnings(True)  # Optuna warns of what it calls experimental
     from sdjax.config import resolve
-    from sdjax.train.sweep_space import read_space
-    from sdjax.train.sweep_study import make_sweep
-    from sdjax.train.sweep_worker import Stopped, work
+    from sdjax.sweeps.space import read_space
+    from sdjax.sweeps.study import make_sweep
+    from sdjax.sweeps.worker import Stopped, work
 
     base = resolve(recipe)
     sweep = make_sweep(_WORKDIR.value or "", base, read_space(_SPACE.value or "", base))
@@ -116,23 +116,23 @@ def _show(sweep: Sweep, study: optuna.Study) -> int:
     """The ranking and where everything is."""
     from rich.console import Console
 
-    from sdjax.train import sweep_ranking
-    from sdjax.train.sweep_worker import unfinished
+    from sdjax.sweeps import ranking
+    from sdjax.sweeps.worker import unfinished
 
     console = Console(width=None if Console().is_terminal else 120)
-    console.print(sweep_ranking.table(sweep, study))
-    if found := sweep_ranking.importances(study):
-        console.print(sweep_ranking.importance_table(found))
+    console.print(ranking.table(sweep, study))
+    if found := ranking.importances(study):
+        console.print(ranking.importance_table(found))
     if left := unfinished(study):
         numbers = ", ".join(str(trial.number) for trial in left)
         print(f"not finished yet: {numbers}. If no other worker has them, run the same command")
-    print(f"all of it: {sweep.folder / sweep_ranking.RESULT}")
-    if sweep_ranking.best_config(sweep, study) is None:
+    print(f"all of it: {sweep.folder / ranking.RESULT}")
+    if ranking.best_config(sweep, study) is None:
         print("no trial came to its end")
         return 0 if left else NOTHING
-    best = sweep_ranking.ranking(sweep, study)[0]
+    best = ranking.ranking(sweep, study)[0]
     print(f"the best model: {sweep.trial_folder(best.number)}")
-    recipe = f"--config={sweep.folder / sweep_ranking.BEST}"
+    recipe = f"--config={sweep.folder / ranking.BEST}"
     again = [sys.executable, "-m", "sdjax.main", recipe, "--workdir=DIR"]
     print(f"train it again: {shlex.join(again)}")
     return 0

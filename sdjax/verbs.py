@@ -16,8 +16,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sdjax import paths, untrusted
 from sdjax.errors import UserError, explain
+from sdjax.system import paths, untrusted
 
 CONFIG_HELP = (
     "Recipe: the name of one, such as base, or a file; change its fields with "

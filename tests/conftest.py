@@ -30,9 +30,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The longest, of minutes each: begun last, they would leave a core idle at the end.
-FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "test_launch.py",
-         "train/test_validation.py", "train/test_sdxl.py", "train/test_reshape.py", "test_plan.py",
-         "train/test_stages.py", "train/test_rollback.py", "train/test_encoded.py",
+FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "launch/test_launch.py",
+         "train/test_validation.py", "train/test_sdxl.py", "train/test_reshape.py", "planning/test_plan.py",
+         "train/test_stages.py", "train/test_rollback.py", "encoding/test_encoded.py",
          "train/test_buckets.py", "models/test_unet.py")  # fmt: skip
 
 
@@ -217,9 +217,9 @@ def tiny_vae(tmp_path_factory):
     import jax
     import numpy as np
 
+    from sdjax.checkpoints.pretrained import Pretrained, write_diffusers
     from sdjax.models import weights
     from sdjax.models.vae import VAE, VAEConfig
-    from sdjax.train.pretrained import Pretrained, write_diffusers
 
     config = VAEConfig(
         block_out_channels=(8, 8),

@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 
+from sdjax.checkpoints.checkpoint import CheckpointError, Checkpoints, restore_params
+from sdjax.checkpoints.pretrained import PretrainedError, read_any, read_diffusers, read_workdir
 from sdjax.config import Config, resolve, to_dict
 from sdjax.convert import convert, main
 from sdjax.models import weights
-from sdjax.train.checkpoint import CheckpointError, Checkpoints, restore_params
-from sdjax.train.pretrained import PretrainedError, read_any, read_diffusers, read_workdir
 from tests.odd_names import ODD
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -227,7 +227,7 @@ def test_workdir_with_weights_that_are_not_finite_is_refused(run, tmp_path, monk
         return params | {"unet.conv_in.bias": np.full_like(params["unet.conv_in.bias"], np.inf)}
 
     weights.save_file(frozen, folder / "frozen.safetensors")
-    monkeypatch.setattr("sdjax.train.workdir.restore_params", restored)
+    monkeypatch.setattr("sdjax.checkpoints.workdir.restore_params", restored)
     with pytest.raises(PretrainedError) as caught:
         read_workdir(folder)
     assert f"{folder / 'checkpoints' / '2'}: 1 of " in str(caught.value)

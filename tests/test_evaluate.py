@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sdjax import convert, evaluate, sample
-from sdjax.eval import drawing
+from sdjax.sampling import drawing
 from tests.odd_names import ODD
 
 OPTIONS = ("--num_samples=12", "--per_prompt=2", "--batch_size=5", "--features=pixels")
@@ -24,8 +24,8 @@ OPTIONS = ("--num_samples=12", "--per_prompt=2", "--batch_size=5", "--features=p
 @pytest.fixture(scope="module")
 def run(pipeline_folder, shapes_dir, tmp_path_factory):
     """A workdir of the tests' tiny pipeline, with a config that says what it was trained on."""
-    from sdjax.train.pretrained import read_any
-    from sdjax.train.workdir import save_workdir
+    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.workdir import save_workdir
 
     folder = tmp_path_factory.mktemp("evaluated") / ODD
     save_workdir(folder, read_any(pipeline_folder))
@@ -251,8 +251,8 @@ def test_a_sampler_that_is_not_there_is_an_error_where_pictures_are_drawn(
 @pytest.fixture
 def snapshots(run, tmp_path):
     """The run with snapshots of two widths: the first is its own weights, the second is noisy."""
-    from sdjax.train import ema
-    from sdjax.train.pretrained import read_any
+    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.optim import ema
 
     folder = tmp_path / "run"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("evaluations"))
@@ -266,7 +266,7 @@ def snapshots(run, tmp_path):
 
 
 def test_the_best_length_of_average_is_found(run, snapshots, whole, capsys):
-    from sdjax.train.pretrained import read_any
+    from sdjax.checkpoints.pretrained import read_any
 
     options = [f"--model={snapshots}", "--ema_lengths=0.05:0.1:3", "--dataset=own"]
     assert evaluate.main(options) == 0
@@ -311,7 +311,7 @@ def test_lengths_take_snapshots(run, tmp_path, capsys):
 def clip(tmp_path_factory):
     """A small CLIPModel of transformers: (folder, model)."""
     pytest.importorskip("torch")
-    from tests.eval.test_clip_tower import CASES, make_folder
+    from tests.evaluation.test_clip_tower import CASES, make_folder
 
     return make_folder(tmp_path_factory.mktemp("clip"), **CASES["gelu"])
 
@@ -320,7 +320,7 @@ def test_clip_score_is_that_of_transformers(run, whole, clip, tmp_path):
     import torch
 
     from sdjax.data.tokenizer import Tokenizer
-    from tests.eval.test_clip_tower import pillow_pixels
+    from tests.evaluation.test_clip_tower import pillow_pixels
 
     folder, model = clip
     options = (f"--images={whole / 'images'}", f"--clip={folder}", "--metrics=kid")
@@ -371,7 +371,7 @@ def test_fid_is_that_of_pytorch_fid_on_the_same_folders(run, whole, inception, t
     network, file = inception
     from pytorch_fid.fid_score import calculate_activation_statistics
 
-    from tests.eval.pytorch_fid_distance import calculate_frechet_distance
+    from tests.evaluation.pytorch_fid_distance import calculate_frechet_distance
 
     data = tmp_path / "data"
     for split in ("train", "test"):
@@ -399,7 +399,7 @@ def inception(tmp_path, monkeypatch):
     """pytorch-fid's network with random weights: (network, file)."""
     import torch
 
-    from tests.eval.test_inception import state_dict
+    from tests.evaluation.test_inception import state_dict
 
     weights = state_dict.__wrapped__() if hasattr(state_dict, "__wrapped__") else None
     module = pytest.importorskip("pytorch_fid.inception")

@@ -1,6 +1,7 @@
-"""The import rule of the README, read from the imports themselves."""
+"""The rooms of the house and their order, read from the imports themselves."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,64 +9,95 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sdjax"
-ROOMS = ("models", "diffusion", "data", "parallel")
-VERBS = ("main", "sample", "convert", "prepare", "encode", "plan", "evaluate", "report", "sweep")
-FILES = sorted(PACKAGE.rglob("*.py"))
+VERBS = ("main", "sample", "convert", "encode", "prepare", "evaluate", "report", "plan", "sweep")
+# A room, or a file beside the rooms, imports only what stands before it.
+ORDER = (
+    "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families",
+    "validation_config", "config", "config_changes", "machine_settings", "recipes", "checkpoints",
+    "encoding", "sampling", "methods", "train", "evaluation", "planning", "sweeps", "web", "verbs",
+    *VERBS, "__main__",
+)  # fmt: skip
+FLAT = 24  # files of a room; nest before it has more
+FILES = {
+    file.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+    if file.name != "__init__.py"
+}
 
 
+@functools.cache
 def imports(file):
     """Every module that a file imports, function bodies included."""
+    found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(found)
 
 
-def room(name):
-    """`sdjax.models.unet` -> `models`; "" for anything that is not of a room."""
-    parts = name.split(".")
-    inside = parts[0] == "sdjax" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir()
-    return parts[1] if inside else ""
+def roots(file):
+    """The packages that a file imports."""
+    return {module.split(".")[0] for module in imports(file)}
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_a_room_imports_nothing_of_another(name):
-    for file in (PACKAGE / name).rglob("*.py"):
-        others = {room(module) for module in imports(file)} - {"", name}
-        assert not others, f"{file.relative_to(PACKAGE)} imports from {sorted(others)}"
+def room(module):
+    """`sdjax.models.unet` -> `models`; "" for anything that is not of sdjax."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "sdjax" and len(parts) > 1 else ""
 
 
-@pytest.mark.parametrize("name", ("train", "eval", *ROOMS))
-def test_no_room_imports_a_verb(name):
-    verbs = {f"sdjax.{verb}" for verb in VERBS}
-    for file in (PACKAGE / name).rglob("*.py"):
-        assert not verbs & set(imports(file)), file
+def test_every_room_and_file_has_its_place_in_the_order():
+    assert {room(module) for module in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_room_imports_only_what_stands_before_it(name):
+    before = set(ORDER[: ORDER.index(name) + 1])
+    for module, file in FILES.items():
+        if room(module) == name:
+            after = {room(other) for other in imports(file)} & set(ORDER) - before
+            assert not after, f"{module} imports from {sorted(after)}"
+
+
+def test_no_files_import_one_another_in_a_circle():
+    graph = {m: {o for o in imports(file) if o in FILES and o != m} for m, file in FILES.items()}
+    while leaves := {module for module, others in graph.items() if not others}:
+        graph = {m: others - leaves for m, others in graph.items() if m not in leaves}
+    assert not graph, f"circles among {sorted(graph)}"
+
+
+def test_no_room_is_overfull():
+    folders = {file.parent for file in FILES.values()}
+    for folder in folders:
+        count = sum(file.parent == folder for file in FILES.values())
+        assert count <= FLAT, f"{folder.relative_to(PACKAGE)} has {count} files"
 
 
 def test_diffusion_is_maths():
     for file in (PACKAGE / "diffusion").rglob("*.py"):
-        roots = {module.split(".")[0] for module in imports(file)}
-        assert not roots & {"flax", "ml_collections", "optax", "orbax", "tensorflow"}, file
+        assert not roots(file) & {"flax", "ml_collections", "optax", "orbax", "tensorflow"}, file
 
 
-def test_only_train_knows_optax_and_orbax():
-    for file in FILES:
-        if file.relative_to(PACKAGE).parts[0] != "train":
-            assert not {m.split(".")[0] for m in imports(file)} & {"optax", "orbax"}, file
+@pytest.mark.parametrize(
+    "library, rooms", [("optax", {"optim", "train"}), ("orbax", {"checkpoints"})]
+)
+def test_a_library_of_the_step_or_the_state_stays_in_its_room(library, rooms):
+    users = {room(module) for module, file in FILES.items() if library in roots(file)}
+    assert users == rooms
 
 
 def test_no_file_imports_the_references_of_the_tests():
-    for file in FILES:
-        roots = {module.split(".")[0] for module in imports(file)}
-        assert not roots & {"torch", "diffusers", "transformers"}, file
+    for file in FILES.values():
+        assert not roots(file) & {"torch", "diffusers", "transformers"}, file
 
 
 def test_neither_torch_nor_tensorflow_is_imported_at_a_start():
     modules = (
-        "sdjax.main sdjax.sample sdjax.convert sdjax.train.loop sdjax.train.metrics_log".split()
+        "sdjax.main sdjax.sample sdjax.convert sdjax.train.loop "
+        "sdjax.train.monitoring.metrics_log".split()
     )
     code = f"import sys, {', '.join(modules)}; print({{'torch', 'tensorflow'}} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

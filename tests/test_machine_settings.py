@@ -12,7 +12,7 @@ import pytest
 from sdjax.config import Config, Stage, TrainConfig, resolve, to_dict
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.mixture import Part
-from sdjax.eval.loading import choose_data, load
+from sdjax.evaluation.loading import choose_data, load
 from sdjax.machine_settings import MACHINE, asks_for, data_of_model, is_machine, of_model
 from sdjax.parallel.mesh import MeshConfig
 from sdjax.train.agreement import OWN
@@ -182,8 +182,8 @@ def test_data_dir_of_the_user_takes_the_place_of_the_models():
 
 def test_model_that_is_loaded_has_no_cache_of_its_own(monkeypatch, tmp_path, pipeline_folder):
     """Of a workdir, as `sdjax.evaluate` loads it."""
-    from sdjax.train.pretrained import read_any
-    from sdjax.train.workdir import save_workdir
+    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.workdir import save_workdir
 
     folder = tmp_path / "model"
     save_workdir(folder, read_any(pipeline_folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdjax.train.checkpoint import latest_step, restore_params
+from sdjax.checkpoints.checkpoint import latest_step, restore_params
 from tests.odd_names import ODD
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sdjax.train.model_flops import loop_arguments
+from sdjax.train.monitoring.model_flops import loop_arguments
 
 PACKAGE = Path(__file__).parents[1] / "sdjax"
 DISTRIBUTED = "jax._src.distributed"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from sdjax import paths, untrusted
+from sdjax.system import paths, untrusted
 
 CHUNK = 4096  # records a thread reads at once
 _HEADER = 1 << 14  # bytes of a file of numpy that are not its numbers, at most

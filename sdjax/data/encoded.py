@@ -17,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sdjax import paths, text_files
 from sdjax.data.config import DataConfig, DataError
+from sdjax.system import paths, text_files
 
 FILE = "encoding.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -12,9 +12,9 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sdjax import paths, text_files, untrusted
 from sdjax.data import image_tags
 from sdjax.data.config import MAX_PIXELS
+from sdjax.system import paths, text_files, untrusted
 
 # An MPO is a JPEG that others follow; it is opened as one.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")

@@ -26,7 +26,7 @@ from sdjax.data.encoded import TEXT_FIELDS
 from sdjax.data.sources import Source, captions, open_parts, open_source
 from sdjax.data.stream import make_stream
 from sdjax.data.summary import Summary, summarise
-from sdjax.interrupts import end_with_parent, ignored_by_children
+from sdjax.system.interrupts import end_with_parent, ignored_by_children
 
 __all__ = ["BatchIterator", "DataConfig", "DataError", "Source", "captions", "make_iterator",
            "open_parts", "open_source"]  # fmt: skip

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sdjax import untrusted
-from sdjax.data import columns, encoded, splits, stored, transforms
+from sdjax.data import columns, encoded, splits, transforms
+from sdjax.data.builders.opening import prepared_builder
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import WITH_PATH, DataConfig, DataError, parts
-from sdjax.data.features import as_text, check_format, decoders_and_text
 from sdjax.data.image_files import ImageError
-from sdjax.data.records import Records
+from sdjax.data.tfds import stored
+from sdjax.data.tfds.features import as_text, check_format, decoders_and_text
+from sdjax.data.tfds.records import Records
+from sdjax.system import untrusted
 
 _AT_ONCE = 4096  # records read together where all are
 
@@ -236,7 +238,7 @@ def open_source(config: DataConfig, split: str) -> Source:
 
     Raises DataError naming what is wrong: dataset, split, feature names, or storage format.
     """
-    builder = stored.prepared_builder(config)
+    builder = prepared_builder(config)
     encoding = encoded.read(config.path) if config.name == "encoded" else None
     if config.name in WITH_PATH:  # which store them under names of their own
         config = dataclasses.replace(config, image_key="image", text_key="text")

@@ -17,7 +17,6 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from sdjax import paths
 from sdjax.data.tokenizer_files import (
     BOS,
     DEFAULT_CONTEXT_LENGTH,
@@ -30,7 +29,8 @@ from sdjax.data.tokenizer_files import (
     token_arguments,
     token_text,
 )
-from sdjax.untrusted import brief, explained
+from sdjax.system import paths
+from sdjax.system.untrusted import brief, explained
 
 KEPT = 16_384  # captions whose tokens are remembered, some 10 MB: they come again every epoch
 # OpenAI CLIP, clip/simple_tokenizer.py

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sdjax import paths, text_files
 from sdjax.errors import UserError
-from sdjax.untrusted import brief
+from sdjax.system import paths, text_files
+from sdjax.system.untrusted import brief
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"

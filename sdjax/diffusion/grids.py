@@ -20,7 +20,7 @@ import numpy as np
 
 from sdjax.diffusion.schedules import MOST_TIMESTEPS, Schedule, shift_noise_level
 from sdjax.errors import UserError
-from sdjax.untrusted import brief
+from sdjax.system.untrusted import brief
 
 SAMPLERS = (
     "ddpm",

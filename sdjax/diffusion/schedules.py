@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.untrusted import brief
+from sdjax.system.untrusted import brief
 
 DISCRETE_KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 KINDS = (*DISCRETE_KINDS, "flow")

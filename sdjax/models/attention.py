@@ -11,22 +11,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models import capture, flash, kernels, placement, short_keys
-from sdjax.models.dense_attention import dense_attention
+from sdjax.models import capture, placement
+from sdjax.models.kernels import choice, flash, short_keys
+from sdjax.models.kernels.dense import dense_attention
 from sdjax.models.layers import Array, GroupNorm, LayerNorm, gelu, linear, pointwise, rematerialised
 from sdjax.models.placement import activation
 
 _KERNELS = {
     "splash": flash.flash_attention,
     "short": short_keys.short_attention,
-    "cudnn": kernels.cudnn_attention,
+    "cudnn": choice.cudnn_attention,
 }
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: bool = False) -> Array:
     """Scaled dot-product attention, softmax in float32 whatever the dtype of the inputs.
 
-    By the kernel that `kernels.choose` names; outside `placement.placed` by plain products.
+    By the kernel that `choice.choose` names; outside `placement.placed` by plain products.
 
     Args:
         q: [B, L, heads, D].
@@ -41,7 +42,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
     dtype = q.dtype
     if upcast:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    chosen = kernels.choose(placement.attention(), placement.kernels(), q, k, causal=causal)
+    chosen = choice.choose(placement.attention(), placement.kernels(), q, k, causal=causal)
     if chosen != "dense":
         return placement.per_device(_KERNELS[chosen], q, k, v).astype(dtype)
     return dense_attention(q, k, v, causal=causal).astype(dtype)

@@ -9,40 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models.attention import attention
+from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Encoder, dense
 from sdjax.models.config import check, check_bounds, json_values, read_config
 from sdjax.models.layers import (
     Array,
     Dtype,
     LayerNorm,
     check_remat,
-    dropout,
     fold_key,
-    gelu,
     normal_init,
-    quick_gelu,
     rematerialised,
 )
 from sdjax.models.placement import activation
-from sdjax.models.products import Embed, Linear
-
-if TYPE_CHECKING:
-    from sdjax.models.clip_vision import CLIPVisionConfig
-
-    # Both towers are made of the same layers.
-    EncoderConfig: TypeAlias = "CLIPTextConfig | CLIPVisionConfig"
+from sdjax.models.products import Embed
 
 # Deviation of new token embeddings; positions take half, as in CLIP. CLIP's own is 0.02, beside
 # layers that add values of about 1: the state of a word then says less of the word than of the
 # caption so far (docs/notes/first_pictures.md).
 TOKEN_STD = 0.5
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 # Defaults of transformers' CLIPTextConfig where they are not those of SD1.5's encoder.
 _ABSENT = {
@@ -68,15 +57,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({},),
     "quantization_config": (None,),
-}
-# Far beyond any text encoder of this kind: the largest has 32 layers, a width of 1,280.
-BOUNDS: dict[str, tuple[float, float]] = {
-    "hidden_size": (1, 65_536),
-    "intermediate_size": (1, 1_048_576),
-    "num_hidden_layers": (1, 256),
-    "num_attention_heads": (1, 65_536),
-    "projection_dim": (1, 65_536),
-    "layer_norm_eps": (1e-30, 1),
 }
 _TEXT_BOUNDS: dict[str, tuple[float, float]] = {
     **BOUNDS,
@@ -194,7 +174,7 @@ class CLIPText(nnx.Module):
         self.encoder = Encoder(config, **kw)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.text_projection = (
-            _linear(config, config.hidden_size, config.projection_dim, bias=False, **kw)
+            dense(config, config.hidden_size, config.projection_dim, bias=False, **kw)
             if config.projection_dim
             else None
         )
@@ -272,94 +252,3 @@ class Embeddings(nnx.Module):
         # Repeated before they are rounded, so that their gradients add up in the table's dtype.
         rows = self.position_embedding.embedding[...][:length]
         return activation(x + jnp.broadcast_to(rows, x.shape).astype(x.dtype))
-
-
-class Encoder(nnx.Module):
-    """The layers, under the name that transformers gives them."""
-
-    def __init__(self, config: EncoderConfig, **kw: Any):
-        self.layers = nnx.List([Layer(config, **kw) for _ in range(config.num_hidden_layers)])
-
-
-class Layer(nnx.Module):
-    """Attention and MLP, each after a norm and added to its input. [B, L, D] to the same."""
-
-    def __init__(self, config: EncoderConfig, **kw: Any):
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
-        self.self_attn = SelfAttention(config, **kw)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
-        self.mlp = MLP(config, **kw)
-
-    def __call__(self, x: Array, key: Array | None = None) -> Array:
-        x = activation(x + self.self_attn(self.layer_norm1(x), key))
-        return activation(x + self.mlp(self.layer_norm2(x)))
-
-
-class SelfAttention(nnx.Module):
-    """Multi-head attention, causal if the config says so. [B, L, D] to the same."""
-
-    def __init__(self, config: EncoderConfig, **kw: Any):
-        self.q_proj, self.k_proj, self.v_proj = (
-            _linear(config, config.hidden_size, config.hidden_size, **kw) for _ in range(3)
-        )
-        self.out_proj = _linear(config, config.hidden_size, config.hidden_size, residual=True, **kw)
-        self.heads, self.rate = config.num_attention_heads, config.attention_dropout
-        self.causal = config.causal
-
-    def __call__(self, x: Array, key: Array | None = None) -> Array:
-        shape = (*x.shape[:2], self.heads, -1)  # [B, L, heads, D / heads]
-        q, k, v = (project(x).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if key is None or self.rate == 0:
-            out = attention(q, k, v, causal=self.causal)
-        else:
-            out = _attention_with_dropout(q, k, v, self.rate, key, causal=self.causal)
-        return self.out_proj(out.reshape(x.shape))
-
-
-class MLP(nnx.Module):
-    """Two dense layers with the config's activation between. [B, L, D] to the same."""
-
-    def __init__(self, config: EncoderConfig, **kw: Any):
-        self.fc1 = _linear(
-            config, config.hidden_size, config.intermediate_size,
-            std=(2 * config.hidden_size) ** -0.5, **kw,
-        )  # fmt: skip
-        self.fc2 = _linear(
-            config, config.intermediate_size, config.hidden_size, residual=True, **kw
-        )
-        self.hidden_act = config.hidden_act
-
-    def __call__(self, x: Array) -> Array:
-        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
-
-
-def _linear(
-    config: EncoderConfig,
-    features_in: int,
-    features_out: int,
-    *,
-    std: float | None = None,
-    residual: bool = False,
-    **kw: Any,
-) -> Linear:
-    """A dense layer with the initialisation of OpenAI CLIP (clip/model.py, initialize_parameters).
-
-    Its deviation is width^-1/2; the layers that add to the residual stream, of which there are two
-    a block, start smaller by the root of their number.
-    """
-    std = config.hidden_size**-0.5 if std is None else std
-    if residual:
-        std *= (2 * config.num_hidden_layers) ** -0.5
-    return Linear(features_in, features_out, kernel_init=normal_init(std), **kw)
-
-
-def _attention_with_dropout(
-    q: Array, k: Array, v: Array, rate: float, key: Array, *, causal: bool
-) -> Array:
-    """Attention with dropout on its weights, which kernels do not offer."""
-    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
-    logits *= q.shape[-1] ** -0.5
-    if causal:
-        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
-    weights = dropout(jax.nn.softmax(logits), rate, key).astype(v.dtype)  # [B, heads, L, L]
-    return jnp.einsum("bhlm,bmhd->blhd", weights, v).astype(q.dtype)

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models.clip import ACTIVATIONS, BOUNDS, CLIPTextConfig, Encoder
+from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Encoder
 from sdjax.models.config import ConfigError, check, check_bounds, read_config
 from sdjax.models.layers import Array, LayerNorm, normal_init
 from sdjax.models.products import Conv, Embed, Linear
-from sdjax.untrusted import brief
+from sdjax.system.untrusted import brief
 
 # What transformers 4 wrote of every config, generation and labels included (configuration_utils.py,
 # PretrainedConfig): none of it is read by CLIP.

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sdjax.errors import UserError
-from sdjax.untrusted import brief, check_depth, plain
+from sdjax.system.untrusted import brief, check_depth, plain
 
 Config = TypeVar("Config")
 _MOST_PROBLEMS = 40  # that an error shows

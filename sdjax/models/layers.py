@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from sdjax.models import capture
-from sdjax.models.flash import RESIDUALS
+from sdjax.models.kernels.flash import RESIDUALS
 from sdjax.models.products import Conv, Linear
 
 Array = jax.Array

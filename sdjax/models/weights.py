@@ -27,10 +27,10 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file as _save_safetensors
 
-from sdjax import paths, progress, text_files
 from sdjax.errors import UserError
 from sdjax.models import weight_checks
-from sdjax.untrusted import brief, check_regular, explained
+from sdjax.system import paths, progress, text_files
+from sdjax.system.untrusted import brief, check_regular, explained
 
 Params = dict[str, Any]
 

@@ -30,8 +30,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from sdjax import interrupts, paths
 from sdjax.errors import UserError, describe
+from sdjax.system import interrupts, paths
 
 FAILED, WRONG_INPUT, INTERRUPTED, LOST_HOST = 1, 2, 130, 76  # exit codes
 

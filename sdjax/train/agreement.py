@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
-from sdjax import paths
+from sdjax.checkpoints.checkpoint import latest_step
 from sdjax.config import Config, to_dict
+from sdjax.config_changes import compare_configs
 from sdjax.errors import UserError
 from sdjax.parallel import hosts
-from sdjax.train.changes import compare_configs
-from sdjax.train.checkpoint import latest_step
+from sdjax.system import paths
 
 # Where a host reads its data and keeps its cache, and how many threads it has, is its own matter.
 OWN = ("compilation_cache", "data.data_dir", "data.path", "data.threads", "data.workers",

@@ -12,22 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import paths
+from sdjax.checkpoints.assemble import Assembled, bundle
+from sdjax.checkpoints.pretrained import Pretrained, write_diffusers
 from sdjax.config import Config
-from sdjax.data.shape_reader import score
-from sdjax.eval.report_page import REPORT_FILE
+from sdjax.data.builders.shape_reader import score
+from sdjax.methods.task import Task
 from sdjax.models import weights
+from sdjax.models.params import Params, component
 from sdjax.models.vae import VAE, sample_moments
 from sdjax.parallel.sharding import to_host
+from sdjax.system import paths
 from sdjax.train.gallery import read_examples
+from sdjax.train.hooks import REPORT_FILE
 from sdjax.train.looks import Looks
-from sdjax.train.networks import Assembled, bundle
-from sdjax.train.pretrained import Pretrained, write_diffusers
+from sdjax.train.monitoring.telemetry import Telemetry
 from sdjax.train.selection import Selection
 from sdjax.train.startup import write_config
-from sdjax.train.state import Params, State, component
-from sdjax.train.task import Task
-from sdjax.train.telemetry import Telemetry
+from sdjax.train.state import State
 from sdjax.train.weight_sets import evaluated_params
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax import paths
 from sdjax.errors import UserError
 from sdjax.models import weight_checks
-from sdjax.text_files import pointer_note
-from sdjax.untrusted import brief, check_regular, damage, plain, why
+from sdjax.system import paths
+from sdjax.system.text_files import pointer_note
+from sdjax.system.untrusted import brief, check_regular, damage, plain, why
 
 _MOST_HEADER = 16 * 2**20  # bytes; that of SDXL has 0.3 MB
 

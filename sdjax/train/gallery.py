@@ -8,16 +8,17 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from sdjax import paths
 from sdjax.config import Config
 from sdjax.data import pipeline, transforms
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.eval.grids import grid, save_png
-from sdjax.eval.strips import append_column
-from sdjax.train.conditioning import encode_text
-from sdjax.train.state import Params, State
-from sdjax.train.task import Examples, Task
-from sdjax.train.telemetry import Telemetry
+from sdjax.families.conditioning import encode_text
+from sdjax.methods.task import Examples, Task
+from sdjax.models.params import Params
+from sdjax.sampling.grids import grid, save_png
+from sdjax.sampling.strips import append_column
+from sdjax.system import paths
+from sdjax.train.monitoring.telemetry import Telemetry
+from sdjax.train.state import State
 from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from sdjax import paths
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.eval.report_page import REPORT_FILE, write_report
+from sdjax.methods.task import Task
 from sdjax.models.config import ConfigError
-from sdjax.train import ema as ema_lib
+from sdjax.models.params import Params
+from sdjax.optim import ema as ema_lib
+from sdjax.system import paths
 from sdjax.train.gallery import Gallery
+from sdjax.train.hooks import REPORT_FILE, Hooks
+from sdjax.train.monitoring.telemetry import Telemetry, flatten
 from sdjax.train.selection import Selection
-from sdjax.train.state import Params, State
-from sdjax.train.task import Task
-from sdjax.train.telemetry import Telemetry, flatten
+from sdjax.train.state import State
 from sdjax.train.validation import Validator, replicate, summary
 from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
-
-if TYPE_CHECKING:
-    from sdjax.train.judging import Judge
 
 
 class Looks:
@@ -41,6 +39,7 @@ class Looks:
         tokenizers: Mapping[str, Tokenizer],
         mesh: Mesh,
         folder: paths.Path,
+        hooks: Hooks,
     ):
         self._config, self._mesh, self._folder = config, mesh, folder
         self.gallery = Gallery(config, task, tokenizers, folder)
@@ -57,11 +56,8 @@ class Looks:
             for name, (split, count) in wanted.items()
             if count
         }
-        self._judge: Judge | None = None
-        if validation.metrics:
-            from sdjax.train.judging import Judge  # of many modules, which few runs need
-
-            self._judge = Judge(config, tokenizers, folder)
+        self._judge = hooks.make_judge(config, tokenizers, folder) if validation.metrics else None
+        self._write_report = hooks.write_report if config.train.report else None
         self._check_metric()
 
     def _check_metric(self) -> None:
@@ -143,10 +139,10 @@ class Looks:
 
     def report(self, telemetry: Telemetry) -> None:
         """Write report.html anew, on process 0. Where it cannot be written, that is only told."""
-        if self._config.train.report and jax.process_index() == 0:
+        if self._write_report is not None and jax.process_index() == 0:
             telemetry.flush()
             try:
-                write_report(self._folder)
+                self._write_report(self._folder)
             except paths.storage_errors() as error:
                 telemetry.message(f"{self._folder / REPORT_FILE} cannot be written: {error}")
 

@@ -9,32 +9,36 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sdjax import collector, paths, progress
+from sdjax.checkpoints.checkpoint import Checkpoints, latest_step
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import BatchIterator, make_iterator
+from sdjax.encoding.dataset import check_encoded
+from sdjax.methods.task import make_task
+from sdjax.optim.optimizers import make_lr_schedule
 from sdjax.parallel.batches import global_batch, shares
 from sdjax.parallel.mesh import make_mesh
-from sdjax.train import agreement, report, rollback, stages, startup
-from sdjax.train.checkpoint import Checkpoints, latest_step
-from sdjax.train.encode_dataset import check_encoded
+from sdjax.system import collector, paths, progress
+from sdjax.train import agreement, announce, rollback, stages, startup
 from sdjax.train.finish import finish
-from sdjax.train.health import Diverged
+from sdjax.train.hooks import Hooks
 from sdjax.train.looks import Looks
-from sdjax.train.model_flops import mfu_flops
-from sdjax.train.monitor import Watch
-from sdjax.train.optim import make_lr_schedule
+from sdjax.train.monitoring.health import Diverged
+from sdjax.train.monitoring.model_flops import mfu_flops
+from sdjax.train.monitoring.monitor import Watch
+from sdjax.train.monitoring.telemetry import Telemetry
 from sdjax.train.preemption import StopSignal
 from sdjax.train.program import Steps, build, with_pictures
 from sdjax.train.rollback import Spike
 from sdjax.train.state import State
-from sdjax.train.task import make_task
-from sdjax.train.telemetry import Telemetry
 
 DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL, "try again later"
 
 
-def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
+def run(config: Config, workdir: str, *, dry_run: bool = False, hooks: Hooks | None = None) -> int:
     """Train to `config.train.steps` and write everything into `workdir`.
+
+    Args:
+        hooks: the judge of pictures and the writer of the report; by default there are none.
 
     Returns:
         An exit code: 0 finished; 3 diverged, or the last pictures are NaN; 75 stopped by SIGTERM
@@ -48,19 +52,19 @@ def run(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     mesh = make_mesh(config.mesh)
     stages.check(config, mesh)
     if dry_run:
-        return report.describe(config, mesh)
+        return announce.describe(config, mesh)
     folder = paths.to_path(workdir)
     with startup.locked_workdir(folder):
         while True:
             try:
-                code = _train_stage(config, mesh, folder)
+                code = _train_stage(config, mesh, folder, hooks or Hooks())
                 if code is not None:
                     return code
             except Spike as spike:
-                report.announce_line(rollback.record(folder, spike))
+                announce.announce_line(rollback.record(folder, spike))
 
 
-def _train_stage(config: Config, mesh: Mesh, folder: paths.Path) -> int | None:
+def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -> int | None:
     """One stage of the run, from its newest checkpoint; None if another stage follows.
 
     Raises:
@@ -68,14 +72,14 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path) -> int | None:
     """
     # The steps have a bar of their own.
     with collector.paused(), progress.shown(jax.process_index() == 0):
-        training = _Training(config, mesh, folder)
+        training = _Training(config, mesh, folder, hooks)
     return training.run()
 
 
 class _Training:
     """One stage of a run. Made in the order of the chapters below, then run once."""
 
-    def __init__(self, config: Config, mesh: Mesh, folder: paths.Path):
+    def __init__(self, config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks):
         self.mesh, self.folder = mesh, folder
         saved = startup.open_workdir(folder, config)
         agreement.check_shared(folder)
@@ -98,7 +102,7 @@ class _Training:
         # 2. Data, and what looks at the run, whose own data may not be there.
         went_back = rollback.read(folder)
         self.data = self._open_data(went_back)
-        self.looks = Looks(self.config, self.task, self.assembled.tokenizers, mesh, folder)
+        self.looks = Looks(self.config, self.task, self.assembled.tokenizers, mesh, folder, hooks)
 
         # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
         keep_last, keep_every = self.config.train.keep_last, self.config.train.keep_every
@@ -122,11 +126,11 @@ class _Training:
             if newest is None:
                 self.state = self._first_state()
             compiled = compiling.result()
-        report.announce(self.config, self.assembled, split, mesh, folder, self.done, compiled)
+        announce.announce(self.config, self.assembled, split, mesh, folder, self.done, compiled)
 
         # 5. Those who watch it.
         self.telemetry = self._make_telemetry()
-        report.announce_data(self.data.summary, self.telemetry, self.done)
+        announce.announce_data(self.data.summary, self.telemetry, self.done)
         self.watch = self._make_watch(len(went_back))
         if self.done:
             self.watch.resume(self.state["health"])
@@ -211,7 +215,7 @@ class _Training:
         if not self.train_step.has(batch):
             self.watch.flush()
             with self.telemetry.pause():
-                report.announce_shape(shape, self.train_step.compile(batch), self.telemetry)
+                announce.announce_shape(shape, self.train_step.compile(batch), self.telemetry)
         self.state, metrics = self.train_step(self.state, self.frozen, batch)
         self.watch.push(self.done, batch, metrics)
         self.checkpoints.check()

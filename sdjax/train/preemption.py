@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sdjax import interrupts
 from sdjax.parallel import hosts
+from sdjax.system import interrupts
 
 
 class StopSignal(interrupts.StopSignal):

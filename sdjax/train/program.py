@@ -20,16 +20,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.config import Config
+from sdjax.methods.task import Task, trainable_networks
 from sdjax.models import placement
 from sdjax.models.config import ConfigError
+from sdjax.models.params import Params
+from sdjax.optim.optimizers import OptimConfig, make_optimizer, trainable_paths
 from sdjax.parallel.activations import Activations, kernels_of
 from sdjax.parallel.batches import batch_sharding, check_batch, positions
 from sdjax.parallel.sharding import placed, state_shardings, train_shardings
-from sdjax.train.optim import OptimConfig, make_optimizer, trainable_paths
-from sdjax.train.state import Params, State, init_state
+from sdjax.parallel.xla import as_config_error, compiler_options
+from sdjax.train.state import State, init_state
 from sdjax.train.step import make_train_step
-from sdjax.train.task import Task, trainable_networks
-from sdjax.train.xla import as_config_error, compiler_options
 
 
 @dataclasses.dataclass(frozen=True)

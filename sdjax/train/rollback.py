@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from sdjax import paths
 from sdjax.errors import UserError
 from sdjax.parallel import hosts
+from sdjax.system import paths
 
 FILE = "rollbacks.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.models.config import ConfigError
-from sdjax.train.validation_config import ValidationConfig
+from sdjax.validation_config import ValidationConfig
 
 
 class Selection:

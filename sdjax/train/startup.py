@@ -14,22 +14,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from sdjax import locks, paths, text_files
+from sdjax.checkpoints.assemble import Assembled, assemble, check_complete
+from sdjax.checkpoints.bundle import TOKENIZERS
+from sdjax.checkpoints.checkpoint import latest_step
+from sdjax.checkpoints.workdir import CONFIG_FILE, FROZEN_FILE, read_scheduler, write_scheduler
 from sdjax.config import Config, resolve, to_dict
+from sdjax.config_changes import compare_configs
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
+from sdjax.families.conditioning import TOKENS
+from sdjax.methods.task import Task
 from sdjax.models.config import ConfigError
+from sdjax.models.params import Params
 from sdjax.parallel.sharding import param_spec, placed
-from sdjax.train.bundle import TOKENIZERS
-from sdjax.train.changes import compare_configs
-from sdjax.train.checkpoint import latest_step
-from sdjax.train.conditioning import TOKENS
+from sdjax.system import locks, paths, text_files
 from sdjax.train.frozen import read_frozen
-from sdjax.train.networks import Assembled, assemble, check_complete
 from sdjax.train.program import Split
-from sdjax.train.state import Params
-from sdjax.train.task import Task
-from sdjax.train.workdir import CONFIG_FILE, FROZEN_FILE, read_scheduler, write_scheduler
 
 
 def enable_compilation_cache(folder: str) -> None:

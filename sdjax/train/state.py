@@ -12,16 +12,14 @@ of paths; it is an argument of the step and never part of a checkpoint's moments
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from sdjax.train import ema as ema_lib
+from sdjax.models.params import Params
+from sdjax.optim import ema as ema_lib
 
-Params = dict[str, jax.Array]
 State = dict[str, Any]
 
 
@@ -36,14 +34,3 @@ def init_state(
         "step": jnp.zeros((), jnp.int32),
         "health": {"skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }
-
-
-def component(params: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The parameters of one network, without its prefix: `unet.conv_in.bias` -> `conv_in.bias`."""
-    prefix = name + "."
-    return {path[len(prefix) :]: v for path, v in params.items() if path.startswith(prefix)}
-
-
-def prefixed(params: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Inverse of `component`."""
-    return {f"{name}.{path}": value for path, value in params.items()}

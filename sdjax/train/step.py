@@ -16,9 +16,10 @@ import numpy as np
 import optax
 
 from sdjax.diffusion.losses import example_keys
-from sdjax.train import ema as ema_lib
-from sdjax.train.state import Params, State
-from sdjax.train.telemetry import bucket_means, group_norms
+from sdjax.models.params import Params
+from sdjax.optim import ema as ema_lib
+from sdjax.train.monitoring.telemetry import bucket_means, group_norms
+from sdjax.train.state import State
 
 # loss_fn(params, frozen, batch, key=, keys=[b], positions=[b], batch_size=)
 #   -> per-example loss [b] float32, aux {name: [b] float32}

@@ -18,15 +18,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax import progress
 from sdjax.config import Config
 from sdjax.data.fixed import FixedExamples, Group
 from sdjax.data.pipeline import Encoder
+from sdjax.methods.task import Task
 from sdjax.models.config import ConfigError
+from sdjax.models.params import Params
 from sdjax.parallel.mesh import AXES
 from sdjax.parallel.sharding import to_host
-from sdjax.train.state import Params
-from sdjax.train.task import Task
+from sdjax.system import progress
 
 
 class Validator:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+from sdjax.models.params import Params
+from sdjax.optim.optimizers import eval_params
 from sdjax.parallel.sharding import placed_like
-from sdjax.train.optim import eval_params
-from sdjax.train.state import Params, State
+from sdjax.train.state import State
 
 RAW = "raw"
 

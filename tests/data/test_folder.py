@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax.data.builders.opening import prepared_builder
 from sdjax.data.builders.raw_import import limit_of_test
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, clean
 from sdjax.data.raw.rows import Fields, Row, fraction
 from sdjax.data.sources import DataConfig, DataError, captions, open_source
-from sdjax.data.stored import prepared_builder
 from tests.odd_names import ODD
 
 SHARED = os.environ.get("SDJAX_TEST_DATA", "")

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax.data.builders.opening import prepared_builder
 from sdjax.data.pipeline import DataConfig, DataError, captions, make_iterator
-from sdjax.data.records import Record, Records
 from sdjax.data.sources import open_source
-from sdjax.data.stored import prepared_builder
-from sdjax.data.tfds_on_cpu import tfds
+from sdjax.data.tfds.records import Record, Records
+from sdjax.data.tfds.tfds_on_cpu import tfds
 
 
 class Letters:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdjax import locks
 from sdjax.data.prepare.settings import Place, Settings, assign_splits
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, fraction
 from sdjax.data.sources import DataConfig, DataError, open_source
 from sdjax.errors import UserError
+from sdjax.system import locks
 from tests.data.test_raw import encoded, write_parquet, write_tar
 from tests.fake_gcs import FakeGCS
 from tests.odd_names import ODD

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sdjax.data import shapes
-from sdjax.data.shape_reader import judge, read_shapes, score
-from sdjax.data.shapes import Wanted, is_held_out, make_example, parse_caption
+from sdjax.data.builders import shapes
+from sdjax.data.builders.shape_reader import judge, read_shapes, score
+from sdjax.data.builders.shapes import Wanted, is_held_out, make_example, parse_caption
 from sdjax.data.sources import DataConfig, DataError, captions, open_source
 
 COUNT = 200

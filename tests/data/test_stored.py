@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdjax.data import stored
 from sdjax.data.config import DataConfig, DataError
-from sdjax.data.records import Records
 from sdjax.data.sources import open_source
-from sdjax.data.tfds_on_cpu import own_classes, tfds
+from sdjax.data.tfds import stored
+from sdjax.data.tfds.records import Records
+from sdjax.data.tfds.tfds_on_cpu import own_classes, tfds
 from sdjax.errors import UserError
 from tests.fuzz import stored_dataset
 

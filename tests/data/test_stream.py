@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import paths
 from sdjax.data import sources
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.mixture import Part
 from sdjax.data.pipeline import make_iterator, open_source
 from sdjax.data.stream import make_stream
-from sdjax.data.tfds_on_cpu import tfds
+from sdjax.data.tfds.tfds_on_cpu import tfds
+from sdjax.system import paths
 
 COUNT = 60
 SIZES = [(40, 40), (32, 64), (64, 33), (30, 61), (80, 76)]  # height, width as shown

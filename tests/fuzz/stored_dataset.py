@@ -15,9 +15,9 @@ def write(folder: Path) -> Path:
     """Write a dataset with the split `train`, of pictures that are plain, into an empty folder."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    from sdjax.data.dataset_folder import Stored, file_name, write_metadata
     from sdjax.data.prepare import cleaning
-    from sdjax.data.tfds_on_cpu import tfds
+    from sdjax.data.tfds.dataset_folder import Stored, file_name, write_metadata
+    from sdjax.data.tfds.tfds_on_cpu import tfds
 
     features = cleaning.features(())
     maker = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())

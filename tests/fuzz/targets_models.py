@@ -15,28 +15,28 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from sdjax import paths
+from sdjax.checkpoints.bundle import NETWORKS, Pretrained
+from sdjax.checkpoints.pretrained import Hints, read_any, write_diffusers
+from sdjax.checkpoints.single_file_writer import write_single_file
+from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.errors import UserError
-from sdjax.eval import reference
-from sdjax.eval.audit import read_audit
-from sdjax.eval.preprocess import ClipPreprocess
-from sdjax.eval.torch_file import read_tensors
+from sdjax.evaluation import reference
+from sdjax.evaluation.audit import read_audit
+from sdjax.evaluation.preprocess import ClipPreprocess
+from sdjax.evaluation.torch_file import read_tensors
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_vision import read_clip_config
 from sdjax.models.unet import UNetConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.models.weights import abstract, load_file, read_header, save_file
 from sdjax.sample import read_latents
-from sdjax.text_files import read_json
-from sdjax.train.bundle import NETWORKS, Pretrained
+from sdjax.sweeps.space import read_space
+from sdjax.system import paths
+from sdjax.system.text_files import read_json
 from sdjax.train.frozen import read_frozen
-from sdjax.train.pretrained import Hints, read_any, write_diffusers
-from sdjax.train.single_file_writer import write_single_file
-from sdjax.train.sweep_space import read_space
-from sdjax.train.workdir import save_workdir
 from tests.fuzz import mutation
 
 _LONGEST = 20_000  # letters of a message, which may list a hundred weights

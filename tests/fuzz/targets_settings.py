@@ -20,14 +20,15 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sdjax import machine_settings, text_files, verbs
+from sdjax import machine_settings, verbs
 from sdjax.config import Config, resolve, to_dict
 from sdjax.errors import UserError
-from sdjax.eval import report_page
-from sdjax.eval.loading import choose_data
-from sdjax.train import sweep_claims
-from tests.eval import report_workdir
+from sdjax.evaluation.loading import choose_data
+from sdjax.sweeps import claims
+from sdjax.system import text_files
+from sdjax.web import report_page
 from tests.fuzz import mutation, stored_dataset
+from tests.web import report_workdir
 
 _WORDS = (
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"\\ud800", b"\\u0000", b"null", b"NaN", b"-",
@@ -167,13 +168,13 @@ def claim(rng: np.random.Generator, folder: Path) -> str:
     """A claim in a sweep's folder, of which some name this process or its parent."""
     content = {
         "token": "x", "host": socket.gethostname(), "pid": int(rng.choice([os.getpid(), 2**22])),
-        "started": sweep_claims._started(os.getpid()), "child": os.getppid(),
-        "child_started": sweep_claims._started(os.getppid()), "beat": 1, "time": "",
+        "started": claims._started(os.getpid()), "child": os.getppid(),
+        "child_started": claims._started(os.getppid()), "beat": 1, "time": "",
     }  # fmt: skip
     text = json.dumps(mutation.tree(rng, content) if rng.random() < 0.9 else content)
     data = text.encode() if rng.random() < 0.7 else mutation.damaged(rng, text.encode())
     (folder / "0000.json").write_bytes(data)
-    mine = sweep_claims.Claims(folder, stale=0.0)
+    mine = claims.Claims(folder, stale=0.0)
     mine.undecided(0)
     assert mine.holder(0).isprintable()
     return "taken" if mine.take(0) or mine.take(0) else "left"

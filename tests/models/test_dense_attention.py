@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models.dense_attention import dense_attention
+from sdjax.models.kernels.dense import dense_attention
 
 torch = pytest.importorskip("torch")
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models import flash
 from sdjax.models.attention import attention
+from sdjax.models.kernels import flash
 from sdjax.models.layers import rematerialised
 
 
@@ -68,7 +68,7 @@ def test_costs_are_those_of_dense_attention():
 def test_every_shape_of_stable_diffusion_fits_the_chip(chip):
     """Compiled by the chip's own compiler, which refuses what does not fit its vector memory."""
     pytest.importorskip("libtpu")
-    from sdjax.parallel import topologies
+    from sdjax.planning import topologies
 
     device = topologies.devices(topologies.parse(chip))[0]
     place = jax.sharding.SingleDeviceSharding(device)

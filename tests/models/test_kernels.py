@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdjax.models import kernels, placement
+from sdjax.models import placement
 from sdjax.models.attention import attention
 from sdjax.models.config import ConfigError
+from sdjax.models.kernels import choice
 from sdjax.parallel.activations import Activations
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 
@@ -47,28 +48,28 @@ def shaped(queries, keys, heads, width, dtype):
 def test_chosen_by_platform_shape_and_dtype(platform, queries, keys, heads, width, dtype, chosen):
     q, k = shaped(queries, keys, heads, width, dtype)
     with jax.default_matmul_precision("default"):
-        assert kernels.choose("auto", platform, q, k, causal=False) == chosen
-        assert kernels.choose("dense", platform, q, k, causal=False) == "dense"
-        assert kernels.choose("auto", platform, q, k, causal=True) == "dense"
+        assert choice.choose("auto", platform, q, k, causal=False) == chosen
+        assert choice.choose("dense", platform, q, k, causal=False) == "dense"
+        assert choice.choose("auto", platform, q, k, causal=True) == "dense"
 
 
 def test_a_kernel_that_is_asked_for_is_taken_wherever_it_fits_and_refused_elsewhere():
     q, k = shaped(64, 77, 8, 40, BF16)
     with jax.default_matmul_precision("default"):
-        assert kernels.choose("auto", "tpu", q, k, causal=False) == "dense"
-        assert kernels.choose("flash", "tpu", q, k, causal=False) == "short"
-        assert kernels.choose("cudnn", "cuda", q, k, causal=False) == "cudnn"
+        assert choice.choose("auto", "tpu", q, k, causal=False) == "dense"
+        assert choice.choose("flash", "tpu", q, k, causal=False) == "short"
+        assert choice.choose("cudnn", "cuda", q, k, causal=False) == "cudnn"
     for wanted, platform in (("flash", "cuda"), ("flash", ""), ("cudnn", "tpu"), ("cudnn", "")):
         with pytest.raises(ConfigError, match=f"model.attention is '{wanted}'.*set it to 'auto'"):
-            kernels.choose(wanted, platform, q, k, causal=False)
+            choice.choose(wanted, platform, q, k, causal=False)
 
 
 def test_not_chosen_for_what_the_kernel_compiler_refuses():
     q, k = shaped(1024, 1024, 1, 8, BF16)
     wide, _ = shaped(1024, 1024, 1, 8, F32)
     with jax.default_matmul_precision("highest"):
-        assert kernels.choose("auto", "tpu", q, k, causal=False) == "dense"
-        assert kernels.choose("auto", "tpu", wide, k, causal=False) == "splash"
+        assert choice.choose("auto", "tpu", q, k, causal=False) == "dense"
+        assert choice.choose("auto", "tpu", wide, k, causal=False) == "splash"
 
 
 @pytest.mark.parametrize("keys", [64, 77])

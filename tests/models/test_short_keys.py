@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models import short_keys
-from sdjax.models.dense_attention import dense_attention
+from sdjax.models.kernels import short_keys
+from sdjax.models.kernels.dense import dense_attention
 
 dense = functools.partial(dense_attention, causal=False)
 kernel = functools.partial(short_keys.short_attention, interpret=True)
@@ -76,7 +76,7 @@ def test_declared_cost_is_that_of_the_products_and_as_much_again():
 def test_every_shape_of_stable_diffusion_fits_the_chip(chip):
     """Compiled by the chip's own compiler, which refuses what does not fit its vector memory."""
     pytest.importorskip("libtpu")
-    from sdjax.parallel import topologies
+    from sdjax.planning import topologies
 
     place = jax.sharding.SingleDeviceSharding(topologies.devices(topologies.parse(chip))[0])
     gradients = jax.jit(

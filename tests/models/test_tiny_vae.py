@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.data import shapes
-from sdjax.eval.fidelity import verdicts
+from sdjax.checkpoints.assemble import TINY_VAE
+from sdjax.checkpoints.pretrained import read_any
+from sdjax.data.builders import shapes
+from sdjax.evaluation.fidelity import verdicts
 from sdjax.models import weights
+from sdjax.models.params import component
 from sdjax.models.vae import VAE
-from sdjax.train.networks import TINY_VAE
-from sdjax.train.pretrained import read_any
-from sdjax.train.state import component
 
 
 @pytest.fixture(scope="module")

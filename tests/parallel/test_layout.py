@@ -73,7 +73,7 @@ def test_only_data_crosses_groups_of_hosts(monkeypatch):
 def test_slices_of_tpus_are_found(monkeypatch):
     """With a description of two real slices; data splits over them first."""
     pytest.importorskip("libtpu")
-    from sdjax.parallel import topologies
+    from sdjax.planning import topologies
 
     found = topologies.devices(topologies.parse("2*v5e:2x4"))
     assert {d.slice_index for d in found} == {0, 1}

@@ -17,19 +17,20 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
 from sdjax.data.pipeline import make_iterator
+from sdjax.families.conditioning import make_conditioner
+from sdjax.methods.task import make_task
 from sdjax.models.attention import attention
-from sdjax.models.flash import flash_attention
+from sdjax.models.kernels.flash import flash_attention
+from sdjax.models.kernels.short_keys import short_attention
 from sdjax.models.placement import placed
-from sdjax.models.short_keys import short_attention
 from sdjax.parallel import batches, sharding
 from sdjax.parallel.activations import Activations
 from sdjax.parallel.mesh import MeshConfig, make_mesh
-from sdjax.train import hlo, program
-from sdjax.train.conditioning import make_conditioner
-from sdjax.train.networks import assemble
-from sdjax.train.task import make_task
+from sdjax.planning import hlo
+from sdjax.train import program
 from sdjax.train.validation import Validator
 
 STEPS = 5

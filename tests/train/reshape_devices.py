@@ -14,14 +14,14 @@ import numpy as np
 import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sdjax.checkpoints.checkpoint import Checkpoints
 from sdjax.config import resolve
 from sdjax.data.tokenizer import Tokenizer
+from sdjax.methods.task import make_task
 from sdjax.parallel import sharding
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.train import loop, program
-from sdjax.train.checkpoint import Checkpoints
 from sdjax.train.frozen import read_frozen
-from sdjax.train.task import make_task
 
 MESHES = {"whole": [(1, 1, 1), (1, 8, 1), (2, 2, 2)], "moved": [(1, 1, 1), (8, 1, 1), (1, 1, 2)]}
 sharding.MIN_FSDP_SIZE = 64  # the model is tiny

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sdjax.checkpoints.checkpoint import Checkpoints
+from sdjax.optim import moments
+from sdjax.optim.ema import EMAConfig
+from sdjax.optim.optimizers import OptimConfig, make_optimizer
 from sdjax.parallel import batches, sharding
 from sdjax.parallel.mesh import MeshConfig, make_mesh
-from sdjax.train import moments
-from sdjax.train.checkpoint import Checkpoints
-from sdjax.train.ema import EMAConfig
-from sdjax.train.optim import OptimConfig, make_optimizer
 from sdjax.train.state import init_state
 from sdjax.train.step import make_train_step
 from sdjax.train.weight_sets import weight_sets

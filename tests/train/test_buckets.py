@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax.checkpoints import checkpoint
 from sdjax.config import Config, resolve
-from sdjax.data.tfds_on_cpu import tfds
+from sdjax.data.tfds.tfds_on_cpu import tfds
+from sdjax.families.conditioning import blank_tokenizers
+from sdjax.methods.task import make_task
 from sdjax.models.config import ConfigError
 from sdjax.parallel.mesh import make_mesh
-from sdjax.train import checkpoint, loop, program
-from sdjax.train.conditioning import blank_tokenizers
-from sdjax.train.task import make_task
+from sdjax.train import loop, program
 from tests.conftest import make_tiny_config, small_autoencoder
 from tests.hosts import losses, run_hosts, write_recipe
 

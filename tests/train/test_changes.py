@@ -6,10 +6,10 @@ import fnmatch
 import pytest
 
 from sdjax.config import Config, ModelConfig, to_dict
+from sdjax.config_changes import BREAKING, MISSING, compare_configs
 from sdjax.data.config import DataConfig
 from sdjax.data.mixture import Part
 from sdjax.models.clip import CLIPTextConfig
-from sdjax.train.changes import BREAKING, MISSING, compare_configs
 
 # What a run may change half-way, and why that is no break.
 HARMLESS = (

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from sdjax import paths
 from sdjax.config import Config
 from sdjax.errors import UserError
+from sdjax.system import paths
 from sdjax.train import startup
 from sdjax.train.frozen import read_frozen
 

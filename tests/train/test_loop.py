@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from sdjax.checkpoints import checkpoint
+from sdjax.checkpoints.checkpoint import CheckpointError
 from sdjax.config import resolve, to_dict
 from sdjax.errors import UserError
+from sdjax.methods import task
 from sdjax.models.config import ConfigError
-from sdjax.train import checkpoint, loop, task
-from sdjax.train.checkpoint import CheckpointError
+from sdjax.train import loop
 from tests.conftest import small_autoencoder
 from tests.odd_names import ODD
 

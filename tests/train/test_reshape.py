@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdjax.checkpoints import checkpoint
 from sdjax.config import resolve, to_dict
-from sdjax.train import checkpoint
 from tests.conftest import XLA_FLAGS
 from tests.hosts import free_port
 

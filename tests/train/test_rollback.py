@@ -10,8 +10,9 @@ import pytest
 from sdjax.config import resolve
 from sdjax.data.pipeline import make_iterator
 from sdjax.errors import UserError
-from sdjax.train import loop, monitor, rollback
-from sdjax.train.health import SpikeDetector
+from sdjax.train import loop, rollback
+from sdjax.train.monitoring import monitor
+from sdjax.train.monitoring.health import SpikeDetector
 from tests.train.test_loop import rows
 
 WARMUP = 5

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve, to_dict
+from sdjax.config_changes import compare_configs
 from sdjax.diffusion.losses import example_keys
+from sdjax.families.conditioning import encode_text
+from sdjax.methods.task import make_task
 from sdjax.train import loop
-from sdjax.train.changes import compare_configs
-from sdjax.train.conditioning import encode_text
-from sdjax.train.networks import assemble
-from sdjax.train.task import make_task
 from tests.train.test_loop import assert_same_run, rows
 
 RECIPE = Path(__file__).parents[2] / "configs" / "sdxl_tiny.py"

@@ -87,10 +87,10 @@ def test_a_run_goes_through_its_stages(staged, unbroken, monkeypatch):
 
 def test_the_first_step_of_a_stage_is_that_of_its_own_configuration(staged, unbroken):
     """Its loss, from the checkpoint before it and the stream of a run with that configuration."""
-    from sdjax.train.checkpoint import Checkpoints
-    from sdjax.train.networks import assemble
+    from sdjax.checkpoints.assemble import assemble
+    from sdjax.checkpoints.checkpoint import Checkpoints
+    from sdjax.methods.task import make_task
     from sdjax.train.startup import place_frozen
-    from sdjax.train.task import make_task
 
     assembled = assemble(resolve(staged))
     segment = stages.segments(assembled.config)[1]

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.losses import example_keys
-from sdjax.train.ema import EMAConfig
-from sdjax.train.networks import assemble
+from sdjax.methods.task import make_task
+from sdjax.optim.ema import EMAConfig
 from sdjax.train.state import init_state
 from sdjax.train.step import make_train_step
-from sdjax.train.task import make_task
 
 EMA = EMAConfig(profiles=("0.5",))
 

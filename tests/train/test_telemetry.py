@@ -15,11 +15,11 @@ import pytest
 
 from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
-from sdjax.train import metrics_log, telemetry
-from sdjax.train.health import Diverged, NonFiniteCounter, SpikeDetector
-from sdjax.train.monitor import Interval
-from sdjax.train.speed import Throughput, device_memory
-from sdjax.train.telemetry import DelayedMetrics, Telemetry
+from sdjax.train.monitoring import metrics_log, telemetry
+from sdjax.train.monitoring.health import Diverged, NonFiniteCounter, SpikeDetector
+from sdjax.train.monitoring.monitor import Interval
+from sdjax.train.monitoring.speed import Throughput, device_memory
+from sdjax.train.monitoring.telemetry import DelayedMetrics, Telemetry
 
 
 def rows(workdir) -> list[dict]:

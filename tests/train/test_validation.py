@@ -6,16 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+from sdjax.checkpoints import checkpoint
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
 from sdjax.data.fixed import FixedExamples
+from sdjax.methods.task import make_task
 from sdjax.models.config import ConfigError
 from sdjax.parallel.mesh import make_mesh
-from sdjax.train import checkpoint, loop
-from sdjax.train.networks import assemble
+from sdjax.train import loop
 from sdjax.train.selection import Selection
-from sdjax.train.task import make_task
 from sdjax.train.validation import Validator, summary
-from sdjax.train.validation_config import ValidationConfig
+from sdjax.validation_config import ValidationConfig
 from tests.conftest import make_tiny_config
 
 
@@ -58,12 +59,12 @@ def test_losses_are_those_of_the_training_objective(validator):
     from sdjax.data import transforms
     from sdjax.diffusion.losses import fold_keys, normal_like
     from sdjax.diffusion.schedules import make_schedule, schedule_at
+    from sdjax.families.conditioning import make_conditioner
+    from sdjax.methods.denoise import LATENTS, STRATA
     from sdjax.models import weights
+    from sdjax.models.params import component
     from sdjax.models.unet import UNet
     from sdjax.models.vae import VAE, sample_moments, scale_latents
-    from sdjax.train.conditioning import make_conditioner
-    from sdjax.train.latent_diffusion import LATENTS, STRATA
-    from sdjax.train.state import component
     from sdjax.train.validation import _keys
 
     made, _, params, assembled = validator

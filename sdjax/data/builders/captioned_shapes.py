@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from sdjax.data import shapes
+from sdjax.data.builders import shapes
 from sdjax.data.config import DataError
-from sdjax.data.features import FORMAT
-from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
+from sdjax.data.tfds.features import FORMAT
+from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 
 
 @dataclasses.dataclass(eq=False)

@@ -23,12 +23,12 @@ import numpy as np
 from absl import logging
 
 from sdjax.data.config import DataConfig, DataError
-from sdjax.data.features import FORMAT
 from sdjax.data.raw import clean, folder, formats, parquet, webdataset
 from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import SPLITS, Chosen, Fields, Row, Shard, Skip, fraction, passed_over
-from sdjax.data.stored import prepare_builder
-from sdjax.data.tfds_on_cpu import quiet_tfds, tfds
+from sdjax.data.tfds.features import FORMAT
+from sdjax.data.tfds.stored import prepare_builder
+from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 
 SKIP_REPORT = "skipped.json"
 PASSED_OVER = "passed_over.json"  # members of tars that no row is made of, by ending

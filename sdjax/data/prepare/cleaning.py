@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import os
 import time
 from collections import Counter
@@ -18,43 +17,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdjax import paths
 from sdjax.data import transforms
 from sdjax.data.image_files import ImageError
 from sdjax.data.prepare.duplicates import difference_hash
+from sdjax.data.prepare.index import Entry, Index, counts, read_index
 from sdjax.data.prepare.settings import Place, Settings
 from sdjax.data.raw import folder, formats
 from sdjax.data.raw.clean import Example, clean
 from sdjax.data.raw.rows import Row, Shard, Skip
+from sdjax.system import paths
 
 THUMBNAIL = 96  # pixels
-
-
-@dataclasses.dataclass(frozen=True, slots=True)  # there are as many as examples
-class Entry:
-    """What is known of a usable example; the hashes are hexadecimal."""
-
-    name: str
-    split: str
-    digest: str  # of the pixels
-    alike: str  # the difference hash
-    width: int
-    height: int
-    bytes: int
-    chars: int  # of the main caption
-    captions: int  # main and alternatives
-    scores: list[float]
-    changed: list[str]  # what was mended, in words of `clean`
-
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """What became of a shard: its usable examples in order, and all that was left out."""
-
-    entries: list[Entry]
-    skips: list[Skip]
-    thumbnails: dict[str, list[tuple[str, str, str]]]  # by reason: name, detail, base64 JPEG
-    passed_over: dict[str, int]  # by ending: members of a tar that no row is made of
 
 
 def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> dict[str, int]:
@@ -123,30 +96,11 @@ def how_far(place: Place, numbers: list[int]) -> Callable[[], float]:
     return count
 
 
-def counts(index: Index) -> dict[str, int]:
-    """How many were left out for each reason, and how many used."""
-    found = {"used": len(index.entries)}
-    for skip in index.skips:
-        found[skip.reason] = found.get(skip.reason, 0) + 1
-    return found
-
-
-def read_index(place: Place, number: int) -> Index:
-    """What `clean_shard` wrote."""
-    stored = json.loads(place.index(number).read_text())
-    return Index(
-        [Entry(**entry) for entry in stored["entries"]],
-        [Skip(**skip) for skip in stored["skips"]],
-        stored["thumbnails"],
-        stored["passed_over"],
-    )
-
-
 @functools.cache
 def features(scores: tuple[str, ...]) -> Any:
     """The TFDS features of the dataset."""
     from sdjax.data.builders.raw_import import feature_types
-    from sdjax.data.tfds_on_cpu import tfds
+    from sdjax.data.tfds.tfds_on_cpu import tfds
 
     return tfds.features.FeaturesDict(feature_types(scores))
 
@@ -154,7 +108,7 @@ def features(scores: tuple[str, ...]) -> Any:
 def _serializer(scores: tuple[str, ...]) -> Callable[[Example], bytes]:
     """Example -> the bytes of a record as TFDS writes it, the same ones in every process."""
     from sdjax.data.builders.raw_import import feature_values
-    from sdjax.data.tfds_on_cpu import tfds
+    from sdjax.data.tfds.tfds_on_cpu import tfds
 
     types = features(scores)
     maker = tfds.core.example_serializer.ExampleSerializer(types.get_serialized_info())

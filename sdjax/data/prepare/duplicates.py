@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sdjax.data.prepare.index import read_index
 from sdjax.data.prepare.settings import Place
 
 EXACT, NEAR, SAME = "duplicate", "near_duplicate", "same_hash"
@@ -98,8 +99,6 @@ def find(pipeline: Any, numbers: list[int], *, place: Place, distance: int | Non
 
 
 def _hashes(number: int, *, place: Place) -> Iterator[tuple[str, int, int]]:
-    from sdjax.data.prepare.cleaning import read_index
-
     for row, entry in enumerate(read_index(place, number).entries):
         yield entry.digest, int(entry.alike, 16), position(number, row)
 

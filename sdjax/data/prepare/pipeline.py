@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sdjax import locks, paths, progress
-from sdjax.data.dataset_folder import write_metadata
 from sdjax.data.prepare import cleaning, duplicates, report, writing
+from sdjax.data.prepare.index import Entry, Index, read_index
 from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
 from sdjax.data.raw import formats
 from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import Shard, Survey
+from sdjax.data.tfds.dataset_folder import write_metadata
 from sdjax.errors import UserError
+from sdjax.system import locks, paths, progress
 
 std_logging.disable(std_logging.WARNING)  # Beam regrets that it cannot talk to BigQuery
 import apache_beam as beam  # noqa: E402
@@ -66,7 +67,7 @@ def run(
     for note in notes:
         print(note, file=sys.stderr, flush=True)
     _clean(make, shards, settings, place)
-    indices = [cleaning.read_index(place, number) for number in range(len(shards))]
+    indices = [read_index(place, number) for number in range(len(shards))]
     if not any(index.entries for index in indices):
         raise UserError(_nothing_usable(input, survey, indices, place, settings))
     dropped = _find_duplicates(make, len(shards), settings, place)
@@ -92,7 +93,7 @@ def run(
 
 
 def _nothing_usable(
-    input: str, survey: Survey, indices: list[cleaning.Index], place: Place, settings: Settings
+    input: str, survey: Survey, indices: list[Index], place: Place, settings: Settings
 ) -> str:
     """Writes the report, removes what a run with other options could not use, and says why."""
     found = report.make(settings, survey, survey.lines(), indices, {}, [], [])
@@ -168,8 +169,8 @@ def _find_duplicates(
 
 
 def _split(
-    indices: list[cleaning.Index], dropped: dict[int, Any], stored: set[str], settings: Settings
-) -> list[tuple[int, int, cleaning.Entry, str]]:
+    indices: list[Index], dropped: dict[int, Any], stored: set[str], settings: Settings
+) -> list[tuple[int, int, Entry, str]]:
     """(shard, row, entry, split) of all that is kept, in order."""
     left = [
         (shard, row, entry)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import paths
 from sdjax.data.prepare import cleaning
-from sdjax.data.prepare.cleaning import Entry, Index
 from sdjax.data.prepare.duplicates import EXACT, NEAR, position
+from sdjax.data.prepare.index import Entry, Index
 from sdjax.data.prepare.settings import Place, Settings
 from sdjax.data.prepare.writing import Output, stored
 from sdjax.data.raw.rows import Survey
+from sdjax.system import paths
 
 JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
 # Where what is dropped, or changed, is; in the order of the work.
@@ -160,7 +160,7 @@ def _thumbnail(place: Place, at: int, settings: Settings) -> str:
 
 
 def _encoded() -> Any:
-    from sdjax.data.tfds_on_cpu import tfds
+    from sdjax.data.tfds.tfds_on_cpu import tfds
 
     return tfds.decode.SkipDecoding()
 

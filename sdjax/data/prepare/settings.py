@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdjax import paths
 from sdjax.data.image_files import MOST_PIXELS
 from sdjax.data.raw.clean import Rules
 from sdjax.data.raw.rows import ORIGINAL, Fields, fraction
 from sdjax.errors import UserError
+from sdjax.system import paths
 
 DUPLICATES = ("none", "exact", "near")
 MAX_DISTANCE = 10

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-from sdjax import paths
-from sdjax.data.dataset_folder import Stored, file_name
-from sdjax.data.prepare.cleaning import Entry, read_records
+from sdjax.data.prepare.cleaning import read_records
+from sdjax.data.prepare.index import Entry
 from sdjax.data.prepare.settings import Place
+from sdjax.data.tfds.dataset_folder import Stored, file_name
+from sdjax.system import paths
 
 SPLITS = ("train", "validation", "test")
 

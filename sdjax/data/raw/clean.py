@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdjax import text_files
 from sdjax.data import transforms
 from sdjax.data.image_files import MOST_PIXELS, ImageError, damaged, open_image
 from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_CAPTION_CHARS
 from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, raised, shown
+from sdjax.system import text_files
 
 # White space, and zero-width characters that str.split() does not count as such.
 _BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"

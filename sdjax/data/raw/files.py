@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sdjax import paths
 from sdjax.data.raw.rows import BadRow, Shard
+from sdjax.system import paths
 
 
 class Inside:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sdjax import paths, untrusted
+from sdjax.data.config import DataError
 from sdjax.data.raw import metadata_parquet
 from sdjax.data.raw.files import Inside
 from sdjax.data.raw.layout import Contents, join, made_by_folders, split_folders, with_splits
@@ -37,7 +37,7 @@ from sdjax.data.raw.rows import (
     stamp,
 )
 from sdjax.data.raw.tree import Links, walk
-from sdjax.data.sources import DataError
+from sdjax.system import paths, untrusted
 
 FORMAT = "image_text_folder"
 METADATA = "metadata.jsonl"

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 
-from sdjax import paths
+from sdjax.data.config import DataError
 from sdjax.data.raw import folder, parquet, webdataset
 from sdjax.data.raw.files import Inside
 from sdjax.data.raw.rows import (
@@ -23,8 +23,8 @@ from sdjax.data.raw.rows import (
     stamp,
 )
 from sdjax.data.raw.tree import walk
-from sdjax.data.sources import DataError
 from sdjax.errors import UserError
+from sdjax.system import paths
 
 _READERS = {folder.FORMAT: folder, webdataset.FORMAT: webdataset, parquet.FORMAT: parquet}
 FORMATS = tuple(_READERS)

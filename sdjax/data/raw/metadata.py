@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sdjax import paths, untrusted
+from sdjax.data.config import DataError
 from sdjax.data.raw.limits import MOST_ROW_BYTES, MOST_WHOLE_BYTES
 from sdjax.data.raw.rows import BadRow, Dialect, shown
-from sdjax.data.sources import DataError
-from sdjax.text_files import BOM, TextError, codec
+from sdjax.system import paths, untrusted
+from sdjax.system.text_files import BOM, TextError, codec
 
 CSV_SUFFIX = ".csv"
 DELIMITERS = ",;\t|"

@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from sdjax import paths, untrusted
+from sdjax.data.config import DataError
 from sdjax.data.raw.parquet import batches, cell, open_file
 from sdjax.data.raw.parquet_footer import read_footer
 from sdjax.data.raw.parquet_pages import check_rows
 from sdjax.data.raw.rows import BadRow, raised
-from sdjax.data.sources import DataError
-from sdjax.text_files import pointer_note
+from sdjax.system import paths, untrusted
+from sdjax.system.text_files import pointer_note
 
 NAME = "metadata.parquet"
 _PARTS = 64  # most parts of one row group, which is decoded up to the part's end for each

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sdjax import paths, untrusted
+from sdjax.data.config import DataError
 from sdjax.data.raw import parquet_pages as pages
 from sdjax.data.raw.files import Inside
 from sdjax.data.raw.limits import MOST_PICTURE_BYTES, MOST_ROW_BYTES
@@ -28,8 +28,8 @@ from sdjax.data.raw.rows import (
     find_shards,
     raised,
 )
-from sdjax.data.sources import DataError
-from sdjax.text_files import pointer_note
+from sdjax.system import paths, untrusted
+from sdjax.system.text_files import pointer_note
 
 FORMAT = "parquet"
 SUFFIXES = (".parquet",)

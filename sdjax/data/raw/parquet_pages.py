@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from sdjax import untrusted
 from sdjax.data.raw.limits import (
     MOST_BATCH_BYTES,
     MOST_PAGE_BYTES,
@@ -18,6 +17,7 @@ from sdjax.data.raw.limits import (
     ROWS_BEYOND_BYTES,
 )
 from sdjax.data.raw.parquet_footer import Chunk, Group, PageError, parse
+from sdjax.system import untrusted
 
 _HEADS = (1 << 10, 1 << 20)  # bytes in which a header ends; most do in the first
 _UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of PageHeader

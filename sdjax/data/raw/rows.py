@@ -12,9 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from sdjax import paths, untrusted
+from sdjax.data.config import DataError
 from sdjax.data.raw.tree import Links, walk
-from sdjax.data.sources import DataError
+from sdjax.system import paths, untrusted
 
 # Endings of pictures in the formats that are read, of `image_files.FORMATS`.
 IMAGE_SUFFIXES = (

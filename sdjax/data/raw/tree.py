@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from sdjax import paths
-from sdjax.data.sources import DataError
+from sdjax.data.config import DataError
+from sdjax.system import paths
 
 _FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,8}$")  # what is called so in a bucket is no folder
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sdjax import paths
 from sdjax.data.raw import tar
 from sdjax.data.raw.files import open_shard
 from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_PICTURE_BYTES, MOST_ROW_BYTES
@@ -33,7 +32,8 @@ from sdjax.data.raw.rows import (
     find_shards,
     raised,
 )
-from sdjax.text_files import pointer_note
+from sdjax.system import paths
+from sdjax.system.text_files import pointer_note
 
 FORMAT = "webdataset"
 SUFFIXES = (".tar", ".tar.gz", ".tgz")

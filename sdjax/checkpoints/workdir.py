@@ -1,0 +1,260 @@
+"""The workdir of a training run, or of a conversion: what is in it besides checkpoints.
+
+config.json          the resolved configuration
+tokenizer/           in CLIP's layout; of SDXL's second encoder, tokenizer_2/
+scheduler/           the scheduler_config.json of the diffusers folder that it came from, if it did
+frozen.safetensors   {path: array} of what is not trained, under sdjax's own names
+checkpoints/STEP/    see `sdjax.checkpoints.checkpoint`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdjax.checkpoints.bundle import (
+    NETWORKS,
+    TOKENIZERS,
+    Pretrained,
+    PretrainedError,
+    check_components,
+    read_json,
+    replaced_folder,
+    write_json,
+)
+from sdjax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, latest_step, restore_params
+from sdjax.config import Config, resolve, to_dict
+from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.machine_settings import of_model
+from sdjax.models.config import ConfigError
+from sdjax.models.weights import WeightsError, abstract, check_finite, load_file
+from sdjax.system import paths, progress
+from sdjax.system.untrusted import explained
+
+CONFIG_FILE, FROZEN_FILE = "config.json", "frozen.safetensors"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+
+
+def read_workdir(
+    workdir: paths.PathLike,
+    *,
+    components: Sequence[str] = tuple(NETWORKS),
+    weights: str = "ema",
+    step: int | None = None,
+    with_weights: bool = True,
+) -> Pretrained:
+    """Reads the networks of a training run.
+
+    Args:
+        workdir: of the run.
+        components: which networks to read, if the run has them.
+        weights: "ema" for the first of `config.ema.profiles` (the parameters themselves if the run
+            keeps no average), "raw" for the parameters themselves, or the name of a profile.
+        step: of the checkpoint, the newest by default.
+        with_weights: False leaves `params` empty and the checkpoints alone.
+
+    Raises:
+        PretrainedError: the workdir's files do not make whole networks, hold NaN or Inf, or
+            `weights` is none.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    folder = paths.to_path(workdir)
+    check_components(components)
+    with explained(folder, "a workdir of sdjax"):
+        return _read(folder, components, weights, step, with_weights)
+
+
+def _read(
+    folder: paths.Path,
+    components: Sequence[str],
+    weights: str,
+    step: int | None,
+    with_weights: bool,
+) -> Pretrained:
+    """See `read_workdir`."""
+    file = folder / CONFIG_FILE
+    try:
+        config = of_model(resolve(read_json(file)))
+    except ConfigError as error:
+        raise PretrainedError(f"{file}: {error}") from error
+    latent = config.task == "text_to_image"
+    networks = {
+        name: getattr(config.model, name)
+        for name in NETWORKS
+        if name in components and (latent or name == "vae")
+    }
+    networks = {name: network for name, network in networks.items() if network is not None}
+    parts: dict[str, Any] = dict(networks)
+    if with_weights:
+        trained, frozen = _restore(folder, config, weights, step)
+        parts["params"] = _complete(folder, networks, trained, frozen, step)
+    if latent and "unet" in networks:
+        parts["schedule"] = config.schedule
+        parts["prediction_type"] = config.objective.prediction_type
+        parts["sampler"] = config.sample.sampler
+        parts["scheduler"] = read_scheduler(folder)
+    for name, tokenizer in TOKENIZERS.items():
+        if name in networks:
+            length = networks[name].max_position_embeddings
+            try:
+                parts[tokenizer] = Tokenizer.load(folder / tokenizer, context_length=length)
+                parts[tokenizer].check_vocabulary(networks[name].vocab_size, folder / tokenizer)
+            except TokenizerError as error:
+                raise PretrainedError(str(error)) from error
+            parts["zero_empty_prompt"] = config.model.zero_empty_prompt
+    return Pretrained(**parts)
+
+
+def read_scheduler(folder: paths.Path) -> dict[str, Any] | None:
+    """The scheduler file that came with the networks, if one did."""
+    file = folder / SCHEDULER_FILE
+    return read_json(file) if file.is_file() else None
+
+
+def write_scheduler(folder: paths.Path, scheduler: Mapping[str, Any]) -> None:
+    """A scheduler file, for the diffusers folder that is written at the end."""
+    file = folder / SCHEDULER_FILE
+    paths.make_folder(file.parent)
+    paths.write_text(file, json.dumps(scheduler, indent=2) + "\n")
+
+
+def _restore(
+    folder: paths.Path, config: Config, weights: str, step: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(trained parameters of a run, as `weights` asks; those that it did not train)."""
+    profiles = config.ema.profiles
+    if weights not in ("ema", "raw", *profiles):
+        raise PretrainedError(
+            f"weights is {weights!r}; the run in {folder} has: ema, raw, {', '.join(profiles)}"
+        )
+    if weights == "ema" and not profiles and config.optim.name == "schedule_free":
+        raise PretrainedError(
+            f"{folder}: the run's average is in the state of its optimizer, schedule_free, where "
+            f"it cannot be read alone. Use what the run wrote at its end ({folder / 'diffusers'}), "
+            "weights 'raw' for where gradients were taken, or train with an EMA profile"
+        )
+    profile = profiles[0] if weights == "ema" and profiles else weights
+    which = f"ema:{profile}" if profile in profiles else "params"
+    trained, frozen = restore_params(folder, which, step), {}
+    if (folder / FROZEN_FILE).is_file():
+        try:
+            frozen = load_file(folder / FROZEN_FILE)
+        except WeightsError as error:
+            raise PretrainedError(str(error)) from error
+    return trained, frozen
+
+
+def _complete(
+    folder: paths.Path,
+    networks: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    step: int | None,
+) -> dict[str, np.ndarray]:
+    """The parameters of `networks`, float32, after a look that all are there and finite."""
+    params = {**frozen, **trained}
+    chosen, problems = {}, []
+    for name, config in networks.items():
+        _, shapes = abstract(NETWORKS[name][0], config)
+        for path, want in shapes.items():
+            path = f"{name}.{path}"
+            if path not in params:
+                problems.append(f"missing: {path}")
+            elif np.shape(params[path]) != want.shape:
+                have = np.shape(params[path])
+                problems.append(f"mis-shaped: {path} is {have}, the model has {want.shape}")
+            else:
+                chosen[path] = np.asarray(params[path], np.float32)
+    if problems:
+        raise PretrainedError(
+            f"{folder}: the parameters are not those of its {CONFIG_FILE}:\n  "
+            + "\n  ".join(problems)
+        )
+    try:
+        check_finite({path: value for path, value in chosen.items() if path not in trained})
+    except WeightsError as error:
+        raise PretrainedError(f"{folder / FROZEN_FILE}: {error}") from error
+    try:
+        check_finite({path: value for path, value in chosen.items() if path in trained})
+    except WeightsError as error:
+        step = latest_step(folder) if step is None else step
+        raise PretrainedError(
+            f"{checkpoint_folder(folder) / str(step)}: {error}\n"
+            f"An earlier checkpoint ({folder / 'checkpoints' / 'STEP'}) or other --weights may do"
+        ) from error
+    return chosen
+
+
+def save_workdir(
+    folder: paths.PathLike, pretrained: Pretrained, *, overwrite: bool = False
+) -> paths.Path:
+    """Writes networks as a workdir with one checkpoint, of step 0 and without moments.
+
+    It can be drawn from, converted back and started from (`init_from`, `vae_from`); it is not a run
+    to resume.
+
+    Args:
+        folder: to write; appears under its name only once it is complete.
+        pretrained: a VAE, or all networks of a pipeline with tokenizers and schedule.
+        overwrite: replace a folder of networks that is there.
+
+    Raises:
+        PretrainedError: something is missing, or `folder` is not empty.
+        CheckpointError, OSError: the disk's own error; nothing is left behind.
+    """
+    folder = paths.to_path(folder)
+    config = _config_of(folder, pretrained)
+    with replaced_folder(folder, overwrite=overwrite) as partial:
+        for name in TOKENIZERS.values():
+            tokenizer = getattr(pretrained, name)
+            if tokenizer is not None:
+                tokenizer.save(partial / name)
+        if pretrained.scheduler is not None:
+            write_scheduler(partial, pretrained.scheduler)
+        state = {"params": dict(pretrained.params), "step": np.zeros((), np.int32)}
+        size = sum(value.nbytes for value in pretrained.params.values())
+        shown = progress.work(f"writing {folder}", size, poll=progress.bytes_written())
+        with shown, Checkpoints(partial) as checkpoints:
+            checkpoints.save(0, state, {}, to_dict(config))
+        write_json(partial / CONFIG_FILE, to_dict(config))
+    return folder
+
+
+def _config_of(folder: paths.Path, pretrained: Pretrained) -> Config:
+    """The configuration of a run that would have ended with these networks."""
+    networks = pretrained.networks
+    whole = set(networks) != {"vae"}
+    if whole and (missing := pretrained.missing()):
+        raise PretrainedError(
+            f"{folder}: a workdir holds a VAE or a whole pipeline; {', '.join(missing)} missing"
+        )
+    default = Config()
+    replace = dataclasses.replace
+    changes: dict[str, Any] = {}
+    if whole:
+        # A pipeline has the encoders it has, whatever the defaults are.
+        changes = {name: None for name in TOKENIZERS if name not in networks}
+        changes["zero_empty_prompt"] = pretrained.zero_empty_prompt
+    config = replace(
+        default,
+        task="text_to_image" if whole else "autoencoder",
+        model=replace(default.model, **networks, **changes),
+        ema=replace(default.ema, profiles=()),
+    )
+    if pretrained.schedule is None:
+        return config
+    objective = replace(default.objective, prediction_type=pretrained.prediction_type)
+    sampler = pretrained.sampler or default.sample.sampler
+    try:
+        return replace(
+            config,
+            schedule=pretrained.schedule,
+            objective=objective,
+            sample=replace(default.sample, sampler=sampler),
+        )
+    except ValueError as error:
+        raise PretrainedError(f"{folder}: {error}") from error

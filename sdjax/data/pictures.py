@@ -1,0 +1,204 @@
+"""Sets of pictures to judge or to compare with, read a stretch at a time: folders and datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from sdjax.data import pipeline, transforms
+from sdjax.data.config import DataConfig, parts
+from sdjax.data.image_files import ImageError, read_encoded
+from sdjax.data.raw.folder import safe_name
+from sdjax.data.raw.metadata import read_rows
+from sdjax.data.raw.rows import BadRow
+from sdjax.errors import UserError
+from sdjax.system import paths
+
+STRETCH = 512  # pictures that are in memory at once
+METADATA = "metadata.jsonl"  # of the imagefolder convention: file_name and text in each line
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Pictures(Protocol):
+    """A set of pictures of one size."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in files and messages."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """One a picture; empty where there are none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Pictures start..stop-1: uint8 [stop - start, H, W, 3]."""
+        ...
+
+
+def stretches(pictures: Pictures) -> Iterator[np.ndarray]:
+    """All pictures in order, `STRETCH` at a time."""
+    for start in range(0, len(pictures), STRETCH):
+        yield pictures.read(start, min(start + STRETCH, len(pictures)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Picture files of one folder, brought to side x side pixels if they are not that.
+
+    Attributes:
+      files: in order.
+      captions: one a file, or none.
+      size: (height, width) of the pictures; others are resized to cover it and cut in the middle.
+    """
+
+    name: str
+    files: tuple[paths.Path, ...]
+    captions: tuple[str, ...]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See `Pictures`. UserError, naming the file, if one cannot be read."""
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self._read, self.files[start:stop])))
+
+    def _read(self, file: paths.Path) -> np.ndarray:
+        return fitted(_decoded(file), self.size)
+
+
+def open_folder(
+    folder: paths.PathLike, *, size: tuple[int, int] | None = None, count: int | None = None
+) -> Folder:
+    """The pictures of a folder, with the captions of its metadata.jsonl if it has one.
+
+    Args:
+      size: (height, width) to bring them to; by default that of the first.
+      count: how many to take of the first.
+
+    Raises:
+      UserError: it is no folder, has no pictures, or its metadata cannot be read.
+    """
+    folder = paths.to_path(folder)
+    if not paths.exists(folder) or not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected one with pictures")
+    captions: dict[str, str] = {}
+    metadata = folder / METADATA
+    if metadata.exists():
+        try:
+            captions = {safe_name(row["file_name"]): str(row["text"]) for row in _rows(metadata)}
+        except (KeyError, TypeError, BadRow) as error:
+            raise UserError(
+                f'{metadata}: expected {{"file_name": ..., "text": ...}} in every line ({error!r})'
+            ) from error
+        files = [folder / name for name in captions]
+    else:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = files[:count]
+    if not files:
+        raise UserError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
+    if size is None:
+        first = _decoded(files[0])
+        size = first.shape[:2]
+    return Folder(str(folder), tuple(files), tuple(captions.values())[: len(files)], size)
+
+
+def _rows(metadata: paths.Path) -> Iterator[dict[str, Any]]:
+    for line, row in read_rows(metadata):
+        if isinstance(row, BadRow):
+            raise UserError(f"{metadata} line {line}: {row}; mend the line")
+        yield row
+
+
+def _decoded(file: paths.Path) -> np.ndarray:
+    try:
+        return transforms.decode(read_encoded(file))
+    except paths.storage_errors(ImageError) as error:
+        raise UserError(f"{file}: not a picture that can be read ({error})") from error
+
+
+def fitted(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] or Pillow's -> resized to cover `size`, cut in the middle, as training."""
+    rng = np.random.default_rng(0)  # of which the middle takes nothing
+    return transforms.prepare(
+        image, rng, height=size[0], width=size[1], crop="center", flip=False
+    ).pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Pictures of a dataset, as training would see them but cut in the middle."""
+
+    sources: tuple[pipeline.Source, ...]
+    size: tuple[int, int]
+    split: str
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Of the dataset and split."""
+        return " + ".join(source.name for source in self.sources) + f" {self.split}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _place(self, index: int) -> tuple[pipeline.Source, int]:
+        for source in self.sources:
+            if index < len(source):
+                return source, index
+            index -= len(source)
+        raise IndexError(index)
+
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """The main caption of each."""
+        places = (self._place(i) for i in range(self.count))
+        return tuple(source.text(i) for source, i in places)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See `Pictures`."""
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self._read, range(start, stop))))
+
+    def _read(self, index: int) -> np.ndarray:
+        source, i = self._place(index)
+        return fitted(source.example(i)["image"], self.size)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one set of pictures from another, JSON-able: the key of cached features."""
+        captions = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
+        return {
+            "dataset": self.name,
+            "size": list(self.size),
+            "count": self.count,
+            "captions": captions,
+        }
+
+
+def open_split(
+    config: DataConfig, split: str, *, size: tuple[int, int], count: int | None = None
+) -> Split:
+    """The first `count` pictures of a split, all by default; of a mixture, its parts in turn.
+
+    Raises:
+      DataError: there is no such dataset or split.
+    """
+    sources = tuple(pipeline.open_parts(config, split))
+    total = sum(len(source) for source in sources)
+    return Split(sources, size, split, total if count is None else min(total, count))
+
+
+def has_pictures(config: DataConfig) -> bool:
+    """Whether the dataset has pictures, and not only what a VAE made of them."""
+    return all(part.name != "encoded" for part in parts(config))

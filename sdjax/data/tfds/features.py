@@ -1,0 +1,108 @@
+"""TFDS features as a source reads them: what is the image, what makes a caption."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sdjax.data.caption_choice import Caption
+from sdjax.data.config import DataConfig, DataError
+
+FORMAT = "array_record"
+
+
+def as_text(value: Any) -> str:
+    """A text feature's value, mostly bytes."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFeature:
+    """Turns a text feature's bytes into a caption."""
+
+    def __call__(self, value: Any) -> Caption:
+        return Caption(as_text(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelFeature:
+    """Turns a class label into captions by templates, each to be taken as often."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __call__(self, value: Any) -> Caption:
+        name = self.names[int(value)].replace("_", " ")
+        main, *others = (template.replace("{}", name) for template in self.templates)
+        return Caption(main, tuple(others), 1 / len(self.templates))
+
+
+def check_format(builder: Any) -> None:
+    formats = sorted(kind.value for kind in builder.info.available_file_formats())
+    if FORMAT in formats:
+        return
+    raise DataError(
+        f"{builder.info.full_name} in {builder.data_dir} is stored as {' and '.join(formats)}, "
+        f"which has no random access; set data.data_dir to another folder to have it prepared "
+        f"there as {FORMAT}, or add that format where it is:\n"
+        f"  pip install apache-beam\n"
+        f"  tfds convert_format {shlex.quote(f'--dataset_version_dir={builder.data_dir}')} "
+        f"--out_file_format={FORMAT}"
+    )
+
+
+def decoders_and_text(
+    builder: Any, config: DataConfig
+) -> tuple[dict[str, Any], Callable[[Any], Caption]]:
+    """Decoders for the image, and what makes a caption of the text feature or label."""
+    from sdjax.data.tfds.tfds_on_cpu import tfds
+
+    features = builder.info.features
+    for field, key in (("image_key", config.image_key), ("text_key", config.text_key)):
+        if key not in features:
+            raise DataError(
+                f"data.{field} is {key!r}, but {builder.info.full_name} has the features "
+                f"{sorted(features)}; set --config.data.{field} to one of them"
+            )
+    for field, key in (("split_key", config.split_key),
+                       ("captions.others_key", config.captions.others_key)):  # fmt: skip
+        if key and key not in features:
+            raise DataError(
+                f"data.{field} is {key!r}, but {builder.info.full_name} has the features "
+                f"{sorted(features)}; set it to one of them, or to ''"
+            )
+    score = features[config.score_key] if config.score_key in features else None
+    if config.score_key and (
+        score is None or score.shape or np.dtype(score.np_dtype).kind not in "iuf"
+    ):
+        raise DataError(
+            f"data.score_key is {config.score_key!r}, which is no number feature of "
+            f"{builder.info.full_name}; it has the features {sorted(features)}"
+        )
+    others = config.captions.others_key and features[config.captions.others_key]
+    if others and not (
+        isinstance(others, tfds.features.Sequence)
+        and isinstance(others.feature, tfds.features.Text)
+    ):
+        raise DataError(
+            f"data.captions.others_key is {config.captions.others_key!r}, but that feature of "
+            f"{builder.info.full_name} is {others}; expected a sequence of texts"
+        )
+    encoded = isinstance(features[config.image_key], tfds.features.Image)
+    # Pillow decodes the bytes in `transforms`, with its checks, rather than TFDS.
+    decoders = {config.image_key: tfds.decode.SkipDecoding()} if encoded else {}
+    text = features[config.text_key]
+    if isinstance(text, tfds.features.ClassLabel):
+        return decoders, LabelFeature(
+            tuple(text.names), (config.label_template, *config.captions.templates)
+        )
+    if isinstance(text, tfds.features.Text) or text.np_dtype in (np.object_, np.str_):
+        return decoders, TextFeature()
+    raise DataError(
+        f"data.text_key is {config.text_key!r}, but that feature of {builder.info.full_name} is "
+        f"{text}; expected a text or a class label"
+    )

@@ -1,0 +1,143 @@
+"""What an evaluation is of: the model with its run's configuration, and the dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sdjax.checkpoints.bundle import TOKENIZERS, Pretrained, read_json
+from sdjax.checkpoints.checkpoint import latest_step
+from sdjax.checkpoints.pretrained import folder_kind, read_any
+from sdjax.checkpoints.workdir import CONFIG_FILE
+from sdjax.config import Config, resolve
+from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError
+from sdjax.data.raw import formats
+from sdjax.errors import UserError
+from sdjax.families.conditioning import TOKENS
+from sdjax.machine_settings import asks_for, data_of_model, of_model
+from sdjax.methods.task import make_task
+from sdjax.system import paths
+from sdjax.system.untrusted import is_number
+from sdjax.train.validation import Validator
+
+OWN = "own"  # as a dataset: what the model was trained on, wherever it lies
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model, from whatever folder the user has.
+
+    workdir, config, step: of the run; None for a diffusers folder or a file. The configuration has
+        nothing of the machine that it was made on.
+    data: that the run was trained on, with folders and names as they were there.
+    """
+
+    found: Pretrained
+    workdir: paths.Path | None = None
+    config: Config | None = None
+    step: int | None = None
+    data: DataConfig | None = None
+
+
+def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None) -> Loaded:
+    """A workdir, one of its checkpoints, a diffusers folder or a single file.
+
+    Raises:
+        PretrainedError, CheckpointError: it cannot be read, or has no such weights or step.
+    """
+    folder = paths.to_path(model)
+    if folder_kind(folder) != "workdir":
+        if step is not None:
+            raise UserError(f"--step={step}: {model} is no workdir, and has no checkpoints")
+        return Loaded(read_any(folder, weights=weights))
+    if folder.parent.name == "checkpoints" and is_number(folder.name):
+        folder, step = folder.parents[1], int(folder.name)
+    step = latest_step(folder) if step is None else step
+    config = resolve(read_json(folder / CONFIG_FILE))
+    if config.task != "text_to_image":
+        raise UserError(
+            f"{model} is a run of config.task = {config.task!r}, which draws nothing from prompts; "
+            "expected 'text_to_image'"
+        )
+    found = read_any(folder, weights=weights, step=step)
+    return Loaded(found, folder, of_model(config), step, data_of_model(config))
+
+
+def choose_data(
+    own: DataConfig | None, dataset: str, *, data_dir: str = "", resolution: int = 0
+) -> DataConfig | None:
+    """The dataset that --dataset says, or the run's own; None if there is neither.
+
+    Args:
+        own: what the run was trained on.
+        dataset: "captioned_shapes", a TFDS name, or a path: of a dataset that sdjax.prepare wrote,
+            of an image folder, tar shards or parquet files; "own" for the run's own wherever it
+            lies, "" for it if that takes nothing of this machine.
+
+    Raises:
+        DataError: a path is none of these, or the run's own data lie in a folder that only its
+            config.json names.
+    """
+    changes: dict[str, Any] = {"resolution": resolution} if resolution else {}
+    if data_dir:
+        changes["data_dir"] = data_dir
+    if dataset in ("", OWN):
+        if own is None:
+            return None
+        data = dataclasses.replace(own, **changes)
+        theirs = dataclasses.replace(own, data_dir="") if data_dir else own
+        if not dataset and (taken := asks_for(theirs)):
+            raise DataError(
+                f"the model's config.json says {taken}, which is not opened unasked: --dataset=own "
+                "opens it, if the model is yours or you trust who made it, --dataset=PATH another"
+            )
+        return data
+    base = dataclasses.replace(own, data_dir="") if own else DataConfig()
+    is_path = "/" in dataset and (
+        dataset.startswith(("/", ".", "~", "gs://")) or paths.exists(paths.to_path(dataset))
+    )
+    if is_path or paths.exists(paths.to_path(dataset)):
+        changes |= {"name": _kind(dataset), "path": dataset}
+    else:
+        changes |= {"name": dataset, "path": ""}
+    if changes["name"] in RAW_NAMES and base.name not in RAW_NAMES:
+        changes |= {"split_key": "", "score_key": "", "min_score": None}
+    if changes["name"] in WITH_PATH:
+        changes |= {"image_key": "image", "text_key": "text"}
+    return dataclasses.replace(base, mixture=(), text_embeddings=False, **changes)
+
+
+def _kind(path: str) -> str:
+    folder = paths.to_path(path)
+    if (folder / "dataset_info.json").exists():
+        return "prepared"
+    return formats.detect(path)
+
+
+def make_validate(
+    config: Config, found: Pretrained, mesh: Mesh, *, split: str, count: int
+) -> Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
+    """Parameters -> losses [N, n] of `count` examples of a split at n timesteps, and these [n].
+
+    The numbers are those that training writes as `validation/SET/loss`, of as many examples.
+    """
+
+    @functools.cache
+    def validator() -> Validator:
+        tokenizers = {
+            TOKENS[name]: getattr(found, TOKENIZERS[name])
+            for name in TOKENS
+            if getattr(found, name) is not None
+        }
+        task = make_task(config, tokenizers)
+        return Validator(config, task, tokenizers, mesh, split=split, count=count)
+
+    def validate(params: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        return validator().losses(params), validator().timesteps
+
+    return validate

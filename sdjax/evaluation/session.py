@@ -1,0 +1,334 @@
+"""An evaluation from the model to its numbers: draw, make features, compare, write.
+
+    session = open_session(request, load(request.model), folder)
+    results = session.run(folder)
+
+What can be wrong is found by `open_session`, before the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sdjax.checkpoints.bundle import choose_sampler, sampler_note
+from sdjax.config import SampleConfig
+from sdjax.data.config import DataConfig
+from sdjax.data.pictures import Folder, open_folder, stretches
+from sdjax.errors import UserError
+from sdjax.evaluation import audit_shares, evaluation_output
+from sdjax.evaluation.audit import Audit, make_labeller, read_audit
+from sdjax.evaluation.evaluation import Inputs, Results, choose, judge
+from sdjax.evaluation.features import digest
+from sdjax.evaluation.loading import Loaded, choose_data, make_validate
+from sdjax.evaluation.request import (
+    Request,
+    cache_folder,
+    choose_prompts,
+    compared_with,
+    dataset_name,
+    given_statistics,
+    needs_pictures,
+    open_towers,
+    picture_size,
+)
+from sdjax.parallel.mesh import MeshConfig, make_mesh
+from sdjax.sampling.drawing import Painter, Prompts, draw_folder, make_painter, on_mesh
+from sdjax.sampling.generate import Drawing
+from sdjax.system import paths, progress
+
+Validate = Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Session:
+    """An evaluation that is ready to run.
+
+    inputs: what metrics are made of, but for the pictures.
+    names, left_out: metrics, and what is not computed and why.
+    prompts, count: what is drawn; None and 0 where pictures are given or none are needed.
+    validate: parameters -> losses and timesteps, see `make_validate`.
+    dataset, split: what prompts and pictures to compare with are of.
+    audit: of prompts of its own, if it was asked for.
+    """
+
+    request: Request
+    loaded: Loaded | None
+    mesh: Mesh
+    inputs: Inputs
+    names: list[str]
+    left_out: list[str]
+    prompts: Prompts | None
+    count: int
+    size: tuple[int, int] | None
+    validate: Validate | None
+    dataset: str
+    split: str
+    audit: Audit | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn."""
+        return self.loaded is not None and (self.prompts is not None or self.audit is not None)
+
+    @property
+    def note(self) -> str:
+        """A line on what draws in place of the model's own sampler, or ""."""
+        if not self.draws:
+            return ""
+        assert self.loaded is not None
+        model = f"--model={self.request.model}"
+        return sampler_note(self.loaded.found, self.drawing.sampler, model)
+
+    @functools.cached_property
+    def drawing(self) -> Drawing:
+        """The model's own sampler and guidance, with the changes that were asked for."""
+        request, loaded = self.request, self.loaded
+        assert loaded is not None
+        own = loaded.config.sample if loaded.config else SampleConfig()
+        guidance, rescale = request.guidance, request.guidance_rescale
+        return Drawing(
+            choose_sampler(loaded.found, request.sampler, f"--model={request.model}"),
+            own.guidance if guidance is None else guidance,
+            own.guidance_rescale if rescale is None else rescale,
+        )
+
+    @property
+    def negative_prompt(self) -> str:
+        """What guidance leads away from."""
+        if self.request.negative_prompt is not None:
+            return self.request.negative_prompt
+        config = self.loaded.config if self.loaded else None
+        return config.sample.negative_prompt if config else ""
+
+    @functools.cached_property
+    def painter(self) -> Painter:
+        """The model, ready to draw."""
+        assert self.loaded is not None
+        return make_painter(
+            self.loaded.found,
+            drawing=self.drawing,
+            mesh=self.mesh,
+            negative_prompt=self.negative_prompt,
+            size=self.size,
+            dtype=self.request.dtype,
+        )
+
+    def _settings(self, params: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
+        """Whatever decides about a picture besides its number."""
+        assert self.loaded is not None
+        found = self.loaded.found
+        texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()[:16]
+        return {
+            "step": self.loaded.step,
+            "weights": self.request.weights,
+            "parameters": digest(params, found.networks, found.schedule, found.prediction_type),
+            "dataset": self.dataset,
+            "split": self.split,
+            "prompts": texts,
+            "per_prompt": prompts.per_prompt,
+            **self._look(),
+        }
+
+    def _look(self) -> dict[str, Any]:
+        drawing = dataclasses.asdict(self.drawing)
+        return {
+            "sampler": drawing.pop("sampler"),
+            **drawing,
+            "negative_prompt": self.negative_prompt,
+            "size": list(self.painter.size),
+            "dtype": self.request.dtype,
+        }
+
+    def draw(
+        self,
+        folder: paths.PathLike,
+        prompts: Prompts,
+        count: int,
+        *,
+        params: dict[str, Any] | None = None,
+    ) -> Folder:
+        """`count` pictures of prompts; those that are in the folder already stay.
+
+        Args:
+            params: in the place of the model's own.
+        """
+        assert self.loaded is not None
+        painter = self.painter
+        if params is not None:
+            painter = dataclasses.replace(painter, params=on_mesh(params, self.mesh))
+        return draw_folder(
+            painter,
+            prompts,
+            folder,
+            count=count,
+            seed=self.request.seed,
+            batch_size=self.request.batch_size,
+            settings=self._settings(params or self.loaded.found.params, prompts),
+        )
+
+    def run(
+        self,
+        folder: paths.PathLike,
+        *,
+        params: dict[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Results:
+        """Evaluate, and write what was found into a folder; what is drawn already stays.
+
+        Args:
+            params: in the place of the model's own, for other averages of it.
+            about: more fields of metrics.json.
+
+        Raises:
+            UserError: the folder was begun with other settings, or a metric cannot be computed.
+            FloatingPointError: a picture has NaN pixels.
+        """
+        folder, request, inputs = paths.to_path(folder), self.request, self.inputs
+        if self.prompts is not None:
+            images = folder / "images"
+            pictures = self.draw(images, self.prompts, self.count, params=params)
+            inputs = dataclasses.replace(inputs, pictures=pictures)
+        if self.validate is not None and self.loaded is not None:
+            values = params if params is not None else dict(self.loaded.found.params)
+            inputs = dataclasses.replace(inputs, validate=functools.partial(self.validate, values))
+        results = judge(inputs, self.names, resamples=request.resamples, seed=request.seed)
+        results = dataclasses.replace(results, warnings=(*results.warnings, *self.left_out))
+        described = {**self.about(), **(about or {})}
+        if self.audit is not None:
+            results, described = self._audited(results, described, folder, params)
+        if jax.process_index() == 0:
+            paths.make_folder(folder)
+            evaluation_output.write(folder, described, inputs, results)
+        return results
+
+    def _audited(
+        self,
+        results: Results,
+        described: dict[str, Any],
+        folder: paths.Path,
+        params: dict[str, Any] | None,
+    ) -> tuple[Results, dict[str, Any]]:
+        """With what the audit found."""
+        assert self.audit is not None
+        audit, request = self.audit, self.request
+        label = make_labeller(audit, self.inputs.clip)
+        prompts = Prompts(audit.prompts, audit.pictures_per_prompt)
+        pictures = self.draw(folder / "audit", prompts, len(audit.captions), params=params)
+        parts, start = [], 0
+        with progress.work("labelling", len(pictures), unit="pictures") as work:
+            for images in stretches(pictures):
+                parts.append(label(images, audit.captions[start : start + len(images)]))
+                start += len(images)
+                work.advance(len(images))
+        codes = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        findings = audit_shares.count(audit, codes, resamples=request.resamples, seed=request.seed)
+        metrics = {**results.metrics, **audit_shares.estimates(findings)}
+        described = {**described, "audit": audit_shares.to_json(audit, findings)}
+        tables = audit_shares.tables(findings)
+        return dataclasses.replace(results, metrics=metrics, tables=tuple(tables)), described
+
+    def about(self) -> dict[str, Any]:
+        """The first fields of metrics.json."""
+        request, inputs = self.request, self.inputs
+        drawn = self.prompts is not None or self.audit is not None
+        look = self._look() if drawn else {}
+        made_of = {
+            name: {"name": tower.name, "digest": tower.digest}
+            for name, tower in (("inception", inputs.inception), ("clip", inputs.clip))
+            if tower is not None
+        }
+        return {
+            "model": request.model or request.images,
+            "step": self.loaded.step if self.loaded else None,
+            "weights": request.weights if request.model else None,
+            "dataset": self.dataset,
+            "split": self.split,
+            "num_samples": len(inputs.pictures) if inputs.pictures is not None else self.count,
+            "seed": request.seed,
+            "sampler": {**look.pop("sampler", {}), **look},
+            "settings": {
+                "per_prompt": request.per_prompt if drawn else None,
+                "batch_size": request.batch_size if drawn else None,
+                "resamples": request.resamples,
+                "features": request.features,
+                "towers": made_of,
+                "reference": request.reference,
+                "reference_samples": len(inputs.reference) if inputs.reference else None,
+                "train_samples": len(inputs.train) if inputs.train else None,
+            },
+        }
+
+
+def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike) -> Session:
+    """Make everything ready.
+
+    Args:
+        loaded: the model of `request.model`; None to judge `request.images` alone.
+        output: the folder of the evaluation.
+
+    Raises:
+        UserError and its kin: naming the option, file or field that is wrong.
+    """
+    drawn = needs_pictures(request) and not request.images
+    if loaded is not None and (drawn or request.audit):  # an error now, before data is read
+        choose_sampler(loaded.found, request.sampler, f"--model={request.model}")
+    mesh = make_mesh(MeshConfig())
+    own = loaded.data if loaded else None
+    data = choose_data(own, request.dataset, data_dir=request.data_dir)
+    split = request.split or (data.eval_split if data else "")
+    given, prompts, count = None, None, 0
+    captions: tuple[str, ...] | None = None
+    size = None
+    if request.images:
+        given = open_folder(request.images, size=request.size, count=request.num_samples)
+        size, captions = given.size, given.captions
+    elif loaded is not None:
+        size = picture_size(request, loaded, data)
+        prompts, count = choose_prompts(request, data, split)
+        captions = tuple(prompts.text(i) for i in range(count)) if prompts else None
+    audit = read_audit(request.audit) if request.audit else None
+    validate = _validate(request, loaded, data, split, mesh)
+    found = open_towers(request, mesh, clip_too=audit is not None and audit.needs_clip)
+    if audit is not None:
+        make_labeller(audit, found.get("clip"))  # what it lacks is an error now
+    inputs = Inputs(
+        captions=captions,
+        pictures=given,
+        features=request.features,
+        statistics=given_statistics(request, found, size),
+        validate=functools.partial(validate, {}) if validate else None,
+        cache=cache_folder(request, loaded, output),
+        **(compared_with(request, data, split, size) if captions is not None else {}),
+        **found,
+    )
+    names, left_out = choose(request.asked, inputs)
+    if not names and audit is None:
+        raise UserError("no metric can be computed:\n  " + "\n  ".join(left_out))
+    return Session(
+        request=request, loaded=loaded, mesh=mesh, inputs=inputs, names=names, left_out=left_out,
+        prompts=prompts, count=count, size=size, validate=validate, dataset=dataset_name(data),
+        split=split, audit=audit,
+    )  # fmt: skip
+
+
+def _validate(
+    request: Request, loaded: Loaded | None, data: DataConfig | None, split: str, mesh: Mesh
+) -> Validate | None:
+    if loaded is None or loaded.config is None or data is None:
+        return None
+    config = loaded.config
+    count = request.validation_examples
+    count = config.validation.examples if count is None else count
+    if not count or "validation_loss" not in request.wanted:
+        return None
+    return make_validate(
+        dataclasses.replace(config, data=data), loaded.found, mesh, split=split, count=count
+    )

@@ -1,0 +1,330 @@
+"""The pickles in a PyTorch file, read without the pickle module: nothing in them can run.
+
+A pickle is a program for a stack machine. The machine here knows the opcodes that tensors,
+dictionaries, lists, numbers and texts are written with, and the few names of PyTorch that describe
+tensors. It counts what it does, so that a small program makes nothing large.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.models.weights import WeightsError
+from sdjax.system.untrusted import brief
+
+MOST_BYTES = 32 * 2**20  # of a pickle; that of SDXL's weights has 0.4 MB
+MOST_STEPS = 500_000  # opcodes, and items that are copied; some 30 for a tensor
+_MOST_DIMENSIONS = 32
+_MOST_BITS = 128  # of a number; PyTorch's magic number has 77
+_DTYPES: dict[str, Any] = {
+    "double": np.float64,
+    "float": np.float32,
+    "half": np.float16,
+    "bfloat16": jnp.bfloat16,
+    "long": np.int64,
+    "int": np.int32,
+    "short": np.int16,
+    "char": np.int8,
+    "byte": np.uint8,
+    "bool": np.bool_,
+    "complexfloat": np.complex64,
+    "complexdouble": np.complex128,
+}
+_STORAGES = {f"{name}storage": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+_NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT")
+_TEXTS = (
+    "BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING",
+    "BINBYTES", "SHORT_BINBYTES",
+)  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+class TorchFileError(WeightsError):
+    """A PyTorch file that is damaged, or that holds more than tensors."""
+
+
+class Storage(NamedTuple):
+    """Where the numbers are: `length` of `dtype` under `key`."""
+
+    key: str
+    dtype: np.dtype
+    length: int
+
+
+class Tensor(NamedTuple):
+    """A view of a storage, before its numbers are read."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Name(NamedTuple):
+    """A name of a module, for which the pickle gets this and never what it names."""
+
+    kind: str  # "dict", "size", "tensor", "parameter" or "storage"
+    dtype: np.dtype | None = None
+
+
+class _Limited:
+    """A file from which at most so many bytes can be read."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self._file, self._left = file, limit
+
+    def read(self, count: int) -> bytes:
+        """Return `count` bytes. ValueError if there are fewer."""
+        return self._counted(self._file.read(count) if 0 <= count <= self._left else None)
+
+    def readline(self) -> bytes:
+        """Return the bytes up to a line feed, or to the limit."""
+        return self._counted(self._file.readline(self._left))
+
+    def _counted(self, data: bytes | None) -> bytes:
+        if data is None:
+            raise ValueError(f"a part of it goes beyond its end, or {MOST_BYTES:,} bytes")
+        self._left -= len(data)
+        return data
+
+
+def read_pickle(
+    file: BinaryIO, where: str, size: int, storages: dict[str, Storage] | None = None
+) -> Any:
+    """Return what the pickle at the present place of a file describes.
+
+    Args:
+        file: ends up behind the pickle.
+        where: its name, for messages.
+        size: bytes that are left of it.
+        storages: {key: storage}, to which those that it refers to are added.
+
+    Returns:
+        Dictionaries, lists, tuples, numbers, texts and `Tensor`.
+
+    Raises:
+        TorchFileError: it asks for something else; says for what.
+        ValueError, IndexError, KeyError, TypeError: it is damaged.
+    """
+    machine = _Machine(where, {} if storages is None else storages)
+    limited: Any = _Limited(file, min(size, MOST_BYTES))
+    for opcode, argument, _ in pickletools.genops(limited):
+        machine.count(1)
+        if opcode.name == "STOP":
+            return machine.pop()
+        machine.run(opcode.name, argument)
+    raise ValueError("it has no end")
+
+
+class _Machine:
+    def __init__(self, where: str, storages: dict[str, Storage]):
+        self._where, self._storages = where, storages
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # the stacks below each mark
+        self._memo: dict[int, Any] = {}
+        self._steps = 0
+
+    def count(self, steps: int) -> None:
+        """Count steps. ValueError beyond the limit."""
+        self._steps += steps
+        if self._steps > MOST_STEPS:
+            raise ValueError(f"it takes more than {MOST_STEPS:,} steps to read")
+
+    def pop(self) -> Any:
+        """Return the top of the stack, without it."""
+        return self._stack.pop()
+
+    def run(self, name: str, argument: Any) -> None:
+        """Do what an opcode says."""
+        if name in _NUMBERS or name in _TEXTS:
+            if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
+                raise ValueError(f"it holds {brief(argument)}")
+            self._stack.append(argument)
+        elif name in _CONSTANTS:
+            self._stack.append(_CONSTANTS[name])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self._stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self._stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self._stack.append(self._memo[argument])
+        elif name == "GLOBAL":
+            self._global(*argument.split(" ", 1))
+        elif name not in ("PROTO", "FRAME"):
+            action = _ACTIONS.get(name)
+            if action is None:
+                raise TorchFileError(
+                    f"{self._where}: refused: the file has the opcode {name}, and weights need "
+                    "tensors and dictionaries alone. Nothing was run"
+                )
+            action(self)
+
+    def _mark(self) -> None:
+        self._below.append(self._stack)
+        self._stack = []
+
+    def _since_mark(self) -> list[Any]:
+        found, self._stack = self._stack, self._below.pop()
+        return found
+
+    def _tuple(self) -> None:
+        parts = self._since_mark()  # first: it changes the stack
+        self._stack.append(tuple(parts))
+
+    def _short_tuple(self, count: int) -> None:
+        parts = [self.pop() for _ in range(count)]
+        self._stack.append(tuple(reversed(parts)))
+
+    def _append(self, parts: list[Any]) -> None:
+        _of(list, self._stack[-1]).extend(parts)
+
+    def _set_items(self, parts: list[Any]) -> None:
+        target = _of(dict, self._stack[-1])
+        for key, value in zip(parts[::2], parts[1::2], strict=True):
+            target[_key(key)] = value
+
+    def _list(self) -> None:
+        parts = self._since_mark()
+        self._stack.append(parts)
+
+    def _dict(self) -> None:
+        parts = self._since_mark()
+        self._stack.append({})
+        self._set_items(parts)
+
+    def _build(self) -> None:
+        """Attributes of a state dict (its versions) are dropped; nothing else has any."""
+        self.pop()
+        _of(collections.OrderedDict, self._stack[-1])
+
+    def _stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        self._global(_of(str, module), _of(str, name))
+
+    def _global(self, module: str, name: str) -> None:
+        known = {
+            ("collections", "OrderedDict"): _Name("dict"),
+            ("torch", "Size"): _Name("size"),
+            ("torch._utils", "_rebuild_tensor"): _Name("tensor"),
+            ("torch._utils", "_rebuild_tensor_v2"): _Name("tensor"),
+            ("torch._utils", "_rebuild_parameter"): _Name("parameter"),
+        }
+        if (module, name) in known:
+            self._stack.append(known[module, name])
+        elif module == "torch" and name.lower() in _STORAGES:
+            self._stack.append(_Name("storage", _STORAGES[name.lower()]))
+        elif (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            raise TorchFileError(
+                f"{self._where}: holds tensors of a kind that only torch knows, as float8; write "
+                "them as .safetensors or as float16 where PyTorch is installed"
+            )
+        else:
+            raise TorchFileError(
+                f"{self._where}: refused: the file asks for {module[:80]}.{name[:80]}, and weights "
+                "need tensors and dictionaries alone. Nothing was run. If you trust it, write its "
+                "tensors as .safetensors where PyTorch is installed"
+            )
+
+    def _reduce(self) -> None:
+        arguments, function = _of(tuple, self.pop()), _of(_Name, self.pop())
+        self._stack.append(self._call(function.kind, arguments))
+
+    def _call(self, kind: str, arguments: tuple[Any, ...]) -> Any:
+        if kind == "tensor":
+            return _tensor(*arguments[:4])
+        if kind == "parameter":
+            return _of(Tensor, arguments[0])
+        if kind == "size":
+            (parts,) = arguments
+            return _numbers(parts)
+        if kind == "dict":
+            made: dict[Any, Any] = collections.OrderedDict()
+            for pairs in arguments[:1]:  # of Python 2: a list of pairs
+                self.count(len(_of(list, pairs)))
+                for key, value in pairs:
+                    made[_key(key)] = value
+            return made
+        raise ValueError(f"it calls a {kind}")
+
+    def _persistent(self) -> None:
+        """A storage: ("storage", kind, key, device, count[, view])."""
+        pid = self.pop()
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) not in (5, 6)
+            or pid[0] != "storage"
+            or not isinstance(pid[1], _Name)
+            or pid[1].dtype is None
+            or not isinstance(pid[2], str | int)
+            or not isinstance(pid[4], int)
+            or pid[4] < 0
+            or any(pid[5:])
+        ):
+            raise TorchFileError(
+                f"{self._where}: refused: it refers to {brief(pid)}; expected a storage. A file "
+                "with a whole model must be saved anew: torch.save(model.state_dict(), PATH)"
+            )
+        storage = Storage(str(pid[2]), pid[1].dtype, pid[4])
+        if self._storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"storage {brief(storage.key)} has two descriptions")
+        self._stack.append(storage)
+
+
+_ACTIONS: dict[str, Callable[[_Machine], Any]] = {
+    "MARK": _Machine._mark,
+    "POP": lambda machine: machine.pop(),
+    "POP_MARK": lambda machine: machine._since_mark(),
+    "EMPTY_TUPLE": lambda machine: machine._short_tuple(0),
+    "TUPLE1": lambda machine: machine._short_tuple(1),
+    "TUPLE2": lambda machine: machine._short_tuple(2),
+    "TUPLE3": lambda machine: machine._short_tuple(3),
+    "TUPLE": _Machine._tuple,
+    "EMPTY_LIST": lambda machine: machine._stack.append([]),
+    "LIST": _Machine._list,
+    "APPEND": lambda machine: machine._append([machine.pop()]),
+    "APPENDS": lambda machine: machine._append(machine._since_mark()),
+    "EMPTY_DICT": lambda machine: machine._stack.append({}),
+    "DICT": _Machine._dict,
+    "SETITEM": lambda machine: machine._set_items([machine.pop(), machine.pop()][::-1]),
+    "SETITEMS": lambda machine: machine._set_items(machine._since_mark()),
+    "STACK_GLOBAL": _Machine._stack_global,
+    "REDUCE": _Machine._reduce,
+    "BUILD": _Machine._build,
+    "BINPERSID": _Machine._persistent,
+}
+
+
+def _of(kind: type, value: Any) -> Any:
+    """Return the value. ValueError if it is of another kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"it has {brief(value)} where a {kind.__name__.strip('_')} is expected")
+    return value
+
+
+def _key(key: Any) -> Any:
+    """Return the key of a dictionary. ValueError if it is none of a text, a number and None."""
+    if not isinstance(key, str | bytes | int | float | None):  # the hash of a tuple may take years
+        raise ValueError(f"a dictionary has the key {brief(key)}")
+    return key
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or len(values) > _MOST_DIMENSIONS:
+        raise ValueError(f"a tensor of shape or strides {brief(values)}")
+    if any(not isinstance(n, int) or not 0 <= n < 2**63 for n in values):
+        raise ValueError(f"a tensor of shape or strides {brief(values)}")
+    return tuple(values)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+    shape, strides = _numbers(shape), _numbers(strides)
+    (offset,) = _numbers([offset])
+    if len(shape) != len(strides):
+        raise ValueError(f"a tensor of shape {shape} and strides {strides}")
+    return Tensor(_of(Storage, storage), offset, shape, strides)

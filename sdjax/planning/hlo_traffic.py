@@ -1,0 +1,61 @@
+"""Bytes that the operations of a compiled program read from memory and write to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sdjax.planning.hlo_flops import library_call
+from sdjax.planning.hlo_text import Instruction, Module
+
+_SLICES = ("slice", "dynamic-slice")
+_UPDATE = "dynamic-update-slice"
+
+
+def traffic(module: Module, instruction: Instruction, names: Mapping[str, Instruction]) -> int:
+    """Of an instruction once: its operands and its result, without what is on the chip.
+
+    Of an array that it only takes slices of, or puts a slice into, those slices alone count, as in
+    XLA's `HloCostAnalysis`. `names`: the instructions of the computation that it is in.
+    """
+    inside = [instruction]
+    if instruction.opcode == "fusion":
+        inside = module.computations.get(instruction.attribute("calls"), [])
+    users: dict[str, list[Instruction]] = {}
+    for one in inside:
+        for name in one.operands:
+            users.setdefault(name, []).append(one)
+    parameters = {one.inside: one.name for one in inside if one.opcode == "parameter"}
+    fused = {one.name: one for one in inside}
+    total = 0
+    for i, name in enumerate(instruction.operands):
+        if name in names:
+            whole = _hbm(names[name])
+            inner = parameters.get(str(i)) if instruction.opcode == "fusion" else name
+            sliced = None if inner is None else _sliced(inner, users)
+            total += whole if sliced is None else min(whole, sliced)
+    if library_call(instruction):  # all but its workspace
+        return total + _hbm(instruction, 1)
+    root = next((one for one in inside if one.root), instruction)
+    update = fused.get(root.operands[1], names.get(root.operands[1])) if root.opcode == _UPDATE \
+        else None  # fmt: skip
+    return total + (_hbm(instruction) if update is None else _hbm(update))
+
+
+def _hbm(instruction: Instruction, arrays: int | None = None) -> int:
+    return sum(array.bytes for array in instruction.arrays[:arrays] if not array.on_chip)
+
+
+def _sliced(name: str, users: Mapping[str, list[Instruction]]) -> int | None:
+    """Bytes of the slices taken of an array; None if it is used in another way, or not at all."""
+    total = 0
+    for user in users.get(name, []):
+        if user.opcode in _SLICES and user.operands[0] == name:
+            total += sum(array.bytes for array in user.arrays)
+        elif user.opcode == "bitcast":
+            inner = _sliced(user.name, users)
+            if inner is None:
+                return None
+            total += inner
+        elif not (user.opcode == _UPDATE and user.operands[0] == name):
+            return None
+    return total if name in users else None

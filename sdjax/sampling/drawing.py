@@ -1,0 +1,259 @@
+"""Many pictures into a folder, in batches over all devices, so that it can be stopped and go on.
+
+Picture i shows prompt i // per_prompt (from the first again after the last) and depends on i, the
+seed and the settings alone. Batches are always of the same numbers: whoever goes on after a stop
+computes what was being computed, and has the same pictures to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sdjax.checkpoints.bundle import TOKENIZERS, Pretrained
+from sdjax.config import ModelConfig
+from sdjax.data.pictures import METADATA, Folder, open_folder
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.errors import UserError
+from sdjax.families.conditioning import TOKENS, encode_text
+from sdjax.parallel.sharding import placed, state_shardings
+from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
+from sdjax.sampling.grids import save_png
+from sdjax.system import paths, progress
+
+SETTINGS = "settings.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is drawn: each of `texts` `per_prompt` times, and then from the first again."""
+
+    texts: tuple[str, ...]
+    per_prompt: int = 1
+
+    def text(self, number: int) -> str:
+        """The prompt of a picture."""
+        return self.texts[number // self.per_prompt % len(self.texts)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Painter:
+    """A model that draws.
+
+    generate: see `make_generator`; params: what it takes, on the devices of `mesh`.
+    tokenizers: by the field that each fills; negative: {field: tokens [L]}.
+    size: (height, width) in pixels; shape: (h, w, C) of the latents.
+    with_size: whether it is told of the picture's size (SDXL).
+    """
+
+    generate: Callable[..., jax.Array]
+    params: Mapping[str, jax.Array]
+    mesh: Mesh
+    tokenizers: Mapping[str, Tokenizer]
+    negative: Mapping[str, np.ndarray]
+    size: tuple[int, int]
+    shape: tuple[int, int, int]
+    with_size: bool
+
+    def draw(self, texts: Sequence[str], numbers: np.ndarray, *, seed: int) -> np.ndarray:
+        """Pictures with these prompts and numbers [B], B a multiple of the devices.
+
+        On several hosts all must call it, and all get the pictures.
+
+        Returns:
+            uint8 [B, H, W, 3].
+
+        Raises:
+            FloatingPointError: a picture has NaN pixels.
+        """
+        batch = encode_text(self.tokenizers, texts)
+        if self.with_size:
+            batch["size"] = np.tile(np.array([*self.size, 0, 0], np.int32), (len(texts), 1))
+        return draw(
+            self.generate,
+            self.params,
+            batch,
+            self.negative,
+            shape=self.shape,
+            seed=seed,
+            batch_size=len(texts),
+            positions=numbers,
+            texts=texts,
+        )
+
+
+def make_painter(
+    found: Pretrained,
+    *,
+    drawing: Drawing,
+    mesh: Mesh,
+    negative_prompt: str = "",
+    size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+) -> Painter:
+    """Of the networks of a folder.
+
+    Args:
+        size: (height, width); by default what the UNet was made for.
+
+    Raises:
+        UserError: networks are missing, or sampler or size do not fit.
+    """
+    if missing := found.missing():
+        raise UserError(
+            f"the model has {', '.join(found.networks) or 'no network'} only; drawing takes "
+            f"{', '.join(missing)} too"
+        )
+    assert found.unet and found.vae and found.schedule  # for the type checker: none is missing
+    model = ModelConfig(
+        unet=found.unet,
+        vae=found.vae,
+        text_encoder=found.text_encoder,
+        text_encoder_2=found.text_encoder_2,
+        zero_empty_prompt=found.zero_empty_prompt,
+        dtype=dtype,
+    )
+    tokenizers = {
+        TOKENS[name]: getattr(found, TOKENIZERS[name])
+        for name in TOKENS
+        if getattr(found, name) is not None
+    }
+    size = size or native_size(found)
+    negative = encode_text(tokenizers, [negative_prompt])
+    return Painter(
+        generate=make_generator(
+            model=model,
+            tokenizers=tokenizers,
+            schedule=found.schedule,
+            prediction_type=found.prediction_type,
+            drawing=drawing,
+        ),
+        params=on_mesh(found.params, mesh),
+        mesh=mesh,
+        tokenizers=tokenizers,
+        negative={field: rows[0] for field, rows in negative.items()},
+        size=size,
+        shape=latent_shape(found.unet, found.vae, *size),
+        with_size=found.unet.is_xl,
+    )
+
+
+def native_size(found: Pretrained) -> tuple[int, int]:
+    """Height and width of the pictures that the UNet was made for."""
+    assert found.unet and found.vae
+    side = found.unet.sample_size
+    rows, columns = side if isinstance(side, tuple) else (side, side)
+    return rows * found.vae.downscale, columns * found.vae.downscale
+
+
+def on_mesh(params: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Parameters that every host has, placed as training places them."""
+    abstract = {p: jax.ShapeDtypeStruct(np.shape(v), np.float32) for p, v in params.items()}
+    targets = placed(abstract, state_shardings(abstract, abstract, mesh))
+    return {
+        path: jax.make_array_from_callback(
+            target.shape, target.sharding, np.asarray(params[path]).__getitem__
+        )
+        for path, target in targets.items()
+    }
+
+
+def draw_folder(
+    painter: Painter,
+    prompts: Prompts,
+    folder: paths.PathLike,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+    settings: Mapping[str, Any],
+) -> Folder:
+    """`count` pictures as PNG files of a folder; those that are there already are kept.
+
+    Args:
+        batch_size: drawn at once; rounded up to a multiple of the devices.
+        settings: whatever decides about the pictures, JSON-able; kept in the folder.
+
+    Raises:
+        UserError: the folder was begun with other settings (they are named).
+        FloatingPointError: a picture has NaN pixels.
+    """
+    folder = paths.to_path(folder)
+    ways = painter.mesh.shape["data"] * painter.mesh.shape["fsdp"]
+    batch_size = -(-batch_size // ways) * ways
+    settings = {**settings, "seed": seed, "batch_size": batch_size}
+    first = jax.process_index() == 0
+    if first:
+        _begin(folder, settings)
+        _write_metadata(folder, prompts, count)
+    starts = _missing(folder, count, batch_size)
+    todo = sum(min(batch_size, count - start) for start in starts)
+    with progress.work("drawing", todo, unit="pictures") as work:
+        for start in starts:
+            numbers = np.arange(start, start + batch_size, dtype=np.int32)
+            texts = [prompts.text(int(number)) for number in numbers]
+            images = painter.draw(texts, numbers, seed=seed)
+            for number, text, image in zip(numbers[: count - start], texts, images, strict=False):
+                if first:
+                    about = {"prompt": text, "number": int(number), "seed": seed}
+                    save_png(folder / file_name(int(number)), image, about)
+            work.advance(min(batch_size, count - start))
+    multihost_utils.sync_global_devices("pictures are written")
+    return open_folder(folder, size=painter.size, count=count)
+
+
+def file_name(number: int) -> str:
+    """Of a picture."""
+    return f"{number:06d}.png"
+
+
+def _begin(folder: paths.Path, settings: Mapping[str, Any]) -> None:
+    """Note the settings, or compare them with those noted."""
+    file = folder / SETTINGS
+    wanted = json.loads(json.dumps(settings))
+    paths.make_folder(folder)
+    if not file.exists():
+        paths.write_text(file, json.dumps(wanted, indent=2) + "\n")
+        return
+    try:
+        noted = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); delete {folder} to begin anew") from error
+    names = sorted({*noted, *wanted})
+    different = [
+        f"{name}: {noted.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in names
+        if noted.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"the pictures in {folder} were begun with other settings:\n  "
+            + "\n  ".join(different)
+            + "\ngive the same settings to go on, another --output, or delete the folder"
+        )
+
+
+def _write_metadata(folder: paths.Path, prompts: Prompts, count: int) -> None:
+    rows = ({"file_name": file_name(i), "text": prompts.text(i)} for i in range(count))
+    paths.write_text(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _missing(folder: paths.Path, count: int, batch_size: int) -> list[int]:
+    """First numbers of the batches with a picture that is not there, as process 0 sees it."""
+    starts = list(range(0, count, batch_size))
+    absent = np.zeros(len(starts), bool)
+    if jax.process_index() == 0:
+        there = {file.name for file in folder.iterdir()}
+        for i, start in enumerate(starts):
+            numbers = range(start, min(start + batch_size, count))
+            absent[i] = any(file_name(number) not in there for number in numbers)
+    if jax.process_count() > 1:
+        absent = multihost_utils.broadcast_one_to_all(absent)
+    return [start for start, gone in zip(starts, absent, strict=True) if gone]

@@ -1,0 +1,313 @@
+"""Prompts -> pictures: text encoder, guided sampler, VAE decoder, as one jitted function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from sdjax.config import ModelConfig
+from sdjax.diffusion.guidance import guided
+from sdjax.diffusion.losses import example_keys
+from sdjax.diffusion.samplers import SamplerConfig, sample_seen
+from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.diffusion.solvers import make_plan
+from sdjax.errors import UserError
+from sdjax.families.conditioning import Encoder, make_conditioner
+from sdjax.models import capture, weights
+from sdjax.models.params import component
+from sdjax.models.unet import UNet, UNetConfig
+from sdjax.models.vae import VAE, VAEConfig, unscale_latents
+from sdjax.parallel.batches import batch_sharding
+from sdjax.parallel.sharding import to_host
+from sdjax.system import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How to draw: the sampler and its guidance."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+class Onlooker(Protocol):
+    """Sees pictures being drawn, within the jitted loop, and keeps what it wants of them."""
+
+    def wants(self, path: str) -> bool:
+        """Whether the attention layer at this path is to be seen; see `models.capture`."""
+
+    def start(self, shape: tuple[int, ...], length: int) -> Any:
+        """The state before the first step, arrays [B, ...], for latents of `shape` [B, h, w, C] and
+        a context of `length` tokens."""
+
+    def see(
+        self, state: Any, i: jax.Array, x0: jax.Array, probabilities: Mapping[str, jax.Array]
+    ) -> Any:
+        """The state after evaluation i of the network, which estimates x0 [B, h, w, C] with the
+        attention {path: [B, heads, L, M]}, of the prompts and not of the negative ones."""
+
+
+def make_generator(
+    *,
+    model: ModelConfig,
+    tokenizers: Mapping[str, Encoder],
+    schedule: ScheduleConfig,
+    prediction_type: str,
+    drawing: Drawing,
+) -> Callable[..., jax.Array]:
+    """Build `generate(params, prompts, negative, latents, keys) -> images`, jitted.
+
+    The function takes flat parameters of all networks of `model`; prompts {field: [B, ...]}, the
+    tokens of each text encoder and, if SDXL is to be told of another original than the picture
+    itself, "size"; negative {field: [B, L]}, tokens; standard normal latents `[B, h, w, C]` float32
+    and keys `[B]` for the samplers that add noise. It gives float32 images `[B, H, W, 3]` in
+    [0, 1].
+    """
+    generate = _generator(model, tokenizers, schedule, prediction_type, drawing, ())
+    return jax.jit(lambda *args: generate(*args)[0])
+
+
+def make_seen_generator(
+    *,
+    model: ModelConfig,
+    tokenizers: Mapping[str, Encoder],
+    schedule: ScheduleConfig,
+    prediction_type: str,
+    drawing: Drawing,
+    onlookers: Sequence[Onlooker],
+) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
+    """`make_generator` with onlookers: gives (images, the last state of each onlooker)."""
+    return jax.jit(
+        _generator(model, tokenizers, schedule, prediction_type, drawing, tuple(onlookers))
+    )
+
+
+def _generator(
+    model: ModelConfig,
+    tokenizers: Mapping[str, Encoder],
+    schedule: ScheduleConfig,
+    prediction_type: str,
+    drawing: Drawing,
+    onlookers: tuple[Onlooker, ...],
+) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
+    dtype, vae = jnp.dtype(model.dtype), model.vae
+    graphs = {
+        "unet": weights.abstract(UNet, model.unet, dtype=dtype)[0],
+        "vae": weights.abstract(VAE, vae, dtype=dtype)[0],
+    }
+    conditioner = make_conditioner(model, tokenizers)
+    tables = make_schedule(schedule)
+    make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
+
+    def generate(
+        params: Mapping[str, jax.Array],
+        prompts: Mapping[str, jax.Array],
+        negative: Mapping[str, jax.Array],
+        latents: jax.Array,
+        keys: jax.Array,
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        net = {name: weights.merge(g, component(params, name)) for name, g in graphs.items()}
+        target = latents.shape[1] * vae.downscale, latents.shape[2] * vae.downscale
+        context = conditioner(params, prompts, target=target)
+        length = (context["context"] if isinstance(context, dict) else context).shape[1]
+        denoise = guided(
+            lambda xt, t, context: net["unet"](xt, t, context),
+            context,
+            conditioner(params, {**prompts, **negative}, target=target, negative=True),
+            scale=drawing.guidance,
+            rescale=drawing.guidance_rescale,
+            interval=drawing.guidance_interval,
+            num_train_timesteps=schedule.num_train_timesteps,
+        )
+        wanted = lambda path: any(each.wants(path) for each in onlookers)  # noqa: E731
+        with capture.capturing(net["unet"], probabilities=wanted) as found:
+
+            def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
+                # Guidance runs the prompts before the negative ones.
+                attention = {path: p[: len(x0)] for path, p in found.take().items()}
+                pairs = zip(onlookers, states, strict=True)
+                return tuple(each.see(state, i, x0, attention) for each, state in pairs)
+
+            x0, seen = sample_seen(
+                denoise,
+                latents,
+                schedule=tables,
+                prediction_type=prediction_type,
+                sampler=drawing.sampler,
+                see=see,
+                state=tuple(each.start(latents.shape, length) for each in onlookers),
+                keys=keys,
+            )
+        return to_images(net["vae"], x0), seen
+
+    return generate
+
+
+def to_images(vae: VAE, x0: jax.Array) -> jax.Array:
+    """Latents [B, h, w, C] -> images [B, H, W, 3] in [0, 1]."""
+    return jnp.clip(vae.decode(unscale_latents(x0, vae.config)) / 2 + 0.5, 0.0, 1.0)
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def initial_latents(seed: int, positions: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Standard normal noise [B, h, w, C]; picture i is the same in whatever batch it is drawn."""
+    keys = example_keys(jax.random.key(seed), positions)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+@jax.jit
+def _sampler_keys(seed: int, positions: jax.Array) -> jax.Array:
+    return example_keys(jax.random.key(seed), positions)
+
+
+def latent_shape(unet: UNetConfig, vae: VAEConfig, height: int, width: int) -> tuple[int, int, int]:
+    """(h, w, C) of the latents of a picture.
+
+    Raises:
+        UserError: the size is not a multiple of the VAE's downsampling factor.
+    """
+    factor = vae.downscale
+    for name, size in (("height", height), ("width", width)):
+        if size < factor or size % factor:
+            raise UserError(
+                f"{name} is {size}; expected a multiple of {factor}, the VAE's downsampling factor"
+            )
+    return height // factor, width // factor, unet.out_channels
+
+
+def draw(
+    generate: Callable[..., jax.Array],
+    params: Mapping[str, jax.Array],
+    prompts: Mapping[str, np.ndarray],
+    negative: Mapping[str, np.ndarray],
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    batch_size: int,
+    latents: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+    texts: Sequence[str] = (),
+) -> np.ndarray:
+    """Draw any number of pictures in batches of one shape (one compilation).
+
+    Where the parameters lie on a mesh the batches are spread over it; on several hosts all must
+    call it, with the same arguments, and all get every picture.
+
+    Args:
+        prompts: {field: [N, ...]}, see `make_generator`; negative: {field: [...]}, of one prompt.
+            Instead of tokens either may have what `Conditioner.embed` makes of them.
+        shape: (h, w, C) of the latents; latents: [N, h, w, C] to start from instead of `seed`.
+        positions: [N] numbers of the pictures, which decide their noise; 0 to N - 1 by default.
+        texts: what the tokens say, for the message of an error.
+
+    Returns:
+        uint8 images [N, H, W, 3].
+
+    Raises:
+        FloatingPointError: a picture has NaN pixels, and would be black.
+    """
+    images, _ = draw_seen(
+        lambda *arrays: (generate(*arrays), ()),
+        params,
+        prompts,
+        negative,
+        shape=shape,
+        seed=seed,
+        batch_size=batch_size,
+        latents=latents,
+        positions=positions,
+        texts=texts,
+    )
+    return images
+
+
+def draw_seen(
+    generate: Callable[..., tuple[jax.Array, Any]],
+    params: Mapping[str, jax.Array],
+    prompts: Mapping[str, np.ndarray],
+    negative: Mapping[str, np.ndarray],
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    batch_size: int,
+    latents: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+    texts: Sequence[str] = (),
+) -> tuple[np.ndarray, Any]:
+    """`draw` by a `make_seen_generator`: (images, the onlookers' states [N, ...] as NumPy)."""
+    parts: list[tuple[np.ndarray, Any]] = []
+    total = len(next(iter(prompts.values())))
+    mesh = _mesh_of(params)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    batch_size = -(-min(batch_size, total) // ways) * ways
+    with progress.work("drawing", total, unit="pictures") as work:
+        for start in range(0, total, batch_size):
+            # The last batch is filled up with its last example, which is then dropped.
+            rows = np.minimum(np.arange(start, start + batch_size), total - 1)
+            numbers = _spread(rows if positions is None else positions[rows], mesh)
+            noise = (
+                initial_latents(seed, numbers, shape)
+                if latents is None
+                else _spread(latents[rows], mesh)
+            )
+            out, seen = generate(
+                params,
+                {field: _spread(values[rows], mesh) for field, values in prompts.items()},
+                {
+                    field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
+                    for field, row in negative.items()
+                },
+                noise,
+                _sampler_keys(seed + 1, numbers),
+            )
+            found, kept = _first(total - start, (out, seen))
+            check_finite(found, start, texts)
+            parts.append((to_uint8(found), kept))
+            work.advance(len(found))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _mesh_of(params: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that parameters of a training run lie on; None for those of a file."""
+    for value in params.values():
+        if isinstance(value, jax.Array) and isinstance(value.sharding, NamedSharding):
+            mesh = value.sharding.mesh
+            return mesh if isinstance(mesh, Mesh) else None
+    return None
+
+
+def _spread(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """The rows of an array that every host has, over the mesh."""
+    if mesh is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), array.__getitem__)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[0, 1] -> 0..255, rounded as diffusers' `numpy_to_pil` does."""
+    return (np.asarray(images) * 255).round().astype(np.uint8)
+
+
+def _first(count: int, arrays: Any) -> Any:
+    """The first rows of a pytree of arrays, on the host."""
+    return jax.tree.map(lambda x: to_host(x)[:count], arrays)
+
+
+def check_finite(images: np.ndarray, start: int = 0, texts: Sequence[str] = ()) -> None:
+    """Raise FloatingPointError if pictures [N, H, W, 3] have NaN; `start` numbers the first."""
+    bad = [start + i for i, image in enumerate(images) if not np.isfinite(image).all()]
+    if bad:
+        name = f" ({texts[bad[0]]!r})" if texts else ""
+        raise FloatingPointError(
+            f"pictures {bad}{name} have NaN pixels: the weights are broken, or overflow in this "
+            "dtype; try float32"
+        )

@@ -1,0 +1,148 @@
+"""What a sweep found: the ranking, which fields mattered, sweep.json and best.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
+from rich.table import Table
+
+from sdjax.config import Config, to_dict
+from sdjax.recipes import recipe
+from sdjax.sweeps.space import changed
+from sdjax.sweeps.study import Sweep
+from sdjax.system import paths
+
+RESULT, BEST = "sweep.json", "best.py"
+METHOD = "PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255), as optuna.importance has it"
+_TOP = 5  # trials that PED-ANOVA takes for good ones, at least
+
+
+def ranking(sweep: Sweep, study: optuna.Study) -> list[FrozenTrial]:
+    """Finished trials: complete ones by value, then pruned by how far they came, then failed."""
+    sign = 1 if sweep.mode == "min" else -1
+    order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+
+    def key(trial: FrozenTrial) -> tuple:
+        reached = max(trial.intermediate_values, default=-1)
+        value = trial.user_attrs.get("best", float("inf") * sign)
+        came = 0 if trial.state == TrialState.COMPLETE else -reached
+        return order.index(trial.state), came, sign * value, trial.number
+
+    return sorted((t for t in study.get_trials(deepcopy=False) if t.state.is_finished()), key=key)
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """{field: share of what made trials good, summing to 1}; {} if too few trials tell it.
+
+    A trial is good if it is among the best tenth, or the best five (at most half of all).
+    """
+    complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    values = {t.value for t in complete}
+    if len(complete) < 4 or len(values) < 2:
+        return {}
+    quantile = min(0.5, max(0.1, _TOP / len(complete)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few trials, which the docs say
+        found = get_param_importances(
+            study, evaluator=PedAnovaImportanceEvaluator(target_quantile=quantile)
+        )
+    return {name: float(share) for name, share in found.items()}
+
+
+def best_config(sweep: Sweep, study: optuna.Study) -> Config | None:
+    """The configuration of the best trial, None if none is complete."""
+    first = next(iter(ranking(sweep, study)), None)
+    if first is None or first.state != TrialState.COMPLETE:
+        return None
+    return changed(sweep.base, sweep.space.values(first.params))
+
+
+def write(sweep: Sweep, study: optuna.Study) -> None:
+    """sweep.json, and best.py once a trial is complete; each whole or not at all."""
+    ranked = ranking(sweep, study)
+    every = study.get_trials(deepcopy=False)
+    content = {
+        "metric": sweep.metric,
+        "mode": sweep.mode,
+        "space": dataclasses.asdict(sweep.space),
+        "ranking": [trial.number for trial in ranked],
+        "trials": [_row(sweep, trial) for trial in every],
+        "importances": importances(study),
+        "importances_by": METHOD,
+        "config": to_dict(sweep.base),
+    }
+    config = best_config(sweep, study)
+    if config is not None:
+        content["best"] = _row(sweep, ranked[0])
+        recipe_flag = shlex.quote(f"--config={sweep.folder / BEST}")
+        about = (
+            f"Trial {ranked[0].number}, the best of {len(ranked)} of the sweep in {sweep.folder}."
+            f"\n\n{sweep.metric} {ranked[0].value:.6g} at step {ranked[0].user_attrs['step']}.\n\n"
+            f"    python -m sdjax.main {recipe_flag} --workdir=DIR\n"
+        )
+        paths.write_text(sweep.folder / BEST, recipe(to_dict(config), about))
+    paths.write_text(sweep.folder / RESULT, json.dumps(content, indent=2) + "\n")
+
+
+def _row(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
+    curve = sorted(trial.intermediate_values.items())
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "value": trial.user_attrs.get("best"),
+        "step": trial.user_attrs.get("step"),
+        "fields": sweep.space.values(trial.params),
+        "reason": trial.user_attrs.get("reason", ""),
+        "seconds": trial.user_attrs.get("seconds"),
+        "workdir": str(sweep.trial_folder(trial.number)),
+        # JSON has neither NaN nor Inf.
+        "curve": [[step, value if math.isfinite(value) else None] for step, value in curve],
+    }
+
+
+def table(sweep: Sweep, study: optuna.Study) -> Table:
+    """The ranking, the best first."""
+    title = f"{sweep.folder}: {sweep.metric}, {sweep.mode}imum first"
+    shown = Table(title=escape(title))  # "[v2]" in a name would be taken for a style
+    for name in ("trial", "state", "value", "at step", *sweep.space.fields):
+        shown.add_column(name, justify="right", overflow="fold")
+    for trial in ranking(sweep, study):
+        values = sweep.space.values(trial.params)
+        best = trial.user_attrs.get("best")
+        shown.add_row(
+            str(trial.number),
+            _state(trial),
+            "" if best is None else f"{best:.5g}",
+            str(trial.user_attrs.get("step", "")),
+            *(_text(values.get(name)) for name in sweep.space.fields),
+        )
+    return shown
+
+
+def _state(trial: FrozenTrial) -> str:
+    reason = trial.user_attrs.get("reason", "").split("\n")[0][:40]
+    return escape(reason) if reason else trial.state.name.lower()
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def importance_table(found: Mapping[str, float]) -> Table:
+    """Fields by how much they mattered."""
+    shown = Table(title="which fields mattered (PED-ANOVA; few trials tell little)")
+    shown.add_column("field")
+    shown.add_column("share", justify="right")
+    for name, share in found.items():
+        shown.add_row(name, f"{share:.2f}")
+    return shown

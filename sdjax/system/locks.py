@@ -1,0 +1,331 @@
+"""One writer a folder: an advisory lock, held by one process on behalf of all hosts of a run.
+
+The lock is flock(2) on a file in the folder, which the kernel gives back when its process ends,
+by SIGKILL too. The file says who has the lock. It is removed at the end; one that a killed process
+left behind does not lock anything.
+
+On network file systems flock may reach all machines (NFS from Linux 2.6.12 on, Lustre with -o
+flock), this machine alone, or not exist, and may outlive a machine that was switched off. So the
+holder also touches the file every `BEAT` seconds: on another machine a lock counts as long as the
+file is touched. Two processes that begin in the same seconds may both get a lock where flock does
+not reach the other machine. Buckets (gs://) have no lock at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdjax.errors import UserError, write_error
+from sdjax.system import interrupts, paths
+
+FILE = ".lock"  # in a folder that is filled in place
+BEAT = 10.0  # seconds between two touches of a lock
+GRACE = 5.0  # seconds that a process of this machine has to end, as after SIGKILL
+SILENT = 60.0  # seconds without a touch after which a lock of another machine is nobody's
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def is_lock(path: paths.Path) -> bool:
+    """Whether a file of a folder is its lock, or one of its locks."""
+    return path.name.startswith(FILE)
+
+
+class LockedError(UserError):
+    """Another process writes into the folder; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """A process that has, or had, a lock.
+
+    machine: differs between machines, and from one start of a machine to the next.
+    began: the process's start in clock ticks, since a number may be used again; "" if not known.
+    shared: with others that say so.
+    """
+
+    program: str
+    pid: int
+    host: str
+    since: str
+    machine: str
+    began: str
+    shared: bool
+
+    @property
+    def here(self) -> bool:
+        """Whether it is, or was, a process of this machine since its last start."""
+        return self.machine == _machine()
+
+    def __str__(self) -> str:
+        return f"{self.program}, process {self.pid} on {self.host}, since {self.since}"
+
+
+@contextlib.contextmanager
+def held(
+    folder: paths.PathLike, option: str, program: str, *, shared: bool = False, name: str = FILE
+) -> Iterator[None]:
+    """Make a folder, and hold its lock; in a bucket, only make it.
+
+    A folder that was made here and is empty at the end is removed: a verb that refuses its input
+    leaves nothing.
+
+    Args:
+        option: that named the folder, for messages, as "--workdir".
+        program: whose lock it is, for messages of others.
+        shared: among all that say so, as workers of one sweep.
+        name: of the file; locks of other names are others.
+
+    Raises:
+        LockedError: another process has it.
+        WriteError: the lock cannot be written.
+        UserError: the folder cannot be made.
+    """
+    folder = paths.to_path(folder)
+    made = not paths.exists(folder)
+    paths.make_folder(folder)
+    if paths.is_remote(folder):
+        yield
+        return
+    try:
+        with _hold(Path(folder, name), f"{option}={folder}", program, shared):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+
+
+@contextlib.contextmanager
+def replacing(target: paths.PathLike, option: str, program: str) -> Iterator[None]:
+    """Hold a lock beside a file or folder that appears whole at the end.
+
+    Arguments and errors as of `held`; a folder that is there must be locked by nobody, either.
+    """
+    target = paths.absolute(target)
+    if paths.is_remote(target):
+        yield
+        return
+    paths.make_folder(target.parent)
+    what = f"{option}={target}"
+    with _hold(Path(target.parent, f".{target.name}{FILE}"), what, program, shared=False):
+        if (target / FILE).exists():
+            with _hold(Path(target, FILE), what, program, shared=False):
+                pass
+        yield
+
+
+@contextlib.contextmanager
+def _hold(file: Path, what: str, program: str, shared: bool) -> Iterator[None]:
+    try:
+        handle = _acquire(file, what, program, shared)
+    except OSError as error:
+        raise write_error(file, error) from error
+    _handles.add(handle)
+    over = threading.Event()
+    beat = threading.Thread(target=_beat, args=(handle, over), daemon=True)
+    beat.start()
+    try:
+        with interrupts.at_end(lambda *_: _release(handle, file, shared)):
+            yield
+    finally:
+        over.set()
+        beat.join(1.0)  # a network file system may hang
+        _handles.discard(handle)
+        _release(handle, file, shared)
+
+
+def _beat(handle: int, over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(handle)
+
+
+_handles: set[int] = set()  # open files of the locks of this process
+
+
+def _close_in_child() -> None:
+    """A forked child shares the locks, and would hold them beyond its parent's end."""
+    for handle in _handles:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _handles.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _acquire(file: Path, what: str, program: str, shared: bool) -> int:
+    """The open file, locked and with this process's name in it."""
+    watch = _Watch(file, what)
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)  # who had the lock may have removed it
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            alone = _flock(handle, fcntl.LOCK_EX)
+            together = shared and alone is not True and _joins(handle, alone)
+            if not _is_at(handle, file):
+                pass  # whoever had it removed it meanwhile: there is another, or none
+            elif together or (alone is not False and watch.is_free(handle, locked=bool(alone))):
+                try:
+                    _write(handle, program, shared, append=together)
+                except OSError:
+                    if not together:
+                        file.unlink(missing_ok=True)
+                    raise
+                if not shared or together or _flock(handle, fcntl.LOCK_SH) is not False:
+                    found, handle = handle, -1
+                    return found
+            elif alone is False and watch.is_dead(handle):
+                file.unlink(missing_ok=True)
+        finally:
+            if handle >= 0:
+                os.close(handle)
+        time.sleep(0.05)
+
+
+class _Watch:
+    """Tells locks that somebody has from those that are left over.
+
+    Its methods are asked again and again, and raise LockedError once they are sure.
+    """
+
+    def __init__(self, file: Path, what: str):
+        self._file, self._what = file, what
+        self._seen: tuple[bytes, int] | None = None  # what the file looked like,
+        self._since = time.monotonic()  # and since when
+        self._told = False
+
+    def is_free(self, handle: int, *, locked: bool) -> bool:
+        """Whether a file that nobody has locked, as far as this machine knows, may be taken."""
+        holder = _read(handle)
+        if holder is None:
+            return True
+        if holder.here:
+            # With flock the kernel has spoken.
+            return locked or not _is_running(holder) or self._refuse(holder)
+        return self._silent_for(handle, holder, 2.5 * BEAT)
+
+    def is_dead(self, handle: int) -> bool:
+        """Whether a locked file belongs to a machine that is gone."""
+        holder = _read(handle)
+        if holder is not None and not holder.here:
+            return self._silent_for(handle, holder, SILENT)
+        if time.monotonic() - self._since > GRACE:
+            self._refuse(holder)
+        return False
+
+    def _silent_for(self, handle: int, holder: Holder, seconds: float) -> bool:
+        """Whether another machine has not touched the file for so long, by this one's clock."""
+        looks = os.pread(handle, 4096, 0), os.fstat(handle).st_mtime_ns
+        if self._seen not in (None, looks):
+            self._refuse(holder)
+        if self._seen is None:
+            self._seen, self._since = looks, time.monotonic()
+        if not self._told:
+            self._told = True
+            print(f"{self._file} is of {holder}: seeing whether it lives", file=sys.stderr)
+        return time.monotonic() - self._since > seconds
+
+    def _refuse(self, holder: Holder | None) -> bool:
+        option = self._what.partition("=")[0]
+        raise LockedError(
+            f"{self._what}: another process is writing there ({holder or 'not known'}), and two at "
+            f"once would spoil one another's files. Wait until it ends, stop it, or give another "
+            f"{option} ({self._file} is its lock)"
+        )
+
+
+def _flock(handle: int, kind: int) -> bool | None:
+    """Whether the lock was had, without waiting; None where files cannot be locked."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return None
+        raise
+    return True
+
+
+def _joins(handle: int, alone: bool | None) -> bool:
+    """Whether a lock that others have is one to share; `alone` as `_flock` answered."""
+    if alone is None:
+        holder = _read(handle)
+        return holder is not None and holder.shared
+    return bool(_flock(handle, fcntl.LOCK_SH))
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    """Whether an open file is still the one of its name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _write(handle: int, program: str, shared: bool, *, append: bool) -> None:
+    pid = os.getpid()
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = Holder(program, pid, socket.gethostname(), since, _machine(), _began(pid), shared)
+    if not append:
+        os.ftruncate(handle, 0)
+    text = json.dumps(dataclasses.asdict(holder)) + "\n"
+    os.pwrite(handle, text.encode(), os.fstat(handle).st_size)
+
+
+def _read(handle: int) -> Holder | None:
+    """Who has the lock; of several, the first that runs here, or the last."""
+    holders = []
+    for line in os.pread(handle, 65536, 0).splitlines():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            holder = Holder(**json.loads(line))
+            if type(holder.pid) is int and 0 < holder.pid < 2**31 and str(holder).isprintable():
+                holders.append(holder)
+    running = (holder for holder in holders if holder.here and _is_running(holder))
+    return next(running, holders[-1] if holders else None)
+
+
+def _release(handle: int, file: Path, shared: bool) -> None:
+    with contextlib.suppress(OSError):
+        if _is_at(handle, file) and (not shared or _flock(handle, fcntl.LOCK_EX)):
+            file.unlink()
+    os.close(handle)
+
+
+@functools.cache
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _began(pid: int) -> str:
+    try:
+        # proc(5): field 22, counted after the name, which is in parentheses.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_running(holder: Holder) -> bool:
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _began(holder.pid) == holder.began

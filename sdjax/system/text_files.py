@@ -1,0 +1,127 @@
+"""Text that users wrote, in any program: whatever file of theirs is text or JSON is read here.
+
+UTF-8 is expected. A byte order mark says otherwise, or says UTF-8 once more, and is never part of
+the text. Lines end at a line feed, a carriage return, or both; `str.splitlines` also breaks them at
+form feeds, U+0085 and U+2028, which people have within a line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from typing import Any
+
+from sdjax.errors import UserError
+from sdjax.system import paths, untrusted
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # which begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+BOM = "\ufeff"
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; hawser is its older name.
+_POINTERS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+)
+POINTER = (
+    "it is a git-lfs pointer, not the file itself; run `git lfs pull` where it was cloned, or "
+    "download the file"
+)
+
+
+class TextError(UserError):
+    """A text file that cannot be read; the message names it, the reason and the remedy."""
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is what git leaves in the place of a file of git-lfs."""
+    return start.startswith(_POINTERS)
+
+
+def pointer_note(path: paths.PathLike) -> str:
+    """`POINTER` if the file is one, else "": for the error of whatever failed to read it."""
+    try:
+        with paths.to_path(path).open("rb") as file:
+            return POINTER if is_pointer(file.read(64)) else ""
+    except paths.storage_errors():
+        return ""
+
+
+def codec(start: bytes) -> str:
+    """The codec of a text that begins with these bytes, by its byte order mark.
+
+    Raises:
+        TextError: it is a git-lfs pointer, or UTF-16 without a mark.
+    """
+    if is_pointer(start):
+        raise TextError(POINTER)
+    for mark, name in _MARKS:
+        if start.startswith(mark):
+            return name
+    if b"\0" in start[:2]:
+        raise TextError("it seems to be UTF-16 without a byte order mark; save it as UTF-8")
+    return "utf-8"
+
+
+def decode(data: bytes) -> str:
+    """The text in the bytes of a file, without its byte order mark.
+
+    Raises:
+        TextError: it is no text in UTF-8, or in what its mark says.
+    """
+    name = codec(data)
+    try:
+        return data.decode(name).removeprefix(BOM)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise TextError(
+            f"it is not {name.upper().removesuffix('-LE').removesuffix('-BE')}: byte "
+            f"0x{data[error.start]:02x} in line {line}; save it as UTF-8"
+        ) from error
+
+
+def read_text(path: paths.PathLike, *, most: int = untrusted.MOST_TEXT, pipes: bool = False) -> str:
+    """The text of a file.
+
+    Args:
+        most: bytes that it may have.
+        pipes: it may be a pipe, as the user named it.
+
+    Raises:
+        TextError: it is not there, cannot be read, is no regular file, is too large, or is no text.
+    """
+    path = paths.to_path(path)
+    try:
+        return decode(untrusted.read_bytes(path, most, pipes=pipes))
+    except TextError as error:
+        raise TextError(f"{path}: {error}") from error
+    except UserError as error:
+        raise TextError(str(error)) from error
+    except paths.storage_errors() as error:
+        why = getattr(error, "strerror", None) or error
+        raise TextError(f"{path}: cannot be read ({why})") from error
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text, without their ends, as editors count them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def read_json(path: paths.PathLike) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        TextError: it cannot be read, is larger than 8 MiB, is not JSON, or is nested more than 100
+            deep.
+    """
+    text = read_text(path, most=untrusted.MOST_JSON)
+    try:
+        value = json.loads(text)
+        untrusted.check_depth(value)
+    except untrusted.damage() as error:
+        raise TextError(f"{paths.to_path(path)}: not JSON ({untrusted.why(error)})") from error
+    return value

@@ -1,0 +1,176 @@
+"""What the UNet is told: against the pipelines of diffusers, and the rule for empty captions."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax.checkpoints.pretrained import read_diffusers
+from sdjax.config import ModelConfig
+from sdjax.errors import UserError
+from sdjax.families.conditioning import blank_tokenizers, check_text, encode_text, make_conditioner
+from sdjax.models import presets
+
+PROMPTS = ["a red circle", "a green star and a small red circle"]
+SDXL = ModelConfig(unet=presets.UNET_SDXL, text_encoder_2=presets.CLIP_BIGG)
+
+
+@pytest.fixture(scope="module")
+def read(xl_folder):
+    return read_diffusers(xl_folder, components=("unet", "text_encoder", "text_encoder_2"))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(read):
+    return {"tokens": read.tokenizer, "tokens_2": read.tokenizer_2}
+
+
+def conditioner_of(read, tokenizers, *, zeros):
+    model = ModelConfig(
+        unet=read.unet,
+        text_encoder=read.text_encoder,
+        text_encoder_2=read.text_encoder_2,
+        zero_empty_prompt=zeros,
+    )
+    return make_conditioner(model, tokenizers)
+
+
+def assert_close(ours, theirs):
+    theirs = np.asarray(theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * max(np.abs(theirs).max(), 1e-3))
+
+
+@pytest.mark.parametrize("negative", [None, "a blue square"])
+def test_context_is_that_of_the_pipeline(read, tokenizers, torch_xl_pipeline, negative):
+    import torch
+
+    with torch.no_grad():
+        wanted = torch_xl_pipeline.encode_prompt(
+            PROMPTS,
+            negative_prompt=None if negative is None else [negative] * 2,
+            do_classifier_free_guidance=True,
+        )
+        text, null_text, pooled, null_pooled = (x.numpy() for x in wanted)
+        ids = torch_xl_pipeline._get_add_time_ids(
+            (500, 300), (12, 34), (24, 16), dtype=torch.float32,
+            text_encoder_projection_dim=read.text_encoder_2.projection_dim,
+        ).numpy()  # fmt: skip
+    conditioner = conditioner_of(read, tokenizers, zeros=True)
+    size = np.array([[500, 300, 12, 34]] * 2, np.int32)
+    with jax.default_matmul_precision("highest"):
+        ours, null = (
+            conditioner(
+                read.params, {**encode_text(tokenizers, texts), "size": size}, target=(24, 16)
+            )
+            for texts in (PROMPTS, [negative or ""] * 2)
+        )
+    assert_close(ours["context"], text)
+    assert_close(ours["pooled"], pooled)
+    assert_close(null["context"], null_text)
+    assert_close(null["pooled"], null_pooled)
+    assert np.any(null_text) == (negative is not None)
+    for found in (ours, null):
+        np.testing.assert_array_equal(found["time_ids"], np.tile(ids, (2, 1)))
+    whole = conditioner(read.params, encode_text(tokenizers, PROMPTS), target=(24, 16))
+    np.testing.assert_array_equal(whole["time_ids"], [[24, 16, 0, 0, 24, 16]] * 2)
+
+
+def test_without_zeros_an_empty_caption_is_encoded(read, tokenizers):
+    tokens = encode_text(tokenizers, ["", PROMPTS[0]])
+    zeros, encoded = (
+        conditioner_of(read, tokenizers, zeros=zeros).embed(read.params, tokens)
+        for zeros in (True, False)
+    )
+    for name in ("context", "pooled"):
+        assert not np.any(zeros[name][0]) and np.abs(encoded[name][0]).max() > 0.1
+        np.testing.assert_array_equal(zeros[name][1], encoded[name][1])
+
+
+def test_a_refiner_is_told_a_score_in_place_of_the_target(read, tokenizers):
+    import diffusers
+    import torch
+
+    unet = dataclasses.replace(
+        read.unet, cross_attention_dim=32, projection_class_embeddings_input_dim=20 + 5 * 8
+    )
+    model = ModelConfig(unet=unet, text_encoder=None, text_encoder_2=read.text_encoder_2)
+    second = {"tokens_2": tokenizers["tokens_2"]}
+    tokens = encode_text(second, PROMPTS)
+    size = np.array([[500, 300, 12, 34]] * 2, np.int32)
+    conditioner = make_conditioner(model, second)
+    good, bad = (
+        conditioner(read.params, {**tokens, "size": size}, target=(24, 16), negative=negative)
+        for negative in (False, True)
+    )
+    # What the pipeline looks at, without a whole one.
+    linear = types.SimpleNamespace(in_features=unet.projection_class_embeddings_input_dim)
+    fake = types.SimpleNamespace(
+        config=types.SimpleNamespace(requires_aesthetics_score=True),
+        unet=types.SimpleNamespace(
+            config=unet, add_embedding=types.SimpleNamespace(linear_1=linear)
+        ),
+    )
+    ids, negative_ids = diffusers.StableDiffusionXLImg2ImgPipeline._get_add_time_ids(
+        fake, (500, 300), (12, 34), (24, 16), 6.0, 2.5, (500, 300), (12, 34), (24, 16),
+        dtype=torch.float32, text_encoder_projection_dim=20,
+    )  # fmt: skip
+    np.testing.assert_array_equal(good["time_ids"], np.tile(ids.numpy(), (2, 1)))
+    np.testing.assert_array_equal(bad["time_ids"], np.tile(negative_ids.numpy(), (2, 1)))
+    assert good["context"].shape == (2, 16, 32) and good["pooled"].shape == (2, 20)
+
+
+def test_both_encoders_are_trained_through_the_context(read, tokenizers):
+    """The last layer of the first one is left out, and nothing else."""
+    conditioner = conditioner_of(read, tokenizers, zeros=True)
+    tokens = encode_text(tokenizers, PROMPTS)
+    params = {k: jnp.asarray(v) for k, v in read.params.items() if k.startswith("text_encoder")}
+
+    def total(params):
+        text = conditioner.embed(params, tokens)
+        return jnp.sum(text["context"] ** 3) + jnp.sum(text["pooled"] ** 3)
+
+    gradients = jax.jit(jax.grad(total))(params)
+    last = read.text_encoder.num_hidden_layers - 1
+    unused = (f"text_encoder.encoder.layers.{last}.", "text_encoder.final_layer_norm.")
+    for path, gradient in gradients.items():
+        assert np.any(gradient) != path.startswith(unused), path
+
+
+def test_published_networks_fit_together():
+    assert check_text(ModelConfig()) == 0
+    assert check_text(SDXL) == 6
+    refiner = dataclasses.replace(SDXL, unet=presets.UNET_SDXL_REFINER, text_encoder=None)
+    assert check_text(refiner) == 5
+    assert list(blank_tokenizers(SDXL)) == ["tokens", "tokens_2"]
+    assert list(blank_tokenizers(refiner)) == ["tokens_2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_encoder": None}, "cross_attention_dim is 2048, but .*text_encoder_2.* is 1280"),
+        ({"text_encoder": None, "text_encoder_2": None}, "both None"),
+        ({"text_encoder_2": None}, "expected a model.text_encoder_2 with a projection_dim"),
+        ({"text_encoder_2": presets.CLIP_H}, "with a projection_dim"),
+        (
+            {"text_encoder_2": dataclasses.replace(presets.CLIP_BIGG, projection_dim=1000)},
+            "projection_class_embeddings_input_dim = 2816.*pooled text of 1000",
+        ),
+        (
+            {"text_encoder_2": dataclasses.replace(presets.CLIP_BIGG, max_position_embeddings=64)},
+            "max_position_embeddings .* differ",
+        ),
+        ({"unet": presets.UNET_SD2}, "are SDXL's"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        check_text(dataclasses.replace(SDXL, **changes))
+
+
+def test_zeros_for_empty_captions_are_for_sdxl():
+    with pytest.raises(UserError, match="zero_empty_prompt .*SDXL"):
+        check_text(dataclasses.replace(ModelConfig(), zero_empty_prompt=True))
