@@ -117,7 +117,7 @@ def bars(bins: Iterable[tuple[str, int]]) -> str:
 
 
 def _asset(name: str) -> str:
-    return importlib.resources.files("sdjax.eval").joinpath(name).read_text(encoding="utf-8")
+    return importlib.resources.files("sdjax.web").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache
