@@ -1,4 +1,6 @@
-"""Where a sampler evaluates the network: timesteps and noise levels, in float64 on the host.
+"""The points where a sampler evaluates the network, as timesteps and noise levels.
+
+They are computed in float64 on the host.
 
 Grids follow the diffusers schedulers of the same name, point by point, with four differences:
 
@@ -35,19 +37,20 @@ SAMPLERS = (
 )
 SPACINGS = ("leading", "trailing", "linspace")
 
-# These work on sigma/alpha, end at 0 and interpolate the table; ddpm, ddim and pndm stay on it.
+# These samplers work on sigma/alpha, end at 0 and interpolate the table of the schedule.
+# ddpm, ddim and pndm visit entries of the table only.
 _SIGMA_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc")
 _KARRAS_SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc")
 _MULTISTEP = ("dpmpp_2m", "unipc")
 _CLIPPING_SAMPLERS = ("ddpm", "ddim", "heun")  # as in diffusers
-# Keeps sigma/alpha finite where alpha is 0 (the same value as in scheduling_euler_discrete.py)
+# Keeps sigma/alpha finite where alpha is 0 (the value of scheduling_euler_discrete.py).
 _LEAST_ALPHAS_CUMPROD = 2.0**-24
 _MOST_RANGE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How to sample. The defaults are those of the Stable Diffusion 1 and 2 pipelines with DDIM.
+    """The settings of a sampler; by default, DDIM as in the Stable Diffusion 1 and 2 pipelines.
 
     name: one of SAMPLERS; "flow_euler" is for flow schedules, all others for table schedules.
     steps: solver steps; network evaluations too, except for heun (2 * steps - 1) and pndm (one more
@@ -58,6 +61,8 @@ class SamplerConfig:
     karras: the noise levels of Karras et al. 2022, eq. 5 (euler, heun, dpmpp_2m, unipc).
     set_alpha_to_one: ddim and pndm end at alpha = 1, not at the table's first alpha as SD does.
     clip_sample: limit each estimate of x0 to +-clip_sample_range (ddpm, ddim, heun).
+
+    Raises UserError where a field is out of its range or does not go with `name`.
     """
 
     name: str = "ddim"
@@ -110,10 +115,11 @@ class SamplerConfig:
 
 
 def changed_sampler(own: SamplerConfig, changes: Mapping[str, Any]) -> SamplerConfig:
-    """A model's own sampler with some of its fields changed.
+    """Return the sampler `own` of a model with the fields in `changes` replaced.
 
-    With another `name`, the fields that not every sampler has go back to their defaults, but for
-    clip_sample, which another sampler that has it keeps.
+    With another `name`, the fields that not every sampler has go back to their defaults.
+    clip_sample is an exception: another sampler that has it keeps it.
+    Raises UserError where the result is not a valid SamplerConfig.
     """
     name = changes.get("name", own.name)
     if name != own.name:
@@ -126,9 +132,9 @@ def changed_sampler(own: SamplerConfig, changes: Mapping[str, Any]) -> SamplerCo
 class Grid:
     """The points a sampler visits, noisiest first; the last one is where it ends.
 
-    timesteps: [n] float64, what the network is told at points 0 .. n-1.
+    timesteps: [n] float64, the timesteps of points 0 .. n-1, where the network is evaluated.
     alpha, sigma: [n + 1] float64.
-    init_scale: what standard normal noise is multiplied by to start.
+    init_scale: the factor of the standard normal noise that sampling starts from.
     """
 
     timesteps: np.ndarray
@@ -138,7 +144,7 @@ class Grid:
 
 
 def make_grid(schedule: Schedule, sampler: SamplerConfig) -> Grid:
-    """The grid of `sampler` on `schedule`; ValueError where the two do not go together."""
+    """The grid of `sampler` on `schedule`; UserError where the two do not go together."""
     if schedule.continuous != (sampler.name == "flow_euler"):
         kind = schedule.config.kind
         expected = "'flow_euler'" if schedule.continuous else "any sampler but 'flow_euler'"
@@ -161,9 +167,11 @@ def make_grid(schedule: Schedule, sampler: SamplerConfig) -> Grid:
 
 
 def spaced_timesteps(sampler: SamplerConfig, num_train_timesteps: int) -> np.ndarray:
-    """[steps] float64, descending; integers except for the linspace of euler and heun.
+    """The timesteps of the steps, [steps] float64, descending (Table 2 of Lin et al. 2023).
 
-    Table 2 of Lin et al. 2023. The multistep solvers place one point more and leave out the last.
+    They are integers except for the linspace of euler and heun.
+    The multistep solvers place one point more and leave out the last.
+    Raises UserError where the schedule has too few timesteps.
     """
     steps, last = sampler.steps, num_train_timesteps - 1
     points = steps + (sampler.name in _MULTISTEP)
@@ -173,7 +181,8 @@ def spaced_timesteps(sampler: SamplerConfig, num_train_timesteps: int) -> np.nda
             f"for {sampler.name!r} on a schedule of {num_train_timesteps} timesteps"
         )
     if sampler.spacing == "trailing":
-        # Not T * (1 - i / steps): halves are rounded by the last bit, which is to be diffusers'.
+        # T * (1 - i / steps) differs in the last bit, which decides how halves are rounded. This
+        # is the expression of diffusers.
         return np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)[:steps]) - 1
     if sampler.spacing == "leading":
         grid = np.arange(points - 1, points - 1 - steps, -1) * float(num_train_timesteps // points)
@@ -185,7 +194,7 @@ def spaced_timesteps(sampler: SamplerConfig, num_train_timesteps: int) -> np.nda
 
 
 def _sigma_grid(schedule: Schedule, sampler: SamplerConfig, timesteps: np.ndarray) -> Grid:
-    """Points by ratio k = sigma/alpha, ending at k = 0."""
+    """The points of the samplers that work on the ratio k = sigma/alpha, ending at k = 0."""
     alphas_cumprod = schedule.alphas_cumprod.copy()
     if alphas_cumprod[-1] == 0.0:
         alphas_cumprod[-1] = _LEAST_ALPHAS_CUMPROD
@@ -201,21 +210,27 @@ def _sigma_grid(schedule: Schedule, sampler: SamplerConfig, timesteps: np.ndarra
     ratio = np.append(ratio, 0.0)
     alpha = 1.0 / np.sqrt(1.0 + ratio**2)
     sigma = ratio * alpha
-    # With "leading" these start from noise of the variance of xt, otherwise from its noise part
-    # alone (init_noise_sigma in diffusers); the multistep solvers always do the former.
+    # With "leading", sampling starts from noise with the variance of xt; otherwise from the noise
+    # part of xt alone (init_noise_sigma in diffusers). The multistep solvers always do the former.
     starts_below_one = sampler.spacing != "leading" and sampler.name not in _MULTISTEP
     return Grid(timesteps, alpha, sigma, float(sigma[0]) if starts_below_one else 1.0)
 
 
 def karras_levels(highest: float, lowest: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """[steps] noise levels from highest to lowest, even in level**(1/rho)."""
+    """The noise levels from highest to lowest, [steps], even in level**(1/rho).
+
+    Source: Karras et al. 2022, eq. 5.
+    """
     ramp = np.linspace(0.0, 1.0, steps)
     high, low = highest ** (1 / rho), lowest ** (1 / rho)
     return (high + ramp * (low - high)) ** rho
 
 
 def _flow_grid(schedule: Schedule, steps: int) -> Grid:
-    """scheduling_flow_match_euler_discrete.py: even between the shifted ends, then shifted."""
+    """The grid of a flow schedule: even between the shifted ends, then shifted once more.
+
+    Source: scheduling_flow_match_euler_discrete.py of diffusers.
+    """
     total, shift = schedule.num_train_timesteps, schedule.config.shift
     least = shift_noise_level(1.0 / total, shift)
     sigma = shift_noise_level(np.linspace(1.0, least, steps), shift)

@@ -19,7 +19,7 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     num_train_timesteps: int = 1000,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Binds the contexts of denoise_fn(xt, timesteps, context): returns a guided fn(xt, timesteps).
+    """Return a guided fn(xt, timesteps) of denoise_fn(xt, timesteps, context).
 
     context: array or pytree of arrays [B, ...]; null_context: the same with leading size B or 1.
     scale: out = null + scale * (cond - null). The Python number 1 evaluates `context` alone; any
@@ -28,6 +28,8 @@ def guided(
       conditional output (Lin et al. 2023, section 3.4).
     interval: guide only where interval[0] <= t/num_train_timesteps <= interval[1]
       (Kynkaanniemi et al. 2024).
+
+    Raises ValueError where rescale or interval is out of its range.
     """
     low, high = interval
     if not 0.0 <= low <= high <= 1.0:
@@ -45,7 +47,7 @@ def guided(
 
     def fn(xt: jax.Array, t: jax.Array) -> jax.Array:
         out = denoise_fn(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), both_contexts)
-        # In half precision cond - null would lose most of its digits
+        # In half precision cond - null would lose most of its digits.
         cond, null = jnp.split(out.astype(jnp.float32), 2)
         level = t / num_train_timesteps
         inside = (level >= low) & (level <= high)

@@ -1,7 +1,7 @@
-"""The training objective: draw a timestep and noise, compare the network with its target.
+"""The training objective: draw a timestep and noise, compare the network's output with its target.
 
-Everything random is a function of a per-example key, which is a function of (step key, position in
-the global batch): the loss does not depend on hosts, mesh or gradient accumulation.
+Everything random is a function of a key per example, which is a function of the step's key and of
+the position in the global batch. The loss does not depend on hosts, mesh or gradient accumulation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXAMPLES, _BATCH = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is learned and how it is weighed.
+    """The target of the network and the weight of its errors.
 
     prediction_type: "epsilon", "v_prediction", "sample" or "flow".
     timestep_sampling: "uniform", "logit_normal" (logit_mean, logit_std), "mode" (mode_scale) or
@@ -40,6 +40,8 @@ class ObjectiveConfig:
     offset_noise: strength of noise that is constant over each channel, part of the target.
     input_perturbation: strength of extra noise on xt that is not part of the target.
     caption_dropout: share of captions replaced by the null caption, for classifier-free guidance.
+
+    Raises ValueError where a field is out of its range or does not go with another.
     """
 
     prediction_type: str = "epsilon"
@@ -102,7 +104,7 @@ class ObjectiveConfig:
 
 
 def check(schedule: ScheduleConfig, objective: ObjectiveConfig) -> None:
-    """Raises ValueError where schedule and objective, each valid alone, do not go together."""
+    """Raise ValueError where schedule and objective, each valid alone, do not go together."""
     ends_in_noise = schedule.zero_terminal_snr or schedule.kind == "flow"
     if ends_in_noise and objective.prediction_type == "epsilon":
         why = "zero_terminal_snr is True" if schedule.zero_terminal_snr else "kind is 'flow'"
@@ -125,30 +127,30 @@ def check(schedule: ScheduleConfig, objective: ObjectiveConfig) -> None:
 
 
 def fold_keys(keys: jax.Array, stream: int) -> jax.Array:
-    """Folds the constant `stream` into each of the keys [b]."""
+    """Fold the constant `stream` into each of the keys [b]."""
     return jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
 
 
 def example_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
-    """One key per example [b] from a step's key and positions int32 [b] in the global batch."""
+    """One key per example, [b], from a step's key and positions int32 [b] in the global batch."""
     key = jax.random.fold_in(key, _EXAMPLES)
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
 
 
 def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
-    """Standard normal float32 of x's shape [b, ...], example i from keys[i]."""
+    """Standard normal noise, float32 of x's shape [b, ...]; example i is drawn from keys[i]."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
 
 
 def dropped_captions(keys: jax.Array, rate: float) -> jax.Array:
-    """Which examples train without their caption, bool [b], with probability `rate`."""
+    """Whether each example trains without its caption, bool [b], true with probability `rate`."""
     return jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION)) < rate
 
 
 def drop_captions(
     keys: jax.Array, captions: jax.Array, null_caption: jax.Array, rate: float
 ) -> jax.Array:
-    """Replaces rows of captions [b, ...] (tokens, embeddings) by null_caption [...]."""
+    """Replace rows of captions [b, ...] (tokens, embeddings) by null_caption [...]."""
     dropped = dropped_captions(keys, rate).reshape(-1, *[1] * (captions.ndim - 1))
     return jnp.where(dropped, null_caption[None], captions)
 
@@ -163,8 +165,11 @@ def sample_timesteps(
 ) -> jax.Array:
     """Training timesteps, float32 [b]: integers for a table schedule, real for flow.
 
-    keys, positions: [b], of the examples at hand; batch_size: of the global batch they belong to.
+    keys: [b], one per example; positions: int32 [b], of the examples in the global batch.
+    batch_size: the number of examples of the global batch.
     batch_key: the step's key, the same for every part of the batch; needed when stratified.
+
+    Raises ValueError where the objective is stratified and batch_key is None.
     """
     if objective.stratified:
         if batch_key is None:
@@ -190,7 +195,10 @@ def sample_timesteps(
 def huber_width(
     objective: ObjectiveConfig, t: jax.Array, alpha: jax.Array, sigma: jax.Array, steps: int
 ) -> jax.Array:
-    """The width c of the Huber loss at each timestep (kohya sd-scripts, get_huber_threshold)."""
+    """The width c of the Huber loss at each timestep, [b] (kohya sd-scripts, get_huber_threshold).
+
+    t, alpha, sigma: float32 [b]; steps: the number of training timesteps.
+    """
     c = objective.huber_c
     if objective.huber_schedule == "exponential":
         return c ** (t / steps)
@@ -200,14 +208,15 @@ def huber_width(
 
 
 def pointwise_loss(difference: jax.Array, width: jax.Array | None) -> jax.Array:
-    """d**2, or with a width c [b] the pseudo-Huber 2c(sqrt(d**2 + c**2) - c) of d [b, ...].
+    """The loss of each element: d**2, or the pseudo-Huber 2c(sqrt(d**2 + c**2) - c) with a width c.
 
-    Its gradient is bounded by 2c; near 0 it is d**2.
+    difference: d, [b, ...]; width: c, [b], or None for d**2.
+    The gradient of the pseudo-Huber is bounded by 2c; near 0 it is d**2.
     """
     if width is None:
         return difference**2
     c = width.reshape(width.shape + (1,) * (difference.ndim - width.ndim))
-    # sqrt(d^2 + c^2) - c, written without the cancellation
+    # sqrt(d^2 + c^2) - c, written without the cancellation.
     return 2.0 * c * difference**2 / (jnp.sqrt(difference**2 + c**2) + c)
 
 
@@ -223,13 +232,14 @@ def denoising_loss(
     batch_key: jax.Array | None = None,
     t: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted loss of each example, float32 [b], and what to log of it.
+    """The weighted loss of each example, float32 [b], and a dict of arrays to log.
 
     denoise_fn: (xt [b,h,w,c] float32, timesteps [b] float32) -> prediction [b,h,w,c].
-    x0: clean latents [b,h,w,c]; keys: [b] from example_keys; positions: int32 [b] in the global
-    batch of batch_size examples; batch_key: the step's key, needed only when the objective is
-    stratified; t: timesteps float32 [b] to take instead of drawing them.
-    aux: "loss" unweighted [b], "timesteps" float32 [b].
+    x0: clean latents [b,h,w,c].
+    keys: [b], from example_keys; positions: int32 [b], in the global batch of batch_size examples.
+    batch_key: the step's key, needed only when the objective is stratified.
+    t: timesteps float32 [b] to use; None draws them.
+    The dict: "loss" float32 [b], unweighted; "timesteps" float32 [b].
     """
     x0 = x0.astype(jnp.float32)
     if t is None:

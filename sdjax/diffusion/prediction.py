@@ -1,4 +1,4 @@
-"""What a network may predict, and the identities between the four.
+"""The four types of prediction of a network, and the identities between them.
 
 With xt = alpha*x0 + sigma*eps:
     epsilon       eps
@@ -18,13 +18,13 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def check_prediction(kind: str) -> None:
-    """Raises ValueError unless `kind` is one of PREDICTIONS."""
+    """Raise ValueError unless `kind` is one of PREDICTIONS."""
     if kind not in PREDICTIONS:
         raise ValueError(f"prediction_type is {kind!r}; expected one of {', '.join(PREDICTIONS)}")
 
 
 def _like(scalars: jax.Array, x: jax.Array) -> jax.Array:
-    """alpha or sigma, a scalar or [B], shaped to broadcast against x [B, ...]."""
+    """Reshape alpha or sigma, a scalar or [B], to broadcast against x [B, ...]."""
     scalars = jnp.asarray(scalars, jnp.float32)
     if scalars.ndim == 0:
         return scalars
@@ -32,14 +32,17 @@ def _like(scalars: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def add_noise(x0: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """xt = alpha*x0 + sigma*eps; x0 and eps [B, ...], alpha and sigma [B] or scalars."""
+    """The noisy xt = alpha*x0 + sigma*eps; x0 and eps [B, ...], alpha and sigma [B] or scalars."""
     return _like(alpha, x0) * x0 + _like(sigma, x0) * eps
 
 
 def target(
     kind: str, x0: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """What the network should output for (x0, eps) [B, ...] at alpha, sigma ([B] or scalars)."""
+    """The output that the network should have, [B, ...]: one of the four types of prediction.
+
+    x0, eps: [B, ...]; alpha, sigma: [B] or scalars. Raises ValueError for an unknown `kind`.
+    """
     check_prediction(kind)
     if kind == "epsilon":
         return eps
@@ -53,7 +56,10 @@ def target(
 def to_x0(
     kind: str, out: jax.Array, xt: jax.Array, alpha: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """The x0 that network output `out` at xt implies. "epsilon" needs alpha > 0."""
+    """The x0 that the network's output `out` at xt implies, [B, ...]. "epsilon" needs alpha > 0.
+
+    out, xt: [B, ...]; alpha, sigma: [B] or scalars. Raises ValueError for an unknown `kind`.
+    """
     check_prediction(kind)
     alpha, sigma = _like(alpha, xt), _like(sigma, xt)
     if kind == "epsilon":
@@ -68,7 +74,10 @@ def to_x0(
 def to_eps(
     kind: str, out: jax.Array, xt: jax.Array, alpha: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """The eps that network output `out` at xt implies. "sample" needs sigma > 0."""
+    """The eps that the network's output `out` at xt implies, [B, ...]. "sample" needs sigma > 0.
+
+    out, xt: [B, ...]; alpha, sigma: [B] or scalars. Raises ValueError for an unknown `kind`.
+    """
     check_prediction(kind)
     alpha, sigma = _like(alpha, xt), _like(sigma, xt)
     if kind == "epsilon":
@@ -88,7 +97,10 @@ def convert(
     alpha: jax.Array,
     sigma: jax.Array,
 ) -> jax.Array:
-    """Turns an output of type `source` into the equal output of type `destination`."""
+    """Convert an output [B, ...] of type `source` into the equal output of type `destination`.
+
+    Raises ValueError where `source` or `destination` is not one of PREDICTIONS.
+    """
     check_prediction(destination)
     if source == destination:
         return out
@@ -98,7 +110,7 @@ def convert(
 
 
 def output_slopes(kind: str, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """|d x0 / d out| and |d eps / d out| at fixed xt, shaped as alpha.
+    """The slopes |d x0 / d out| and |d eps / d out| at fixed xt, each of alpha's shape.
 
     They carry a squared error of the output over to one of x0 or eps, so that one loss weighting
     means the same for every prediction type. |d eps| = |d x0| * alpha / sigma throughout.

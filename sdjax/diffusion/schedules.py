@@ -23,7 +23,7 @@ _MOST_SCALE = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Which noise schedule. The defaults are those of Stable Diffusion 1 and 2.
+    """The settings of a noise schedule. The defaults are those of Stable Diffusion 1 and 2.
 
     kind: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" (tables over integer timesteps,
       variance preserving) or "flow" (rectified flow: alpha = 1 - t/T, sigma = t/T, t real).
@@ -33,6 +33,8 @@ class ScheduleConfig:
     snr_scale: multiplies the signal-to-noise ratio at every timestep; (64 / latent side)**2 keeps
       the noise of a 512 px model at other resolutions (Hoogeboom 2023, "simple diffusion").
     shift: timestep shift of a flow schedule (SD3: 3.0), used both in training and in sampling.
+
+    Raises ValueError where a field is out of its range or does not go with another.
     """
 
     kind: str = "scaled_linear"
@@ -92,7 +94,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables over t = 0 .. T-1: float64 for host-side planning, float32 for the device.
+    """A noise schedule as tables over t = 0 .. T-1: float64 for the host, float32 for the device.
 
     A flow schedule is continuous; its tables are its values at the integer timesteps.
     """
@@ -113,12 +115,12 @@ class Schedule:
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
-        """alpha**2 [T] float64, the name the diffusers schedulers use."""
+        """The squares alpha**2, [T] float64, by the name that the diffusers schedulers use."""
         return self.alpha64**2
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:
-    """Computes the tables of `config`."""
+    """The noise schedule of `config`, with its tables computed."""
     if config.kind == "flow":
         sigma = np.arange(config.num_train_timesteps, dtype=np.float64) / config.num_train_timesteps
         alpha = 1.0 - sigma
@@ -137,7 +139,7 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
 
 
 def schedule_at(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """alpha and sigma at timesteps t, float32 of t's shape.
+    """The pair alpha, sigma at timesteps t, each float32 of t's shape.
 
     t: integer-valued in [0, T) for a table schedule (any dtype), real in [0, T] for flow.
     A timestep outside the table gives NaN rather than a silently clamped value.
@@ -146,7 +148,8 @@ def schedule_at(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]
         sigma = jnp.asarray(t, jnp.float32) / schedule.num_train_timesteps
         return 1.0 - sigma, sigma
     index = jnp.asarray(t).astype(jnp.int32)
-    index = jnp.where(index < 0, schedule.num_train_timesteps, index)  # no wrapping from the end
+    # A negative index would count from the end.
+    index = jnp.where(index < 0, schedule.num_train_timesteps, index)
 
     def look_up(table: np.ndarray) -> jax.Array:
         return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan)
@@ -155,7 +158,7 @@ def schedule_at(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def shift_noise_level(level, shift: float):
-    """The flow timestep shift s*l / (1 + (s-1)*l) of l = t/T in [0, 1] (SD3, eq. 23)."""
+    """The shifted noise level s*l / (1 + (s-1)*l) of l = t/T in [0, 1] (SD3, eq. 23)."""
     return shift * level / (1.0 + (shift - 1.0) * level)
 
 
@@ -169,7 +172,7 @@ def resolution_shift(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """The shift exp(mu) FLUX uses for images of height x width pixels.
+    """The shift exp(mu) that FLUX uses for images of height x width pixels.
 
     mu is linear in the number of transformer tokens, (H/16)(W/16) with an f8 VAE and 2x2 patches
     (diffusers pipeline_flux.py, calculate_shift).
@@ -180,7 +183,7 @@ def resolution_shift(
 
 
 def _betas(config: ScheduleConfig) -> np.ndarray:
-    """[T] float64, as in diffusers scheduling_ddpm.py."""
+    """The betas of a table schedule, [T] float64, as in diffusers scheduling_ddpm.py."""
     start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.kind == "linear":
         return np.linspace(start, end, steps, dtype=np.float64)
@@ -188,12 +191,12 @@ def _betas(config: ScheduleConfig) -> np.ndarray:
         return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
     if config.kind == "sigmoid":
         return (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, steps))) + start
-    # Nichol & Dhariwal 2021, eq. 17, with betas capped at 0.999
+    # Nichol & Dhariwal 2021, eq. 17, with betas capped at 0.999.
     edges = np.arange(steps + 1, dtype=np.float64) / steps
     alpha_bar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 def _to_zero_terminal_snr(alpha: np.ndarray) -> np.ndarray:
-    """Shifts and scales sqrt(alphas_cumprod) so that it ends at exactly 0 and starts as before."""
+    """Shift and scale sqrt(alphas_cumprod) so that it keeps its start and ends at exactly 0."""
     return (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))

@@ -1,8 +1,8 @@
 """Every sampler as a table of coefficients.
 
-Given x0 as the network sees it at each point, all the samplers here are linear: the next state is a
-weighted sum of the present state, an earlier state, the last three x0 estimates and fresh noise. A
-solver is a function from a grid to the weights, in float64; `samplers.py` has the one loop that
+All the samplers here are linear in the x0 that the network estimates at each point. The next state
+is a weighted sum of the present state, an earlier state, the last three estimates and fresh noise.
+A solver is a function from a grid to the weights, in float64. `samplers.py` has the one loop that
 runs them all.
 
 The state is always xt = alpha*x0 + sigma*eps, also for the solvers that are usually written for
@@ -18,21 +18,22 @@ import numpy as np
 from sdjax.diffusion.grids import Grid, SamplerConfig, make_grid
 from sdjax.diffusion.schedules import Schedule
 
-# What a step may add up: the state, the state kept from before ("base"), the x0 estimates of this
-# evaluation, the one before and the one before that, noise, and the estimate before it was clipped.
+# The terms of a step's sum: the state, a state kept from an earlier step ("base"), the x0 estimates
+# of this evaluation and of the two before it, noise, and this estimate without clipping.
 X, BASE, M0, M1, M2, NOISE, UNCLIPPED = range(7)
 _TERMS = 7
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """One row per network evaluation, all float64 on the host.
+    """One row of coefficients per network evaluation, all float64 on the host.
 
     timesteps, alpha, sigma: [N], where the network is evaluated.
     to_x: [N, 7], coefficients of the next state; to_base: [N, 7], of the next base.
-    mix: [N, K], weights of the network's output and of the K - 1 outputs before it, whose sum takes
-      the place of the output; K is 0 where the output stays as it is.
-    at_base: [N] bool, whether that sum is of the base, and not of the state.
+    init_scale: the factor of the standard normal noise that sampling starts from.
+    mix: [N, K], weights of the network's output and of the K - 1 outputs before it. Their sum
+      replaces the output; K is 0 where the output stays as it is.
+    at_base: [N] bool, whether that sum is an output at the base instead of at the state.
     clip: the largest |x0| that an estimate may have; infinity where nothing is clipped.
     """
 
@@ -52,7 +53,10 @@ class Plan:
 
 
 def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
-    """The whole loop of `sampler` on `schedule`, ready to run."""
+    """The coefficients of the whole loop of `sampler` on `schedule`.
+
+    Raises UserError where the two do not go together.
+    """
     grid = make_grid(schedule, sampler)
     steps = sampler.steps
     visits = points = np.arange(steps)
@@ -70,7 +74,7 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
     elif sampler.name == "ddim":
         to_x = _ddim(grid, sampler.eta)
         if sampler.clip_sample:
-            # Song's eq. 12 with x0 clipped and eps as the network says it.
+            # Eq. 12 of Song et al. 2021 with x0 clipped and the network's own eps.
             to_x[:, UNCLIPPED] = -grid.alpha[:-1] * to_x[:, X]
             to_x[:, M0] = grid.alpha[1:]
     elif sampler.name == "euler_ancestral":
@@ -93,7 +97,7 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
 
 
 def _first_order_row(grid: Grid, i: int) -> np.ndarray:
-    """From point i to i + 1 with eps held: xt = alpha*x0 + sigma*(x - alpha_i*x0)/sigma_i.
+    """The step from point i to i + 1 with eps held: xt = alpha*x0 + sigma*(x - alpha_i*x0)/sigma_i.
 
     This is DDIM without noise, Euler (in y and k), DPM-Solver++ of first order and Euler on a flow.
     """
@@ -104,7 +108,7 @@ def _first_order_row(grid: Grid, i: int) -> np.ndarray:
 
 
 def _posterior_variance(grid: Grid) -> np.ndarray:
-    """[n] variance of x at point i+1 given x at point i and x0 (Ho et al. 2020, eq. 7)."""
+    """The variance of x at point i+1 given x at point i and x0, [n] (Ho et al. 2020, eq. 7)."""
     ab = grid.alpha**2
     return (1.0 - ab[1:]) / (1.0 - ab[:-1]) * (1.0 - ab[:-1] / ab[1:])
 
@@ -121,7 +125,7 @@ def _ddpm(grid: Grid) -> np.ndarray:
 
 
 def _ddim(grid: Grid, eta: float) -> np.ndarray:
-    """Song et al. 2021, eq. 12 and 16."""
+    """The generalised step of Song et al. 2021, eq. 12 and 16."""
     noise = eta * np.sqrt(_posterior_variance(grid))
     to_x = np.zeros((len(noise), _TERMS))
     to_x[:, X] = np.sqrt(grid.sigma[1:] ** 2 - noise**2) / grid.sigma[:-1]
@@ -131,7 +135,7 @@ def _ddim(grid: Grid, eta: float) -> np.ndarray:
 
 
 def _euler_ancestral(grid: Grid) -> np.ndarray:
-    """Euler down to k_down, then noise up to k (k-diffusion, get_ancestral_step)."""
+    """An Euler step down to k_down, then noise up to k (k-diffusion, get_ancestral_step)."""
     ratio = grid.sigma / grid.alpha
     k, k_next = ratio[:-1], ratio[1:]
     k_up = k_next * np.sqrt(1.0 - (k_next / k) ** 2)
@@ -146,7 +150,7 @@ def _euler_ancestral(grid: Grid) -> np.ndarray:
 def _heun(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Karras et al. 2022, algorithm 1 without churn: an Euler step, evaluated again at its end.
 
-    Two evaluations a step but for the last, which ends at k = 0 and is plain Euler.
+    Every step has two evaluations except the last, which ends at k = 0 and is plain Euler.
     """
     ratio = grid.sigma / grid.alpha
     visits, to_x, to_base = [], [], []
@@ -183,7 +187,7 @@ def _pndm(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, n
     """Linear multistep without Runge-Kutta steps (`skip_prk_steps` of diffusers, "PLMS").
 
     The second evaluation, at the end of the first step, redoes that step with the mean of the two
-    outputs, and is forgotten. All sums are of what the network says, converted to x0 afterwards.
+    outputs, and is forgotten. The sums are of network outputs, converted to x0 afterwards.
     Returns (visits, points, to_x, to_base, mix), where row i goes from point points[i].
     """
     steps = len(grid.timesteps)
@@ -201,14 +205,14 @@ def _pndm(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, n
             mix[i, :2] = 0.5
             to_x[i, [X, BASE]] = to_x[i, [BASE, X]]
         else:
-            # The output before the last of these is of the evaluation that is forgotten.
+            # Evaluation 1 is forgotten.
             behind = [n for n in range(5) if i - n != 1][:order]
             mix[i, behind] = _ADAMS_BASHFORTH[order - 2]
     return visits, points, to_x, to_base, mix
 
 
 def _log_snr_half(grid: Grid, i: int) -> float:
-    """lambda = log(alpha/sigma) of point i."""
+    """The value lambda = log(alpha/sigma) of point i."""
     return float(np.log(grid.alpha[i]) - np.log(grid.sigma[i]))
 
 
@@ -226,7 +230,7 @@ def _dpmpp_2m_row(grid: Grid, i: int) -> np.ndarray:
 
 
 def _unipc_corrector(grid: Grid, i: int) -> np.ndarray:
-    """Redoes the step from point i-1 to i, now that the network has been evaluated at i.
+    """Redo the step from point i-1 to i with the network's evaluation at i.
 
     Zhao et al. 2023, "UniPC", algorithm 1 with B(h) = exp(h) - 1, for the order the predictor of
     that step had: 1 for the first, 2 after. Here BASE is the corrected state at i-1.

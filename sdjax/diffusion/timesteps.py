@@ -18,9 +18,9 @@ MIN_FLOW_LEVEL = 1e-5
 
 
 def stratified_uniform(shared: jax.Array, positions: jax.Array, batch_size: int) -> jax.Array:
-    """u_i = (u + i / B) mod 1: one draw for the batch, spread evenly over [0, 1).
+    """Uniform numbers u_i = (u + i / B) mod 1: one draw for the batch, spread evenly over [0, 1).
 
-    shared: scalar uniform in [0, 1), the same for the whole global batch; positions: int32 [b] in
+    shared: u, scalar in [0, 1), the same for the whole global batch; positions: i, int32 [b] in
     [0, B). Each u_i is uniform on its own (Kingma 2021, "Variational Diffusion Models", I.1).
     """
     u = shared + positions.astype(jnp.float32) / batch_size
@@ -30,7 +30,7 @@ def stratified_uniform(shared: jax.Array, positions: jax.Array, batch_size: int)
 def noise_level(
     kind: str, u: jax.Array, *, logit_mean: float, logit_std: float, mode_scale: float
 ) -> jax.Array:
-    """Maps uniform u in [0, 1) to a noise level in [0, 1] (SD3 paper, section 3.1)."""
+    """Map uniform u in [0, 1) to a noise level in [0, 1] of u's shape (SD3 paper, section 3.1)."""
     if kind == "logit_normal":
         return jax.nn.sigmoid(logit_mean + logit_std * jax.scipy.special.ndtri(u))
     if kind == "mode":
@@ -41,8 +41,10 @@ def noise_level(
 
 
 def to_timesteps(level: jax.Array, schedule: Schedule, low: int, high: int) -> jax.Array:
-    """Noise levels [b] -> float32 timesteps [b] in [low, high): integers for a table schedule,
-    real and shifted by the schedule's shift for flow."""
+    """Map noise levels [b] to timesteps float32 [b] in [low, high).
+
+    They are integers for a table schedule, and real and shifted by the schedule's shift for flow.
+    """
     if schedule.continuous:
         level = shift_noise_level(level, schedule.config.shift)
         least = max(low, MIN_FLOW_LEVEL * schedule.num_train_timesteps)

@@ -35,7 +35,7 @@ def loss_weight(
 ) -> jax.Array:
     """The weight of a squared error of the network's output, float32 of alpha's shape.
 
-    Raises ValueError for an unknown kind.
+    Raises ValueError for an unknown `kind`.
     """
     if kind not in WEIGHTINGS:
         raise ValueError(f"weighting is {kind!r}; expected one of {', '.join(WEIGHTINGS)}")
