@@ -8,8 +8,8 @@ A profile is a string, which is also its name in checkpoints:
     inverse-gamma-P[-G]  1 - (1 + n / G)^-P after n updates, G = 1 if left out (crowsonkb
                          k-diffusion, utils.py); P = 0.6667 reaches .999 at 31.6k steps
     power-S              power-function profile of relative width S, as 0.05 or 0.10 (EDM2,
-                         arXiv 2312.02696, section 3); any other width can be had afterwards from
-                         snapshots of one or two such profiles (`reconstruct`)
+                         arXiv 2312.02696, section 3); `reconstruct` makes any other width from
+                         snapshots of one or two such profiles
 
 The state is `{profile: {path: float32 array}}`.
 """
@@ -42,19 +42,20 @@ _FORMS = {
     "inverse-gamma": re.compile(rf"inverse-gamma-{_NUMBER}(?:-{_NUMBER})?"),
     "power": re.compile(rf"power-{_NUMBER}"),
 }
-# Relative width of a power-function profile falls from this, its value at exponent 0.
+# The relative width of a power-function profile at exponent 0, from which it falls.
 _WIDEST = 12**-0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class EMAConfig:
-    """Which averages to keep.
+    """The averages of the parameters to keep.
 
     Attributes:
-      profiles: see the module; the first is the one that sampling and export take by default.
-        Empty = no average.
+      profiles: see the module; sampling and export take the first by default. Empty = no average.
       snapshot_every: steps between snapshots of the power-function profiles, 0 = none.
-      snapshot_dtype: of these, "float32" or "float16" (half the space; EDM2 does so).
+      snapshot_dtype: dtype of the snapshots, "float32" or "float16" (half the space, as in EDM2).
+
+    Raises ValueError for an unknown profile and for values out of range.
     """
 
     profiles: tuple[str, ...] = ("warmup-0.9999",)
@@ -80,7 +81,7 @@ class EMAConfig:
 
 
 def _parse(profile: str) -> tuple[str, tuple[float, ...]]:
-    """Kind and numbers of a profile; ValueError if it is none."""
+    """The kind and the numbers of a profile; ValueError if it is none."""
     if not isinstance(profile, str):
         raise ValueError(f"ema.profiles: {profile!r} is no string; write it as '{profile}'")
     for kind, form in _FORMS.items():
@@ -100,7 +101,10 @@ def _parse(profile: str) -> tuple[str, tuple[float, ...]]:
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """Exponent of the power function whose relative width is `sigma_rel` (EDM2, equation 126)."""
+    """The exponent of the power function whose relative width is `sigma_rel` (EDM2, equation 126).
+
+    Raises ValueError unless `sigma_rel` is between 0 and 12**-0.5.
+    """
     if not 0 < sigma_rel < _WIDEST:
         raise ValueError(f"sigma_rel={sigma_rel}: expected between 0 and {_WIDEST:.4f}")
     inverse = sigma_rel**-2
@@ -109,9 +113,9 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 
 
 def rate(profile: str, step: jax.typing.ArrayLike) -> jax.Array:
-    """`1 - decay` of the `step`-th update; the first is 1.
+    """The value `1 - decay` of the `step`-th update, float32 of step's shape; the first step is 1.
 
-    Computed as such: 1 - decay from a float32 decay near 1 would lose most of its digits.
+    It is computed directly: 1 - decay from a float32 decay near 1 would lose most of its digits.
     """
     kind, numbers = _parse(profile)
     t = jnp.asarray(step, jnp.float32)
@@ -127,7 +131,11 @@ def rate(profile: str, step: jax.typing.ArrayLike) -> jax.Array:
 
 
 def init(cfg: EMAConfig, params: Params) -> dict[str, dict[str, jax.Array]]:
-    """All profiles start at the parameters, in buffers of their own."""
+    """Return the averages before the first update: copies of the parameters, in float32.
+
+    Returns:
+      {profile: {path: float32 array}}
+    """
     return {
         profile: {path: jnp.array(leaf, jnp.float32, copy=True) for path, leaf in params.items()}
         for profile in cfg.profiles
@@ -140,9 +148,9 @@ def update(
     """All profiles after the `step`-th update of the parameters. Jittable.
 
     Args:
-      ema: `{profile: {path: float32 array}}` from `init` or the update before.
-      params: `{path: array}` of any float dtype, as this update left them.
-      step: updates of the parameters up to and with this one, 1 for the first.
+      ema: `{profile: {path: float32 array}}` from `init` or from the last update.
+      params: `{path: array}` of any float dtype, after this update.
+      step: number of this update, 1 for the first.
     """
 
     def average(profile: str, averaged: Params) -> dict[str, jax.Array]:
@@ -154,10 +162,10 @@ def update(
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Average with a power-function profile at one step.
+    """The average with one power-function profile at one step.
 
     Attributes:
-      step: optimizer steps it has seen.
+      step: number of optimizer steps in the average.
       sigma_rel: relative width of its profile.
       source: the parameters `{path: array}`, or the safetensors file that holds them.
     """
@@ -167,7 +175,7 @@ class Snapshot:
     source: Params | paths.Path
 
     def load(self) -> dict[str, np.ndarray]:
-        """The parameters, on the host.
+        """The parameters `{path: array}`, on the host.
 
         Raises:
           UserError: the file cannot be read, or has NaN or Inf.
@@ -190,7 +198,7 @@ class Snapshot:
 
 
 def snapshot_folder(workdir: paths.PathLike) -> paths.Path:
-    """Where a run keeps its EMA snapshots."""
+    """The folder of a run's EMA snapshots."""
     return paths.to_path(workdir) / "ema_snapshots"
 
 
@@ -205,6 +213,13 @@ def save_snapshots(
 
     Every process must call it (sharded arrays are gathered); process 0 writes. A file appears
     under its name only once it is complete.
+
+    Returns:
+      the files.
+
+    Raises:
+      ValueError: `ema` has no power-function profile.
+      WriteError: a file cannot be written.
     """
     folder = snapshot_folder(workdir)
     powers = sorted(profile for profile in ema if profile.startswith("power-"))
@@ -226,7 +241,7 @@ def save_snapshots(
 
 
 def list_snapshots(workdir: paths.PathLike) -> list[Snapshot]:
-    """The snapshots of a run by step and width; their parameters are read when used."""
+    """The snapshots of a run by step and width; their parameters are read on `load`."""
     name = re.compile(rf"(\d+)-power-{_NUMBER}\.safetensors")
     found = []
     for file in sorted(snapshot_folder(workdir).glob("*.safetensors")):
@@ -239,7 +254,7 @@ def list_snapshots(workdir: paths.PathLike) -> list[Snapshot]:
 def reconstruct(
     snapshots: Iterable[Snapshot], sigma_rel: float, at_step: int | None = None
 ) -> dict[str, np.ndarray]:
-    """The average of width `sigma_rel` at `at_step` that was not tracked (EDM2, section 3.2).
+    """The average of an untracked width `sigma_rel` at `at_step` (EDM2, section 3.2).
 
     The weights of the snapshots are the least-squares fit of their profiles to the wanted one,
     in float64. Snapshots after `at_step` are not used. Two tracked widths and regular snapshots
@@ -254,8 +269,8 @@ def reconstruct(
       {path: float32 array}
 
     Raises:
-      UserError: there are none up to `at_step`, one cannot be read or has NaN or Inf, or they are
-        not of the same parameters.
+      UserError: there are none up to `at_step`, one cannot be read or has NaN or Inf, or they do
+        not have the same parameters.
     """
     available = list(snapshots)
     if not available:
@@ -283,7 +298,7 @@ def reconstruct(
 def _check_same(
     first: Snapshot, shapes: Mapping[str, tuple[int, ...]], other: Snapshot, params: Params
 ) -> None:
-    """UserError, naming a parameter, if two snapshots are not of the same ones."""
+    """Raise a UserError that names a parameter if two snapshots do not have the same ones."""
     found = {path: np.shape(leaf) for path, leaf in params.items()}
     different = sorted(p for p in shapes.keys() | found if shapes.get(p) != found.get(p))
     if different:
@@ -296,13 +311,17 @@ def _check_same(
 
 
 def _where(snapshot: Snapshot) -> str:
+    """The name of a snapshot in messages."""
     return f"step {snapshot.step}" if isinstance(snapshot.source, Mapping) else str(snapshot.source)
 
 
 def posthoc_weights(
     steps: Sequence[int], sigma_rels: Sequence[float], at_step: int, sigma_rel: float
 ) -> np.ndarray:
-    """Weights [n] of n profiles, summing to 1, that best make up the wanted one. Float64."""
+    """The weights of n profiles that best make up the wanted one, float64 [n] of sum 1.
+
+    Source: EDM2, section 3.2.
+    """
     t = np.asarray(steps, np.float64)
     gammas = np.asarray([gamma_from_sigma_rel(s) for s in sigma_rels])
     wanted = np.asarray([gamma_from_sigma_rel(sigma_rel)])
@@ -315,10 +334,10 @@ def posthoc_weights(
 
 
 def _inner(ta: np.ndarray, ga: np.ndarray, tb: np.ndarray, gb: np.ndarray) -> np.ndarray:
-    """Inner product of the profiles (g + 1) t^g / T^(g + 1) on [0, T], T = ta and tb.
+    """The inner product of the profiles (g + 1) t^g / T^(g + 1) on [0, T], T = ta and tb.
 
-    The integral to min(ta, tb), with all powers gathered in one ratio that cannot overflow.
+    The integral goes to min(ta, tb). All powers are gathered in one ratio that cannot overflow.
     """
     short, long = np.minimum(ta, tb), np.maximum(ta, tb)
-    exponent = np.where(ta < tb, gb, ga)  # of the longer profile
+    exponent = np.where(ta < tb, gb, ga)  # the longer profile's
     return (ga + 1) * (gb + 1) / (ga + gb + 1) * (short / long) ** exponent / long

@@ -1,13 +1,13 @@
 """Adam's moments in 8 bits: blockwise dynamic quantisation (Dettmers et al., arXiv:2110.02861).
 
 A block is some 64 to 256 neighbours along one dimension. It keeps its largest magnitude in float32,
-and of each element a code of 8 bits for its ratio to that: decades from 1 down to 1e-7, the higher
-the decade the more values in it. Between steps the moments are these; within a step they are
-float32, so the arithmetic is optax's.
+and a code of 8 bits for the ratio of each element to that magnitude. The codes cover the decades
+from 1 down to 1e-7; a higher decade has more values. The moments have 8 bits between steps. Within
+a step they are float32, so the arithmetic is optax's.
 
 The second moment is kept as its root. The ratio of first moment to root is what moves a parameter,
-and the root spans no more decades than the first moment does; the second moment itself spans twice
-as many, and what fell below its last decade came out as 0 beside a first moment that did not.
+and the root spans no more decades than the first moment does. The second moment itself spans twice
+as many: what falls below its last decade would be 0 beside a first moment that is not.
 
 Small arrays, and embeddings as the paper advises, stay in float32. No block crosses the dimension
 that is split first over devices, so moments are split as their parameters are.
@@ -28,12 +28,15 @@ import optax
 from sdjax.parallel.sharding import EMBEDDINGS, split_dim
 
 MIN_SIZE = 4096  # elements, as in bitsandbytes (min_8bit_size)
-BLOCKS = (32, 256)  # least and most elements of a block
+BLOCKS = (32, 256)  # fewest and most elements of a block
 _DECADES = 7
 
 
 class Blockwise(NamedTuple):
-    """codes: uint8, of the parameter's shape. scales: float32 [blocks, n], see `Layout`."""
+    """An array in 8 bits.
+
+    codes: uint8, of the array's shape. scales: float32 [blocks, n], see `Layout`.
+    """
 
     codes: jax.Array
     scales: jax.Array
@@ -41,13 +44,13 @@ class Blockwise(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How an array is cut into blocks.
+    """The division of an array into blocks.
 
     Attributes:
       along: the dimension that blocks lie in.
       block: elements of a block.
-      kept: the dimension split over devices; last in the array of scales, so that they can be split
-        too and that little is lost to tiles of TPUs.
+      kept: the dimension split over devices. It is last in the array of scales, so that they can be
+        split too and that tiles of TPUs waste little.
     """
 
     along: int
@@ -56,7 +59,7 @@ class Layout:
 
 
 def layout(path: str, shape: tuple[int, ...]) -> Layout | None:
-    """The blocks of a parameter's moments; None: they stay in float32. By path and shape alone."""
+    """The blocks of a parameter's moments by its path and shape; None: they stay in float32."""
     if math.prod(shape) < MIN_SIZE or len(shape) < 2 or re.search(EMBEDDINGS, path):
         return None
     kept = split_dim(path, shape)
@@ -83,10 +86,10 @@ class _Decade(NamedTuple):
 
 
 def _decades(signed: bool) -> list[_Decade]:
-    """Rank 0 is 0 and the last rank 1; decade i between has 2^i values, twice that without signs.
+    """The decades of ranks: decade i has 2^i values, or twice that without signs.
 
-    These are the means of neighbours of an even grid from 0.1 to 1 times 10^(i - 6), as in
-    bitsandbytes' `create_dynamic_map`.
+    Rank 0 is 0 and the last rank 1. The values between are the means of neighbours of an even grid
+    from 0.1 to 1 times 10^(i - 6), as in bitsandbytes' `create_dynamic_map`.
     """
     found: list[_Decade] = []
     first, below = 1, 0.0
@@ -102,7 +105,7 @@ def _decades(signed: bool) -> list[_Decade]:
 
 
 def _rank(x: jax.Array, decades: list[_Decade]) -> jax.Array:
-    """Of the value nearest to magnitudes `x` in [0, 1], as float32."""
+    """The ranks of the values nearest to magnitudes `x` in [0, 1], float32 of x's shape."""
     rank = jnp.zeros_like(x)
     for d in decades:
         inside = jnp.round((x - d.low) / d.step) if d.step else jnp.full_like(x, d.first)
@@ -111,6 +114,7 @@ def _rank(x: jax.Array, decades: list[_Decade]) -> jax.Array:
 
 
 def _magnitude(rank: jax.Array, decades: list[_Decade]) -> jax.Array:
+    """The magnitudes of ranks, float32 of rank's shape."""
     value = jnp.zeros_like(rank)
     for d in decades:
         value = jnp.where(rank >= d.first, d.low + d.step * rank, value)
@@ -118,16 +122,19 @@ def _magnitude(rank: jax.Array, decades: list[_Decade]) -> jax.Array:
 
 
 def encode(x: jax.Array, *, signed: bool) -> jax.Array:
-    """Codes uint8 of values in [-1, 1], or [0, 1]: places in the rising list of the 256 values."""
+    """The codes of values in [-1, 1] if `signed`, else [0, 1], uint8 of x's shape.
+
+    A code is a position in the rising list of the 256 values.
+    """
     decades = _decades(signed)
     rank = _rank(jnp.abs(x), decades)
-    if signed:  # 127 is 0; there is no -1
+    if signed:  # code 127 is 0; no code is -1
         rank = 127 + jnp.where(x < 0, -jnp.minimum(rank, 127), rank)
     return rank.astype(jnp.uint8)
 
 
 def decode(codes: jax.Array, *, signed: bool) -> jax.Array:
-    """The values of codes, float32."""
+    """The values of codes, float32 of their shape."""
     rank = codes.astype(jnp.float32)
     if not signed:
         return _magnitude(rank, _decades(signed))
@@ -139,7 +146,7 @@ def decode(codes: jax.Array, *, signed: bool) -> jax.Array:
 
 
 def quantise(x: jax.Array, blocks: Layout, *, signed: bool) -> Blockwise:
-    """x float32, of any shape that `blocks` fits -> codes and the scales of its blocks."""
+    """The codes and the scales of float32 `x`, of any shape that `blocks` fits."""
     cut = _cut(x, blocks)
     scales = jnp.max(jnp.abs(cut), blocks.along + 1, keepdims=True)
     codes = encode(cut / jnp.where(scales > 0, scales, 1), signed=signed)
@@ -148,7 +155,7 @@ def quantise(x: jax.Array, blocks: Layout, *, signed: bool) -> Blockwise:
 
 
 def dequantise(q: Blockwise, blocks: Layout, *, signed: bool) -> jax.Array:
-    """Inverse of `quantise`, up to rounding."""
+    """The float32 array of `quantise`'s result, up to rounding."""
     cut = _cut(decode(q.codes, signed=signed), blocks)
     each = [n for d, n in enumerate(cut.shape) if d != blocks.along + 1]
     kept = each.pop(blocks.kept)
@@ -157,13 +164,13 @@ def dequantise(q: Blockwise, blocks: Layout, *, signed: bool) -> jax.Array:
 
 
 def _cut(x: jax.Array, blocks: Layout) -> jax.Array:
-    """[..., n, ...] -> [..., n / block, block, ...]"""
+    """Reshape [..., n, ...] to [..., n / block, block, ...]."""
     before, n, after = x.shape[: blocks.along], x.shape[blocks.along], x.shape[blocks.along + 1 :]
     return x.reshape(*before, n // blocks.block, blocks.block, *after)
 
 
 def in_blocks(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` on a flat dict of parameters, whose state is kept in 8 bits."""
+    """Return `optax.scale_by_adam` on a flat dict of parameters, with its state kept in 8 bits."""
 
     def pack(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
         roots = jax.tree.map(jnp.sqrt, state.nu)

@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Of the quintic iteration x <- a x + b (x x^T) x + c (x x^T)^2 x, Jordan's choice: five of them
+# Jordan's coefficients of the iteration x <- a x + b (x x^T) x + c (x x^T)^2 x. Five iterations
 # bring singular values from far below 1 to between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
-# Where the Gram matrix pays: products of its size are 4 a step, against 1 and 2 of the whole.
+# The ratio of sides from which the Gram matrix pays: a step has 4 products of its size, instead of
+# 1 and 2 products with the whole matrix.
 _LONG = 1.5
 
 
 class MuonState(NamedTuple):
-    """Updates so far, and the decaying mean of the gradients."""
+    """The number of updates, and the decaying mean of the gradients."""
 
     count: jax.Array  # type: ignore[assignment]  # hides the method of tuples, as optax does
     mu: Any
@@ -34,13 +35,13 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Nesterov's momentum with its singular values near 1, scaled to the RMS that Adam's has.
 
-    Every parameter is a matrix [inputs, outputs], inputs being all of its axes but the last.
+    Every parameter is a matrix [inputs, outputs]; inputs are all of its axes but the last.
 
     Args:
       momentum: decay of the mean of the gradients.
       eps: added to the norm that a matrix is divided by before the iteration.
-      rms: of the update's elements, where all singular values are 1 and the matrix is square.
-      mu_dtype: of the mean between updates; None is that of the parameters.
+      rms: the RMS of the update's elements, for a square matrix with all singular values 1.
+      mu_dtype: dtype of the mean between updates; None is that of the parameters.
     """
 
     def init(params: Any) -> MuonState:
@@ -62,7 +63,7 @@ def scale_by_muon(
 
 
 def orthogonalized(matrices: Any, eps: float) -> Any:
-    """A tree of matrices [..., outputs], their singular values brought to about 1."""
+    """A tree of matrices [..., outputs] with their singular values brought to about 1."""
     leaves, tree = jax.tree.flatten(matrices)
     alike = collections.defaultdict(list)
     for index, matrix in enumerate(leaves):
@@ -76,17 +77,19 @@ def orthogonalized(matrices: Any, eps: float) -> Any:
 
 
 def _sides(matrix: jax.Array) -> tuple[int, int]:
+    """The rows and the columns of a parameter as a matrix."""
     return math.prod(matrix.shape[:-1]), matrix.shape[-1]
 
 
 def _wide(matrix: jax.Array) -> jax.Array:
+    """The matrix of a parameter, transposed if it has more rows than columns."""
     rows, columns = _sides(matrix)
     flat = matrix.reshape(rows, columns)
     return flat.T if rows > columns else flat
 
 
 def _iterated(x: jax.Array, eps: float) -> jax.Array:
-    """Five steps on [k, rows, columns] with no more rows than columns."""
+    """The result of five iterations on [k, rows, columns], rows being at most columns."""
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + eps)
     a, b, c = _COEFFICIENTS
     rows, columns = x.shape[1:]
@@ -95,8 +98,8 @@ def _iterated(x: jax.Array, eps: float) -> jax.Array:
             gram = x @ x.mT
             x = a * x + (b * gram + c * (gram @ gram)) @ x
         return x
-    # All that is multiplied is a polynomial in the Gram matrix, so that the order does not matter:
-    # with p = a + b g + c g^2, x <- p x makes g <- p g p, and x needs the product of all p alone.
+    # All factors are polynomials in the Gram matrix g and commute. With p = a + b g + c g^2,
+    # x <- p x makes g <- p g p, and x needs the product of all p alone.
     gram = x @ x.mT
     product = p = a * jnp.eye(rows, dtype=x.dtype) + b * gram + c * (gram @ gram)
     for _ in range(_STEPS - 1):

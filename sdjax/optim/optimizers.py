@@ -5,9 +5,9 @@ the multiplier of the parameter group, the learning rate. Parameters are one fla
 `{path: array}`; groups are regular expressions over its paths. All state is float32, whatever the
 dtype of the parameters, unless `optim.moments` says otherwise.
 
-A schedule is a function of the number of optimizer steps already taken: it does not know of
-devices, hosts or gradient accumulation. Step `k` (from 0) uses `schedule(k)`; the last one,
-`total_steps - 1`, uses `end_value`.
+A learning-rate schedule is a function of the number of optimizer steps already taken: it does not
+depend on devices, hosts or gradient accumulation. Step `k` (from 0) uses `schedule(k)`; the last
+one, `total_steps - 1`, uses `end_value`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdjax.optim.muon import scale_by_muon
 OPTIMIZERS = (
     "adamw", "adam", "adafactor", "lion", "rmsprop", "sgd", "muon", "schedule_free",
 )  # fmt: skip
-# Ways to keep the moments, and the optimizers that can.
+# The formats of the moments between steps, and the optimizers that have them.
 MOMENTS = {
     "float32": OPTIMIZERS,
     "bfloat16": ("adamw", "adam", "lion", "muon"),
@@ -37,12 +37,12 @@ MOMENTS = {
 }
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "piecewise", "polynomial")
 
-# Decay as a penalty in the gradient, as torch.optim's Adam, SGD and RMSprop do; all others
+# These decay by a penalty in the gradient, as torch.optim's Adam, SGD and RMSprop do. All others
 # decouple it from the direction: p -= lr * (direction + weight_decay * p).
 _L2_DECAY = ("adam", "sgd", "rmsprop")
 
-# Liu et al. 2025, "Muon is Scalable for LLM Training": updates of the RMS that AdamW's have, so
-# that one learning rate serves the matrices (muon) and all other parameters (adam).
+# The RMS of AdamW's updates (Liu et al. 2025, "Muon is Scalable for LLM Training"), so that one
+# learning rate serves the matrices (muon) and all other parameters (adam).
 _MUON_RMS = 0.2
 
 Params = Mapping[str, Any]
@@ -74,9 +74,11 @@ class OptimConfig:
         `boundaries[i]` on.
       clip_norm: largest global norm of the gradient, 0 = no clipping.
       groups: `(regex, multiplier)` pairs searched in the parameter path; the first that matches
-        multiplies the learning rate, 0.0 freezes. What none matches has multiplier 1.
-      moments: how they are kept between steps, one of `MOMENTS`: "float32"; "bfloat16", the first
+        multiplies the learning rate, 0.0 freezes. A path that none matches has multiplier 1.
+      moments: their format between steps, one of `MOMENTS`: "float32"; "bfloat16", the first
         alone, the second stays in float32; "8bit", both (see `sdjax.optim.moments`).
+
+    Raises UserError where a field is out of its range or does not go with `name`.
     """
 
     name: str = "adamw"
@@ -149,6 +151,7 @@ def make_lr_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
     """The learning rate as a function of the optimizer steps already taken.
 
     If `total_steps` ends within the warm-up, the peak and `end_value` are never reached.
+    Raises UserError where `total_steps` is less than 1.
     """
     if total_steps < 1:
         raise UserError(f"total_steps={total_steps}: expected 1 or more")
@@ -178,10 +181,10 @@ def make_lr_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def multipliers(cfg: OptimConfig, paths: Iterable[str]) -> dict[str, float]:
-    """Learning-rate multiplier of each path, by the first group whose regex is found in it.
+    """The learning-rate multiplier of each path, from the first group whose regex is found in it.
 
     Raises:
-      UserError: naming all groups that take no path, with some of the paths there are.
+      UserError: some groups take no path; the message names them, and some of the paths.
     """
     rates: dict[str, float] = {}
     taken = [0] * len(cfg.groups)
@@ -208,14 +211,14 @@ def trainable_paths(cfg: OptimConfig, paths: Iterable[str]) -> set[str]:
 
 
 def decay_mask(params: Params) -> dict[str, bool]:
-    """True where weight decay applies: kernels and embedding tables, not norms or biases."""
+    """Whether weight decay applies to each path: to kernels and tables, not to norms and biases."""
     return {path: leaf.ndim > 1 for path, leaf in params.items()}
 
 
 def is_muons(path: str, ndim: int) -> bool:
     """Whether muon takes a parameter; adam takes all others.
 
-    As its author advises, the first and the last layer and embeddings go to adam.
+    As Muon's author advises, the first and the last layer and embeddings go to adam.
     """
     ends = re.search(r"(^|\.)conv_(in|out)\.", path)
     return path.endswith("kernel") and ndim > 1 and not ends
@@ -230,14 +233,17 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optax transformation for a flat dict of parameters.
 
-    Frozen parameters may be in `abstract_params` or be split off before (`trainable_paths`): they
-    have no moments either way, and the optimizer state is the same.
+    Frozen parameters may be in `abstract_params` or be left out (see `trainable_paths`). They have
+    no moments either way, and the optimizer state is the same.
 
     Args:
       cfg: the optimizer.
       total_steps: optimizer steps of the whole run, for the schedule.
-      abstract_params: `{path: array or ShapeDtypeStruct}` that `init` and `update` will see.
-      all_paths: the paths that `cfg.groups` speaks of, if they are more than these.
+      abstract_params: `{path: array or ShapeDtypeStruct}`, as `init` and `update` take them.
+      all_paths: the paths that `cfg.groups` is about, if they are more than these.
+
+    Raises:
+      UserError: a group takes no path, or `total_steps` is less than 1.
     """
     every = set(abstract_params) | set(all_paths or ())
     rates = multipliers(cfg, sorted(every))
@@ -257,8 +263,8 @@ def make_optimizer(
 
 
 def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation:
-    """What is subtracted from the parameters at learning rate 1, without weight decay."""
-    first = jnp.bfloat16 if cfg.moments == "bfloat16" else None  # None: as the parameters
+    """The direction of an update at learning rate 1, without weight decay; it is subtracted."""
+    first = jnp.bfloat16 if cfg.moments == "bfloat16" else None  # None: the parameters' dtype
     if cfg.name in ("adamw", "adam"):
         adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=first)
         return in_blocks(adam) if cfg.moments == "8bit" else adam
@@ -281,6 +287,8 @@ def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation
 
 
 def _scale_groups(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiply each update by the multiplier of its group."""
+
     def scale(path: str, update: jax.Array) -> jax.Array:
         return update if rates[path] == 1 else update * rates[path]
 
@@ -290,7 +298,7 @@ def _scale_groups(rates: Mapping[str, float]) -> optax.GradientTransformation:
 def _on_trained(
     tx: optax.GradientTransformation, paths: tuple[str, ...]
 ) -> optax.GradientTransformation:
-    """`tx` in float32 on these paths of the dict; the updates of all others are zero."""
+    """Apply `tx` in float32 to these paths of the dict; the updates of all others are zero."""
 
     def pick(tree: Params) -> dict[str, jax.Array]:
         return {p: jnp.asarray(tree[p], jnp.float32) for p in paths}
@@ -311,8 +319,8 @@ def _on_trained(
 def eval_params(opt_state: optax.OptState, params: Params) -> dict[str, jax.Array]:
     """The parameters to evaluate, sample and export with: schedule-free's average, else `params`.
 
-    Schedule-free takes gradients at `y = b1 x + (1 - b1) z`, which is what training holds as
-    its parameters; the model is `x`.
+    Schedule-free takes gradients at `y = b1 x + (1 - b1) z`. Training holds y as its parameters;
+    the model is `x`.
     """
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free)
              if _is_schedule_free(s)]  # fmt: skip

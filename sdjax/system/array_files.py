@@ -1,4 +1,4 @@
-"""Arrays in .npy and .npz files: real numbers and texts, never larger than announced and there."""
+"""Arrays in .npy and .npz files of unknown origin: real numbers and texts of checked size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from sdjax.system.untrusted import brief, check_regular
 
-# Bytes that a small .npz may unpack to; a larger one to so many times its size. Numbers shrink to a
-# half at the best, but for zeros.
+# A .npz may unpack to MOST_UNPACKED bytes, or to _MOST_RATIO times its size if that is more.
+# Numbers other than zeros shrink to a half at best.
 MOST_UNPACKED, _MOST_RATIO = 256 * 2**20, 20
 
 
@@ -22,7 +22,8 @@ def read_npy(path: os.PathLike[str] | str) -> np.ndarray:
     """Return the real numbers in a local .npy file.
 
     Raises:
-        ValueError, TypeError, OSError: it is no such file, or announces more than it has.
+        ValueError, TypeError, OSError: it is no .npy file, or its header announces more than it
+            has.
     """
     size = check_regular(path)
     with open(path, "rb") as file:
@@ -33,7 +34,7 @@ def read_npy(path: os.PathLike[str] | str) -> np.ndarray:
 
 
 def _read_array(file: Any, size: int) -> np.ndarray:
-    """Return the array of a .npy file that has `size` bytes. ValueError if it announces more."""
+    """Return the array of a .npy file of `size` bytes; ValueError if its header announces more."""
     start = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0
     if start != (1, 0):
@@ -50,10 +51,10 @@ def _read_array(file: Any, size: int) -> np.ndarray:
 
 @contextmanager
 def open_npz(path: os.PathLike[str] | str) -> Iterator[Mapping[str, np.ndarray]]:
-    """Open a local .npz file, as {name: array}; each array is read when it is asked for.
+    """Open a local .npz file as {name: array}; an array is read when its name is looked up.
 
     Raises:
-        ValueError, zipfile.BadZipFile, OSError, ...: see `damage`.
+        ValueError, zipfile.BadZipFile, OSError, ...: see `untrusted.damage`.
     """
     check_regular(path)
     with zipfile.ZipFile(path) as archive:
@@ -67,6 +68,8 @@ def open_npz(path: os.PathLike[str] | str) -> Iterator[Mapping[str, np.ndarray]]
 
 
 class _Arrays(Mapping[str, np.ndarray]):
+    """The arrays of an open .npz file by name, each read when it is looked up."""
+
     def __init__(self, archive: zipfile.ZipFile):
         self._archive = archive
         self._names = {name.removesuffix(".npy"): name for name in archive.namelist()}

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept out of what makes many objects and no garbage: a start.
+"""A pause of Python's garbage collector, for a start that makes many objects and no garbage.
 
 Imports and tracing leave millions of objects behind that all live on. The collector looks through
 them again and again, which takes a sixth of a start's time, and finds nothing.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Context in which cycles of garbage are left for later; may be nested."""
+    """A context without collection of cyclic garbage; may be nested."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM: one line, an exit code that means something, and no child process left.
 
 Python's own answer to Ctrl-C is a traceback. It comes when the main thread runs Python again, which
-may be in a compiler for minutes; libraries may swallow it; and it takes the interpreter down around
-the threads of XLA, which may crash it. So here a signal ends the process at once, by a thread of
-its own where the main thread does not hear, and what is to be cleaned up is registered (`at_end`).
+may be in a compiler for minutes. Libraries may swallow it. It also ends the interpreter around the
+threads of XLA, which may crash it. Here a signal ends the process at once. If the main thread does
+not hear it, another thread ends the process. Clean-up is registered with `at_end`.
 
 This file imports nothing that is slow: verbs call `install` before everything else.
 """
@@ -23,22 +23,22 @@ from typing import Any, NoReturn, Self
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + the number of the signal, as in a shell
 
-_PATIENCE = 1.0  # seconds that the main thread has to hear of a signal
+_PATIENCE = 1.0  # seconds that the main thread has to handle a signal
 
 _hint = ""
 _codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
-_asking: dict[int, float] = {}  # how many signals of each number only ask, see `StopSignal`
+_asking: dict[int, float] = {}  # signals of each number that only ask to stop, see `StopSignal`
 _ending = threading.Lock()  # taken by the thread that ends the process
 
-LastCall = Callable[[int, str], object]  # gets the exit code and the line
+LastCall = Callable[[int, str], object]  # takes the exit code and the line
 _calls: list[LastCall] = []
 
 
 def install(hint: str, *, terminated: int = TERMINATED) -> None:
     """Let Ctrl-C and SIGTERM end this program with one line on standard error.
 
-    For programs, from the main thread. A signal that is ignored, as Ctrl-C is by what a shell
-    starts in the background, stays so.
+    Programs call this from the main thread. A signal that is ignored stays ignored, as Ctrl-C is in
+    a program that a shell started in the background.
 
     Args:
         hint: what to do next, the end of the line.
@@ -59,7 +59,7 @@ def install(hint: str, *, terminated: int = TERMINATED) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: signals are its own affair."""
+    """Give both signals their default handlers in a forked child."""
     signal.set_wakeup_fd(-1)
     for number in _codes:
         if signal.getsignal(number) is _interrupt:
@@ -68,7 +68,7 @@ def _forget() -> None:
 
 @contextlib.contextmanager
 def at_end(call: LastCall) -> Iterator[None]:
-    """Call this if a signal ends the process in here, where no `finally` is reached."""
+    """A context that calls `call` if a signal ends the process, where no `finally` is reached."""
     _calls.append(call)
     try:
         yield
@@ -77,12 +77,12 @@ def at_end(call: LastCall) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """The handler of both signals, in the main thread."""
+    """Handle both signals in the main thread."""
     _end(signal.Signals(number))
 
 
 def _listen(pipe: int) -> None:
-    """End the process where the main thread does not."""
+    """End the process if the main thread has not done so within `_PATIENCE`."""
     while True:
         for number in os.read(pipe, 64):
             if number not in _codes:
@@ -98,22 +98,22 @@ def _listen(pipe: int) -> None:
 
 
 def _end(number: signal.Signals) -> NoReturn:
-    """Print the line, stop all child processes, clean up, and end without Python's way out."""
+    """Print the line, stop all child processes, clean up, and exit without Python's shutdown."""
     if threading.current_thread() is threading.main_thread():
         for other in _codes:
             signal.signal(other, signal.SIG_IGN)
     if not _ending.acquire(blocking=False):
-        time.sleep(3600)  # another thread is at it
+        time.sleep(3600)  # another thread ends the process
     code = _codes[number]
     line = f"{'interrupted' if number == signal.SIGINT else 'stopped by SIGTERM'}; {_hint}"
     flush = threading.Thread(target=_flush, daemon=True)  # a full pipe would hold it for ever
     flush.start()
     flush.join(0.5)
-    # After the terminal's ^C, and with the cursor that a progress bar may have hidden.
+    # A new line after the terminal's ^C; the code shows the cursor, which a progress bar may hide.
     text = f"\n\x1b[?25h{line}\n" if os.isatty(2) else f"{line}\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode(errors="replace"))
-        # Other threads may complain of their children's end.
+        # Other threads may report the end of their children.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -130,7 +130,7 @@ def _flush() -> None:
 
 
 def stop_children(grace: float = 2.0) -> None:
-    """SIGTERM to all processes that this one started, and theirs; SIGKILL after `grace` seconds."""
+    """Send SIGTERM to all descendants of this process, and SIGKILL after `grace` seconds."""
     deadline = time.monotonic() + grace
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in (left := _descendants()):
@@ -144,7 +144,7 @@ def stop_children(grace: float = 2.0) -> None:
 
 
 def _descendants() -> list[int]:
-    """Numbers of the processes below this one that have not ended; [] but on Linux."""
+    """The numbers of the running processes below this one; empty except on Linux."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -162,13 +162,13 @@ def _descendants() -> list[int]:
 
 @contextlib.contextmanager
 def ignored_by_children() -> Iterator[None]:
-    """Processes that are started in here ignore Ctrl-C, which a terminal sends to them too.
+    """A context in which started processes ignore Ctrl-C, which a terminal sends to them too.
 
-    Whoever starts them stops them. This process hears it as ever: the thread of `install` does.
+    The caller stops them. This process handles Ctrl-C as before, in the thread of `install`.
     """
     from multiprocessing import resource_tracker
 
-    # A blocked signal stays so in new threads and processes, unless this starts in between.
+    # New threads and processes inherit a blocked signal. The tracker must start before the block.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -178,9 +178,9 @@ def ignored_by_children() -> Iterator[None]:
 
 
 def end_with_parent(*_: object) -> None:
-    """In a process that multiprocessing started: end within a second or two of its parent.
+    """End this process, which multiprocessing started, within two seconds of its parent's end.
 
-    SIGKILL of the parent would leave it waiting for ever. Arguments do not matter.
+    Otherwise it would wait for ever after a SIGKILL of the parent. Arguments are ignored.
     """
     parent = os.getppid()
 
@@ -193,9 +193,9 @@ def end_with_parent(*_: object) -> None:
 
 
 class StopSignal:
-    """Context in which SIGTERM and the first Ctrl-C only ask to stop: `asked` is then True.
+    """A context in which SIGTERM and the first Ctrl-C only set `asked`.
 
-    A second Ctrl-C interrupts at once. Outside of the main thread this does nothing.
+    A second Ctrl-C interrupts at once. In threads other than the main one this does nothing.
     """
 
     def __init__(self) -> None:

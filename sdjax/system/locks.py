@@ -1,12 +1,12 @@
-"""One writer a folder: an advisory lock, held by one process on behalf of all hosts of a run.
+"""One writer for each folder: an advisory lock, which one process holds for all hosts of a run.
 
-The lock is flock(2) on a file in the folder, which the kernel gives back when its process ends,
-by SIGKILL too. The file says who has the lock. It is removed at the end; one that a killed process
-left behind does not lock anything.
+The lock is flock(2) on a file in the folder. The kernel releases it when its process ends, by
+SIGKILL too. The file names the holder, and is removed at the end. A file that a killed process left
+behind locks nothing.
 
 On network file systems flock may reach all machines (NFS from Linux 2.6.12 on, Lustre with -o
 flock), this machine alone, or not exist, and may outlive a machine that was switched off. So the
-holder also touches the file every `BEAT` seconds: on another machine a lock counts as long as the
+holder also touches the file every `BEAT` seconds. On another machine a lock counts as long as the
 file is touched. Two processes that begin in the same seconds may both get a lock where flock does
 not reach the other machine. Buckets (gs://) have no lock at all.
 """
@@ -33,12 +33,12 @@ from sdjax.system import interrupts, paths
 FILE = ".lock"  # in a folder that is filled in place
 BEAT = 10.0  # seconds between two touches of a lock
 GRACE = 5.0  # seconds that a process of this machine has to end, as after SIGKILL
-SILENT = 60.0  # seconds without a touch after which a lock of another machine is nobody's
+SILENT = 60.0  # seconds without a touch after which a lock of another machine is void
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def is_lock(path: paths.Path) -> bool:
-    """Whether a file of a folder is its lock, or one of its locks."""
+    """Whether a file is a lock of its folder."""
     return path.name.startswith(FILE)
 
 
@@ -52,7 +52,7 @@ class Holder:
 
     machine: differs between machines, and from one start of a machine to the next.
     began: the process's start in clock ticks, since a number may be used again; "" if not known.
-    shared: with others that say so.
+    shared: whether other sharing processes may hold the lock too.
     """
 
     program: str
@@ -76,16 +76,17 @@ class Holder:
 def held(
     folder: paths.PathLike, option: str, program: str, *, shared: bool = False, name: str = FILE
 ) -> Iterator[None]:
-    """Make a folder, and hold its lock; in a bucket, only make it.
+    """Make a folder and hold its lock; in a bucket, only make the folder.
 
-    A folder that was made here and is empty at the end is removed: a verb that refuses its input
-    leaves nothing.
+    A folder that was made here and is empty at the end is removed, so that a verb that refuses its
+    input leaves nothing.
 
     Args:
-        option: that named the folder, for messages, as "--workdir".
-        program: whose lock it is, for messages of others.
-        shared: among all that say so, as workers of one sweep.
-        name: of the file; locks of other names are others.
+        option: the option that named the folder, for messages, such as "--workdir".
+        program: the program that holds the lock, for messages of other processes.
+        shared: whether all processes with `shared` may hold the lock together, as workers of a
+            sweep.
+        name: the name of the lock's file; locks of different names are independent.
 
     Raises:
         LockedError: another process has it.
@@ -111,7 +112,7 @@ def held(
 def replacing(target: paths.PathLike, option: str, program: str) -> Iterator[None]:
     """Hold a lock beside a file or folder that appears whole at the end.
 
-    Arguments and errors as of `held`; a folder that is there must be locked by nobody, either.
+    An existing folder must not be locked either. Arguments and errors are those of `held`.
     """
     target = paths.absolute(target)
     if paths.is_remote(target):
@@ -128,6 +129,7 @@ def replacing(target: paths.PathLike, option: str, program: str) -> Iterator[Non
 
 @contextlib.contextmanager
 def _hold(file: Path, what: str, program: str, shared: bool) -> Iterator[None]:
+    """Hold the lock `file`; `what` is the option and its value, for messages."""
     try:
         handle = _acquire(file, what, program, shared)
     except OSError as error:
@@ -147,6 +149,7 @@ def _hold(file: Path, what: str, program: str, shared: bool) -> Iterator[None]:
 
 
 def _beat(handle: int, over: threading.Event) -> None:
+    """Touch the lock every `BEAT` seconds until `over` is set."""
     while not over.wait(BEAT):
         with contextlib.suppress(OSError):
             os.utime(handle)
@@ -156,7 +159,7 @@ _handles: set[int] = set()  # open files of the locks of this process
 
 
 def _close_in_child() -> None:
-    """A forked child shares the locks, and would hold them beyond its parent's end."""
+    """Close the locks in a forked child, which would hold them beyond its parent's end."""
     for handle in _handles:
         with contextlib.suppress(OSError):
             os.close(handle)
@@ -168,15 +171,15 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 def _acquire(file: Path, what: str, program: str, shared: bool) -> int:
     """The open file, locked and with this process's name in it."""
-    watch = _Watch(file, what)
+    watch = _StaleCheck(file, what)
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)  # who had the lock may have removed it
+        file.parent.mkdir(parents=True, exist_ok=True)  # the last holder may have removed it
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             alone = _flock(handle, fcntl.LOCK_EX)
             together = shared and alone is not True and _joins(handle, alone)
             if not _is_at(handle, file):
-                pass  # whoever had it removed it meanwhile: there is another, or none
+                pass  # the last holder has removed this file: try again
             elif together or (alone is not False and watch.is_free(handle, locked=bool(alone))):
                 try:
                     _write(handle, program, shared, append=together)
@@ -195,25 +198,25 @@ def _acquire(file: Path, what: str, program: str, shared: bool) -> int:
         time.sleep(0.05)
 
 
-class _Watch:
-    """Tells locks that somebody has from those that are left over.
+class _StaleCheck:
+    """The check whether a lock has a living holder or was left behind.
 
-    Its methods are asked again and again, and raise LockedError once they are sure.
+    The caller repeats the checks until they decide. They raise LockedError for a living holder.
     """
 
     def __init__(self, file: Path, what: str):
         self._file, self._what = file, what
-        self._seen: tuple[bytes, int] | None = None  # what the file looked like,
-        self._since = time.monotonic()  # and since when
-        self._told = False
+        self._seen: tuple[bytes, int] | None = None  # the file's content and time of change
+        self._since = time.monotonic()  # the time from which it has been so
+        self._announced = False
 
     def is_free(self, handle: int, *, locked: bool) -> bool:
-        """Whether a file that nobody has locked, as far as this machine knows, may be taken."""
+        """Whether the lock may be taken that no process of this machine has by flock."""
         holder = _read(handle)
         if holder is None:
             return True
         if holder.here:
-            # With flock the kernel has spoken.
+            # flock is reliable among processes of one machine.
             return locked or not _is_running(holder) or self._refuse(holder)
         return self._silent_for(handle, holder, 2.5 * BEAT)
 
@@ -227,14 +230,14 @@ class _Watch:
         return False
 
     def _silent_for(self, handle: int, holder: Holder, seconds: float) -> bool:
-        """Whether another machine has not touched the file for so long, by this one's clock."""
+        """Whether another machine has not touched the file for `seconds` by this one's clock."""
         looks = os.pread(handle, 4096, 0), os.fstat(handle).st_mtime_ns
         if self._seen not in (None, looks):
             self._refuse(holder)
         if self._seen is None:
             self._seen, self._since = looks, time.monotonic()
-        if not self._told:
-            self._told = True
+        if not self._announced:
+            self._announced = True
             print(f"{self._file} is of {holder}: seeing whether it lives", file=sys.stderr)
         return time.monotonic() - self._since > seconds
 
@@ -248,7 +251,7 @@ class _Watch:
 
 
 def _flock(handle: int, kind: int) -> bool | None:
-    """Whether the lock was had, without waiting; None where files cannot be locked."""
+    """Whether the lock was taken, without waiting; None where files cannot be locked."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -261,7 +264,7 @@ def _flock(handle: int, kind: int) -> bool | None:
 
 
 def _joins(handle: int, alone: bool | None) -> bool:
-    """Whether a lock that others have is one to share; `alone` as `_flock` answered."""
+    """Whether this process may share the lock of others; `alone` is the result of `_flock`."""
     if alone is None:
         holder = _read(handle)
         return holder is not None and holder.shared
@@ -269,7 +272,7 @@ def _joins(handle: int, alone: bool | None) -> bool:
 
 
 def _is_at(handle: int, file: Path) -> bool:
-    """Whether an open file is still the one of its name."""
+    """Whether an open file is still the one under its name."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(file))
     except FileNotFoundError:
@@ -277,6 +280,7 @@ def _is_at(handle: int, file: Path) -> bool:
 
 
 def _write(handle: int, program: str, shared: bool, *, append: bool) -> None:
+    """Write this process as holder into the lock, beside other holders with `append`."""
     pid = os.getpid()
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = Holder(program, pid, socket.gethostname(), since, _machine(), _began(pid), shared)
@@ -287,7 +291,7 @@ def _write(handle: int, program: str, shared: bool, *, append: bool) -> None:
 
 
 def _read(handle: int) -> Holder | None:
-    """Who has the lock; of several, the first that runs here, or the last."""
+    """The holder of the lock; of several, the first that runs on this machine, or the last."""
     holders = []
     for line in os.pread(handle, 65536, 0).splitlines():
         with contextlib.suppress(ValueError, TypeError, RecursionError):
@@ -299,6 +303,7 @@ def _read(handle: int) -> Holder | None:
 
 
 def _release(handle: int, file: Path, shared: bool) -> None:
+    """Release the lock, and remove its file unless other processes share it."""
     with contextlib.suppress(OSError):
         if _is_at(handle, file) and (not shared or _flock(handle, fcntl.LOCK_EX)):
             file.unlink()
@@ -307,6 +312,7 @@ def _release(handle: int, file: Path, shared: bool) -> None:
 
 @functools.cache
 def _machine() -> str:
+    """A name of this machine since its last start."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -314,6 +320,7 @@ def _machine() -> str:
 
 
 def _began(pid: int) -> str:
+    """The start of a process in clock ticks; "" if it has ended or the system has no /proc."""
     try:
         # proc(5): field 22, counted after the name, which is in parentheses.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -1,8 +1,9 @@
-"""Folders on a disk or in a bucket: whatever folder a user names goes through here.
+"""Paths of files and folders on a disk or in a bucket: every path that a user names.
 
 `gs://bucket/folder` works wherever a local folder does, through etils.epath and the file system
-that is built into TensorFlow. An object in a bucket appears whole or not at all, cannot be appended
-to and cannot be opened by libraries that want a file; a folder there cannot be renamed at a stroke.
+that is built into TensorFlow. An object in a bucket appears whole or not at all. It cannot be
+appended to, and libraries that want a file cannot open it. A folder in a bucket cannot be renamed
+in one step.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from sdjax.errors import UserError, system_error, write_error
 from sdjax.system.interrupts import at_end
 
 if TYPE_CHECKING:
-    from pathlib import Path  # whose methods epath's have, but for those of links and owners
+    from pathlib import Path  # epath has its methods except those of links and owners
 else:
 
     class Path(type(epath.Path())):
         """An epath.Path that lists and matches as pathlib does.
 
         epath's `glob` expands `[v2]` or `*` in the folder's own name too, and then finds nothing or
-        too much: Orbax never merges what it has written there. Its `iterdir` passes over names that
-        end in "~". What Orbax derives from a path of this class is of this class.
+        too much; Orbax then never merges its own files there. epath's `iterdir` skips names that
+        end in "~". Paths that Orbax derives from a path of this class are of this class too.
         """
 
         def iterdir(self) -> Iterator[Path]:
-            """Yield all that is in the folder."""
+            """Yield the paths of all entries of the folder."""
             if is_remote(self):
                 yield from super().iterdir()
             else:
                 yield from (self / name for name in os.listdir(self))
 
         def glob(self, pattern: str) -> Iterator[Path]:
-            """Yield what matches below the folder, level by level; no hidden files."""
+            """Yield the paths below the folder that match, without hidden files."""
             if "**" in pattern.split("/"):
                 raise NotImplementedError(f"{pattern!r}: `**` would list a whole bucket")
             found = [self]
@@ -73,7 +74,7 @@ def to_path(path: PathLike) -> Path:
     """A path with the methods of pathlib, local ("~" is expanded) or in a bucket.
 
     Raises:
-      UserError: it has a scheme other than gs://.
+      UserError: it has a scheme other than gs://, or buckets need a package that is not installed.
     """
     text = os.fspath(path)
     if "://" in text and not (text.startswith("gs://") and text[5:].strip("/")):
@@ -87,41 +88,44 @@ def to_path(path: PathLike) -> Path:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether it is in a bucket."""
+    """Whether a path is in a bucket."""
     return os.fspath(path).startswith("gs://")
 
 
 def absolute(path: PathLike) -> Path:
-    """The same place whatever the working directory. (epath's own breaks gs://.)"""
+    """The absolute path, whatever the working directory. (epath's own method breaks gs://.)"""
     path = to_path(path)
     return path if is_remote(path) else path.absolute()
 
 
 def resolved(path: PathLike) -> Path:
-    """`absolute`, through symbolic links."""
+    """The absolute path, with symbolic links followed."""
     path = absolute(path)
     return path if is_remote(path) else Path(pathlib.Path(path).resolve())
 
 
 def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """What reading and writing may raise, and `more`: for `except`, which asks when one is up."""
+    """The errors that reading and writing may raise, and `more`, for an `except` clause.
+
+    Call it when the error is handled: TensorFlow's errors count once TensorFlow is loaded.
+    """
     tf = sys.modules.get("tensorflow")  # its errors are no OSErrors; not loaded, it raised none
     return (*more, OSError, tf.errors.OpError) if tf is not None else (*more, OSError)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents if need be, and so try early whether it can be reached.
+    """Make a folder and its parents if need be, which also tests early whether it can be reached.
 
     Raises:
       UserError: it cannot be made.
     """
     try:
-        # TensorFlow would try for ever to make a folder in a bucket that is not there.
+        # TensorFlow would try for ever to make a folder in a bucket that does not exist.
         if is_remote(folder) and not Path(f"gs://{folder.parts[2]}").exists():
             raise FileNotFoundError(f"there is no bucket {folder.parts[2]}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,11 @@ def make_folder(folder: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Like `path.exists()`, but a bucket that cannot be reached is a UserError."""
+    """Whether a path exists, as `path.exists()`.
+
+    Raises:
+      UserError: its bucket cannot be reached.
+    """
     try:
         return path.exists()
     except storage_errors() as error:
@@ -146,7 +154,7 @@ def _unreachable(path: Path, what: str, error: Exception) -> str:
 
 @contextmanager
 def reading(path: PathLike) -> Iterator[pathlib.Path]:
-    """A local file with what is in `path`, for libraries that open nothing else."""
+    """A context with a local file of the contents of `path`, for libraries that need one."""
     path = to_path(path)
     if not is_remote(path):
         yield pathlib.Path(path)
@@ -159,7 +167,7 @@ def reading(path: PathLike) -> Iterator[pathlib.Path]:
 
 @contextmanager
 def explained_writes(path: PathLike) -> Iterator[None]:
-    """In here a file is written: what goes wrong is a WriteError that names it.
+    """A context for writing a file: its errors become a WriteError that names `path`.
 
     Libraries in C++ and Rust raise errors of their own, which quote the system's.
     """
@@ -177,7 +185,7 @@ def explained_writes(path: PathLike) -> Iterator[None]:
 
 @contextmanager
 def writing(path: PathLike) -> Iterator[pathlib.Path]:
-    """A local file to write, which becomes `path` at the end of the block, whole or not at all.
+    """A context with a local file to write, which becomes `path` at the end, whole or not at all.
 
     Raises:
         WriteError: it cannot be written.
@@ -211,7 +219,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a whole folder, if it is there."""
+    """Delete a file or a whole folder, if it exists."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():

@@ -1,12 +1,12 @@
-"""How far work has come, for all verbs: a bar on a terminal, plain lines elsewhere.
+"""The progress of a verb's work: a bar on a terminal, plain lines elsewhere.
 
     with progress.work("drawing", 64, unit="pictures") as work:
         for batch in batches:
             ...
             work.advance(len(batch))
 
-Everything goes to standard error, nothing is said of work that ends within seconds, and nothing at
-all outside of `shown`, which the verbs enter and libraries do not.
+Everything goes to standard error. Work that ends within `DELAY` seconds prints nothing. Nothing is
+printed outside of `shown`, which the verbs enter and libraries do not.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sdjax.system import paths
 T = TypeVar("T")
 
 DELAY = 3.0  # seconds of silence
-LINES = (10.0, 300.0)  # seconds between plain lines, which grow with the time that has passed
-_BAR, _POLL = 0.25, 1.0  # seconds between what a bar shows, and between questions to a `poll`
+LINES = (10.0, 300.0)  # least and most seconds between plain lines; a tenth of the time so far
+_BAR, _POLL = 0.25, 1.0  # seconds between updates of a bar, and between calls of a `poll`
 
 _enabled = threading.Event()
 _busy = threading.Lock()  # one work at a time is shown: the outermost
@@ -33,10 +33,10 @@ _busy = threading.Lock()  # one work at a time is shown: the outermost
 
 @contextlib.contextmanager
 def shown(here: bool = True) -> Iterator[None]:
-    """Show the progress of works within the block.
+    """A context in which the progress of works is shown.
 
     Args:
-        here: whether this process is the one that tells it, of several.
+        here: whether this process shows it; one of the processes of a run does.
     """
     before = _enabled.is_set()
     (_enabled.set if here else _enabled.clear)()
@@ -47,17 +47,20 @@ def shown(here: bool = True) -> Iterator[None]:
 
 
 def bytes_read() -> Callable[[], float]:
-    """A `poll` of the bytes that this process has read since now; on Linux, else no answer."""
+    """A `poll` that counts the bytes this process reads from now on; always 0 except on Linux."""
     return _moved("rchar")
 
 
 def bytes_written() -> Callable[[], float]:
-    """A `poll` of the bytes that this process has written since now; on Linux, else no answer."""
+    """A `poll` that counts the bytes this process writes from now on; always 0 except on Linux."""
     return _moved("wchar")
 
 
 def _moved(counter: str) -> Callable[[], float]:
-    """Count the bytes of /proc/self/io (man 5 proc) since now: libraries give no signs of life."""
+    """A count of the bytes that a counter of /proc/self/io (man 5 proc) gains from now on.
+
+    Libraries that read and write report no progress of their own.
+    """
 
     def count() -> int:
         with open("/proc/self/io", encoding="ascii") as file:
@@ -77,31 +80,32 @@ def work(
     unit: str = "",
     poll: Callable[[], float] | None = None,
 ) -> Iterator[Work]:
-    """Tell of the work within the block how much is done and how long the rest will take.
+    """A context that shows how much of the work inside is done, and how long the rest will take.
 
     Args:
-        name: as "drawing".
-        total: how much there is to do; None where nobody knows, and the time alone is shown.
-        unit: as "pictures"; without one, percents are shown.
-        poll: says how much is done, for work that cannot call `advance`; may fail as storage does.
+        name: the work, such as "drawing".
+        total: the amount of work; None if it is not known, and the time alone is shown.
+        unit: the unit of `total`, such as "pictures"; without one, percents are shown.
+        poll: returns the amount done, for work that cannot call `advance`; may fail as storage
+            does.
     """
     made = Work(name, total, unit, poll)
     if not _enabled.is_set() or not _busy.acquire(blocking=False):
         yield made
         return
-    teller = threading.Thread(target=made.tell, name="progress", daemon=True)
-    teller.start()
+    thread = threading.Thread(target=made.show, name="progress", daemon=True)
+    thread.start()
     try:
         yield made
         made.finished = True
     finally:
         made.ended.set()
-        teller.join()
+        thread.join()
         _busy.release()
 
 
 def track(items: Sequence[T], name: str, *, unit: str = "") -> Iterator[T]:
-    """The items one by one, with the progress of what is done with them."""
+    """The items one by one, with the progress of the loop over them."""
     with work(name, len(items), unit=unit) as made:
         for item in items:
             yield item
@@ -109,7 +113,7 @@ def track(items: Sequence[T], name: str, *, unit: str = "") -> Iterator[T]:
 
 
 class Work:
-    """A piece of work, and how much of it is done."""
+    """A piece of work, and the amount of it that is done."""
 
     def __init__(self, name: str, total: float | None, unit: str, poll: Callable[[], float] | None):
         self.name, self.total, self._unit, self._poll = name, total, unit, poll
@@ -117,19 +121,20 @@ class Work:
         self.ended, self.finished = threading.Event(), False
         self._began = time.monotonic()
         self._polled = -_POLL
-        self._first: tuple[float, float] | None = None  # when, how much: the first sign of life
+        self._first: tuple[float, float] | None = None  # time and amount of the first progress
 
     def advance(self, count: float = 1.0) -> None:
-        """So much more is done."""
+        """Add `count` to the amount done."""
         self.done += count
         self._note()
 
     def _note(self) -> None:
+        """Keep the time of the first progress."""
         if self._first is None and self.done:
             self._first = time.monotonic(), self.done
 
     def look(self) -> None:
-        """Bring `done` up to date where it is asked for, which may cost a request to a bucket."""
+        """Update `done` from the `poll`, which may cost a request to a bucket."""
         now = time.monotonic()
         if self._poll is not None and now >= self._polled + _POLL:
             self._polled = now
@@ -138,10 +143,10 @@ class Work:
                 self._note()
 
     def left(self) -> float | None:
-        """Seconds that the rest takes at the speed so far; None where that cannot be told.
+        """The seconds that the rest takes at the speed so far; None if that cannot be estimated.
 
-        What the first part took besides (compilation, the start of workers) is left out as soon as
-        there is a second one.
+        The time of the first part includes compilation or the start of workers. It is left out as
+        soon as there is a second part.
         """
         if not self.total or self._first is None or self.done >= self.total:
             return None
@@ -152,7 +157,7 @@ class Work:
         return rest * (when - self._began) / first
 
     def amount(self) -> str:
-        """As "3 of 64 pictures" or "5 %"; "" where the total is not known."""
+        """The amount done, as "3 of 64 pictures" or "5 %"; "" if the total is not known."""
         if not self.total:
             return ""
         if not self._unit:
@@ -160,22 +165,22 @@ class Work:
         return f"{int(self.done):,} of {int(self.total):,} {self._unit}"
 
     def line(self) -> str:
-        """A plain line, as "drawing: 3 of 64 pictures, 0:40 left"."""
+        """A plain line, such as "drawing: 3 of 64 pictures, 0:40 left"."""
         left = self.left()
         passed = duration(time.monotonic() - self._began)
-        told = [self.amount(), f"{passed} so far" if left is None else f"{duration(left)} left"]
-        return f"{self.name}: {', '.join(filter(None, told))}"
+        parts = [self.amount(), f"{passed} so far" if left is None else f"{duration(left)} left"]
+        return f"{self.name}: {', '.join(filter(None, parts))}"
 
     def last_line(self) -> str:
-        """The line at the end, as "drawing: 64 pictures in 1:20"."""
+        """The line at the end, such as "drawing: 64 pictures in 1:20"."""
         what = f"{int(self.total):,} {self._unit} in " if self.total and self._unit else "took "
         return f"{self.name}: {what}{duration(time.monotonic() - self._began)}"
 
-    def tell(self) -> None:
-        """Show it until it has ended; runs in a thread of its own."""
+    def show(self) -> None:
+        """Show the progress until the work has ended; runs in a thread of its own."""
         if self.ended.wait(DELAY):
             return
-        with contextlib.suppress(OSError, ValueError):  # a standard error that is closed
+        with contextlib.suppress(OSError, ValueError):  # standard error is closed
             (self._bar if _on_terminal() else self._lines)()
 
     def _lines(self) -> None:
@@ -199,7 +204,7 @@ class Work:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=Console(stderr=True),
-            redirect_stdout=False,  # which others read
+            redirect_stdout=False,  # other programs may read it
         )
         with bar:
             task = bar.add_task(self.name, total=self.total or None, amount="", left="")
@@ -219,7 +224,7 @@ def _on_terminal() -> bool:
 
 
 def duration(seconds: float) -> str:
-    """`2d 03:04:05`, `3:04:05` or `4:05`."""
+    """A duration as `2d 03:04:05`, `3:04:05` or `4:05`."""
     total = round(seconds)
     days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
     if days:

@@ -1,6 +1,6 @@
-"""TensorFlow, whoever imports it: quiet, without an accelerator, and not before it is needed.
+"""TensorFlow as every package imports it: quiet, without an accelerator, and only when needed.
 
-It takes two seconds to load. What reads a prepared dataset does without it; TFDS needs it for most
+It takes two seconds to load. Readers of prepared datasets do without it. TFDS needs it for most
 datasets of others, clu for the event files of TensorBoard, and etils for `gs://`.
 """
 
@@ -18,12 +18,12 @@ _NAME = "tensorflow"
 
 
 def prepare() -> None:
-    """Have TensorFlow hide accelerators from itself as soon as it is imported.
+    """Make TensorFlow hide accelerators from itself as soon as it is imported.
 
     JAX must own them: a TensorFlow that sees a GPU takes all of its memory.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or TensorFlow announces that it is on
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow announces that it is on
     if _NAME in sys.modules:
         _hide_accelerators(sys.modules[_NAME])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -36,7 +36,7 @@ def _hide_accelerators(tf: Any) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds TensorFlow where Python does, with a loader that hides accelerators at its end."""
+    """A finder of TensorFlow whose loader hides accelerators once it has loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -50,7 +50,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The loader it is given, and what comes after it."""
+    """A loader that hides accelerators after the loader it wraps has run."""
 
     def __init__(self, loader: Any):
         self._loader = loader
@@ -63,4 +63,4 @@ class _Loader(importlib.abc.Loader):
         _hide_accelerators(module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)  # get_data, is_package, ...: for readers of resources
+        return getattr(self._loader, name)  # readers of resources call get_data, is_package, ...

@@ -1,8 +1,8 @@
-"""Text that users wrote, in any program: whatever file of theirs is text or JSON is read here.
+"""Text and JSON files that users wrote, in any program.
 
-UTF-8 is expected. A byte order mark says otherwise, or says UTF-8 once more, and is never part of
-the text. Lines end at a line feed, a carriage return, or both; `str.splitlines` also breaks them at
-form feeds, U+0085 and U+2028, which people have within a line.
+UTF-8 is expected. A byte order mark announces another encoding, or UTF-8, and is never part of the
+text. Lines end at a line feed, a carriage return, or both. `str.splitlines` also breaks them at
+form feeds, U+0085 and U+2028, which texts contain within a line.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from sdjax.system import paths, untrusted
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # which begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 BOM = "\ufeff"
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; hawser is its older name.
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; hawser is the older name of git-lfs.
 _POINTERS = (
     b"version https://git-lfs.github.com/spec/",
     b"version https://hawser.github.com/spec/",
@@ -38,12 +38,12 @@ class TextError(UserError):
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is what git leaves in the place of a file of git-lfs."""
+    """Whether a file that begins with `start` is a pointer in place of a git-lfs file."""
     return start.startswith(_POINTERS)
 
 
 def pointer_note(path: paths.PathLike) -> str:
-    """`POINTER` if the file is one, else "": for the error of whatever failed to read it."""
+    """The text `POINTER` if the file is a git-lfs pointer, else ""; for messages of errors."""
     try:
         with paths.to_path(path).open("rb") as file:
             return POINTER if is_pointer(file.read(64)) else ""
@@ -71,7 +71,7 @@ def decode(data: bytes) -> str:
     """The text in the bytes of a file, without its byte order mark.
 
     Raises:
-        TextError: it is no text in UTF-8, or in what its mark says.
+        TextError: it is no text in UTF-8, or in the encoding of its mark.
     """
     name = codec(data)
     try:
@@ -88,11 +88,12 @@ def read_text(path: paths.PathLike, *, most: int = untrusted.MOST_TEXT, pipes: b
     """The text of a file.
 
     Args:
-        most: bytes that it may have.
-        pipes: it may be a pipe, as the user named it.
+        most: the largest size in bytes.
+        pipes: whether it may be a pipe, where the user named it.
 
     Raises:
-        TextError: it is not there, cannot be read, is no regular file, is too large, or is no text.
+        TextError: the file is missing, cannot be read, is no regular file, is too large, or is no
+            text.
     """
     path = paths.to_path(path)
     try:

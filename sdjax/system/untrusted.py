@@ -1,6 +1,6 @@
-"""Files that strangers made: what their damage may raise, how it is said, and how much is read.
+"""Files of unknown origin: the errors of damaged ones, their messages, and limits of size.
 
-Whoever reads such a file does so within `explained`. No reader keeps a list of its own.
+Every reader of such a file reads it within `explained`, and keeps no list of errors of its own.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 from sdjax.errors import UserError
 from sdjax.system import paths
 
-# What Python's own parsers raise, and numpy's and JAX's, which raise nothing else. An encrypted zip
-# is a RuntimeError, a broken PNG a SyntaxError, half a letter for protobuf a SystemError.
+# The errors of the parsers of Python, numpy and JAX. An encrypted zip raises a RuntimeError, a
+# broken PNG a SyntaxError, and protobuf a SystemError for half a letter.
 _DAMAGE: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError,
     MemoryError, OSError, RuntimeError, SyntaxError, SystemError, TypeError, ValueError,
     csv.Error, lzma.LZMAError, pickle.PickleError, struct.error, tarfile.TarError,
-    tokenize.TokenError,  # of numpy, which reads its headers as Python
+    tokenize.TokenError,  # numpy reads its headers as Python
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
 )  # fmt: skip
-# Those of libraries, which have raised none unless they are loaded.
+# The errors of libraries. A library that is not loaded has raised none.
 _LIBRARIES = (
     ("PIL.Image", "DecompressionBombError"),
     ("google.protobuf.json_format", "Error"),
@@ -43,13 +43,16 @@ _LIBRARIES = (
 )
 MOST_TEXT = 256 * 2**20  # bytes of a text file
 MOST_JSON = 8 * 2**20  # bytes of a JSON file, which may take 45 times as much memory
-MOST_DEPTH = 100  # of lists and objects within one another
+MOST_DEPTH = 100  # levels of lists and objects within one another
 _LONGEST = 300  # letters of a cause that an error shows
-_ITEMS, _LEVELS, _LETTERS = 6, 3, 80  # of a value that an error shows
+_ITEMS, _LEVELS, _LETTERS = 6, 3, 80  # items, levels and letters of a value that an error shows
 
 
 def damage(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what a damaged file may raise, and `more`: for `except`, which asks when one is up."""
+    """Return the errors that a damaged file may raise, and `more`, for an `except` clause.
+
+    Call it when the error is handled: the errors of a library count once it is loaded.
+    """
     loaded = [getattr(sys.modules.get(module), name, None) for module, name in _LIBRARIES]
     return (*paths.storage_errors(*_DAMAGE), *(kind for kind in loaded if kind), *more)
 
@@ -62,13 +65,13 @@ def explained(
     error: type[UserError] = UserError,
     remedy: str = "get it again, or another",
 ) -> Iterator[None]:
-    """In here a file is read: whatever its damage raises becomes a UserError that names it.
+    """A context for reading a file: an error from damage becomes a UserError that names the file.
 
     Args:
-        path: of the file or folder.
-        kind: the sort of file that was expected, as "a tokenizer".
-        error: which UserError to raise.
-        remedy: for the end of the message.
+        path: the file or folder.
+        kind: the sort of file that was expected, such as "a tokenizer".
+        error: the class of UserError to raise.
+        remedy: the end of the message.
 
     Raises:
         UserError: `error`, with the cause; a UserError from within keeps its words.
@@ -81,7 +84,7 @@ def explained(
             if named and isinstance(found, error):
                 raise
             raise error(str(found) if named else f"{path}: {found}") from found
-        # What pyo3 makes of a panic in Rust (in tokenizers, safetensors) is no Exception.
+        # A panic in Rust (in tokenizers, safetensors) is a BaseException of pyo3.
         if not isinstance(found, damage()) and type(found).__name__ != "PanicException":
             raise
         raise error(f"{path}: cannot be read as {kind} ({why(found)}); {remedy}") from found
@@ -95,7 +98,7 @@ def why(error: BaseException) -> str:
         return "it takes more memory than there is"
     try:
         text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    except ValueError:  # of a number with too many digits
+    except ValueError:  # a number has too many digits
         text = ""
     if "integer string conversion" in text:
         return f"it has a number of more than {sys.get_int_max_str_digits():,} digits"
@@ -106,7 +109,7 @@ def why(error: BaseException) -> str:
 
 
 def brief(value: Any) -> str:
-    """Return a value for a message: as repr has it, but short, whatever the value is.
+    """Return a value for a message: its repr, but short, whatever the value is.
 
     The repr of a list that holds itself in many places is longer than any memory.
     """
@@ -120,7 +123,7 @@ def is_number(name: str) -> bool:
 
 
 def plain(name: Any) -> str:
-    """Return a name for a message as it is, without quotes; short, and whatever it is."""
+    """Return a name for a message: without quotes if it is a short text, else as `brief` does."""
     return name if isinstance(name, str) and len(name) <= _LETTERS else brief(name)
 
 
@@ -153,7 +156,7 @@ def check_regular(path: paths.PathLike) -> int:
 
     Raises:
         UserError: it is a folder, a device, a pipe or a socket.
-        OSError: it is not there.
+        OSError: it does not exist.
     """
     path = paths.to_path(path)
     if paths.is_remote(path):
@@ -169,8 +172,8 @@ def read_bytes(path: paths.PathLike, most: int, *, pipes: bool = False) -> bytes
     """Return the bytes of a file.
 
     Args:
-        most: bytes that it may have.
-        pipes: it may be a pipe or a device, as the user named it.
+        most: the largest size in bytes.
+        pipes: whether it may be a pipe or a device, where the user named it.
 
     Raises:
         UserError: it is no regular file, or has more than `most` bytes.
@@ -180,8 +183,8 @@ def read_bytes(path: paths.PathLike, most: int, *, pipes: bool = False) -> bytes
     size = 0 if pipes else check_regular(path)
     if size <= most:
         with path.open("rb") as file:
-            data = file.read(size + 1)  # no more: a read makes room for all that it is asked for
-            if len(data) > size:  # it grew, or has no size, as those of /proc
+            data = file.read(size + 1)  # a read allocates all the bytes that it may return
+            if len(data) > size:  # it has grown, or has no size, as files of /proc
                 data += file.read(most + 1 - len(data))
         if len(data) <= most:
             return data
@@ -193,7 +196,7 @@ def check_depth(value: Any, most: int = MOST_DEPTH) -> None:
     """Raise a ValueError if lists and dictionaries are nested more than `most` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most):
-        # By identity: in YAML the same list may stand in many places, and in itself.
+        # By identity: a list of YAML may occur in many places, and in itself.
         inner = {
             id(part): part
             for outer in level

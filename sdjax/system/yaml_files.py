@@ -1,4 +1,4 @@
-"""YAML that users wrote or were given: no objects, no bombs, no key twice."""
+"""YAML files of unknown origin: no objects, no small file that grows large, no repeated key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_yaml(path: paths.PathLike) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which yaml would drop the first without a word.
+    """A loader that refuses repeated keys, of which yaml drops the first silently.
 
     It refuses merges too, which double a small file at every line.
     """
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
                 )
             name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(name, Hashable):
-                continue  # yaml's own error, below
+                continue  # the call below raises yaml's own error
             if name in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"{brief(name)} is there twice", problem_mark=key.start_mark
