@@ -5,7 +5,7 @@
     python benchmarks/tpu_layers.py --layers=64x64 --batch=32 --json=layers.json
 
 The peer of each variant is the other variants of the same layer. No TPU is needed: libtpu compiles
-ahead of time, and the time is the planner's estimate (docs/scaling.md): matrix products by the
+ahead of time, and the time is the planner's estimate (docs/planning.md): matrix products by the
 compiler's cycles, all else by its traffic, kernels of Pallas by their declared cost, which was
 taken from the instructions they compile to. The same program always gives the same numbers. A layer
 takes its arguments from HBM and leaves its results there, which in a network often fuse with what

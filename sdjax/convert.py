@@ -16,7 +16,7 @@ float32, there and back gives the same bits.
 
 --average writes the mean of several models in place of one: of checkpoints of a run, or of runs
 that began from the same weights. --ema_length writes the average of a run over another length than
-it tracked. Both are often better models than the last checkpoint (docs/evaluation.md).
+it tracked. Both are often better models than the last checkpoint (docs/averages.md).
 
 Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """

@@ -8,7 +8,7 @@ grid.png shows them all with their prompts. A picture depends on its number, the
 settings alone, not on the batch size.
 
 Why a picture is as it is: --explain shows where each word went, --trajectory how the picture came
-out of the noise, --interpolate what lies between two prompts or two seeds. docs/evaluation.md has
+out of the noise, --interpolate what lies between two prompts or two seeds. docs/explaining.md has
 examples. Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130
 Ctrl-C.
 """

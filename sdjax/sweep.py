@@ -58,7 +58,7 @@ config_flags.DEFINE_config_file(
     "config", None, f"All trials start from it. {verbs.CONFIG_HELP}", flag_values=FLAGS
 )
 _SPACE = flags.DEFINE_string(
-    "space", None, "YAML file with the fields to try; see above and docs/evaluation.md.",
+    "space", None, "YAML file with the fields to try; see above and docs/sweeps.md.",
     flag_values=FLAGS,
 )  # fmt: skip
 _WORKDIR = flags.DEFINE_string(

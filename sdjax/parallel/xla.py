@@ -2,8 +2,8 @@
 
 The options go with the compilation of the step and nowhere else, so the planner and the trainer
 tell the compiler the same, and no environment variable has to be set. Who sets a flag in XLA_FLAGS
-or LIBTPU_INIT_ARGS, or names it in `train.xla_options`, is right. docs/benchmarks.md lists what was
-tried and left out.
+or LIBTPU_INIT_ARGS, or names it in `train.xla_options`, is right. docs/notes/speed.md lists what
+was tried and left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = (
     # XLA turns the gather of a split weight and the product after it into a loop of
     # collective-permutes and partial products. That suits large weights split over few chips; here
     # it made programs several times as long, with more traffic, so gathers stay gathers.
-    # (docs/scaling.md; found with the planner.)
+    # (docs/planning.md; found with the planner.)
     Option("tpu", "xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000", collectives=False),
     # Sums of gradients run in the background of what is computed next ("async collective fusion",
     # as MaxText's benchmarks/xla_flags_library.py sets it; with gathers XLA does so by itself). An

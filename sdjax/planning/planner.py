@@ -73,7 +73,7 @@ class Planner:
         return build(config, task, make_mesh(config.mesh, self.devices))
 
     def plan(self, config: Config) -> Plan:
-        """Everything that is known of a step of `config`; see docs/scaling.md for the fields.
+        """Everything that is known of a step of `config`; see docs/planning.md for the fields.
 
         Raises:
             UserError: the mesh or the batch does not fit the devices.

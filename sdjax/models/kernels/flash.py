@@ -81,8 +81,8 @@ def _kernel(heads: int, largest: int, length: int, keys: int, interpret: bool):
 # arXiv:2307.08691, section 3.1).
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 # What the vector units add to that, in products of 128 lanes, by the instructions the kernels
-# compile to for v5p (docs/benchmarks.md): 6.6 and 11 cycles for tiles of 8 x 128 scores, of which
-# each product takes 2.
+# compile to for v5p (docs/notes/tpu_layers.md): 6.6 and 11 cycles for tiles of 8 x 128 scores, of
+# which each product takes 2.
 VECTOR = {"splash_mha_fwd": 1.3, "splash_mha_dkv": 0.5}
 
 

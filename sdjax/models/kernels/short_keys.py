@@ -130,9 +130,9 @@ def _cost(q: Array, k: Array, heads: int, width: int, *, products: int) -> pl.Co
     """What a kernel costs: FLOPs that the matrix unit could do in the time it takes.
 
     Each product runs over whole tiles of 128 lanes. What the vector units do with the scores
-    between them takes as long again, by the instructions these kernels compile to for v5p (docs/
-    benchmarks.md): for tiles of 8 x 128 scores forward 7 to 11 cycles, of which 4 are products,
-    backward 17 to 22, of which 10 are.
+    between them takes as long again, by the instructions these kernels compile to for v5p
+    (docs/notes/tpu_layers.md): for tiles of 8 x 128 scores forward 7 to 11 cycles, of which 4 are
+    products, backward 17 to 22, of which 10 are.
     """
     (batch, length, channels), padded = q.shape, k.shape[1]
     tiles = sum(_up((h + 1) * width) - h * width // LANES * LANES for h in range(heads)) // LANES
