@@ -57,10 +57,12 @@ class SamplerConfig:
       where there are two or more steps).
     spacing: "leading" (multiples of T // steps, plus steps_offset), "trailing" (from T - 1, for
       zero-terminal-SNR schedules) or "linspace"; flow_euler has its own.
+    steps_offset: added to each timestep of "leading".
     eta: noise of ddim, 0 (none) to 1 (as much as ddpm).
     karras: the noise levels of Karras et al. 2022, eq. 5 (euler, heun, dpmpp_2m, unipc).
     set_alpha_to_one: ddim and pndm end at alpha = 1, not at the table's first alpha as SD does.
     clip_sample: limit each estimate of x0 to +-clip_sample_range (ddpm, ddim, heun).
+    clip_sample_range: that limit.
 
     Raises UserError where a field is out of its range or does not go with `name`.
     """

@@ -32,11 +32,18 @@ class ObjectiveConfig:
     prediction_type: "epsilon", "v_prediction", "sample" or "flow".
     timestep_sampling: "uniform", "logit_normal" (logit_mean, logit_std), "mode" (mode_scale) or
       "cosmap".
+    logit_mean, logit_std: mean and deviation of the timestep's logit in "logit_normal".
+    mode_scale: s of "mode" (SD3, arXiv 2403.03206, section 3.1); 0 is uniform.
     stratified: spread the timesteps evenly over the global batch instead of drawing each alone.
     timestep_min, timestep_max: train on t in [min, max) only; a max of 0 is the schedule's end.
     weighting: "uniform", "min_snr" (min_snr_gamma), "p2" (p2_k, p2_gamma), "debiased",
-      "edm" (sigma_data: standard deviation of the scaled latents), "cosmap" (flow only).
+      "edm" (sigma_data), "cosmap" (flow only).
+    min_snr_gamma: gamma of "min_snr", where it caps the signal-to-noise ratio.
+    p2_k, p2_gamma: k and gamma of "p2"; a gamma of 0 is uniform.
+    sigma_data: standard deviation of the scaled latents, for "edm".
     loss: "l2" or "huber" with width huber_c, constant or falling with the noise (huber_schedule).
+    huber_c: c of the pseudo-Huber loss, 2 c (sqrt(d**2 + c**2) - c).
+    huber_schedule: HUBER_SCHEDULES.
     offset_noise: strength of noise that is constant over each channel, part of the target.
     input_perturbation: strength of extra noise on xt that is not part of the target.
     caption_dropout: share of captions replaced by the null caption, for classifier-free guidance.

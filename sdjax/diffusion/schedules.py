@@ -28,6 +28,7 @@ class ScheduleConfig:
     kind: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" (tables over integer timesteps,
       variance preserving) or "flow" (rectified flow: alpha = 1 - t/T, sigma = t/T, t real).
     beta_start, beta_end: ends of the beta range (unused by squaredcos_cap_v2 and flow).
+    num_train_timesteps: T, the length of the table.
     zero_terminal_snr: rescale the table so that the last timestep is pure noise
       (Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", alg. 1).
     snr_scale: multiplies the signal-to-noise ratio at every timestep; (64 / latent side)**2 keeps

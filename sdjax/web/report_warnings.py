@@ -175,7 +175,7 @@ def _waiting(metrics: Metrics) -> Iterator[Warning]:
             "warn",
             f"The devices waited for data {share:.1%} of the time",
             "Decode in more processes or threads (data.workers, data.threads), keep more batches "
-            "ready (data.prefetch), or encode the data ahead with sdjax.encode.",
+            "ready (data.prefetch), or encode the data ahead with sdjax.prepare --encode.",
         )
 
 
