@@ -207,3 +207,13 @@ def test_make_target_named_in_a_page_exists(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     named = [m for c in commands_of(page) for m in re.findall(r"^(?:\w+=\S+ )*make ([\w-]+)", c)]
     assert set(named) <= targets
+
+
+def test_every_page_has_its_place_in_the_site_and_every_note_in_the_index():
+    named = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    top = {"index.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"}  # docs/site_pages.py
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert pages | top == set(named)
+    linked = set(re.findall(r"\]\(([\w/]+\.md)\)", text_of("docs/notes/index.md")))
+    notes = {page.removeprefix("notes/") for page in pages if page.startswith("notes/")}
+    assert notes - {"index.md"} <= linked
