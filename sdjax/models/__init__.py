@@ -1,1 +1,1 @@
-"""The networks, as nnx modules: arrays in, arrays out. They know nothing of meshes or training."""
+"""The networks, as nnx modules: arrays in, arrays out. They do not depend on meshes or training."""

@@ -1,4 +1,4 @@
-"""Attention, behind one function, and the transformer blocks of the networks.
+"""The function `attention`, and the transformer blocks of the networks.
 
 Attribute names are those of diffusers (models/attention.py, models/transformers/transformer_2d.py).
 """
@@ -25,9 +25,9 @@ _KERNELS = {
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: bool = False) -> Array:
-    """Scaled dot-product attention, softmax in float32 whatever the dtype of the inputs.
+    """Scaled dot-product attention, with the softmax in float32 whatever the dtype of the inputs.
 
-    By the kernel that `choice.choose` names; outside `placement.placed` by plain products.
+    `choice.choose` selects the kernel. Outside `placement.placed` plain products compute it.
 
     Args:
         q: [B, L, heads, D].
@@ -49,19 +49,22 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
 
 
 def _logits(q: Array, k: Array) -> Array:
-    """q [B, L, heads, D], k [B, M, heads, D] -> the softmax's argument [B, heads, L, M] float32."""
+    """The argument of the softmax, [B, heads, L, M] float32.
+
+    q: [B, L, heads, D]; k: [B, M, heads, D].
+    """
     logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
     return logits * q.shape[-1] ** -0.5
 
 
 def _largest_logit(q: Array, k: Array) -> Array:
-    """Head by head: all the logits at once are what flash attention is there to avoid."""
+    """The largest logit, float32 scalar, computed head by head: all logits at once may not fit."""
     q, k = (jnp.moveaxis(x, 2, 0)[..., None, :] for x in (q, k))  # [heads, B, L, 1, D]
     return jax.lax.map(lambda head: _logits(*head).max(), (q, k)).max()
 
 
 class Attention(nnx.Module):
-    """Multi-head attention over tokens, to themselves or to a context of another width.
+    """Multi-head attention of tokens to themselves, or to a context of another width.
 
     Args:
         channels: width of the tokens; the heads divide it.
@@ -89,7 +92,7 @@ class Attention(nnx.Module):
         self.heads, self.upcast = heads, upcast
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
-        """x [B, L, C], context [B, M, D] or None -> [B, L, C]."""
+        """Map x [B, L, C], context [B, M, D] or None to [B, L, C]."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))  # [B, L, heads, D]
@@ -98,6 +101,7 @@ class Attention(nnx.Module):
         return self.to_out[0](out.reshape(x.shape))
 
     def _offer(self, q: Array, k: Array) -> None:
+        """Offer the probabilities and the largest logit to `capture`."""
         if self.upcast:
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
         capture.offer(self, capture.PROBABILITIES, lambda: jax.nn.softmax(_logits(q, k)))
@@ -105,7 +109,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """hidden * gelu(gate), both halves of one projection, hidden first (LDM attention.py)."""
+    """The product hidden * gelu(gate) of the halves of one projection (LDM attention.py)."""
 
     def __init__(self, channels: int, features: int, **kw: Any):
         self.proj = linear(channels, 2 * features, **kw)
@@ -116,11 +120,11 @@ class GEGLU(nnx.Module):
 
 
 class NoParameters(nnx.Module):
-    """Holds a place in a list where diffusers has a layer without weights (dropout)."""
+    """A placeholder in a list, where diffusers has a layer without weights (dropout)."""
 
 
 class FeedForward(nnx.Module):
-    """[..., C] -> GEGLU of width 4 C -> [..., C]."""
+    """Two dense layers with a GEGLU of width 4 C between: [..., C] to [..., C]."""
 
     def __init__(self, channels: int, **kw: Any):
         widen, narrow = GEGLU(channels, 4 * channels, **kw), linear(4 * channels, channels, **kw)
@@ -131,7 +135,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
+    """Self-attention, cross-attention, feed-forward, each after a norm and added to its input."""
 
     def __init__(
         self, channels: int, heads: int, context_channels: int, *, upcast: bool = False, **kw: Any
@@ -146,7 +150,7 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """x [B, L, C], context [B, M, D] -> [B, L, C]."""
+        """Map x [B, L, C], context [B, M, D] to [B, L, C]."""
         x = activation(x + self.attn1(self.norm1(x)))
         x = activation(x + self.attn2(self.norm2(x), context))
         return capture.output(self, activation(x + self.ff(self.norm3(x))))
@@ -161,8 +165,8 @@ class Transformer2D(nnx.Module):
         context_channels: width of the text context.
         depth: number of transformer blocks.
         groups: groups of the input norm.
-        use_linear_projection: dense projections (SD2, SDXL) instead of 1x1 convolutions (SD1). The
-            same function, with differently shaped weights.
+        use_linear_projection: dense projections (SD2, SDXL) instead of 1x1 convolutions (SD1). Both
+            are the same function, with differently shaped weights.
         upcast: see `attention`.
         remat: see `layers.rematerialised`.
     """
@@ -192,7 +196,7 @@ class Transformer2D(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """x [B, H, W, C], context [B, M, D] -> [B, H, W, C]."""
+        """Map x [B, H, W, C], context [B, M, D] to [B, H, W, C]."""
         residual, (b, h, w, c) = x, x.shape
         x = activation(self.proj_in(self.norm(x)).reshape(b, h * w, c))  # [B, H*W, C]
         for block in self.transformer_blocks:

@@ -24,7 +24,7 @@ from sdjax.models.placement import activation
 
 
 class ResnetBlock(nnx.Module):
-    """norm, silu, conv; plus the time embedding; norm, silu, dropout, conv; plus the input.
+    """A residual block: norm, silu, conv; the time embedding; norm, silu, dropout, conv; the input.
 
     Args:
         channels_in, channels_out: widths; a 1x1 convolution carries the input where they differ.
@@ -57,7 +57,7 @@ class ResnetBlock(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, x: Array, temb: Array | None = None, key: Array | None = None) -> Array:
-        """x [B, H, W, C_in], temb [B, T], dropout key or None -> [B, H, W, C_out]."""
+        """Map x [B, H, W, C_in], temb [B, T] or None, dropout key or None to [B, H, W, C_out]."""
         hidden = self.conv1(silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(silu(temb))[:, None, None]  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ class ResnetBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves the sizes (rounding up when symmetric, down when not) by a strided convolution.
+    """A strided convolution that halves the sizes, rounded up if symmetric and down if not.
 
     The UNet pads by 1 on all sides; the VAE below and to the right only (diffusers
     downsampling.py, `padding == 0`).

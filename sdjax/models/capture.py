@@ -1,15 +1,15 @@
 """Intermediate arrays of a network, for a caller that asks for them.
 
-The networks offer what is inside them (`output`, `offer`), each array under the path of its module,
-which is that of diffusers. Outside `capturing` an offer means nothing and makes nothing: the traced
-program is the same to the last operation.
+The networks offer arrays inside them (`output`, `offer`), each under the path of its module, which
+is that of diffusers. Outside `capturing` an offer does nothing: the traced program is the same to
+the last operation.
 
     with capturing(unet, probabilities=lambda path: path.endswith("attn2")) as found:
         out = unet(xt, t, context)
     probabilities = found.take()  # {path: [B, heads, L, M]}
 
-What is captured belongs to the trace that it is captured in, like every traced array. Within the
-body of a `lax.scan` it has to be taken, and made part of what the body returns, in the body.
+A captured array belongs to its trace, like every traced array. The body of a `lax.scan` must call
+`take` itself, and return the arrays.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PROBABILITIES, LOGITS, OUTPUT = "probabilities", "logits", "output"
 
 
 @dataclasses.dataclass(eq=False)
-class Record:
-    """What has been captured, by path.
+class Capture:
+    """The arrays captured so far, by path.
 
     paths: the path of each module of the network, by its identity.
-    wants: whether an array of a kind is wanted of the module at a path.
+    wants: whether to capture an array of the kind, (path, kind) -> bool.
     """
 
     paths: Mapping[int, str]
@@ -43,12 +43,12 @@ class Record:
     arrays: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def take(self) -> dict[str, Array]:
-        """{path: array} of what has come since the last call."""
+        """Return {path: array} of the arrays since the last call."""
         taken, self.arrays = self.arrays, {}
         return taken
 
 
-_record: ContextVar[Record | None] = ContextVar("capture", default=None)
+_capture: ContextVar[Capture | None] = ContextVar("capture", default=None)
 
 
 def paths(network: nnx.Module) -> dict[int, str]:
@@ -65,16 +65,16 @@ def capturing(
     *,
     probabilities: Callable[[str], bool] | None = None,
     maxima: bool = False,
-) -> Iterator[Record]:
-    """Calls of the network in here leave arrays in the record that is given.
+) -> Iterator[Capture]:
+    """A context in which calls of the network leave arrays in the Capture that it yields.
 
     Args:
-        network: whose modules are captured; others that run in here are not.
-        probabilities: which attention layers to take the probabilities of, by path:
+        network: the network to capture; other networks that run inside are not captured.
+        probabilities: whether to capture the probabilities of the attention layer at a path:
             [B, heads, L, M] float32, the softmax over M.
-        maxima: under the path of an attention layer its largest logit (the softmax's argument),
-            under that of every residual and transformer block and every change of resolution the
-            largest absolute value it gives; float32 scalars.
+        maxima: whether to capture maxima, float32 scalars. An attention layer's is its largest
+            logit (the softmax's argument). A residual or transformer block's, and a change of
+            resolution's, is the largest absolute value of its output.
 
     Raises:
         ValueError: at the first block that is rematerialised: arrays cannot leave it.
@@ -85,32 +85,32 @@ def capturing(
             return probabilities is not None and probabilities(path)
         return maxima
 
-    token = _record.set(Record(paths(network), wants))
+    token = _capture.set(Capture(paths(network), wants))
     try:
-        yield _record.get()  # type: ignore[misc]
+        yield _capture.get()  # type: ignore[misc]
     finally:
-        _record.reset(token)
+        _capture.reset(token)
 
 
 def offer(module: nnx.Module, kind: str, make: Callable[[], Array]) -> None:
-    """Leave `make()` under the module's path, if somebody wants arrays of this kind of it."""
-    record = _record.get()
-    if record is None:
+    """Keep `make()` under the module's path, if a `capturing` wants arrays of this kind from it."""
+    capture = _capture.get()
+    if capture is None:
         return
-    path = record.paths.get(id(module))
-    if path is not None and record.wants(path, kind):
-        record.arrays[path] = make()
+    path = capture.paths.get(id(module))
+    if path is not None and capture.wants(path, kind):
+        capture.arrays[path] = make()
 
 
 def output(module: nnx.Module, x: Array) -> Array:
-    """x, what a block gives, as it is; its largest absolute value is offered."""
+    """Return x, the output of a block, and offer its largest absolute value."""
     offer(module, OUTPUT, lambda: jnp.abs(x).max().astype(jnp.float32))
     return x
 
 
 def refuse_remat(remat: str) -> None:
-    """Raises a ValueError within `capturing`: what is recomputed keeps its arrays to itself."""
-    if _record.get() is not None:
+    """Raise a ValueError within `capturing`: arrays cannot leave a block that is recomputed."""
+    if _capture.get() is not None:
         raise ValueError(
             f"remat = {remat!r}: nothing can be captured of a network that is rematerialised; "
             "build it with remat = 'none', its parameters are the same"
@@ -124,13 +124,13 @@ def maxima(
     timesteps: Array,
     context: Any,
 ) -> dict[str, Array]:
-    """Largest activations and attention logits of a UNet. Jittable.
+    """The largest activations and attention logits of a UNet. Jittable.
 
     Logits grow before training diverges (Dehghani et al. 2023, "Scaling Vision Transformers to 22
     Billion Parameters", section 3.1); activations past 3.4e38 overflow bfloat16, 6.5e4 float16.
 
     Args:
-        graph: of `weights.abstract(UNet, config, dtype=...)`, without remat.
+        graph: the graph of `weights.abstract(UNet, config, dtype=...)`, without remat.
         params: {path: array} of the UNet alone.
         xt, timesteps, context: see `UNet.__call__`.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Encoder, dense
+from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Transformer, dense
 from sdjax.models.config import check, check_bounds, json_values, read_config
 from sdjax.models.layers import (
     Array,
@@ -28,12 +28,12 @@ from sdjax.models.layers import (
 from sdjax.models.placement import activation
 from sdjax.models.products import Embed
 
-# Deviation of new token embeddings; positions take half, as in CLIP. CLIP's own is 0.02, beside
-# layers that add values of about 1: the state of a word then says less of the word than of the
-# caption so far (docs/notes/first_pictures.md).
+# Standard deviation of new token embeddings; positions take half, as in CLIP. CLIP's own value is
+# 0.02, but the layers add values of about 1. The state of a word would then depend less on the word
+# than on the caption before it (docs/notes/first_pictures.md).
 TOKEN_STD = 0.5
 
-# Defaults of transformers' CLIPTextConfig where they are not those of SD1.5's encoder.
+# Defaults of transformers' CLIPTextConfig that differ from SD1.5's encoder.
 _ABSENT = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -41,7 +41,7 @@ _ABSENT = {
     "bos_token_id": 49406,
     "eos_token_id": 49407,
 }
-# How to draw new weights, dropout that CLIP never had, software.
+# Initialisation of new weights, dropout that CLIP does not have, and settings of software.
 _IGNORED = frozenset(
     "initializer_range initializer_factor dropout transformers_version torch_dtype "
     "dtype use_cache return_dict torchscript tie_word_embeddings output_attentions "
@@ -68,15 +68,17 @@ _TEXT_BOUNDS: dict[str, tuple[float, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """A CLIP text encoder; the defaults are SD1.5's.
+    """The shape of a CLIP text encoder; the defaults are SD1.5's.
 
     hidden_act: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP; the exact one).
     num_hidden_layers: SD2 takes the last but one of OpenCLIP-H's 24 layers: 23 here.
-    eos_token_id: where `pooled` reads. 2 means the highest id of the caption, the convention of
-      checkpoints with a wrong id in their config.
+    eos_token_id: the token whose state `pooled` returns. 2 means the highest id of the caption, the
+      convention of checkpoints with a wrong id in their config.
     projection_dim: width of the pooled caption, for a `CLIPTextModelWithProjection`; None for a
-      `CLIPTextModel`, whose files name one for a head that they lack.
-    bos_token_id, pad_token_id: for the reader of the written file; the network does not use them.
+      `CLIPTextModel`, whose files have this field although they lack the projection.
+    bos_token_id, pad_token_id: for readers of the written file; the network does not use them.
+
+    Raises ValueError that names a field, its value and the expected values.
     """
 
     vocab_size: int = 49408
@@ -113,10 +115,10 @@ class CLIPTextConfig:
     def from_json(
         cls, data: Mapping[str, Any], where: str = "config.json"
     ) -> tuple[CLIPTextConfig, list[str]]:
-        """(config, names of ignored fields) of a transformers `config.json`.
+        """Read a transformers `config.json`; return the config and the names of ignored fields.
 
         Raises:
-            ConfigError: listing the fields that are unknown or not supported.
+            ConfigError: some fields are unknown or not supported; the message lists them.
         """
         values, absent = dict(data), dict(_ABSENT)
         if has_projection(data):
@@ -135,7 +137,7 @@ class CLIPTextConfig:
         return config, sorted({*ignored, *(data.keys() - values.keys())})
 
     def to_json(self) -> dict[str, Any]:
-        """What transformers 4 and 5 need to load the weights as the class of `architectures`."""
+        """The config.json for transformers 4 and 5, which load the class of `architectures`."""
         return {
             "architectures": [self.architecture],
             "model_type": "clip_text_model",
@@ -145,18 +147,18 @@ class CLIPTextConfig:
 
     @property
     def architecture(self) -> str:
-        """The class of transformers."""
+        """The class of transformers that has this network."""
         return "CLIPTextModelWithProjection" if self.projection_dim else "CLIPTextModel"
 
 
 def has_projection(data: Mapping[str, Any]) -> bool:
-    """Whether a text encoder's config.json is of a `CLIPTextModelWithProjection`."""
+    """Whether a text encoder's config.json is that of a `CLIPTextModelWithProjection`."""
     classes = data.get("architectures")
     return isinstance(classes, list | tuple) and "CLIPTextModelWithProjection" in classes
 
 
 class CLIPText(nnx.Module):
-    """The text encoder. Tokens [B, L] to context [B, L, hidden_size]."""
+    """The text encoder: tokens [B, L] to context [B, L, hidden_size]."""
 
     def __init__(
         self,
@@ -171,7 +173,7 @@ class CLIPText(nnx.Module):
         self.config, self.remat = config, remat
         kw = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embeddings = Embeddings(config, **kw)
-        self.encoder = Encoder(config, **kw)
+        self.encoder = Transformer(config, **kw)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.text_projection = (
             dense(config, config.hidden_size, config.projection_dim, bias=False, **kw)
@@ -180,7 +182,7 @@ class CLIPText(nnx.Module):
         )
 
     def __call__(self, tokens: Array, *, key: Array | None = None) -> Array:
-        """Last hidden state after the final norm, float32 [B, L, D].
+        """The last hidden state after the final norm, float32 [B, L, D].
 
         Args:
             tokens: [B, L] int32, L up to `max_position_embeddings`.
@@ -189,7 +191,7 @@ class CLIPText(nnx.Module):
         return self.normed(self.hidden_states(tokens, key=key)[-1])
 
     def penultimate(self, tokens: Array, *, key: Array | None = None) -> tuple[Array, Array | None]:
-        """What SDXL takes of an encoder, in float32.
+        """The two outputs of an encoder that SDXL uses, in float32.
 
         Returns:
             The last but one hidden state, which no norm follows, [B, L, D]; and the projection of
@@ -207,26 +209,29 @@ class CLIPText(nnx.Module):
         x = self.embeddings(tokens)
         states = [x]
         for i, layer in enumerate(self.encoder.layers):
-            # A layer is all there is to recompute at once, for "full" too.
+            # With "full" too, one layer is recomputed at once: it is the largest unit here.
             level = "stage" if self.remat == "full" else "block"
             x = rematerialised(layer, self.remat, level=level)(x, fold_key(key, i))
             states.append(x)
         return states
 
     def normed(self, hidden: Array) -> Array:
-        """`hidden` after the final norm, in float32."""
+        """The states `hidden` [B, L, D] after the final norm, in float32."""
         return self.final_layer_norm(hidden).astype(jnp.float32)
 
     def pooled(self, hidden: Array, tokens: Array) -> Array:
-        """The state at each caption's end, [B, D] of [B, L, D]: its first EOS."""
+        """The state at the first EOS of each caption, [B, D].
+
+        hidden: [B, L, D]; tokens: [B, L].
+        """
         eos = self.config.eos_token_id
-        # 2 is what configs said before transformers knew better: take the highest id, the EOS.
+        # Old configs have 2, which is not the id of EOS. The highest id of a caption is EOS.
         at = tokens.argmax(-1) if eos == 2 else (tokens == eos).argmax(-1)
         return jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
 
 
 class Embeddings(nnx.Module):
-    """Tokens [B, L] to [B, L, D]: a vector for the token plus one for its position."""
+    """The sum of a vector for each token and one for its position: tokens [B, L] to [B, L, D]."""
 
     def __init__(self, config: CLIPTextConfig, **kw: Any):
         width = config.hidden_size
@@ -249,6 +254,6 @@ class Embeddings(nnx.Module):
                 "in a row"
             )
         x = self.token_embedding(tokens)
-        # Repeated before they are rounded, so that their gradients add up in the table's dtype.
+        # Broadcast before the cast, so that gradients are summed in the table's dtype.
         rows = self.position_embedding.embedding[...][:length]
         return activation(x + jnp.broadcast_to(rows, x.shape).astype(x.dtype))

@@ -1,4 +1,4 @@
-"""The transformer layers that CLIP's text encoder and its vision tower are both made of.
+"""The transformer layers of CLIP's text encoder and of its vision tower.
 
 Names and initialisation are those of transformers' modeling_clip.py and OpenAI's clip/model.py.
 """
@@ -17,7 +17,7 @@ from sdjax.models.placement import activation
 from sdjax.models.products import Linear
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-# Far beyond any text encoder of this kind: the largest has 32 layers, a width of 1,280.
+# Far beyond any CLIP: the largest has 32 layers and a width of 1,280.
 BOUNDS: dict[str, tuple[float, float]] = {
     "hidden_size": (1, 65_536),
     "intermediate_size": (1, 1_048_576),
@@ -28,7 +28,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-class EncoderConfig(Protocol):
+class TransformerConfig(Protocol):
     """The fields of a config that the layers read."""
 
     @property
@@ -47,20 +47,20 @@ class EncoderConfig(Protocol):
     def hidden_act(self) -> str: ...
     @property
     def causal(self) -> bool:
-        """Whether a token sees those before it alone."""
+        """Whether a token attends to itself and earlier tokens only."""
 
 
-class Encoder(nnx.Module):
-    """The layers, under the name that transformers gives them."""
+class Transformer(nnx.Module):
+    """The layers, in a list named as in transformers."""
 
-    def __init__(self, config: EncoderConfig, **kw: Any):
+    def __init__(self, config: TransformerConfig, **kw: Any):
         self.layers = nnx.List([Layer(config, **kw) for _ in range(config.num_hidden_layers)])
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each after a norm and added to its input. [B, L, D] to the same."""
+    """Attention and MLP; each normalises its input and is added to it. [B, L, D] to the same."""
 
-    def __init__(self, config: EncoderConfig, **kw: Any):
+    def __init__(self, config: TransformerConfig, **kw: Any):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.self_attn = SelfAttention(config, **kw)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
@@ -72,9 +72,9 @@ class Layer(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention, causal if the config says so. [B, L, D] to the same."""
+    """Multi-head attention, causal if the config is. [B, L, D] to the same."""
 
-    def __init__(self, config: EncoderConfig, **kw: Any):
+    def __init__(self, config: TransformerConfig, **kw: Any):
         self.q_proj, self.k_proj, self.v_proj = (
             dense(config, config.hidden_size, config.hidden_size, **kw) for _ in range(3)
         )
@@ -93,9 +93,9 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two dense layers with the config's activation between. [B, L, D] to the same."""
+    """Two dense layers with the config's activation between them. [B, L, D] to the same."""
 
-    def __init__(self, config: EncoderConfig, **kw: Any):
+    def __init__(self, config: TransformerConfig, **kw: Any):
         self.fc1 = dense(
             config, config.hidden_size, config.intermediate_size,
             std=(2 * config.hidden_size) ** -0.5, **kw,
@@ -108,7 +108,7 @@ class MLP(nnx.Module):
 
 
 def dense(
-    config: EncoderConfig,
+    config: TransformerConfig,
     features_in: int,
     features_out: int,
     *,
@@ -118,8 +118,8 @@ def dense(
 ) -> Linear:
     """A dense layer with the initialisation of OpenAI CLIP (clip/model.py, initialize_parameters).
 
-    Its deviation is width^-1/2; the layers that add to the residual stream, of which there are two
-    a block, start smaller by the root of their number.
+    Its standard deviation is width^-1/2. For layers that add to the residual stream (two a block)
+    it is divided by the square root of their number.
     """
     std = config.hidden_size**-0.5 if std is None else std
     if residual:
@@ -130,7 +130,7 @@ def dense(
 def _attention_with_dropout(
     q: Array, k: Array, v: Array, rate: float, key: Array, *, causal: bool
 ) -> Array:
-    """Attention with dropout on its weights, which kernels do not offer."""
+    """Attention with dropout of its weights, which kernels do not have: [B, L, heads, D]."""
     logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
     logits *= q.shape[-1] ** -0.5
     if causal:

@@ -1,4 +1,4 @@
-"""CLIP's image tower: a vision transformer whose class token is projected to where texts lie.
+"""CLIP's image tower: a vision transformer that projects its class token to the space of the texts.
 
 Attribute names are those of transformers 5 (models/clip/modeling_clip.py, `CLIPVisionModel` and
 `CLIPVisionModelWithProjection`), fields those of the `vision_config` in its `config.json`.
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdjax.models.clip import CLIPTextConfig
-from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Encoder
+from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Transformer
 from sdjax.models.config import ConfigError, check, check_bounds, read_config
 from sdjax.models.layers import Array, LayerNorm, normal_init
 from sdjax.models.products import Conv, Embed, Linear
 from sdjax.system.untrusted import brief
 
-# What transformers 4 wrote of every config, generation and labels included (configuration_utils.py,
-# PretrainedConfig): none of it is read by CLIP.
+# Fields that transformers 4 writes into every config, for generation and labels among others
+# (configuration_utils.py, PretrainedConfig). CLIP reads none of them.
 _SOFTWARE = frozenset(
     "bad_words_ids begin_suppress_tokens decoder_start_token_id "
     "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
@@ -51,10 +51,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """A CLIP image tower; the defaults are transformers', of OpenAI's ViT-B/32.
+    """The shape of a CLIP image tower; the defaults are transformers', for OpenAI's ViT-B/32.
 
     image_size: side of the square pictures; patch_size: of the patches they are cut into.
     projection_dim: length of a picture's features.
+
+    Raises ValueError that names a field, its value and the expected values.
     """
 
     hidden_size: int = 768
@@ -85,10 +87,10 @@ class CLIPVisionConfig:
 def read_clip_config(
     data: Mapping[str, Any], where: str = "config.json"
 ) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
-    """Both towers of a `CLIPModel`'s config.json, as written by transformers 4 or 5.
+    """Both towers' configs from a `CLIPModel`'s config.json, as transformers 4 or 5 writes it.
 
     Raises:
-        ConfigError: it is of another model, or listing the fields that are unknown.
+        ConfigError: it is another model's, or has unknown fields, which the message lists.
     """
     kind = data.get("model_type")
     if kind != "clip":
@@ -98,13 +100,13 @@ def read_clip_config(
         )
     parts: dict[str, dict[str, Any]] = {}
     for name in ("text_config", "vision_config"):
-        # Where a file of before 2023 has "..._dict", that and its defaults count and nothing of the
-        # other (CLIPConfig.__post_init__).
+        # Files from before 2023 have "..._dict", which replaces the other group, defaults included
+        # (CLIPConfig.__post_init__).
         chosen = data.get(f"{name}_dict")
         chosen = (data.get(name) or {}) if chosen is None else chosen
         if not isinstance(chosen, Mapping):
             raise ConfigError(f"{where}: {name} = {brief(chosen)}: expected a group of fields")
-        # The width of the whole model is what its projections have.
+        # The width of both projections is a field of the whole model.
         parts[name] = {**chosen, "projection_dim": data.get("projection_dim", 512)}
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     text = {k: v for k, v in parts["text_config"].items() if k in ids or k not in _SOFTWARE}
@@ -120,20 +122,20 @@ def read_clip_config(
 
 
 class CLIPVision(nnx.Module):
-    """Pictures [B, S, S, 3] to features [B, projection_dim], `CLIPVisionModelWithProjection`."""
+    """Pictures [B, S, S, 3] to features [B, projection_dim], as `CLIPVisionModelWithProjection`."""
 
     def __init__(self, config: CLIPVisionConfig, **kw: Any):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = PatchEmbeddings(config, **kw)
         self.pre_layrnorm = LayerNorm(width, eps=eps, **kw)  # spelt like this in every checkpoint
-        self.encoder = Encoder(config, **kw)
+        self.encoder = Transformer(config, **kw)
         self.post_layernorm = LayerNorm(width, eps=eps, **kw)
         self.visual_projection = Linear(
             width, config.projection_dim, bias=False, kernel_init=normal_init(width**-0.5), **kw
         )
 
     def __call__(self, pixels: Array) -> Array:
-        """float32 [B, projection_dim].
+        """The features of pictures, float32 [B, projection_dim].
 
         Args:
             pixels: [B, image_size, image_size, 3], normalised.
@@ -145,7 +147,7 @@ class CLIPVision(nnx.Module):
 
 
 class PatchEmbeddings(nnx.Module):
-    """[B, S, S, 3] to [B, 1 + patches, D]: a class token, then the patches in rows."""
+    """A class token, then the patches row by row: [B, S, S, 3] to [B, 1 + patches, D]."""
 
     def __init__(self, config: CLIPVisionConfig, **kw: Any):
         width, patch = config.hidden_size, config.patch_size

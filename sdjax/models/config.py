@@ -1,9 +1,13 @@
 """Reading a model's `config.json` (diffusers or transformers) into a frozen dataclass, strictly.
 
-A checkpoint's config decides what the network computes. A field that is silently dropped is a model
-that silently differs, so each key of the file must be one of: a field of the dataclass; a field
-known to leave the maths alone (returned as ignored); or a field of the reference implementation
-that stands at the one value under which it does nothing. Anything else is an error.
+A checkpoint's config decides what the network computes. A field that is silently dropped makes a
+model that silently differs. So each key of the file must be one of three:
+
+- a field of the dataclass;
+- a field that does not change the maths (returned as ignored);
+- a field of the reference implementation at the one value under which it does nothing.
+
+Any other key is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from sdjax.errors import UserError
 from sdjax.system.untrusted import brief, check_depth, plain
 
 Config = TypeVar("Config")
-_MOST_PROBLEMS = 40  # that an error shows
+_MOST_PROBLEMS = 40  # problems that an error shows
 
 
 class ConfigError(UserError):
@@ -35,7 +39,7 @@ def read_config(
     absent: Mapping[str, Any] | None = None,
     null: Mapping[str, Any] | None = None,
 ) -> tuple[Config, list[str]]:
-    """Builds `cls` from parsed JSON.
+    """Build `cls` from parsed JSON; return it and the sorted names of the keys that were ignored.
 
     Args:
         cls: a frozen dataclass whose fields bear the names of the JSON.
@@ -47,10 +51,7 @@ def read_config(
             list in the file passes when each of its entries does.
         absent: the reference's defaults for fields missing from the file, where they are not the
             defaults of `cls`.
-        null: what `null` stands for in fields that the reference declares optional.
-
-    Returns:
-        The config and the sorted names of the keys that were ignored.
+        null: the meaning of `null` in fields that the reference declares optional.
 
     Raises:
         ConfigError: listing every unknown or unsupported field with its value.
@@ -89,7 +90,7 @@ def read_config(
 
 
 def json_values(config: Any) -> dict[str, Any]:
-    """The fields of a config dataclass with tuples as lists, as `json.dump` wants them."""
+    """The fields of a config dataclass as `json.dump` takes them: tuples become lists."""
     return {field.name: _lists(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -111,17 +112,17 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def check(condition: bool, field: str, value: Any, expected: str) -> None:
-    """Raises a ValueError that names the field, its value and what is expected."""
+    """Raise a ValueError that names the field, its value and `expected`, unless `condition`."""
     if not condition:
         raise ValueError(f"{field} = {brief(value)}: expected {expected}")
 
 
 def check_bounds(config: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Checks numbers of a config, or each number of a tuple; None passes.
+    """Check the numbers of a config, or each number of a tuple; None passes.
 
     Args:
-        bounds: {field: (least, most)}. A file may ask for a network that no machine can build, or
-            has the time to describe.
+        bounds: {field: (least, most)}. Without bounds, a file could ask for a network that no
+            machine can build, or that takes for ever to describe.
 
     Raises:
         ValueError: naming the field, its value and its bounds. NaN is outside all.
@@ -134,6 +135,7 @@ def check_bounds(config: Any, bounds: Mapping[str, tuple[float, float]]) -> None
 
 
 def _report(where: str, name: str, problems: list[str]) -> str:
+    """The message of a ConfigError about `problems`."""
     more = len(problems) - _MOST_PROBLEMS
     shown = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
     lines = "\n".join(f"  {problem}" for problem in shown)
@@ -144,6 +146,7 @@ def _report(where: str, name: str, problems: list[str]) -> str:
 
 
 def _is_neutral(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether `value`, or each entry of it, is one of the allowed values."""
     entries = value if isinstance(value, (list, tuple)) and value else [value]
     return all(
         any(entry == a and isinstance(entry, bool) == isinstance(a, bool) for a in allowed)
@@ -152,10 +155,12 @@ def _is_neutral(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 
 def _tuples(value: Any) -> Any:
+    """The value with lists as tuples."""
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _lists(value: Any) -> Any:
+    """The value with tuples as lists."""
     return [_lists(v) for v in value] if isinstance(value, tuple) else value
 
 

@@ -1,4 +1,4 @@
-"""The layers that the networks are made of: arrays in, arrays out, channels last.
+"""The layers of the networks: arrays in, arrays out, channels last.
 
 Precision: parameters in `param_dtype`; matrix products and convolutions in `dtype`; statistics of
 the norms, softmax and timestep phases in float32. Every constructor takes the keyword arguments
@@ -28,18 +28,18 @@ Dtype = Any
 
 
 def fan_in_uniform(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Linear and Conv2d.
+    """Draw U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Linear and Conv2d.
 
     That is kaiming_uniform(a=sqrt(5)), of variance 1 / (3 fan_in).
     """
     size = math.prod(shape)
     bound = (shape[-1] / size) ** 0.5
-    # A draw of one dimension has the same values as one of `shape`, and compiles 3 times as fast.
+    # A draw in one dimension has the same values as one in `shape`, and compiles 3 times as fast.
     return jax.random.uniform(key, (size,), dtype, -bound, bound).reshape(shape)
 
 
 def normal_init(std: float) -> Callable:
-    """An initialiser N(0, std^2), drawn flat as above."""
+    """An initialiser N(0, std^2), which draws in one dimension as above."""
 
     def draw(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
@@ -65,7 +65,7 @@ def conv(
     zero: bool = False,
     **kw: Any,
 ) -> Conv:
-    """A 2-D convolution, channels last, padded to keep the size unless `padding` says otherwise."""
+    """A 2-D convolution, channels last, padded to keep the size unless `padding` is given."""
     init = nnx.initializers.zeros if zero else fan_in_uniform
     pad = (kernel - 1) // 2
     return Conv(
@@ -104,12 +104,12 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps, self.dtype = groups, eps, dtype
 
     def __call__(self, x: Array) -> Array:
-        """[B, ..., C] -> the same shape, in `dtype`."""
+        """Normalise x [B, ..., C]; the result has its shape, in `dtype`."""
         shape, channels = x.shape, x.shape[-1]
         x = x.astype(jnp.float32).reshape(shape[0], -1, channels)  # [B, N, C]
 
-        # Reducing over positions first and over the channels of a group afterwards keeps the big
-        # array in one layout: no [.., G, C/G] view with its short innermost dimension.
+        # Reducing over positions first, and then over the channels of a group, keeps the large
+        # array in one layout. A [.., G, C/G] view would have a short innermost dimension.
         def group_mean(per_channel: Array) -> Array:  # [B, C] -> [B, 1, C]
             grouped = per_channel.reshape(-1, self.groups, channels // self.groups).mean(-1)
             return jnp.repeat(grouped, channels // self.groups, axis=-1)[:, None]
@@ -138,7 +138,7 @@ class LayerNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Array) -> Array:
-        """[..., C] -> the same shape, in `dtype`."""
+        """Normalise x [..., C]; the result has its shape, in `dtype`."""
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         variance = jnp.square(x).mean(-1, keepdims=True)
@@ -147,7 +147,7 @@ class LayerNorm(nnx.Module):
 
 
 def silu(x: Array) -> Array:
-    """x sigmoid(x)."""
+    """The activation x sigmoid(x)."""
     return jax.nn.silu(x)
 
 
@@ -159,12 +159,12 @@ def gelu(x: Array) -> Array:
 
 
 def quick_gelu(x: Array) -> Array:
-    """x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    """The activation x sigmoid(1.702 x) of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; the identity when `key` is None or `rate` is 0."""
+    """Apply inverted dropout; the identity when `key` is None or `rate` is 0."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -179,12 +179,12 @@ def fold_key(key: Array | None, index: int) -> Array | None:
 def timestep_embedding(
     timesteps: Array, channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
 ) -> Array:
-    """Sinusoidal embedding of [B] timesteps, [B, channels] in float32 (diffusers embeddings.py).
+    """The sinusoidal embedding of timesteps [B], float32 [B, channels] (diffusers embeddings.py).
 
-    `flip_sin_to_cos` puts the cosines first. bfloat16 would tell apart only 507 of 1000 timesteps.
+    `flip_sin_to_cos` puts the cosines first. bfloat16 would distinguish only 507 of 1000 timesteps.
     """
     half = channels // 2
-    # On the host: at t = 999 an accelerator's approximate exp would be visible in the phases.
+    # On the host: at t = 999 the error of an accelerator's exp would be visible in the phases.
     exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32)
     frequencies = np.exp(exponent / np.float32(half - freq_shift))
     phases = timesteps.astype(jnp.float32)[:, None] * frequencies  # [B, half]
@@ -193,9 +193,10 @@ def timestep_embedding(
 
 
 def upsample_nearest(x: Array, height: int, width: int) -> Array:
-    """[B, H, W, C] -> [B, height, width, C], each size twice the input's or one less.
+    """Repeat each pixel of [B, H, W, C] to [B, height, width, C], twice the size or one less.
 
     Equals torch's interpolate(size=..., mode="nearest") at these sizes.
+    Raises ValueError for other sizes.
     """
     b, h, w, c = x.shape
     if height not in (2 * h, 2 * h - 1) or width not in (2 * w, 2 * w - 1):
@@ -205,7 +206,7 @@ def upsample_nearest(x: Array, height: int, width: int) -> Array:
 
 
 def check_remat(remat: str) -> None:
-    """Raises a ValueError unless `remat` is one of `rematerialised`'s."""
+    """Raise a ValueError unless `remat` is a value that `rematerialised` takes."""
     if remat not in ("none", "block", "attention", "full") and remat not in _policies():
         raise ValueError(
             f"remat = {remat!r}: expected 'none', 'block', 'attention', 'full' or the name of a "
@@ -214,15 +215,15 @@ def check_remat(remat: str) -> None:
 
 
 def rematerialised(function: Callable, remat: str, *, level: str) -> Callable:
-    """`function`, recomputed in the backward pass where `remat` says so.
+    """Return `function`, recomputed in the backward pass if `remat` applies at its level.
 
     Args:
         function: a module or function of arrays (and None); it may close over parameters.
-        remat: "none" stores all activations; "block" recomputes each residual or transformer
-            block; "attention" too, but keeps what its flash kernels (of long sequences, on TPUs)
-            give, so that they need not run again; "full" each level of the network at once, and
-            within it nothing is stored beyond what its backward pass needs; a policy name works at
-            blocks and stores what the policy allows.
+        remat: "none" stores all activations. "block" recomputes each residual or transformer block.
+            "attention" does so too, but keeps the outputs of its flash kernels (of long sequences,
+            on TPUs), so that they need not run again. "full" recomputes each stage of the network
+            at once, and nothing within it is stored beyond the needs of its backward pass. The name
+            of a policy works at blocks and stores the arrays that the policy allows.
         level: "block" or "stage", the size of `function`.
     """
     if remat == "none" or level != ("stage" if remat == "full" else "block"):
@@ -237,7 +238,7 @@ def rematerialised(function: Callable, remat: str, *, level: str) -> Callable:
 
 
 def _policies() -> tuple[str, ...]:
-    """Policies that are used by name alone; the others of jax need arguments."""
+    """The policies that are used by name alone; jax's other policies need arguments."""
     return (
         "everything_saveable",
         "nothing_saveable",

@@ -1,10 +1,10 @@
-"""Where activations lie, decided by the caller.
+"""The placement of activations on devices, which the caller decides.
 
-The networks know of no mesh. They say of an array that its leading dimension is the batch
-(`activation`), and of a kernel that it works on each example and head alone (`per_device`); outside
-`placed` both mean nothing. Without the first, the compiler now and then prefers to split an
-activation like the parameter it meets next and moves whole batches between devices; a Pallas kernel
-without the second would be run on the whole batch by every device.
+The networks do not depend on a mesh. They mark an array whose leading dimension is the batch
+(`activation`), and a kernel that works on each example and head alone (`per_device`). Outside
+`placed` both marks do nothing. Without the first, the compiler sometimes splits an activation like
+the parameter it meets next, and moves whole batches between devices. Without the second, every
+device would run a Pallas kernel on the whole batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class Placement(Protocol):
-    """What a caller may decide; see `sdjax.parallel.activations`."""
+    """The decisions of a caller; see `sdjax.parallel.activations`."""
 
     @property
     def kernels(self) -> str:
@@ -32,13 +32,13 @@ class Placement(Protocol):
         """The kernel that is wanted, a value of `model.attention`."""
 
     def activation(self, x: Array) -> Array:
-        """x [B, ...] -> the same array, split along its batch alone."""
+        """Return x [B, ...], split along its batch alone."""
 
     def summed(self, product: Callable[[Array, Array], Array], x: Array, dy: Array) -> Array:
-        """`product(x, dy)`, a sum over examples, in float32; x and dy are [B, ...]."""
+        """Return `product(x, dy)`, a sum over examples, in float32; x and dy are [B, ...]."""
 
     def per_device(self, kernel: Callable[..., Array], *arrays: Array) -> Array:
-        """`kernel(*arrays)` of arrays [B, L, heads, D], on each device's examples and heads."""
+        """Return `kernel(*arrays)`, run on each device's examples and heads of [B, L, heads, D]."""
 
 
 _placement: ContextVar[Placement | None] = ContextVar("placement", default=None)
@@ -46,7 +46,7 @@ _placement: ContextVar[Placement | None] = ContextVar("placement", default=None)
 
 @contextlib.contextmanager
 def placed(placement: Placement) -> Iterator[None]:
-    """Networks that are traced in here follow `placement`."""
+    """A context in which networks are traced with `placement`."""
     token = _placement.set(placement)
     try:
         yield
@@ -55,7 +55,7 @@ def placed(placement: Placement) -> Iterator[None]:
 
 
 def activation(x: Array) -> Array:
-    """x [B, ...] -> the same array; outside `placed` untouched."""
+    """Return x [B, ...], split along its batch alone; outside `placed` unchanged."""
     placement = _placement.get()
     return x if placement is None else placement.activation(x)
 
@@ -73,15 +73,15 @@ def attention() -> str:
 
 
 def per_device(kernel: Callable[..., Array], *arrays: Array) -> Array:
-    """`kernel(*arrays)` of arrays [B, L, heads, D]; outside `placed` simply that."""
+    """Return `kernel(*arrays)` of arrays [B, L, heads, D], by `Placement.per_device`."""
     placement = _placement.get()
     return kernel(*arrays) if placement is None else placement.per_device(kernel, *arrays)
 
 
 def summed(product: Callable[[Array, Array], Array], x: Array, dy: Array) -> Array:
-    """`product(x, dy)`, a sum over the examples of x and dy [B, ...], in float32.
+    """Return `product(x, dy)`, a sum over the examples of x and dy [B, ...], in float32.
 
-    What devices have of it is added up in float32, also where the product is in 16 bits.
+    The sum over devices is in float32 even where the product is in 16 bits.
     """
     placement = _placement.get()
     if placement is None:

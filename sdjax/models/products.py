@@ -2,8 +2,8 @@
 
 Differentiating `x @ kernel.astype(bfloat16)` gives the gradient of the kernel in bfloat16: each
 device rounds its part, and the sum over devices is taken in bfloat16 too. Here that product
-leaves the matrix unit in float32, as it was accumulated there, so that gradients are summed over
-devices and micro-batches in float32. On the way forward nothing changes.
+leaves the matrix unit in float32, the dtype of its accumulation. Gradients are summed over devices
+and micro-batches in float32. The forward pass does not change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Linear(nnx.Module):
-    """x [..., in] @ kernel [in, out] + bias [out]."""
+    """A dense layer: x [..., in] @ kernel [in, out] + bias [out]."""
 
     def __init__(
         self,
@@ -41,19 +41,19 @@ class Linear(nnx.Module):
     ):
         shape, zeros = (features_in, features_out), nnx.initializers.zeros
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        # Zeros take a key like any other draw, so that layers draw what flax's own do.
+        # Zeros take a key like any other draw, so that layers draw the same values as flax's own.
         self.bias = nnx.Param(zeros(rngs.params(), shape[1:], param_dtype)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        """[..., in] -> [..., out] in `dtype`."""
+        """Map x [..., in] to [..., out] in `dtype`."""
         (y,) = self.parts(x, 1)
         return y
 
     def parts(self, x: Array, count: int) -> list[Array]:
-        """`jnp.split(self(x), count, axis=-1)`, by as many products.
+        """Return `jnp.split(self(x), count, axis=-1)`, computed by `count` products.
 
-        Going back, the gradients of the parts are then not put together into one large array.
+        The backward pass then does not join the gradients of the parts into one large array.
         """
         x = x.astype(self.dtype)
         ys = [_dense(x, kernel) for kernel in jnp.split(self.kernel[...], count, axis=1)]
@@ -64,7 +64,7 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Convolution of [B, H, W, in] with kernel [kH, kW, in, out], plus bias [out]."""
+    """A convolution of [B, H, W, in] with kernel [kH, kW, in, out], plus bias [out]."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class Conv(nnx.Module):
         self.strides, self.padding, self.dtype = strides, padding, dtype
 
     def __call__(self, x: Array) -> Array:
-        """[B, H, W, in] -> [B, H', W', out] in `dtype`."""
+        """Map x [B, H, W, in] to [B, H', W', out] in `dtype`."""
         y = _conv(x.astype(self.dtype), self.kernel[...], self.strides, self.padding)
         return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
 class Embed(nnx.Module):
-    """Rows of a table [count, features]."""
+    """A table [count, features] of which rows are looked up."""
 
     def __init__(
         self,
@@ -108,14 +108,17 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, index: Array) -> Array:
-        """[...] integers -> [..., features] in `dtype`; rounded after the look-up, so that the
-        gradients of rows that are used twice add up in the table's own dtype."""
+        """Map integers [...] to rows [..., features] in `dtype`.
+
+        The cast follows the look-up, so that gradients of a row that is used twice are summed in
+        the table's own dtype.
+        """
         return jnp.take(self.embedding[...], index, axis=0).astype(self.dtype)
 
 
 # ---- the products and their gradients ----------------------------------------------------------
-# Forward rules compute the product in the open, not by calling the function that they belong to: a
-# policy of jax.checkpoint such as "dots_saveable" does not see what is within one.
+# Forward rules compute the product themselves instead of calling the function that they belong to:
+# a policy of jax.checkpoint such as "dots_saveable" does not see into such a function.
 
 
 @jax.custom_vjp
@@ -168,7 +171,7 @@ _conv.defvjp(_conv_forward, _conv_backward)
 def _conv_dkernel(
     x: Array, dy: Array, shape: tuple[int, ...], strides: tuple[int, int], padding: Padding
 ) -> Array:
-    """[kH, kW, in, out] float32: x convolved with dy, over the batch and the positions."""
+    """The gradient of the kernel, [kH, kW, in, out] float32: x convolved with dy."""
     pads = [
         (low, shape[i] + (dy.shape[i + 1] - 1) * strides[i] - x.shape[i + 1] - low)
         for i, (low, _) in enumerate(padding)
@@ -182,12 +185,12 @@ def _conv_dkernel(
     )
 
     def ordered(x: Array, dy: Array) -> Array:
-        # cuDNN gives [out, kH, kW, in]. Put in order at once, it is half as large as in float32,
-        # and the optimizer goes through arrays of one order.
+        # cuDNN gives [out, kH, kW, in]. Here the array is half as large as in float32, and the
+        # optimizer reads arrays of one layout.
         return with_layout_constraint(correlate(x, dy), Layout((0, 1, 2, 3)))
 
-    # cuDNN has no such convolution from 16 bits to 32: it accumulates in 32 and rounds the result,
-    # that of each device.
+    # cuDNN has no such convolution from 16 bits to 32: it accumulates in 32 bits and rounds the
+    # result of each device.
     rounded = partial(summed, ordered)
     wide = partial(correlate, preferred_element_type=jnp.float32)
     return lax.platform_dependent(x, dy, cuda=rounded, rocm=rounded, default=wide)

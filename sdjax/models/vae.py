@@ -1,8 +1,8 @@
 """The image autoencoder of latent diffusion (diffusers `AutoencoderKL`).
 
 `encode` returns moments, not a sample, so that stored encodings do not freeze the noise. Latents
-leave and enter unscaled; `scale_latents` and `unscale_latents` go to and from what a diffusion
-model sees.
+leave and enter unscaled; `scale_latents` and `unscale_latents` convert to and from the latents of a
+diffusion model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # force_upcast tells pipelines which dtype to run in.
 _IGNORED = frozenset({"force_upcast"})
-# Far beyond any autoencoder there is: Stable Diffusion's has 4 levels of 2 layers, widths to 512.
+# Far beyond any autoencoder: Stable Diffusion's has 4 levels of 2 layers, widths to 512.
 _MOST_LEVELS = 10
 _BOUNDS: dict[str, tuple[float, float]] = {
     "in_channels": (1, 4096),
@@ -59,7 +59,7 @@ class VAEConfig:
     """The shape of an autoencoder, in the words of diffusers; the defaults are Stable Diffusion's.
 
     Raises:
-        ValueError: naming the field, its value and what is expected.
+        ValueError: naming the field, its value and the expected values.
     """
 
     in_channels: int = 3
@@ -104,7 +104,11 @@ class VAEConfig:
     def from_json(
         cls, data: Mapping[str, Any], where: str = "vae/config.json"
     ) -> tuple[VAEConfig, list[str]]:
-        """(config, ignored fields) of a diffusers config; see `config.read_config`."""
+        """Read a diffusers config; return the config and the names of ignored fields.
+
+        Raises:
+            ConfigError: some fields are unknown or not supported; the message lists them.
+        """
         return read_config(
             cls,
             data,
@@ -122,7 +126,7 @@ class VAEConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What diffusers needs to build the same network."""
+        """The config.json from which diffusers builds the same network."""
         return {
             "_class_name": "AutoencoderKL",
             **json_values(self),
@@ -131,7 +135,7 @@ class VAEConfig:
 
 
 def sample_moments(moments: Array, noise: Array) -> Array:
-    """Latents mean + exp(logvar / 2) noise of `encode`'s moments.
+    """Latents mean + exp(logvar / 2) noise, [..., C], from the moments of `encode`.
 
     Args:
         moments: [..., 2C], mean then log-variance.
@@ -142,12 +146,12 @@ def sample_moments(moments: Array, noise: Array) -> Array:
 
 
 def scale_latents(z: Array, config: VAEConfig) -> Array:
-    """Latents as the diffusion model sees them: of about zero mean and unit variance."""
+    """Latents as a diffusion model takes them, of about zero mean and unit variance; z's shape."""
     return (z - config.shift_factor) * config.scaling_factor
 
 
 def unscale_latents(z: Array, config: VAEConfig) -> Array:
-    """The inverse of `scale_latents`."""
+    """Latents as `decode` takes them: the inverse of `scale_latents`."""
     return z / config.scaling_factor + config.shift_factor
 
 
@@ -159,7 +163,7 @@ class MidAttention(Attention):
         self.group_norm = GroupNorm(channels, groups, eps=_EPS, **kw)
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        """[B, H, W, C] -> [B, H, W, C]."""
+        """Map x [B, H, W, C] to the same shape."""
         b, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(b, h * w, c)  # [B, H*W, C]
         return activation(x + super().__call__(tokens).reshape(b, h, w, c))
@@ -182,7 +186,7 @@ class MidBlock(nnx.Module):
         return x
 
 
-class Stage(nnx.Module):
+class VAEStage(nnx.Module):
     """Residual blocks, then a change of resolution or none.
 
     Args:
@@ -212,7 +216,7 @@ class Stage(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Array) -> Array:
-        """[B, H, W, C] -> [B, H', W', C']."""
+        """Map x [B, H, W, C] to [B, H', W', C']."""
         for block in self.resnets:
             x = rematerialised(block, self.remat, level="block")(x)
         for resample in (*self.downsamplers, *self.upsamplers):
@@ -221,19 +225,19 @@ class Stage(nnx.Module):
 
 
 def resnet(channels_in: int, channels_out: int, config: VAEConfig, **kw: Any) -> ResnetBlock:
-    """A residual block without time embedding, initialised as LDM does: nothing at zero."""
+    """A residual block without time embedding, initialised as in LDM: nothing starts at zero."""
     groups = config.norm_num_groups
     return ResnetBlock(channels_in, channels_out, time_channels=None, groups=groups, eps=_EPS, **kw)
 
 
 class Encoder(nnx.Module):
-    """Images to moments, before `quant_conv`."""
+    """The layers from images to moments, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig, *, remat: str, **kw: Any):
         widths = config.block_out_channels
         self.conv_in = conv(config.in_channels, widths[0], **kw)
         self.down_blocks = nnx.List(
-            Stage(
+            VAEStage(
                 widths[max(i - 1, 0)],
                 width,
                 config,
@@ -250,7 +254,7 @@ class Encoder(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Array) -> Array:
-        """[B, H, W, in_channels] -> [B, h, w, 2 latent_channels]."""
+        """Map x [B, H, W, in_channels] to [B, h, w, 2 latent_channels]."""
         x = activation(self.conv_in(x))
         for stage in (*self.down_blocks, self.mid_block):
             x = rematerialised(stage, self.remat, level="stage")(x)
@@ -258,14 +262,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents after `post_quant_conv` to images. `conv_out` is its last layer."""
+    """The layers from latents, after `post_quant_conv`, to images. `conv_out` is the last."""
 
     def __init__(self, config: VAEConfig, *, remat: str, **kw: Any):
         widths = config.block_out_channels
         self.conv_in = conv(config.latent_channels, widths[-1], **kw)
         self.mid_block = MidBlock(config, remat=remat, **kw)
         self.up_blocks = nnx.List(
-            Stage(
+            VAEStage(
                 widths[min(i + 1, len(widths) - 1)],
                 widths[i],
                 config,
@@ -281,7 +285,7 @@ class Decoder(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Array) -> Array:
-        """[B, h, w, latent_channels] -> [B, H, W, out_channels]."""
+        """Map x [B, h, w, latent_channels] to [B, H, W, out_channels]."""
         x = activation(self.conv_in(x))
         for stage in (self.mid_block, *self.up_blocks):
             x = rematerialised(stage, self.remat, level="stage")(x)
@@ -289,7 +293,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """The autoencoder.
+    """The autoencoder: images to the moments of latents, and latents to images.
 
     Args:
         config: the shape.
@@ -319,9 +323,10 @@ class VAE(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def encode(self, images: Array) -> Array:
-        """Images [B, H, W, 3] in [-1, 1] -> moments [B, h, w, 2C] in float32.
+        """Encode images [B, H, W, 3] in [-1, 1] to moments [B, h, w, 2C] in float32.
 
-        Mean, then log-variance clamped to [-30, 20] (LDM DiagonalGaussianDistribution).
+        The moments are mean, then log-variance clamped to [-30, 20] (LDM
+        DiagonalGaussianDistribution).
         """
         x = self.encoder(images.astype(self.dtype))
         x = x if self.quant_conv is None else self.quant_conv(x)
@@ -329,7 +334,7 @@ class VAE(nnx.Module):
         return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
 
     def decode(self, latents: Array) -> Array:
-        """Unscaled latents [B, h, w, C] -> images [B, H, W, 3] in float32, about [-1, 1]."""
+        """Decode unscaled latents [B, h, w, C] to images [B, H, W, 3] in float32, about [-1, 1]."""
         x = latents.astype(self.dtype)
         x = x if self.post_quant_conv is None else self.post_quant_conv(x)
         return self.decoder(x).astype(jnp.float32)

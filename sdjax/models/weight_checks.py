@@ -1,7 +1,7 @@
-"""Checks of weights as they are read: quantised ones are refused, NaN and Inf are named.
+"""Checks of weights as they are read: quantised ones are refused, NaN and Inf are counted.
 
-Quantised weights are integers or small floats that mean nothing without scales beside them, which
-every tool stores in its own way. The names of those scales tell such a file from a plain one.
+Quantised weights are integers or small floats that mean nothing without scales beside them. Every
+tool stores the scales in its own way. The names of the scales reveal such a file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def quantised_config(config: Mapping[str, Any]) -> str:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Return whether no value is NaN or Inf."""
+    """Whether no value of an array is NaN or Inf."""
     return bool(np.isfinite(array).all())
 
 
@@ -59,7 +59,7 @@ def describe(name: str, array: np.ndarray) -> str:
 
 
 def not_finite(lines: list[str], total: int) -> str:
-    """Return the message about `lines` of `describe`, of a network of `total` arrays."""
+    """Return the message about `lines` of `describe`, for a network of `total` arrays."""
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return (
         f"{len(lines)} of {total} weights are not finite: the file is damaged, or what wrote it "

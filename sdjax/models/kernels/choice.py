@@ -1,7 +1,7 @@
-"""Which kernel computes an attention: by platform, shape and dtype, in one table.
+"""The choice of the kernel for an attention, by platform, shape and dtype, in one table.
 
-What "auto" takes is what is faster by the compilers' estimates (TPU, benchmarks/tpu_layers.py) or
-what holds no scores in memory (cuDNN).
+"auto" takes the kernel that is faster by the compilers' estimates (TPU, benchmarks/tpu_layers.py),
+or the one that holds no scores in memory (cuDNN).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Array = jax.Array
 
 WANTED = ("auto", "dense", "flash", "cudnn")  # values of `model.attention`
 _PLATFORMS = {"flash": "tpu", "cudnn": "cuda"}
-CUDNN_CALL = "__cudnn$fmha"  # how custom calls of its attention begin
-CUDNN_WIDTH = 128  # of a head; Hopper takes up to 256, older GPUs do not
+CUDNN_CALL = "__cudnn$fmha"  # the beginning of the custom calls of cuDNN's attention
+CUDNN_WIDTH = 128  # largest width of a head; Hopper takes up to 256, older GPUs do not
 
 
 def choose(wanted: str, platform: str, q: Array, k: Array, *, causal: bool) -> str:
-    """The kernel for q [B, L, heads, D] and k [B, M, heads, D].
+    """The name of the kernel for q [B, L, heads, D] and k [B, M, heads, D].
 
     Args:
         wanted: `model.attention`. "auto" takes the platform's kernel where that is the better one,
@@ -57,9 +57,9 @@ def choose(wanted: str, platform: str, q: Array, k: Array, *, causal: bool) -> s
 
 
 def _cudnn(q: Array) -> bool:
-    """What jax's cuDNN attention takes, gradients included; odd numbers of keys are padded.
+    """Whether jax's cuDNN attention takes `q`, gradients included; odd numbers of keys are padded.
 
-    jax/_src/cudnn/fused_attention_stablehlo.py, check_layout and check_is_flash_attention.
+    Source: jax/_src/cudnn/fused_attention_stablehlo.py, check_layout and check_is_flash_attention.
     """
     length, width = q.shape[1], q.shape[-1]
     narrow = q.dtype in (jnp.bfloat16, jnp.float16)
@@ -67,35 +67,39 @@ def _cudnn(q: Array) -> bool:
 
 
 def _mosaic_takes(dtype) -> bool:
-    """Mosaic refuses a product of bfloat16 in "highest" precision, instead of ignoring the wish."""
+    """Whether Mosaic takes products of `dtype`: it refuses bfloat16 in "highest" precision."""
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return dtype == jnp.float32 or precision in (None, "default", "fastest", "bfloat16")
 
 
 def cudnn_cost(target: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float] | None:
-    """(FLOPs, bytes) of one call of cuDNN's attention, which the compiler does not see into.
+    """The (FLOPs, bytes) of one call of cuDNN's attention, which the compiler cannot count.
 
-    Two products a score going forward; five going back, where scores are computed again.
+    There are two products a score in the forward pass. There are five in the backward pass, which
+    computes the scores again.
 
     Args:
-        target: of the custom call, "__cudnn$fmhaSoftmax" or another.
-        shapes: of its operands; the first two are q [B, L, heads, D] and k [B, M, heads, D], of 16
-            bits a number.
+        target: the target of the custom call, "__cudnn$fmhaSoftmax" or another.
+        shapes: the shapes of its operands; the first two are q [B, L, heads, D] and
+            k [B, M, heads, D], of 16 bits a number.
+
+    Returns:
+        None for another custom call.
     """
     if not target.startswith(CUDNN_CALL):
         return None
     (batch, length, heads, width), (_, keys, *_) = shapes[:2]
     back = target.endswith("Backward")
     flops = (10.0 if back else 4.0) * batch * heads * length * keys * width
-    arrays = 4 if back else 2  # q, the output and their gradients; k, v and theirs
+    arrays = 4 if back else 2  # q, the output and their gradients; as many of k's and v's length
     return flops, 2.0 * arrays * batch * heads * width * (length + keys)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's flash attention of q [B, L, heads, D] with k, v [B, M, heads, D]."""
+    """The attention of q [B, L, heads, D] to k, v [B, M, heads, D] by cuDNN, [B, L, heads, D]."""
     batch, keys = k.shape[:2]
     lengths = None
-    if keys % 2:  # as the 77 of text, of which jax takes the forward pass alone
+    if keys % 2:  # such as the 77 of text: jax has no backward pass of odd numbers
         k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
         lengths = jnp.full((batch,), keys, jnp.int32)
     return jax.nn.dot_product_attention(

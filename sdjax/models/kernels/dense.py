@@ -1,8 +1,8 @@
 """Attention as plain matrix products, with a backward pass that computes its weights again.
 
-What differentiating the products would do is store the softmax's weights, L x M float32 numbers a
-head, for the backward pass. Computing them again from q, k and one number a row costs a third
-product and leaves nothing of that size behind (Dao et al., arXiv:2205.14135, section 3.1).
+Automatic differentiation would store the softmax's weights, L x M float32 numbers a head, for the
+backward pass. Computing them again from q, k and one number a row costs a third product and stores
+nothing of that size (Dao et al., arXiv:2205.14135, section 3.1).
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ def dense_attention(q: Array, k: Array, v: Array, *, causal: bool) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend(q: Array, k: Array, v: Array, causal: bool) -> Array:
+    """The output, [B, heads, L, D] float32, from q, k, v [B, heads, ..., D]."""
     return _forward(q, k, v, causal)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, causal: bool) -> tuple[Array, tuple[Array, ...]]:
-    """The output, and what the backward pass needs: the inputs, it, and log sum exp of each row."""
+    """The output, and the inputs of the backward pass: q, k, v, output, log sum exp of rows."""
     scale = q.shape[-1] ** -0.5
     scores = _scores(q, k, causal)
     top = scores.max(-1, keepdims=True)
@@ -49,6 +50,7 @@ def _forward(q: Array, k: Array, v: Array, causal: bool) -> tuple[Array, tuple[A
 
 
 def _backward(causal: bool, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v."""
     q, k, v, out, lse = saved
     scale = q.shape[-1] ** -0.5
     weights = jnp.exp(_scores(q, k, causal) * scale - lse)
@@ -65,7 +67,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(q: Array, k: Array, causal: bool) -> Array:
-    """[B, heads, L, M] float32, not scaled."""
+    """The scores before scaling, [B, heads, L, M] float32."""
     scores = _product(q, k, 3, 3)
     if not causal:
         return scores
@@ -74,16 +76,19 @@ def _scores(q: Array, k: Array, causal: bool) -> Array:
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    """The sum over one axis of each, for every example and head; float32."""
+    """The sum over one axis of each array, for every example and head; float32."""
     dimensions = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _over_queries(weights: Array, x: Array) -> Array:
-    """weights [B, heads, L, M], x [B, heads, L, D] -> [B, heads, M, D] float32."""
+    """The sum over queries of weights [B, heads, L, M] and x [B, heads, L, D].
+
+    Returns [B, heads, M, D] float32.
+    """
 
     def columns(weights: Array, x: Array) -> Array:
-        # XLA would rather turn this around, into a product that takes CPUs six times as long.
+        # Without the barrier XLA makes a product of this that takes CPUs six times as long.
         return lax.optimization_barrier(_product(x, weights, 2, 2)).swapaxes(2, 3)
 
     def rows(weights: Array, x: Array) -> Array:

@@ -1,8 +1,8 @@
 """Attention that never writes its scores to memory: JAX's own splash kernel for TPUs.
 
 Dense attention over the 64 x 64 positions of a 512 px latent writes and reads 16.8 million float32
-scores for each example and head, several times a block: about half of all the memory traffic of a
-training step of Stable Diffusion 1.5, and most of its temporaries.
+scores for each example and head, several times a block. That is about half of all the memory
+traffic of a training step of Stable Diffusion 1.5, and most of its temporaries.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 Array = jax.Array
 
-MIN_QUERIES = 1024  # below this the products are small, and the kernels of `short_keys` do better
+MIN_QUERIES = 1024  # below this the products are small, and the kernels of `short_keys` are faster
 LANES = 128  # queries and keys come in blocks of this
 BLOCKS = (2048, 1536, 1024, 512, 384, 256, 128)  # the largest that divides the length and fits
-ROW_BYTES = 2**18  # of a block, one array; the kernels hold some twenty such in 16 MiB
-RESIDUALS = "attention"  # what `jax.checkpoint` may keep instead of running the kernel again
+ROW_BYTES = 2**18  # bytes of one array of a block; the kernels hold some twenty in 16 MiB
+RESIDUALS = "attention"  # the name of the arrays that `jax.checkpoint` may keep
 
 
 def fits(q: Array, k: Array) -> bool:
@@ -30,22 +30,22 @@ def fits(q: Array, k: Array) -> bool:
 
 
 def pays(q: Array, k: Array) -> bool:
-    """Whether it beats the dense one on every TPU, by benchmarks/tpu_layers.py."""
+    """Whether the kernel beats the dense one on every TPU, by benchmarks/tpu_layers.py."""
     return q.shape[1] >= MIN_QUERIES and k.shape[1] >= MIN_QUERIES
 
 
 def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     """Scaled dot-product attention of q [B, L, heads, D] with k, v [B, M, heads, D].
 
-    Softmax and sums in float32. Equal to the dense one, in value and gradient, up to the rounding
-    of the inputs' dtype. `interpret` runs the kernel on any backend, slowly.
+    Softmax and sums are in float32. The result equals the dense one, in value and gradient, up to
+    the rounding of the inputs' dtype. `interpret` runs the kernel on any backend, slowly.
 
     Returns:
         [B, L, heads, D] in the dtype of `q`.
     """
     (_, length, heads, width), keys = q.shape, k.shape[1]
     largest = ROW_BYTES // (max(width, LANES) * q.dtype.itemsize)
-    # The kernel does not scale. In float32, or bfloat16 would round once more.
+    # The kernel does not scale. Scaling in bfloat16 would round once more.
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     kernel = _kernel(heads, largest, length, keys, interpret)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, L, D]
@@ -53,18 +53,20 @@ def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) ->
 
 
 def _block(length: int, largest: int) -> int:
+    """The largest block size that divides `length`, and is at most `largest`."""
     return next(size for size in BLOCKS if length % size == 0 and size <= max(largest, LANES))
 
 
 @functools.lru_cache
 def _kernel(heads: int, largest: int, length: int, keys: int, interpret: bool):
+    """The splash kernel for queries of `length` and `keys` keys."""
     columns, columns_back = (_block(keys, size) for size in (largest, 2 * largest))
     blocks = splash.BlockSizes(
         block_q=_block(length, largest),
         block_kv=columns,
         block_kv_compute=_block(columns, 512),
-        # One kernel for all three gradients: it computes the scores once less, and leaves a part of
-        # dq for each block of keys to be added up, so that these blocks had better be long.
+        # One kernel for all three gradients computes the scores once less. It leaves a part of dq
+        # for each block of keys, and XLA adds them up, so long blocks are better.
         block_q_dkv=_block(length, largest // 2),
         block_kv_dkv=columns_back,
         block_kv_dkv_compute=_block(columns_back, 512),
@@ -80,22 +82,22 @@ def _kernel(heads: int, largest: int, length: int, keys: int, interpret: bool):
 # Matrix products of L x M x D in each kernel: scores and output; scores, dV, dP, dK and dQ (Dao,
 # arXiv:2307.08691, section 3.1).
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
-# What the vector units add to that, in products of 128 lanes, by the instructions the kernels
-# compile to for v5p (docs/notes/tpu_layers.md): 6.6 and 11 cycles for tiles of 8 x 128 scores, of
+# The time of the vector units besides, in products of 128 lanes, by the instructions of the kernels
+# compiled for v5p (docs/notes/tpu_layers.md): 6.6 and 11 cycles for tiles of 8 x 128 scores, of
 # which each product takes 2.
 VECTOR = {"splash_mha_fwd": 1.3, "splash_mha_dkv": 0.5}
 
 
 def kernel_cost(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float] | None:
-    """(FLOPs, bytes) of one call of a kernel of this file, which the compiler does not see into.
+    """The (FLOPs, bytes) of one call of a kernel of this file, which the compiler cannot count.
 
     FLOPs are those the matrix unit could do in the time the kernel takes: head dimensions are
     padded to its 128 lanes, and it waits for the vector units. Bytes are of bfloat16 arrays.
 
     Args:
-        name: of the kernel, as in the compiled program: "splash_mha_fwd_residuals".
-        shapes: of its operands; the first two of four dimensions are q [B, heads, L, D] and
-            k [B, heads, M, D].
+        name: the name of the kernel in the compiled program, as "splash_mha_fwd_residuals".
+        shapes: the shapes of its operands; the first two of four dimensions are
+            q [B, heads, L, D] and k [B, heads, M, D].
 
     Returns:
         None for a kernel of another file.
