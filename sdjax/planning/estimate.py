@@ -1,4 +1,4 @@
-"""From what a program does to how long it takes, operation by operation and link by link."""
+"""The time of a program's step, from its operations and collectives one by one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import collections
 import dataclasses
 import math
 
-from sdjax.planning.hlo import Collective, Kernel, Schedule, Work
+from sdjax.planning.hlo import Collective, HloSchedule, Kernel, Operation
 from sdjax.planning.topologies import Topology
 
-# To start a GPU's kernel, by XLA's own reckoning (gpu_performance_model_base.h).
+# Seconds to start a GPU's kernel, as XLA counts them (gpu_performance_model_base.h).
 LAUNCH = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Of one JAX device: FLOP/s at most, in kernels, in products; bytes/s to HBM, over its links,
-    the network; Hz; seconds to start an operation."""
+    """The rates of one JAX device.
+
+    flops, kernels, products: FLOP/s at most, in kernels, in matrix products. hbm, links, network:
+    bytes/s to HBM, over the links, over the network. clock: Hz. launch: seconds to start an
+    operation.
+    """
 
     flops: float
     kernels: float
@@ -29,7 +33,7 @@ class Rates:
 
     @classmethod
     def of(cls, topology: Topology) -> Rates:
-        """A chip's, over its devices; the clock is common to them."""
+        """The rates of a topology's device: a chip's, divided by its devices, with its clock."""
         chip = topology.chip
         return cls(
             flops=chip.flops / chip.devices,
@@ -45,11 +49,11 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, and how they come about.
+    """The seconds of a step, and their parts.
 
-    step = operations + kernels + exposed. operations: one after the other, see `work_seconds`.
+    step = operations + kernels + exposed. operations: one after the other, see `operation_seconds`.
     kernels: those of Pallas, by their declared cost. exposed: collectives during which nothing
-    else runs: synchronous ones, and what asynchronous ones take beyond the operations scheduled
+    else runs: synchronous ones, and the time of asynchronous ones beyond the operations scheduled
     beside them. collectives: all of them. roofline: the least any schedule could take, the larger
     of FLOPs over peak and HBM traffic over bandwidth.
     """
@@ -62,13 +66,13 @@ class StepTime:
     roofline: float
 
 
-def work_seconds(work: Work, rates: Rates) -> float:
-    """One operation, once.
+def operation_seconds(work: Operation, rates: Rates) -> float:
+    """The seconds of one operation, once.
 
-    A matrix product takes what the compiler estimates in cycles or, where it gives none, its FLOPs
-    at the rate of `Chip.products`; but at least its HBM traffic. Anything else takes its traffic.
-    (The compiler's cycles for elementwise work serve to choose window sizes: they come to 2.4 times
-    the traffic at the bandwidth of the data sheet.)
+    A matrix product takes the compiler's estimate in cycles; without an estimate, its FLOPs at the
+    rate of `Chip.products`. It takes at least its HBM traffic. Any other operation takes its
+    traffic. (The compiler's cycles for elementwise work serve to choose window sizes: they come to
+    2.4 times the traffic at the bandwidth of the data sheet.)
     """
     traffic = work.bytes / rates.hbm
     if not (work.cycles and rates.clock):
@@ -79,7 +83,7 @@ def work_seconds(work: Work, rates: Rates) -> float:
 
 
 def collective_seconds(collective: Collective, topology: Topology) -> float:
-    """One collective, once, at full use of the links it has; see `_bandwidth`.
+    """The seconds of one collective, once, at full use of its links; see `_bandwidth`.
 
     Ring algorithms (scaling book, "Sharded matrices"): of V bytes, with n devices, an all-gather
     and a reduce-scatter move V (n - 1) / n through each device, an all-reduce twice that. Over
@@ -99,12 +103,13 @@ def collective_seconds(collective: Collective, topology: Topology) -> float:
 
 
 def _bandwidth(group: int, topology: Topology) -> float:
-    """Bytes/s a device sends to a group of neighbours.
+    """The bytes/s that a device sends to a group of neighbours.
 
-    Of a torus, a group has the links along as many dimensions as it needs, largest first; half of
-    them along a dimension that does not wrap around (3-D slices wrap at multiples of 4, 2-D ones at
-    16: cloud.google.com/tpu/docs, system architecture), or that it has a part of. NVLink switches
-    give all to any.
+    In a torus, a group has the links along as many dimensions as it needs, largest first. It has
+    half of them along a dimension that does not wrap around, or of which it has only a part. (3-D
+    slices
+    wrap at multiples of 4, 2-D ones at 16: cloud.google.com/tpu/docs, system architecture.) NVLink
+    switches give all links to any group.
     """
     rates = Rates.of(topology)
     if not topology.chip.is_tpu:
@@ -121,34 +126,34 @@ def _bandwidth(group: int, topology: Topology) -> float:
 
 
 def kernel_seconds(kernel: Kernel, rates: Rates) -> float:
-    """One call of a kernel, by its declared cost."""
+    """The seconds of one call of a kernel, by its declared cost."""
     busy = max((kernel.flops or 0.0) / rates.kernels, (kernel.bytes or 0.0) / rates.hbm)
     return busy + rates.launch
 
 
 def _uncovered(collective: Collective, topology: Topology) -> float:
-    """Seconds of an asynchronous collective, once, that outlast what is scheduled beside it."""
+    """The seconds of an asynchronous collective, once, beyond the operations beside it."""
     if collective.beside is None:
         return 0.0
     rates = Rates.of(topology)
     covered = math.fsum(
-        work_seconds(one, rates) if isinstance(one, Work) else kernel_seconds(one, rates)
+        operation_seconds(one, rates) if isinstance(one, Operation) else kernel_seconds(one, rates)
         for one in collective.beside
     )
     return max(0.0, collective_seconds(collective, topology) - covered)
 
 
 def step_time(
-    schedule: Schedule, topology: Topology, flops: float, *, foreign: bool = False
+    schedule: HloSchedule, topology: Topology, flops: float, *, foreign: bool = False
 ) -> StepTime:
-    """The estimate for a schedule with `flops` of work on each device.
+    """The estimated time of a schedule with `flops` of work on each device.
 
-    foreign: it is of a compiler for other hardware, so its operations say nothing of this, and
-    the roofline of the whole is all that there is.
+    foreign: the compiler was one for other hardware. Its operations are then ignored, and the time
+    is the roofline of the whole.
     """
     rates = Rates.of(topology)
-    seen = () if foreign else schedule.work
-    operations = math.fsum(w.times * work_seconds(w, rates) for w in seen)
+    seen = () if foreign else schedule.operations
+    operations = math.fsum(w.times * operation_seconds(w, rates) for w in seen)
     kernels = math.fsum(k.times * kernel_seconds(k, rates) for k in schedule.kernels)
     roofline = max(flops / rates.flops, hbm_bytes(schedule) / rates.hbm)
     operations = max(operations, roofline - kernels)
@@ -174,35 +179,35 @@ def step_time(
     )
 
 
-def hbm_bytes(schedule: Schedule) -> float:
-    """HBM traffic of a step on each device: what its operations and kernels read and write."""
+def hbm_bytes(schedule: HloSchedule) -> float:
+    """The HBM traffic of a step in bytes, on each device: reads and writes of all operations."""
     return float(
-        sum(w.times * w.bytes for w in schedule.work)
+        sum(w.times * w.bytes for w in schedule.operations)
         + sum(k.times * (k.bytes or 0.0) for k in schedule.kernels)
     )
 
 
-def loop_factor(schedule: Schedule) -> float:
-    """Work of a step over that of one pass through every loop, which is what XLA's totals count."""
+def loop_factor(schedule: HloSchedule) -> float:
+    """The ratio of a step's work to one pass through every loop, which XLA's totals count."""
     weigh = [(w.cycles if w.matrix and w.cycles else w.bytes, w.times, w.matrix) for w in
-             schedule.work]  # fmt: skip
+             schedule.operations]  # fmt: skip
     matrices = [one for one in weigh if one[2]] or weigh
     once = sum(weight for weight, _, _ in matrices)
     return sum(weight * times for weight, times, _ in matrices) / once if once else 1.0
 
 
 def plausible(seconds: object, roofline: float, peak_seconds: float) -> bool:
-    """Whether the compiler's `optimal_seconds` may be believed.
+    """Whether the compiler's `optimal_seconds` is plausible.
 
     It comes out negative where collectives are asynchronous, and small where loops or kernels
-    hide work: it must not beat the FLOPs at peak, nor be far beyond what the traffic explains.
+    hide work. It must not beat the FLOPs at peak, nor be far beyond the time of the traffic.
     """
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return False
     return peak_seconds <= seconds <= 10 * max(roofline, peak_seconds)
 
 
-def collective_table(schedule: Schedule, topology: Topology) -> list[dict]:
+def collective_table(schedule: HloSchedule, topology: Topology) -> list[dict]:
     """One row for each kind, group size and manner: times and bytes in a step, seconds."""
     rows: dict[tuple, dict] = collections.OrderedDict()
     for c in schedule.collectives:

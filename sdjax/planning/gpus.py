@@ -1,8 +1,8 @@
-"""NVIDIA GPUs that are not there: what XLA's compiler for them has to be told of each.
+"""NVIDIA GPUs that this machine lacks, as XLA's compiler needs them described.
 
-The compiler comes with JAX's plugin for CUDA and needs no GPU, driver or CUDA library, only a
-`GpuTargetConfigProto` (xla/stream_executor/device_description.proto), which a GPU would else fill
-in itself.
+The compiler comes with JAX's plugin for CUDA. It needs no GPU, driver or CUDA library, only a
+`GpuTargetConfigProto` (xla/stream_executor/device_description.proto), which a GPU would otherwise
+fill in itself.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sdjax.errors import UserError
 from sdjax.parallel.chips import Chip
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-CUDNN = (9, 10)  # versions that programs are compiled for
-CUDA = (12, 8)
+CUDNN = (9, 10)  # version that programs are compiled for
+CUDA = (12, 8)  # version that programs are compiled for
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One GPU, as its driver describes it. Sizes in bytes, of a multiprocessor where not said.
+    """One GPU, as its driver describes it. Sizes are bytes of a multiprocessor unless noted.
 
-    accelerated: it has instructions of its architecture alone (`sm_90a`).
+    accelerated: whether it has instructions of its architecture alone (`sm_90a`).
     """
 
     kind: str  # `jax.Device.device_kind`
@@ -61,7 +61,7 @@ TARGETS = {
 
 
 def compiler() -> str:
-    """The plugin whose compiler there is, "" for none."""
+    """The name of the installed plugin with a compiler, "" for none."""
     for name in PLUGINS:
         with contextlib.suppress(ModuleNotFoundError):
             if importlib.util.find_spec(name):
@@ -97,15 +97,15 @@ def target_config(chip: Chip) -> str:
 
 
 def devices(chip: Chip, hosts: int, each: int) -> list[Any]:
-    """Devices to compile for: `hosts` with `each` GPUs, which NVLink joins.
+    """The devices to compile for: `hosts` with `each` GPUs, which NVLink joins.
 
     Raises:
-        UserError: the compiler refuses; its words are in the message.
+        UserError: the compiler refuses; the message quotes it.
     """
     from jax.experimental import topologies
 
     try:
-        # partitions (what NVLink joins) x hosts of each x GPUs of each
+        # partitions (GPUs that NVLink joins) x hosts of each x GPUs of each
         found = topologies.get_topology_desc(
             platform="cuda", target_config=target_config(chip), topology=f"{hosts}x1x{each}"
         )
@@ -119,7 +119,7 @@ def devices(chip: Chip, hosts: int, each: int) -> list[Any]:
 
 @contextlib.contextmanager
 def lowering(chip: Chip) -> Iterator[None]:
-    """Inside, JAX lowers cuDNN's attention for `chip`; else it asks the GPUs of this machine.
+    """A context in which JAX lowers cuDNN's attention for `chip`, not for this machine's GPUs.
 
     Raises:
         UserError: this version of JAX asks in another way.
@@ -147,4 +147,5 @@ def lowering(chip: Chip) -> Iterator[None]:
 
 
 def _version(text: str) -> tuple[int, ...]:
+    """The numbers of a version."""
     return tuple(int(part) for part in text.split("."))

@@ -1,8 +1,8 @@
-"""What a compiled step does, read from its scheduled HLO: collectives, buffers, time by operation.
+"""The operations of a compiled step, read from its scheduled HLO: collectives, buffers, time.
 
-XLA's own totals (`cost_analysis`) leave out too much to plan by: bodies of loops count once,
-collectives count as memory traffic, asynchronous ones turn `optimal_seconds` negative on TPU, and
-kernels of Pallas count for nothing unless they carry a `pl.CostEstimate`.
+XLA's own totals (`cost_analysis`) leave out too much for a plan. Bodies of loops count once,
+collectives count as memory traffic, and asynchronous ones turn `optimal_seconds` negative on TPU.
+Kernels of Pallas count for nothing unless they carry a `pl.CostEstimate`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ COLLECTIVES = (
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2", choice.CUDNN_CALL)
-# No work of their own, or (copies between HBM and VMEM) work that runs beside the rest.
+# Opcodes without work of their own, or with work that runs beside the rest (copies between HBM and
+# VMEM).
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
     "partition-id replica-id opt-barrier copy-start copy-done slice-start slice-done "
     "async-start async-update async-done send send-done recv recv-done".split()
 )
-# Their result is another name for memory that is there already.
+# Opcodes whose result is another name for existing memory.
 _ALIASES = FREE - {"iota", "copy-done", "slice-done"} | {"custom-call", "copy-start", "slice-start"}
 
 
@@ -35,11 +36,12 @@ _ALIASES = FREE - {"iota", "copy-done", "slice-done"} | {"custom-call", "copy-st
 class Collective:
     """Calls of one collective of the program.
 
-    bytes: of the whole array, as on one device after an all-gather or before a reduce-scatter.
-    times: how often it runs in a step. group: devices that take part in each; islands: over how
-    many networks these are spread. asynchronous: other work may run meanwhile. in_loop: it is
-    inside a `while`. beside: what is scheduled between its start and its end; None if that is not
-    to be seen in the text.
+    bytes: the size of the whole array, as on one device after an all-gather or before a
+      reduce-scatter.
+    times: how often it runs in a step. group: number of devices that take part in each call.
+    islands: number of networks that these are spread over. asynchronous: whether other work may run
+    meanwhile. in_loop: whether it is inside a `while`. beside: the operations scheduled between its
+    start and its end; None if the text does not show them.
     """
 
     kind: str
@@ -49,14 +51,15 @@ class Collective:
     times: int
     asynchronous: bool
     in_loop: bool
-    beside: tuple[Work | Kernel, ...] | None = None
+    beside: tuple[Operation | Kernel, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Operation:
     """One operation of the schedule. cycles: the compiler's estimate, 0 if it gives none.
 
-    matrix: it multiplies matrices (or convolves), in `flops`. bytes: read from and written to HBM.
+    matrix: whether it multiplies matrices (or convolves), with `flops`. bytes: read from and
+    written to HBM.
     """
 
     opcode: str
@@ -80,9 +83,9 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel that XLA cannot look into. flops, bytes: of one call; None if nobody knows.
+    """A kernel that XLA cannot analyse. flops, bytes: the cost of one call; None if not known.
 
-    declared: it carries a `pl.CostEstimate`, which XLA's totals then have in them.
+    declared: whether it carries a `pl.CostEstimate`, which XLA's totals then include.
     """
 
     name: str
@@ -93,10 +96,13 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """All that is read from one program; unknown_loops: of which one pass is counted."""
+class HloSchedule:
+    """The operations, collectives, buffers and kernels of one program, in order.
 
-    work: tuple[Work, ...]
+    unknown_loops: the number of loops of unknown length, of which one pass is counted.
+    """
+
+    operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
     buffers: tuple[Buffer, ...]
     kernels: tuple[Kernel, ...]
@@ -113,10 +119,10 @@ class _Step:
     in_loop: bool
 
 
-def read(text: str, devices: int, island: int = 0) -> Schedule:
-    """The schedule of `compiled.as_text()` for a program over so many devices.
+def read(text: str, devices: int, island: int = 0) -> HloSchedule:
+    """The schedule of `compiled.as_text()`, for a program over `devices` devices.
 
-    `island`: how many devices, in the order of the mesh, a fast network joins; 0 for all.
+    `island`: number of devices, in the order of the mesh, that a fast network joins; 0 for all.
 
     Raises:
         ValueError: it is no HLO text.
@@ -124,7 +130,7 @@ def read(text: str, devices: int, island: int = 0) -> Schedule:
     module = parse(text)
     unknown: list[str] = []
     steps = list(_walk(module, module.entry, 1, False, unknown))
-    work, calls = dict(_work(module, steps)), dict(_kernels(steps))
+    work, calls = dict(_operations(module, steps)), dict(_kernels(steps))
     done = _ends(module, steps)
     collectives = []
     for start, found in _collectives(module, steps, devices, island or devices):
@@ -133,8 +139,8 @@ def read(text: str, devices: int, island: int = 0) -> Schedule:
             both = {i: one for i in between for one in (work.get(i), calls.get(i)) if one}
             found = dataclasses.replace(found, beside=tuple(both.values()))
         collectives.append(found)
-    return Schedule(
-        work=tuple(work.values()),
+    return HloSchedule(
+        operations=tuple(work.values()),
         collectives=tuple(collectives),
         buffers=tuple(_buffers(module, steps)),
         kernels=tuple(calls.values()),
@@ -145,7 +151,7 @@ def read(text: str, devices: int, island: int = 0) -> Schedule:
 def _walk(
     module: Module, computation: str, times: int, in_loop: bool, unknown: list[str]
 ) -> Iterator[_Step]:
-    """What runs, in order: through loops, branches and calls, not into fusions."""
+    """The instructions in the order they run, through loops, branches and calls, not fusions."""
     for instruction in module.computations.get(computation, []):
         yield _Step(computation, instruction, times, in_loop)
         if instruction.opcode == "while":
@@ -156,19 +162,19 @@ def _walk(
             yield from _walk(module, body, times * (1 if trips is None else trips), True, unknown)
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for called in _called(instruction):
-                # Before machine code a slice-start is printed as what it stands for.
+                # Without machine code, a slice-start is printed as the async-start of a slice.
                 if not (instruction.opcode == "async-start" and _copies(module, called)):
                     yield from _walk(module, called, times, in_loop, unknown)
 
 
 def _copies(module: Module, computation: str) -> bool:
-    """Whether a computation does nothing but what `slice-start` does."""
+    """Whether a computation does only the work of a `slice-start`."""
     inside = module.computations.get(computation, [])
     return {one.opcode for one in inside} == {"parameter", "slice"}
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """Names of the computations in calls=, to_apply= and branches."""
+    """The names of the computations in calls=, to_apply= and branches."""
     branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     if branches:
         return re.findall(r"[\w.\-]+", branches.group(1))
@@ -177,11 +183,11 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _ends(module: Module, steps: list[_Step]) -> dict[int, int]:
-    """Where in the schedule each asynchronous operation ends, by where it starts.
+    """The position in the schedule where each asynchronous operation ends, by where it starts.
 
-    It ends where its `-done` takes what its `-start` gave; or, on TPU, where a fusion has its
-    channel for the last time: first it is in one that starts it, then in those that compute
-    meanwhile, at last in one that waits for it.
+    It ends where its `-done` takes the result of its `-start`. On TPU it may also end at the last
+    fusion with its channel. The first such fusion starts it, the next ones compute meanwhile, and
+    the last one waits for it.
     """
     names: dict[tuple[str, str], int] = {}
     channels: dict[tuple[str, str], int] = {}
@@ -203,8 +209,8 @@ def _ends(module: Module, steps: list[_Step]) -> dict[int, int]:
     return ends
 
 
-def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
-    """With its place in `steps`."""
+def _operations(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Operation]]:
+    """The operations, each with its place in `steps`."""
     written = {
         name: {i.name: i for i in instructions}
         for name, instructions in module.computations.items()
@@ -217,12 +223,12 @@ def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
         if instruction.opcode == "custom-call" and not library_call(instruction):
             continue
         if instruction.name.startswith(("async-collective-start", "async-collective-done")):
-            continue  # what they move is the collective's
+            continue  # their bytes are the collective's
         names = written[step.computation]
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         yield (
             i,
-            Work(
+            Operation(
                 opcode=instruction.opcode,
                 op_name=instruction.op_name,
                 cycles=int(cycles.group(1)) if cycles else 0,
@@ -235,6 +241,7 @@ def _work(module: Module, steps: list[_Step]) -> Iterator[tuple[int, Work]]:
 
 
 def _multiplies(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction, or one inside its fusion, is a matrix product or a convolution."""
     if instruction.opcode != "fusion":
         return instruction.opcode in ("convolution", "dot") or bool(library_call(instruction))
     inside = module.computations.get(instruction.attribute("calls"), [])
@@ -250,7 +257,7 @@ def _kind(instruction: Instruction) -> str:
 def _collectives(
     module: Module, steps: list[_Step], devices: int, island: int
 ) -> Iterator[tuple[int, Collective]]:
-    """Each once, with its place in `steps`, also where TPU spreads it over fusions of a channel."""
+    """Each collective once, with its place in `steps`; TPU fusions of a channel may share one."""
     seen: set[str] = set()
     for i, step in enumerate(steps):
         outer = step.instruction
@@ -289,7 +296,7 @@ def _collectives(
 def _between_slices(step: _Step, slices: int) -> Collective:
     """A transfer between TPU slices, which libtpu hands to the hosts' network.
 
-    Every device sends its own part to its likes on the other slices.
+    Every device sends its own part to its counterparts on the other slices.
     """
     attributes = step.instruction.attributes
     manner = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
@@ -308,7 +315,7 @@ def _between_slices(step: _Step, slices: int) -> Collective:
 
 
 def _payload(instruction: Instruction, kind: str, group: int) -> int:
-    """Bytes of the whole array; see `Collective`."""
+    """The bytes of the whole array; see `Collective`."""
     shape = instruction.shape
     if instruction.opcode.endswith("-start") and kind != "all-reduce" and shape.startswith("("):
         # (operands, results, contexts...): each of the first two an array, or a tuple of them
@@ -321,7 +328,7 @@ def _payload(instruction: Instruction, kind: str, group: int) -> int:
 
 
 def _buffers(module: Module, steps: list[_Step]) -> Iterator[Buffer]:
-    """Results in HBM that are no outputs of the step, by shape and origin, largest first."""
+    """The results in HBM that are no outputs of the step, by shape and origin, largest first."""
     root = next((i for i in module.computations[module.entry] if i.root), None)
     kept = set(root.operands) if root and root.opcode == "tuple" else set()
     found: dict[tuple[str, str], tuple[int, int]] = {}
@@ -343,8 +350,10 @@ def _buffers(module: Module, steps: list[_Step]) -> Iterator[Buffer]:
 
 
 def _kernels(steps: list[_Step]) -> Iterator[tuple[int, Kernel]]:
-    """Kernels of Pallas and cuDNN, with the `pl.CostEstimate` or the cost that we know them by,
-    each with its place in `steps`."""
+    """The kernels of Pallas and cuDNN, each with its place in `steps`.
+
+    Their costs are from the `pl.CostEstimate`, or from `sdjax.models.kernels`.
+    """
     for i, step in enumerate(steps):
         text = step.instruction.attributes
         target = re.search(r'custom_call_target="([^"]+)"', text)
@@ -372,7 +381,10 @@ def _kernels(steps: list[_Step]) -> Iterator[tuple[int, Kernel]]:
 
 
 def _operand_shapes(attributes: str) -> list[tuple[int, ...]]:
-    """Of a custom call: `operand_layout_constraints={bf16[2,4]{1,0}, f32[]}` -> [(2, 4), ()]."""
+    """The shapes of a custom call's operands, from `operand_layout_constraints`.
+
+    `operand_layout_constraints={bf16[2,4]{1,0}, f32[]}` -> [(2, 4), ()].
+    """
     found = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", attributes)
     shapes = re.findall(r"\w+\[([\d,]*)\]", found.group(1)) if found else []
     return [tuple(int(size) for size in shape.split(",") if size) for shape in shapes]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from sdjax.planning.hlo_text import Instruction, Module
 
-# What the operands and the result of cuDNN's calls are in the convolution going forward.
+# The roles of the operands and the result of cuDNN's calls, in terms of the forward convolution.
 _FORWARD = ("image", "kernel", "result")
 _CONVOLUTIONS = {
     "__cudnn$convBackwardInput": ("result", "kernel", "image"),
@@ -19,7 +19,7 @@ _CONVOLUTIONS = {
 
 
 def library_call(instruction: Instruction) -> str:
-    """The target of a call of cuDNN or cuBLAS for a convolution or product; "" of all else."""
+    """The target of a call of cuDNN or cuBLAS for a convolution or product; else ""."""
     if instruction.opcode != "custom-call":
         return ""
     found = re.search(r'custom_call_target="(__cudnn\$conv[^"]*|__cublas\$[^"]*)"',
@@ -30,10 +30,10 @@ def library_call(instruction: Instruction) -> str:
 def product_flops(
     module: Module, instruction: Instruction, names: Mapping[str, Instruction]
 ) -> float:
-    """Multiplications and additions of an instruction once, of a fusion those inside; else 0.
+    """The multiplications and additions of an instruction's products, those of a fusion included.
 
     `names`: the instructions of the computation that it is in, for the shapes of its operands.
-    What falls on padding or on the zeros of a dilation is not counted, as XLA does not
+    Products with padding or with the zeros of a dilation are not counted, as in XLA
     (`HloCostAnalysis::HandleConvolution`).
     """
     if instruction.opcode == "fusion":
@@ -66,7 +66,7 @@ def product_flops(
 
 
 def _windows(attributes: str) -> list[tuple[int, int, int, int, int]]:
-    """Of each spatial dimension: size, stride, padding before, dilation of image and kernel."""
+    """The window of each dimension: size, stride, padding before, dilation of image and kernel."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     given = dict(re.findall(r"(\w+)=([\d\-x_]+)", found.group(1))) if found else {}
     columns = [
@@ -84,7 +84,7 @@ def _windows(attributes: str) -> list[tuple[int, int, int, int, int]]:
 def _pairs(
     image: int, result: int, size: int, stride: int, pad: int, spread: int, step: int
 ) -> int:
-    """How many (result, kernel) positions along a dimension meet a value of the image.
+    """The number of (result, kernel) positions along a dimension that meet a value of the image.
 
     `spread` and `step`: dilation of the image and of the kernel.
     """

@@ -1,4 +1,4 @@
-"""Reading the text that XLA prints of a compiled program: instructions, arrays, loops.
+"""A reader of the text that XLA prints of a compiled program: instructions, arrays, loops.
 
 The grammar is XLA's `HloInstruction::ToString` (xla/hlo/ir/hlo_instruction.cc); the tiles and
 memory spaces in a layout are described in xla/g3doc/tiled_layout.md.
@@ -30,7 +30,7 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result. on_chip: in VMEM, SMEM, ... and not in HBM."""
+    """One array of an instruction's result. on_chip: whether it is in VMEM or SMEM, not in HBM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -40,7 +40,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """As it lies in memory, with what the tiles pad."""
+        """The bytes of the array in memory, with the padding of its tiles."""
         dims = [self.dims[i] for i in reversed(self.order)] if self.order else list(self.dims)
         for i in range(1, min(len(self.tile), len(dims)) + 1):
             dims[-i] = -(-dims[-i] // self.tile[-i]) * self.tile[-i]
@@ -49,13 +49,13 @@ class Array:
 
     @property
     def dense_bytes(self) -> int:
-        """Without padding: what crosses a network."""
+        """The bytes of the array without padding, as it crosses a network."""
         return dataclasses.replace(self, tile=()).bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name = shape opcode(operands), attributes`; parsed as far as it is asked for."""
+    """An instruction `name = shape opcode(operands), attributes`; parts are parsed on demand."""
 
     name: str
     opcode: str
@@ -66,7 +66,7 @@ class Instruction:
 
     @cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of the operands; printed with % or, by some versions, without."""
+        """The names of the operands; printed with % or, by some versions, without."""
         words = (part.strip().split(" ")[-1] for part in self.inside.split(","))
         return tuple(re.findall(r"%([\w.\-]+)", self.inside)) or tuple(
             word for word in words if re.fullmatch(r"[A-Za-z_][\w.\-]*", word)
@@ -74,7 +74,7 @@ class Instruction:
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """Of the result; of a tuple all of them, nested ones in order."""
+        """The arrays of the result; if it is a tuple all of them, nested ones in order."""
         return parse_arrays(self.shape)
 
     def attribute(self, key: str) -> str:
@@ -84,14 +84,14 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from."""
+        """The place in the Python program that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Every computation's instructions, in the order they run; `entry` is the program."""
+    """The instructions of every computation, in the order they run; `entry` is the program."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -117,7 +117,7 @@ def parse_arrays(shape: str) -> tuple[Array, ...]:
 
 
 def parse(text: str) -> Module:
-    """The module in what `compiled.as_text()` gives.
+    """The module in the text of `compiled.as_text()`.
 
     Raises:
         ValueError: there is no ENTRY computation, so it is no HLO text.
@@ -140,7 +140,7 @@ def parse(text: str) -> Module:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Lines with what continues them: the attributes of a Pallas kernel hold line breaks."""
+    """The lines, joined where one continues another: kernels of Pallas hold line breaks."""
     whole = ""
     for line in lines:
         if whole.startswith("  ") and not line.startswith("  ") and line != "}":
@@ -152,6 +152,7 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _instruction(line: str) -> Instruction | None:
+    """The instruction in a line; None if there is none."""
     start = _START.match(line)
     if start is None:
         return None
@@ -176,7 +177,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, opening: int) -> int:
-    """Just past the parenthesis that closes the one at `opening`."""
+    """The position just past the parenthesis that closes the one at `opening`."""
     depth = 0
     for found in _PARENTHESIS.finditer(line, opening):
         depth += 1 if found.group() == "(" else -1
@@ -186,10 +187,11 @@ def _closing(line: str, opening: int) -> int:
 
 
 def replica_group(attributes: str, devices: int) -> list[int]:
-    """Positions in the mesh of the devices of one group of a collective, in XLA's notations:
+    """The positions in the mesh of the devices of one group of a collective.
 
-    `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}` and
-    `source_target_pairs={{0,1},...}`; all devices if none is there.
+    It reads XLA's notations `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`,
+    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}` and `source_target_pairs={{0,1},...}`.
+    Without one of them, the group is all devices.
     """
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     if listed:
@@ -206,25 +208,26 @@ def replica_group(attributes: str, devices: int) -> list[int]:
     ids = ids.reshape(tuple(sizes.values()))
     index: list[Any] = [0] * len(sizes)
     for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh.group(3)):
-        # 'axis':(m)k is the middle of the axis as (m, k, rest)
+        # 'axis':(m)k is the middle of the axis as (m, k, rest)...
         rest = sizes[axis] // (int(before) * int(part)) if part else 1
         index[list(sizes).index(axis)] = slice(0, int(part) * rest if part else None, rest)
     return ids[tuple(index)].reshape(-1).tolist()
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: the numbers from 0 as an array of that shape, its axes permuted; flat."""
+    """The numbers of `[4,2]T(1,0)`: from 0, as an array of that shape, its axes permuted; flat."""
     shape, _, order = text.partition("T")
     numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
     return (numbers.transpose(_ints(order)) if order else numbers).reshape(-1)
 
 
 def _ints(text: str) -> tuple[int, ...]:
+    """The whole numbers in a text."""
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs; None if that is not to be seen in the text.
+    """The number of times that the body of a `while` runs; None if the text does not show it.
 
     XLA notes `known_trip_count` on CPU and GPU. On TPU the counter is followed instead: its start
     in the operand, its step in the body, its bound in the condition.
@@ -249,6 +252,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 
 def _constant(instruction: Instruction | None) -> int | None:
+    """The value of a constant whole number; None for any other instruction."""
     if instruction is None or instruction.opcode != "constant":
         return None
     return int(instruction.inside) if instruction.inside.lstrip("-").isdigit() else None
@@ -268,7 +272,7 @@ def _initial(module: Module, loop: Instruction, index: int) -> int | None:
 
 
 def _step(module: Module, loop: Instruction, body: list[Instruction], index: int) -> int | None:
-    """What the body adds to element `index` of its state."""
+    """The constant that the body adds to element `index` of its state."""
     names = {i.name: i for i in body}
     root = next((i for i in body if i.root), None)
     if root is None or root.opcode != "tuple" or index >= len(root.operands):

@@ -12,9 +12,9 @@ _UPDATE = "dynamic-update-slice"
 
 
 def traffic(module: Module, instruction: Instruction, names: Mapping[str, Instruction]) -> int:
-    """Of an instruction once: its operands and its result, without what is on the chip.
+    """The bytes in HBM of an instruction's operands and result, once.
 
-    Of an array that it only takes slices of, or puts a slice into, those slices alone count, as in
+    Where it only takes slices of an array, or puts a slice into it, the slices alone count, as in
     XLA's `HloCostAnalysis`. `names`: the instructions of the computation that it is in.
     """
     inside = [instruction]
@@ -33,7 +33,7 @@ def traffic(module: Module, instruction: Instruction, names: Mapping[str, Instru
             inner = parameters.get(str(i)) if instruction.opcode == "fusion" else name
             sliced = None if inner is None else _sliced(inner, users)
             total += whole if sliced is None else min(whole, sliced)
-    if library_call(instruction):  # all but its workspace
+    if library_call(instruction):  # without its workspace
         return total + _hbm(instruction, 1)
     root = next((one for one in inside if one.root), instruction)
     update = fused.get(root.operands[1], names.get(root.operands[1])) if root.opcode == _UPDATE \
@@ -42,11 +42,12 @@ def traffic(module: Module, instruction: Instruction, names: Mapping[str, Instru
 
 
 def _hbm(instruction: Instruction, arrays: int | None = None) -> int:
+    """The bytes in HBM of the first `arrays` of a result."""
     return sum(array.bytes for array in instruction.arrays[:arrays] if not array.on_chip)
 
 
 def _sliced(name: str, users: Mapping[str, list[Instruction]]) -> int | None:
-    """Bytes of the slices taken of an array; None if it is used in another way, or not at all."""
+    """The bytes of the slices taken of an array; None if it has other uses, or none."""
     total = 0
     for user in users.get(name, []):
         if user.opcode in _SLICES and user.operands[0] == name:

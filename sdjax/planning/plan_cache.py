@@ -1,4 +1,4 @@
-"""Compressed JSON on disk by key, for answers that take minutes to get."""
+"""A cache of compressed JSON on disk, for answers that take minutes to compute."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from sdjax.errors import write_error
 
 
-class Entry:
-    """value: what is kept under the key, None if nothing is; set it to keep it."""
+class CacheEntry:
+    """One entry of the cache. value: the answer under the key, or None; set it to keep one."""
 
     value: Any = None
 
 
 @contextlib.contextmanager
-def entry(folder: Path, key: str) -> Iterator[Entry]:
+def entry(folder: Path, key: str) -> Iterator[CacheEntry]:
     """The entry `key` of `folder`; a value that is set inside is written when the block ends well.
 
-    An unreadable file counts as absent and is written anew. A value that cannot be written is lost
-    to the next who asks, and that is told.
+    An unreadable file counts as absent and is replaced. If a value cannot be written, a note says
+    so and the next plan computes it again.
     """
-    path, found = folder / f"{key}.json.gz", Entry()
+    path, found = folder / f"{key}.json.gz", CacheEntry()
     with contextlib.suppress(OSError, EOFError, ValueError):
         found.value = json.loads(gzip.decompress(path.read_bytes()))
     before = found.value
@@ -43,7 +43,7 @@ def entry(folder: Path, key: str) -> Iterator[Entry]:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Complete or not at all: two plans may be made at once.
+    # Written whole or not at all: two processes may write the same entry.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""A plan as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print one plan: verdict, memory, time, collectives, temporaries, what to mend."""
+    """Print one plan: verdict, memory, time, collectives, temporaries and advice."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     batch = plan["batch"]
     line = (
@@ -38,7 +38,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def show_search(tried: Sequence[Plan], best: Plan | None, console: Console) -> None:
-    """Print what a search has tried, and the command line of the best."""
+    """Print the plans of a search, and the command line of the best."""
     table = Table("mesh", "batch", "a chip", "GiB", "ms a step", "images/s/chip", "MFU",
                   title="tried")  # fmt: skip
     for plan in tried:

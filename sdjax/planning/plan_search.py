@@ -1,4 +1,4 @@
-"""The largest batch that fits and the fastest mesh, by compiling as few programs as will tell."""
+"""A search for the largest batch that fits and the fastest mesh, with few compilations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sdjax.train.program import Program
 MAX_ROWS = 1024  # images a device computes at once
 MAX_TRIES = 5  # compilations for a mesh
 START_ROWS = 8
-# Of the memory, what the state may take and still leave room to compute in.
+# The share of the memory that the state may take; the rest is room to compute in.
 _STATE_SHARE = 0.85
 
 
-class Maker(Protocol):
-    """What the search needs of a `Planner`."""
+class PlanMaker(Protocol):
+    """The part of a `Planner` that the search uses."""
 
     topology: Topology
 
@@ -32,21 +32,26 @@ class Maker(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """best: the fastest plan that fits, None if nothing does; tried: all, in order."""
+class SearchResult:
+    """The result of a search.
+
+    best: the fastest plan that fits, None if nothing does; tried: all, in order.
+    """
 
     best: Plan | None
     tried: tuple[Plan, ...]
 
 
 def candidates(topology: Topology) -> list[MeshConfig]:
-    """Meshes worth a try, fewest collectives first.
+    """The meshes worth a try, fewest collectives first.
 
-    Parameters split over nothing, over a host's worth of devices (8) or a whole row of the torus if
-    that is longer (a part of one has half its bandwidth), or over all of an island; never over
-    more, since `data` alone crosses the slow network. Tensor parallelism moves activations instead
-    of parameters, and for networks below some ten billion parameters that is more: it is the last
-    resort, for state that fits nowhere else.
+    Parameters are split in one of three ways: over nothing, over a host's worth of devices (8), or
+      over
+    all of an island. A whole row of the torus replaces the 8 if it is longer: a part of a row has
+    half its bandwidth. Parameters are never split over more than an island, since `data` alone
+    crosses the slow network. Tensor parallelism moves activations instead of parameters, which is
+    more for networks below some ten billion parameters. It is the last resort, for state that fits
+    nowhere else.
     """
     island = topology.island
     row = max(8, *topology.shape)
@@ -62,7 +67,7 @@ def candidates(topology: Topology) -> list[MeshConfig]:
 
 
 def with_rows(config: Config, mesh: MeshConfig, topology: Topology, rows: int) -> Config:
-    """`config` on `mesh`, each device computing `rows` images at once."""
+    """The config `config` on `mesh`, where each device computes `rows` images at once."""
     ways = topology.devices // mesh.tensor
     batch = rows * ways * config.train.accumulation
     return dataclasses.replace(
@@ -70,18 +75,18 @@ def with_rows(config: Config, mesh: MeshConfig, topology: Topology, rows: int) -
     )
 
 
-def pruned(maker: Maker, config: Config, say: Callable[[str], None]) -> list[MeshConfig]:
-    """The candidates whose state fits, which takes no compiler to tell.
+def pruned(planner: PlanMaker, config: Config, say: Callable[[str], None]) -> list[MeshConfig]:
+    """The candidate meshes whose state fits, which needs no compiler to find out.
 
     Raises:
         UserError: none does.
     """
-    limit = memory_limit(maker.topology)
+    limit = memory_limit(planner.topology)
     kept: list[MeshConfig] = []
-    for mesh in candidates(maker.topology):
+    for mesh in candidates(planner.topology):
         if mesh.tensor > 1 and kept:
             continue
-        program = maker.program(with_rows(config, mesh, maker.topology, 1))
+        program = planner.program(with_rows(config, mesh, planner.topology, 1))
         classes = memory_classes(program)
         state = sum(size for name, size in classes.items() if name not in ("batch", "gradients"))
         fits = state <= _STATE_SHARE * limit
@@ -91,53 +96,53 @@ def pruned(maker: Maker, config: Config, say: Callable[[str], None]) -> list[Mes
             kept.append(mesh)
     if not kept:
         raise UserError(
-            f"on --topology={maker.topology.name} the state of this config fits no mesh (limit "
+            f"on --topology={planner.topology.name} the state of this config fits no mesh (limit "
             f"{limit / 2**30:.1f} GiB a device): take more chips, or chips with more memory"
         )
     return kept
 
 
-def search(maker: Maker, config: Config, say: Callable[[str], None]) -> Found:
-    """Try meshes and batches; `say` gets a line before and after each.
+def search(planner: PlanMaker, config: Config, say: Callable[[str], None]) -> SearchResult:
+    """Try meshes and batches; `say` takes a line before and after each.
 
     Raises:
         UserError: the state fits on no mesh.
     """
-    meshes = pruned(maker, config, say)
+    meshes = pruned(planner, config, say)
     say(
         f"{len(meshes)} mesh(es), at most {MAX_TRIES * len(meshes)} compilations; those done "
         "before are taken from the cache"
     )
     tried: list[Plan] = []
     for mesh in meshes:
-        tried += _largest(maker, config, mesh, say)
+        tried += _largest(planner, config, mesh, say)
     fitting = [plan for plan in tried if plan["fits"]]
-    return Found(max(fitting, key=_speed, default=None), tuple(tried))
+    return SearchResult(max(fitting, key=_speed, default=None), tuple(tried))
 
 
 def _speed(plan: Plan) -> tuple[float, float]:
-    """Faster first; of equals (to a thousandth) the larger batch."""
+    """The key to order plans by: images per second to three digits, then the batch."""
     return (float(f"{plan['images_per_second_per_chip']:.3g}"), plan["batch"]["global"])
 
 
 def _largest(
-    maker: Maker, config: Config, mesh: MeshConfig, say: Callable[[str], None]
+    planner: PlanMaker, config: Config, mesh: MeshConfig, say: Callable[[str], None]
 ) -> list[Plan]:
-    """Plans for powers of two of images a device, until the largest that fits is bracketed."""
+    """The plans for powers of two of images a device, until the largest that fits is bracketed."""
     plans: dict[int, Plan] = {}
     rows = START_ROWS
     while rows not in plans and len(plans) < MAX_TRIES:
         say(f"{_name(mesh)}, {rows} images a device: compiling ...")
-        plans[rows] = maker.plan(with_rows(config, mesh, maker.topology, rows))
+        plans[rows] = planner.plan(with_rows(config, mesh, planner.topology, rows))
         say("  " + _line(plans[rows]))
         rows = _next_rows(plans)
     return list(plans.values())
 
 
 def _next_rows(plans: dict[int, Plan]) -> int:
-    """The next to try; one that was tried already if nothing is left to learn.
+    """The next number of images to try; one that was tried already if nothing is left to learn.
 
-    Temporaries grow with the images, so two results that fit tell about how many more will.
+    Temporaries grow with the images, so two results that fit predict how many more will fit.
     """
     fit = sorted(rows for rows, plan in plans.items() if plan["fits"])
     over = sorted(rows for rows, plan in plans.items() if not plan["fits"])

@@ -1,4 +1,4 @@
-"""A plan: the real train step compiled for hardware that is not there, and what follows from it."""
+"""A plan: the real train step compiled for hardware that this machine lacks, and its costs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from sdjax.train.program import Program, build
 
 SCHEMA = 3  # of the result; raise it when its meaning changes
 LISTED = 10  # temporaries in a plan
-# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise:
-# docs.jax.dev/en/latest/gpu_memory_allocation.html
+# The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another
+# (docs.jax.dev/en/latest/gpu_memory_allocation.html).
 GPU_FRACTION = 0.75
-# What machine code, and what it keeps beside the buffers, takes of the memory where it is not made:
-# 0.4 to 1.4 GiB for a step of Stable Diffusion, in the plans so far.
+# The memory assumed for machine code and its constants where no code is made: 0.4 to 1.4 GiB for a
+# step of Stable Diffusion, in the plans so far.
 CODE_BYTES = 3 * 2**29
-# What a compiler without its hardware needs. On a GPU XLA tries which algorithms are fastest. On
-# CPU it otherwise orders operations for concurrency, at the cost of memory.
+# Options of a compiler without its hardware. On a GPU XLA would try which algorithms are fastest.
+# On CPU it would order operations for concurrency, at the cost of memory.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_autotune_level": 0},
     "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False},
@@ -48,13 +48,13 @@ Ask = Callable[[Any, dict[str, Any]], Outcome]
 
 
 class Planner:
-    """Plans for one topology; compiles nothing that it or an earlier run has compiled before.
+    """A maker of plans for one topology; it compiles no program twice, in earlier runs included.
 
     Args:
         topology, devices: the slice, and JAX's stand-ins for its devices.
         cache: folder of earlier answers.
-        schedule: asks the compiler for a schedule alone, (lowered, options) -> Outcome; None to
-            have the program compiled. Where it was compiled before, that is the answer to both.
+        schedule: asks the compiler for a schedule alone, (lowered, options) -> Outcome; None
+            compiles the program. A program that was compiled earlier answers both.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Planner:
         return build(config, task, make_mesh(config.mesh, self.devices))
 
     def plan(self, config: Config) -> Plan:
-        """Everything that is known of a step of `config`; see docs/planning.md for the fields.
+        """The plan of a step of `config`; see docs/planning.md for the fields.
 
         Raises:
-            UserError: the mesh or the batch does not fit the devices.
-                Or the compiler failed for another reason than lack of HBM.
+            UserError: the mesh or the batch does not fit the devices, or the compiler failed for
+                another reason than lack of HBM.
         """
         program = self.program(config)
         platform = _platform(program)
@@ -97,6 +97,7 @@ class Planner:
             return kept.value
 
     def _outcome(self, lowered: Any, key: str, options: dict[str, Any]) -> Outcome:
+        """The compiler's answer, from the cache if it is there."""
         with plan_cache.entry(self.cache / "compiled", key) as kept:
             if kept.value is None and self._schedule is None:
                 kept.value = dataclasses.asdict(compile_lowered(lowered, options))
@@ -110,13 +111,13 @@ class Planner:
 
 
 def _digest(*parts: Any) -> str:
-    """A key of all that an answer depends on."""
+    """The key of an answer: a digest of all its inputs."""
     text = json.dumps(parts, default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:
-    """Of all that takes part in compiling."""
+    """The versions of all packages that take part in compiling."""
     found = {}
     for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -125,13 +126,13 @@ def versions() -> dict[str, str]:
 
 
 def memory_limit(topology: Topology) -> int:
-    """Bytes that a program may use of each device."""
+    """The bytes of each device that a program may use."""
     chip = topology.chip
     return int(chip.hbm / chip.devices * (1.0 if chip.is_tpu else GPU_FRACTION))
 
 
 def make_plan(config: Config, program: Program, topology: Topology, outcome: Outcome) -> Plan:
-    """The compiler's answer in the terms of somebody who has to rent the machine."""
+    """The plan from the compiler's answer; see docs/planning.md for the fields."""
     batch, chip = config.data.batch_size, topology.chip
     known = {k: v for k, v in memory_classes(program).items() if k != "gradients"}
     limit = memory_limit(topology)
@@ -166,11 +167,12 @@ def make_plan(config: Config, program: Program, topology: Topology, outcome: Out
 
 
 def _platform(program: Program) -> str:
-    """That it is compiled for: "tpu", "gpu", or "cpu" in place of GPUs without a compiler."""
+    """The platform of the compiler: "tpu", "gpu", or "cpu" in place of GPUs without a compiler."""
     return program.mesh.devices.flat[0].platform
 
 
 def _basis(program: Program, chip: Chip, outcome: Outcome) -> str:
+    """The origin of the plan's numbers, for its first line."""
     platform = _platform(program)
     if platform == "cpu":
         return "estimate"
@@ -179,6 +181,7 @@ def _basis(program: Program, chip: Chip, outcome: Outcome) -> str:
 
 
 def _memory(known: dict[str, int], outcome: Outcome, limit: int) -> dict[str, Any]:
+    """The memory of a device in bytes: the limit, the classes and their total."""
     sizes = outcome.memory
     classes = {
         **known,
@@ -193,12 +196,12 @@ def _memory(known: dict[str, int], outcome: Outcome, limit: int) -> dict[str, An
 def _performance(
     config: Config, program: Program, topology: Topology, outcome: Outcome
 ) -> dict[str, Any]:
-    """FLOPs, bytes, time, images per second, MFU, collectives, temporaries."""
+    """The fields of a plan about FLOPs, bytes, time, speed, collectives and temporaries."""
     schedule = hlo.read(outcome.text, topology.devices, topology.island)
     chip, rates = topology.chip, estimate.Rates.of(topology)
     platform = _platform(program)
     if outcome.quick or platform == "gpu":
-        flops = math.fsum(w.times * w.flops for w in schedule.work)
+        flops = math.fsum(w.times * w.flops for w in schedule.operations)
         flops += math.fsum(k.times * (k.flops or 0.0) for k in schedule.kernels)
     elif platform == "tpu":
         flops = outcome.cost.get("flops", 0.0) * estimate.loop_factor(schedule)
@@ -244,9 +247,9 @@ def _unet(config: Config) -> float | None:
 
 
 def warnings(
-    schedule: hlo.Schedule, topology: Topology, platform: str, *, quick: bool
+    schedule: hlo.HloSchedule, topology: Topology, platform: str, *, quick: bool
 ) -> list[str]:
-    """What the estimate lacks, or rests on."""
+    """Sentences about the gaps and the assumptions of the estimate."""
     found = []
     if quick:
         found.append(
@@ -292,7 +295,7 @@ def warnings(
 
 
 def read_out_of_memory(message: str) -> tuple[int | None, list[dict[str, Any]]]:
-    """Bytes the compiler says are needed, and the largest allocations if it lists them."""
+    """The needed bytes in the compiler's message, and the largest allocations it lists."""
     needed = None
     found = re.search(
         r"\(([\d.]+)([KMGT]?)\) exceeds available|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]?", message
@@ -313,7 +316,7 @@ def read_out_of_memory(message: str) -> tuple[int | None, list[dict[str, Any]]]:
 
 
 def advice(config: Config, plan: Plan, known: dict[str, int]) -> list[str]:
-    """What to change so that it fits, dearest last."""
+    """Changes to the config that make it fit, dearest last."""
     limit, mesh = plan["memory"]["limit"], plan["mesh"]
     found = []
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.train.accumulation

@@ -1,7 +1,7 @@
 """Plans from schedules, without machine code: a tenth of the compiler's time.
 
-A compilation cannot be called off, so each plan is made in a process of its own, which ends when
-the compiler has said enough.
+A compilation cannot be interrupted. So a process of its own makes each plan, and ends as soon as
+the compiler has printed the schedule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from sdjax.train.compilation import Outcome, schedule_lowered
 
 
 class QuickPlanner(Planner):
-    """A `Planner` of TPU slices that asks for schedules alone."""
+    """A `Planner` of TPU slices that asks for schedules alone.
+
+    Raises UserError for GPUs.
+    """
 
     def __init__(self, topology: Topology, devices: Sequence[Any], cache: Path):
         if not topology.chip.is_tpu:
@@ -37,7 +40,7 @@ class QuickPlanner(Planner):
         super().__init__(topology, devices, cache)
 
     def plan(self, config: Config) -> Plan:
-        """See `Planner.plan`."""
+        """Make a plan in a process of its own; see `Planner.plan`."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
         with (
@@ -55,7 +58,7 @@ class QuickPlanner(Planner):
             except EOFError as error:
                 process.join()
                 code = process.exitcode or 0
-                if code < 0:  # it died, of its memory perhaps: as if this process had
+                if code < 0:  # a signal ended it, perhaps for its memory: end in the same way
                     signal.raise_signal(-code)
                 raise UserError("no plan was made: its process failed, as told above") from error
             finally:
@@ -67,7 +70,7 @@ class QuickPlanner(Planner):
 
 
 def _plan(pipe: Connection, topology: Topology, cache: Path, config: Config, folder: Path) -> None:
-    """Make one plan, send it and end, with the compiler still at work."""
+    """Make one plan, send it and exit while the compiler is still at work."""
 
     def wanted() -> bool:
         parent = multiprocessing.parent_process()

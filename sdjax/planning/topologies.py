@@ -1,4 +1,4 @@
-"""Hardware that is not there, by name: `v5p:4x4x4`, `2*v5litepod-256`, `gpu:h100:4x8`."""
+"""Hardware that this machine lacks, by name: `v5p:4x4x4`, `2*v5litepod-256`, `gpu:h100:4x8`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sdjax.errors import UserError
 from sdjax.parallel.chips import GPUS, TPUS, Chip
 from sdjax.planning import gpus
 
-# What Cloud TPU calls an accelerator type, by chips: docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p}.
+# The shapes of Cloud TPU's accelerator types, by chips:
+# docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p}.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
@@ -25,7 +26,7 @@ CUBES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips and how they are wired. shape: of one slice, or (hosts, GPUs a host)."""
+    """Chips and their connections. shape: that of one slice, or (hosts, GPUs a host)."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -33,7 +34,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As `parse` takes it."""
+        """The name, as `parse` takes it."""
         shape = "x".join(map(str, self.shape))
         if not self.chip.is_tpu:
             return f"gpu:{self.chip.name}:{shape}"
@@ -45,22 +46,24 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """JAX devices."""
+        """The number of JAX devices."""
         return self.chips * self.chip.devices
 
     @property
     def island(self) -> int:
-        """Devices that ICI or NVLink joins; more than these talk over the data-centre network."""
+        """The number of devices that ICI or NVLink joins; others use the data-centre network."""
         if self.chip.is_tpu:
             return math.prod(self.shape) * self.chip.devices
         return self.shape[-1]
 
 
 def parse(text: str) -> Topology:
-    """`v5p:4x4x4`, `v5litepod-256`, `2*v5e:16x16` (two slices), `gpu:h100:8`, `gpu:h100:4x8`.
+    """The topology of a name: `v5p:4x4x4`, `v5litepod-256`, `2*v5e:16x16`, `gpu:h100:4x8`.
+
+    `2*` means two slices; the numbers of GPUs are hosts and GPUs a host.
 
     Raises:
-        UserError: the name or the shape means nothing; the message lists what does.
+        UserError: the name or the shape is not known; the message lists the known ones.
     """
     found = re.fullmatch(r"(?:(\d+)\*)?(?:(gpu):)?([a-z0-9\-]+?)(?::([\dx]+)|-(\d+))", text.strip())
     if found is None:
@@ -85,6 +88,7 @@ def parse(text: str) -> Topology:
 
 
 def _gpus(text: str, name: str, shape: str) -> Topology:
+    """The topology of GPU hosts."""
     chip = next((c for c in GPUS if c.name == name), None)
     if chip is None:
         raise _unknown(text, f"no GPU is called {name!r}")
@@ -107,6 +111,7 @@ def _shape_of_type(text: str, chip: Chip, count: int) -> str:
 
 
 def _unknown(text: str, reason: str) -> UserError:
+    """The error for a name that is not known."""
     tpus, gpus = (", ".join(c.name for c in chips) for chips in (TPUS, GPUS))
     return UserError(
         f"--topology={text}: {reason}. A TPU slice is CHIP:SHAPE, as v5e:2x4 or v5p:4x4x4 (chips: "
@@ -118,9 +123,8 @@ def _unknown(text: str, reason: str) -> UserError:
 def devices(topology: Topology) -> list[Any]:
     """The devices of a slice or of GPU hosts, to compile for.
 
-    Where there is no compiler for GPUs, as many virtual CPU devices instead.
-
-    Call it before anything else touches a device.
+    Without a compiler for GPUs they are as many virtual CPU devices. Call it before anything else
+    touches a device.
 
     Raises:
         UserError: libtpu is not installed, or the compiler knows no such hardware.
@@ -131,8 +135,8 @@ def devices(topology: Topology) -> list[Any]:
             return gpus.devices(topology.chip, *topology.shape)
         jax.config.update("jax_num_cpu_devices", topology.devices)
         return jax.devices("cpu")
-    # libtpu locks the machine for one process, and asks the cloud's metadata server (which is not
-    # there) what it runs on; neither makes sense for compiling alone.
+    # libtpu locks the machine for one process, and asks the cloud's metadata server which hardware
+    # it runs on. Neither makes sense for compiling alone, and here there is no such server.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -144,7 +148,7 @@ def devices(topology: Topology) -> list[Any]:
     shape = "x".join(map(str, topology.shape))
     options: dict[str, Any] = {}
     if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as in practice
+        options["chip_config_name"] = "megacore"  # both cores of a chip are one device
     if math.prod(topology.shape) < 4:
         options["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
     if topology.slices > 1:

@@ -125,7 +125,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert permute.bytes == 1024 * 4096 * 2 and permute.asynchronous and permute.islands == 2
     assert (reduce.kind, reduce.group, reduce.times) == ("all-reduce", 4, 1)
     assert not reduce.asynchronous and reduce.islands == 1
-    (product,) = [work for work in schedule.work if work.matrix]
+    (product,) = [work for work in schedule.operations if work.matrix]
     assert (product.cycles, product.times) == (76212, 2)
     assert product.bytes == 2 * 1024 * 4096 * 2  # its operands; the result stays on the chip
     assert schedule.unknown_loops == 0
@@ -205,7 +205,7 @@ def test_of_asynchronous_collectives_only_what_is_scheduled_beside_them_hides():
     assert gather.asynchronous and reduce.asynchronous
     assert [one.bytes for one in gather.beside] == [2 * 8 * 128 * 4]
     assert [(one.cycles, one.matrix) for one in reduce.beside] == [(15000, True)]
-    assert len(schedule.work) == 3  # what starts and ends a collective is no work of its own
+    assert len(schedule.operations) == 3  # what starts and ends a collective is no work of its own
     topology = topologies.parse("v5e:2x4")
     took = estimate.step_time(schedule, topology, 0.0)
     alone = (
@@ -230,7 +230,7 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
     schedule = hlo.read(text, devices=16, island=8)
     (found,) = schedule.collectives
     assert (found.kind, found.bytes, found.group, found.islands) == ("all-reduce", 2048, 2, 2)
-    assert found.asynchronous and not schedule.work
+    assert found.asynchronous and not schedule.operations
     seconds = estimate.collective_seconds(found, topologies.parse("2*v5e:2x4"))
     assert seconds == pytest.approx(2 * 2048 / 2 / 3.1e9)
 
@@ -251,10 +251,10 @@ COPIED = """ENTRY %main (p: f32[8,128]) -> f32[2,128] {
 
 
 def test_copies_into_the_chip_run_beside_the_rest_however_they_are_printed():
-    assert not hlo.read(COPIED, 1).work
+    assert not hlo.read(COPIED, 1).operations
     assert hlo.read(
         COPIED.replace("ROOT %slice.1 =", "%a = f32[] add(%q, %q)\n  ROOT %b ="), 1
-    ).work
+    ).operations
 
 
 def test_what_is_no_hlo_is_refused():
@@ -268,7 +268,7 @@ def test_the_text_of_this_version_on_cpu():
 
     text = jax.jit(f).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile().as_text()
     schedule = hlo.read(text, 1)
-    assert max(work.times for work in schedule.work) == 5
+    assert max(work.times for work in schedule.operations) == 5
     assert schedule.unknown_loops == 0
 
 
@@ -365,7 +365,7 @@ def test_flops_of_products_in_the_text_are_those_that_xla_counts(options):
         lowered = jax.jit(function).lower(argument)
         text = lowered.as_text(dialect="hlo").replace("main.1 {", "main.1 () -> f32[] {")
         found = hlo.read(text, 1)
-        flops = sum(work.flops for work in found.work)
+        flops = sum(work.flops for work in found.operations)
         assert flops > 0 and flops == lowered.cost_analysis()["flops"]
 
 

@@ -58,7 +58,7 @@ ENTRY %main (x: bf16[8,64,64,32], k: bf16[64,3,3,32], dy: bf16[8,32,32,64], m: b
 
 @pytest.fixture(scope="module")
 def work():
-    return hlo.read(PROGRAM, 8).work
+    return hlo.read(PROGRAM, 8).operations
 
 
 def xla_flops(function, *arrays):
@@ -119,13 +119,13 @@ def test_time_on_a_gpu_has_a_start_for_each_operation(work):
     rates = estimate.Rates.of(gpus)
     assert rates.launch == 1e-6 and estimate.Rates.of(topologies.parse("v5e:2x4")).launch == 0
     conv, last = work[0], work[-1]
-    assert estimate.work_seconds(conv, rates) == 1e-6 + max(
+    assert estimate.operation_seconds(conv, rates) == 1e-6 + max(
         conv.flops / (0.6 * 989e12), conv.bytes / 3350e9
     )
-    assert estimate.work_seconds(last, rates) == 1e-6 + last.bytes / 3350e9
+    assert estimate.operation_seconds(last, rates) == 1e-6 + last.bytes / 3350e9
     schedule = hlo.read(PROGRAM, 8)
     took = estimate.step_time(schedule, gpus, flops=0.0)
-    assert took.operations == pytest.approx(sum(estimate.work_seconds(w, rates) for w in work))
+    assert took.operations == pytest.approx(sum(estimate.operation_seconds(w, rates) for w in work))
     assert took.kernels == pytest.approx(
         sum(1e-6 + max(k.flops / (0.4 * 989e12), k.bytes / 3350e9) for k in schedule.kernels)
     )

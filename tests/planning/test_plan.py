@@ -19,7 +19,7 @@ from sdjax.errors import UserError
 from sdjax.parallel import chips
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.planning import estimate, plan_cache, plan_search, planner, topologies
-from sdjax.planning.hlo import Collective, Schedule, Work
+from sdjax.planning.hlo import Collective, HloSchedule, Operation
 from sdjax.train import compilation
 from tests.odd_names import ODD
 
@@ -136,12 +136,12 @@ def test_collectives_take_what_their_links_allow():
 def test_a_step_is_its_operations_and_the_collectives_that_nothing_hides():
     topology = topologies.parse("v5e:16x16")
     work = (
-        Work("fusion", "product", 1_500_000, 819_000, True, 2),  # 1 ms in cycles, 1 us of traffic
-        Work("fusion", "sum", 1_500_000, 81_900_000, False, 1),  # 1 ms in cycles, 0.1 ms of traffic
-        Work("fusion", "unsaid", 0, 819_000_000, False, 1),
+        Operation("fusion", "product", 1_500_000, 819_000, True, 2),  # cycles 1 ms, traffic 1 us
+        Operation("fusion", "sum", 1_500_000, 81_900_000, False, 1),  # 1 ms, 0.1 ms
+        Operation("fusion", "unsaid", 0, 819_000_000, False, 1),
     )
     hidden = collective(group=256, asynchronous=True, size=10**8)
-    schedule = Schedule(work, (collective(group=256), hidden), (), (), 0)
+    schedule = HloSchedule(work, (collective(group=256), hidden), (), (), 0)
     took = estimate.step_time(schedule, topology, flops=197e12 * 1e-3)
     assert took.operations == pytest.approx(2e-3 + 0.1e-3 + 1e-3)
     assert took.exposed == pytest.approx(2 * 1e9 * 255 / 256 / 200e9)
@@ -152,9 +152,9 @@ def test_a_step_is_its_operations_and_the_collectives_that_nothing_hides():
 
 def test_without_cycles_products_take_their_flops_at_the_chips_rate():
     topology = topologies.parse("v5e:16x16")
-    slow = Work("fusion", "product", 0, 819_000, True, 2, flops=197e9)
-    thin = Work("fusion", "thin product", 0, 819_000_000, True, 1, flops=197e6)
-    took = estimate.step_time(Schedule((slow, thin), (), (), (), 0), topology, flops=0.0)
+    slow = Operation("fusion", "product", 0, 819_000, True, 2, flops=197e9)
+    thin = Operation("fusion", "thin product", 0, 819_000_000, True, 1, flops=197e6)
+    took = estimate.step_time(HloSchedule((slow, thin), (), (), (), 0), topology, flops=0.0)
     assert topology.chip.products == 0.75
     assert took.operations == pytest.approx(2 * 1e-3 / 0.75 + 1e-3)
 
