@@ -1,20 +1,21 @@
-"""An audit: how often pictures of a prompt show which attribute.
+"""An audit: how often pictures of a prompt show each label of an attribute.
 
     prompts:
       - a photo of a doctor
       - a photo of a nurse
     pictures_per_prompt: 100
     attributes:
-      hair:                       # told by CLIP, zero-shot: texts for each label
+      hair:                       # labelled by CLIP, zero-shot: texts for each label
         dark: [a photo of a person with dark hair, a person with black hair]
         fair: [a photo of a person with fair hair, a person with blond hair]
-      smile: [smiling, serious]   # told by the function below
+      smile: [smiling, serious]   # labelled by the function below
     targets:                      # optional; without it an even share for each label
       hair: {dark: 0.7, fair: 0.3}
-    labeller: my_package.my_module:label   # only for attributes whose texts are not given
+    labeller: my_package.my_module:label   # only for attributes without texts
 
-`labeller(images, prompts)` takes uint8 [N, H, W, 3] and N texts, and gives {attribute: N labels},
-where None is "cannot be told". It is the user's own code and runs as such.
+`labeller(images, prompts)` takes uint8 [N, H, W, 3] and N texts, and returns {attribute: N labels}.
+A label of None means that the picture does not show the attribute. The labeller is the user's own
+code and runs as such.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from sdjax.evaluation.features import ClipTower
 from sdjax.system import paths, text_files, yaml_files
 from sdjax.system.untrusted import brief, explained, plain
 
-UNTOLD = -1  # the code of a picture whose label cannot be told
+UNTOLD = -1  # the code of a picture without a label
 _FIELDS = ("prompts", "pictures_per_prompt", "attributes", "targets", "labeller")
 Codes = dict[str, np.ndarray]
 
 
 class AuditError(UserError):
-    """An audit file, or a labeller it names, that is not what it should be."""
+    """An audit file, or a labeller it names, that is not valid; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """Something to tell of a picture.
+    """An attribute of a picture.
 
-    texts: for each label the texts that CLIP compares pictures with; () if the labeller tells it.
+    texts: for each label the texts that CLIP compares pictures with; () if the labeller labels it.
     target: the share that each label should have; they add up to 1.
     """
 
@@ -57,7 +58,7 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """A file as above."""
+    """The contents of an audit file, as in the module's docstring."""
 
     prompts: tuple[str, ...]
     pictures_per_prompt: int
@@ -71,16 +72,16 @@ class Audit:
 
     @property
     def needs_clip(self) -> bool:
-        """Whether an attribute is told by CLIP."""
+        """Whether CLIP labels one of the attributes."""
         return any(attribute.texts for attribute in self.attributes)
 
 
 def read_audit(path: paths.PathLike) -> Audit:
-    """The audit of a yaml file.
+    """Read the audit in a yaml file.
 
     Raises:
-        AuditError: the file is not there, is no yaml, or has a field that is not as above; names
-            the field, its value and what is expected.
+        AuditError: the file is missing, is no yaml, or has an invalid field. The message names the
+            field, its value and the expected ones.
     """
     path = paths.to_path(path)
     try:
@@ -96,14 +97,14 @@ def make_labeller(
 ) -> Callable[[np.ndarray, Sequence[str]], Codes]:
     """Build `label(images, prompts) -> {attribute: codes}`.
 
-    It takes uint8 [N, H, W, 3] and the N prompts, and gives for each attribute int32 [N]: the
+    It takes uint8 [N, H, W, 3] and the N prompts, and returns for each attribute int32 [N]: the
     position of the picture's label among the attribute's, or UNTOLD.
 
     Args:
         clip: for attributes with texts.
 
     Raises:
-        AuditError: there is no CLIP for them, or the function that the audit names is not there.
+        AuditError: there is no CLIP for them, or the audit's labeller cannot be imported.
     """
     by_text = [attribute for attribute in audit.attributes if attribute.texts]
     by_function = [attribute for attribute in audit.attributes if not attribute.texts]
@@ -132,7 +133,7 @@ def make_labeller(
 
 
 def class_features(clip: ClipTower, texts: Sequence[Sequence[str]]) -> np.ndarray:
-    """float32 [labels, D] of length 1: the mean direction of each label's texts.
+    """The mean direction of each label's texts, float32 [labels, D] of length 1.
 
     The ensemble of prompts of CLIP's zero-shot classifier (arXiv:2103.00020, section 3.1.4).
     """
@@ -141,7 +142,7 @@ def class_features(clip: ClipTower, texts: Sequence[Sequence[str]]) -> np.ndarra
 
 
 def zero_shot(images: np.ndarray, classes: np.ndarray, logit_scale: float) -> np.ndarray:
-    """Probabilities float32 [N, labels]: softmax of the scaled cosines with each label.
+    """The probabilities of labels, float32 [N, labels]: softmax of scaled cosines with each.
 
     Args:
         images: [N, D] of `ClipTower.images`; classes: [labels, D] of `class_features`.
@@ -152,7 +153,7 @@ def zero_shot(images: np.ndarray, classes: np.ndarray, logit_scale: float) -> np
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """The function "package.module:function". Runs the module.
+    """Import the function "package.module:function", which runs the module.
 
     Raises:
         AuditError: there is no such module or function.
@@ -171,7 +172,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def _codes(attribute: Attribute, named: Any, count: int, labeller: str | None) -> np.ndarray:
-    """What the labeller said of one attribute, as positions among its labels."""
+    """The positions of the labeller's labels among those of one attribute, int32 [count]."""
     if not isinstance(named, Mapping) or attribute.name not in named:
         what = f"has {sorted(map(str, named))}" if isinstance(named, Mapping) else repr(type(named))
         raise AuditError(
@@ -193,6 +194,7 @@ def _codes(attribute: Attribute, named: Any, count: int, labeller: str | None) -
 
 
 def _audit(content: Any) -> Audit:
+    """The audit in the content of a yaml file."""
     if not isinstance(content, Mapping):
         raise AuditError(f"expected {', '.join(_FIELDS)}; found {type(content).__name__}")
     unknown = [name for name in content if name not in _FIELDS]
@@ -230,6 +232,7 @@ def _audit(content: Any) -> Audit:
 
 
 def _attribute(name: Any, value: Any, targets: Mapping[Any, Any]) -> Attribute:
+    """The attribute in an entry of `attributes`."""
     _texts("attributes", [name])
     where = f"attributes.{plain(name)}"
     if isinstance(value, Mapping):
@@ -254,12 +257,12 @@ def _attribute(name: Any, value: Any, targets: Mapping[Any, Any]) -> Attribute:
 
 
 def _texts(where: str, value: Any) -> tuple[str, ...]:
-    """Different texts, at least one; a single one may stand without a list."""
+    """The different texts of a list, at least one; a single text may stand without a list."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
         raise AuditError(f"{where} is {brief(value)}; expected a list of texts")
     odd = [text for text in texts if not isinstance(text, str) or not text.strip()]
-    if odd:  # yaml reads yes, no, on, off and 1 as something else
+    if odd:  # yaml reads yes, no, on, off and 1 as other types
         raise AuditError(f"{where} has {brief(odd[0])}, which is no text; put it in quotes")
     twice = [text for text, count in Counter(texts).items() if count > 1]
     if twice:

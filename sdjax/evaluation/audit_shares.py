@@ -1,4 +1,4 @@
-"""What an audit counted: shares with intervals, and how far they are from even or from a target."""
+"""The results of an audit: shares of labels with intervals, and their distance from a target."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ ALL = "all prompts"
 class Shares:
     """One attribute in the pictures of one prompt, or of all.
 
-    counts: of each label; untold: pictures whose label could not be told, which count nowhere else.
-    shares, low, high: of each label with its 95 % interval (Wilson's); NaN where nothing was told.
+    counts: of each label; untold: pictures without a label, which count nowhere else.
+    shares, low, high: of each label with its 95 % interval (Wilson's); NaN without labelled
+      pictures.
     difference: largest less smallest share.
     ratio: smallest by largest share, 1 if they are even.
     distance: total variation from the target, half the sum of absolute differences, in [0, 1].
@@ -41,7 +42,7 @@ class Shares:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One attribute: over all pictures, and prompt by prompt."""
+    """The shares of one attribute: over all pictures, and prompt by prompt."""
 
     attribute: Attribute
     overall: Shares
@@ -59,8 +60,8 @@ def count(
 
     Args:
         codes: {attribute: int [N]} of `audit.make_labeller`, one for each of `audit.captions`.
-        resamples: of the bootstrap behind the intervals of the disparities; pictures are drawn anew
-            within their prompt.
+        resamples: of the bootstrap behind the intervals of the disparities; it resamples the
+            pictures of each prompt.
 
     Raises:
         ValueError: there are not as many codes as pictures.
@@ -74,13 +75,15 @@ def count(
             )
         rows = rows.reshape(len(audit.prompts), audit.pictures_per_prompt)
         size = len(attribute.labels)
-        told = np.stack([np.bincount(row[row >= 0], minlength=size) for row in rows])  # [P, labels]
+        counted = np.stack(
+            [np.bincount(row[row >= 0], minlength=size) for row in rows]
+        )  # [P, labels]
         untold = (rows < 0).sum(axis=1)
         rng = np.random.default_rng(seed)
-        drawn = np.stack([_redrawn(row, resamples, rng) for row in told])  # [P, R, labels]
-        overall = _shares(ALL, told.sum(0), int(untold.sum()), drawn.sum(0), attribute)
+        drawn = np.stack([_redrawn(row, resamples, rng) for row in counted])  # [P, R, labels]
+        overall = _shares(ALL, counted.sum(0), int(untold.sum()), drawn.sum(0), attribute)
         each = tuple(
-            _shares(prompt, told[i], int(untold[i]), drawn[i], attribute)
+            _shares(prompt, counted[i], int(untold[i]), drawn[i], attribute)
             for i, prompt in enumerate(audit.prompts)
         )
         findings.append(Finding(attribute, overall, each))
@@ -90,9 +93,9 @@ def count(
 def wilson(
     counts: np.ndarray, total: int, confidence: float = CONFIDENCE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of Wilson's score interval of shares counts / total (J. Am. Stat. Assoc. 22, 1927).
+    """The ends of Wilson's score interval of shares counts / total (J. Am. Stat. Assoc. 22, 1927).
 
-    It stays in [0, 1] and is not a point where a label was never or always seen.
+    They are in [0, 1], and differ even if a label was never or always seen.
     """
     from scipy.special import ndtri  # slow to import
 
@@ -101,14 +104,14 @@ def wilson(
     middle = share + z2 / (2 * total)
     half = np.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2)))
     ends = ((middle - half) / (1 + z2 / total), (middle + half) / (1 + z2 / total))
-    # Exactly 0 and 1 there, but for rounding.
+    # For these shares the formula gives exactly 0 and 1, up to rounding.
     return np.where(share == 0, 0.0, ends[0]), np.where(share == 1, 1.0, ends[1])
 
 
 def estimates(findings: tuple[Finding, ...]) -> dict[str, Estimate]:
-    """{"audit/ATTRIBUTE/difference" | "ratio" | "distance": over all prompts}, for a table.
+    """The disparities over all prompts, {"audit/ATTRIBUTE/NAME": estimate}.
 
-    Without the attributes that could be told of no picture.
+    NAME is "difference", "ratio" or "distance". Attributes without a labelled picture are left out.
     """
     return {
         f"audit/{finding.attribute.name}/{name}": getattr(finding.overall, name)
@@ -119,7 +122,7 @@ def estimates(findings: tuple[Finding, ...]) -> dict[str, Estimate]:
 
 
 def to_json(audit: Audit, findings: tuple[Finding, ...]) -> dict[str, Any]:
-    """All that was found, for metrics.json; shares of nothing are null."""
+    """The findings for metrics.json; a share without pictures is null."""
     return {
         "prompts": list(audit.prompts),
         "pictures_per_prompt": audit.pictures_per_prompt,
@@ -138,9 +141,9 @@ def to_json(audit: Audit, findings: tuple[Finding, ...]) -> dict[str, Any]:
 
 
 def tables(findings: tuple[Finding, ...]) -> list[Table]:
-    """A table an attribute, for the terminal: a row a prompt, the shares of its labels in percent.
+    """A table for each attribute: a row a prompt, with the shares of its labels in percent.
 
-    Below them all prompts together, with the disparities.
+    The last row has all prompts together, with the disparities.
     """
     return [_table(finding) for finding in findings]
 
@@ -193,7 +196,7 @@ def _json(shares: Shares) -> dict[str, Any]:
 
 
 def _redrawn(counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Counts [R, labels] of pictures that are drawn anew from those counted, with replacement."""
+    """Resampled counts [R, labels]: as many pictures, drawn with replacement from those counted."""
     total = int(counts.sum())
     if not total:
         return np.zeros((resamples, len(counts)), np.int64)
@@ -234,7 +237,7 @@ def _shares(
     )
 
 
-# Of shares [..., labels] and the target [labels].
+# Functions of shares [..., labels] and the target [labels].
 _DISPARITIES = {
     "difference": lambda shares, target: shares.max(-1) - shares.min(-1),
     "ratio": lambda shares, target: shares.min(-1) / shares.max(-1),

@@ -1,7 +1,7 @@
-"""How sure a number is: percentile intervals of resampled pictures (Efron and Tibshirani 1993).
+"""Intervals of metrics: percentiles over resampled pictures (Efron and Tibshirani 1993).
 
-What is resampled is the pictures that were judged; what they are compared with is held fixed. So an
-interval says how much the number would move if the same model drew as many other pictures.
+The generated pictures are resampled; the pictures they are compared with are held fixed. An
+interval shows how much the number would vary if the same model drew as many other pictures.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Estimate:
 
     Attributes:
       value: the metric.
-      low, high: ends of the 95 % interval; None where it has none.
-      higher_is_better: None where neither end is the better one.
-      count: how many numbers (pictures, prompts) it was made of.
-      details: what else is worth writing down, JSON-able.
+      low, high: ends of the 95 % interval; None without one.
+      higher_is_better: None where neither direction is better.
+      count: the number of values (pictures, prompts) behind it.
+      details: more to write beside it, JSON-able.
     """
 
     value: float
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def percentiles(replicates: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The middle `confidence` of replicates [R]."""
+    """The ends of the middle share `confidence` of replicates [R]."""
     tail = 50 * (1 - confidence)
     low, high = np.percentile(replicates, [tail, 100 - tail])
     return float(low), float(high)
@@ -48,12 +48,12 @@ def percentiles(replicates: np.ndarray, confidence: float = CONFIDENCE) -> tuple
 def around(
     value: float, replicates: np.ndarray, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The percentile interval of replicates [R], moved so that their mean is the value.
+    """The percentile interval of replicates [R], moved so that their mean is `value`.
 
-    For distances between distributions: a resample has fewer different pictures than the sample
-    and so lies farther from the reference, by about as much as the sample itself does because it
-    is finite. Unmoved, the interval would not even hold the value. The distance is comparable at
-    one number of pictures only, and the interval is of that number.
+    It is for distances between distributions. A resample has fewer different pictures than the
+    sample, and so lies farther from the reference. The sample itself lies farther by about as much,
+    because it is finite. Without the move, the interval would not even hold the value. The distance
+    is comparable at one number of pictures only, and the interval is for that number.
     """
     low, high = percentiles(replicates - replicates.mean(), confidence)
     return value + low, value + high
@@ -62,7 +62,7 @@ def around(
 def replicate(
     statistic: Callable[[np.ndarray], float], count: int, *, resamples: int, seed: int
 ) -> np.ndarray:
-    """`statistic` of the indices [count] of each resample -> [resamples] float64.
+    """The values of `statistic` of the indices [count] of each resample, float64 [resamples].
 
     The indices are those that `scipy.stats.bootstrap` draws with the same seed.
     """
@@ -72,7 +72,7 @@ def replicate(
 
 
 def counts(count: int, *, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `count` things is in each resample: float64 [count, resamples]."""
+    """The number of times that each of `count` things is in a resample, [count, resamples]."""
     rng = np.random.default_rng(seed)
     rows = [np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples)]
     return np.stack(rows, axis=1).astype(np.float64)
@@ -91,12 +91,15 @@ def mean(
     """The mean of values [N] with its interval.
 
     Args:
-      values: one a picture.
-      groups: [N] which belong together, such as the pictures of one prompt; whole groups are
-        resampled then, for their pictures are not independent.
-      share: values are 0 or 1. Where all are the same no resample differs from another, and the
-        interval is Wilson's, of as many trials as there are groups.
+      values: one for each picture.
+      groups: [N], the group of each value, such as its prompt. Whole groups are resampled then,
+        since the values of a group are not independent.
+      share: values are 0 or 1. If all are the same, no resample differs from another, and the
+        interval is Wilson's, with as many trials as there are groups.
       resamples: 0 for no interval.
+
+    Raises:
+      ValueError: there are no values.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
@@ -109,7 +112,7 @@ def mean(
             _, number = np.unique(groups, return_inverse=True)
             sums, sizes = np.bincount(number, values), np.bincount(number).astype(np.float64)
         if share and values.min() == values.max():
-            from scipy import stats  # takes a second to import, which training would wait for
+            from scipy import stats  # takes a second to import, which would delay training
 
             trials = stats.binomtest(int(values[0]) * len(sums), len(sums))
             low, high = map(float, trials.proportion_ci(CONFIDENCE, method="wilson"))

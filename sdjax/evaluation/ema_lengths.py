@@ -1,7 +1,7 @@
-"""Which length of average is the best: post-hoc EMA (EDM2, arXiv 2312.02696, section 3).
+"""A search for the best length of average: post-hoc EMA (EDM2, arXiv 2312.02696, section 3).
 
-A run with a power-function profile and `ema.snapshot_every` keeps snapshots, of which the average
-of any other relative width can be made afterwards. Each of a range of widths is evaluated alike.
+A run with a power-function profile and `ema.snapshot_every` keeps snapshots. The average of any
+other relative width can be made from them. Each width of a range is evaluated in the same way.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CURVE = "ema_length"
 
 
 def parse(text: str) -> tuple[float, ...]:
-    """ "0.02:0.2:10" -> ten relative widths from 0.02 to 0.2, at equal ratios.
+    """The relative widths of "0.02:0.2:10": ten of them from 0.02 to 0.2, at equal ratios.
 
     Raises:
-        UserError: it is not of this form, or a width is none that a profile can have.
+        UserError: it is not of this form, or no profile can have one of the widths.
     """
     parts = text.split(":")
     try:
@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[float, ...]:
 
 
 def check(loaded: Loaded | None) -> tuple[list[ema.Snapshot], paths.Path]:
-    """The snapshots of a run, up to the step that is evaluated, and its workdir.
+    """The snapshots of a run, and its workdir.
 
     Raises:
         UserError: it has none.
@@ -68,7 +68,7 @@ def check(loaded: Loaded | None) -> tuple[list[ema.Snapshot], paths.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best length, what it gives, and the command that makes a model with that average."""
+    """The best length, its estimate, and the command that makes a model with that average."""
 
     length: float
     metric: str
@@ -85,14 +85,14 @@ def search(
 ) -> tuple[Results, Best]:
     """Evaluate each length by the session's first metric.
 
-    Writes metrics.json and ema_length.png. Each length's own evaluation is in lengths/LENGTH, where
-    it goes on after a stop.
+    Writes metrics.json and ema_length.png. The evaluation of each length is in lengths/LENGTH,
+    where a stopped search continues.
 
     Args:
-        tell: is told what each length gave.
+        tell: takes a line about each length.
 
     Raises:
-        UserError: the run has no snapshots, or not of all that it trained.
+        UserError: the run has no snapshots, or they lack some of its trained networks.
     """
     loaded = session.loaded
     snapshots, workdir = check(loaded)
@@ -123,7 +123,7 @@ def search(
 
 
 def convert_command(workdir: paths.Path, folder: paths.Path, length: float, step: int) -> str:
-    """What writes the model with the average of this length as a diffusers folder."""
+    """The command that writes the model with the average of this length as a diffusers folder."""
     options = (f"--input={workdir}", f"--output={folder / 'diffusers'}")
     return shlex.join(
         ["python", "-m", "sdjax.convert", *options, f"--ema_length={length:g}", f"--step={step}"]
@@ -131,7 +131,7 @@ def convert_command(workdir: paths.Path, folder: paths.Path, length: float, step
 
 
 def _newest(snapshots: list[ema.Snapshot], limit: int | None, workdir: paths.Path) -> int:
-    """The step of the newest snapshot, or of the last up to the step that was asked for."""
+    """The step of the newest snapshot, or of the last one up to the step `limit`."""
     steps = [s.step for s in snapshots if limit is None or s.step <= limit]
     if not steps:
         raise UserError(
@@ -142,6 +142,7 @@ def _newest(snapshots: list[ema.Snapshot], limit: int | None, workdir: paths.Pat
 
 
 def _curve(found: list[tuple[float, Estimate]], name: str) -> dict[str, Any]:
+    """The metric over the length, as `Results.curves` has it."""
     return {
         "x": [length for length, _ in found],
         "y": [one.value for _, one in found],

@@ -1,4 +1,4 @@
-"""How good pictures are, in the field's numbers: `judge` computes whatever metrics can be.
+"""The quality of pictures, in the field's numbers: `judge` computes what its inputs allow.
 
 inputs = Inputs(captions, inception=inception_tower(FILE), reference=open_split(...), ...)
 names, left_out = choose(None, inputs)
@@ -31,15 +31,15 @@ KERNEL_RESAMPLES = 200  # at most: pairs of pictures cost more to resample
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """What metrics are made of; whatever is None leaves out those that need it.
+    """The inputs of metrics; an input of None leaves out the metrics that need it.
 
-    captions: of the pictures, one each; () if they have none, None if there are no pictures.
-    pictures: what is judged; not needed to `choose`.
+    captions: one for each picture; () if they have none, None if there are no pictures.
+    pictures: the pictures to judge; `choose` does not need them.
     inception, clip: networks that make features.
-    features: which of `FEATURES` the metrics of neighbours and of diversity use; "" for the first
-      that is there of inception and clip (and pixels for `memorised` alone).
+    features: one of `FEATURES`, for the metrics of neighbours and of diversity. "" takes inception,
+      else clip (else pixels, for `memorised` alone).
     reference: pictures to compare with; statistics: theirs, read from a file.
-    train: pictures that the model was trained on, none of them of the reference.
+    train: pictures that the model was trained on, none of them in the reference.
     validate: makes losses [N, n] and timesteps [n].
     cache: folder where features of reference and train are kept.
     """
@@ -58,11 +58,11 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What was found.
+    """The results of an evaluation.
 
     curves: {name: {"x", "y", "low", "high", "x_label"}}.
-    nearest: the closest pairs, if they were looked for.
-    tables: more for the terminal, of rich.
+    nearest: the closest pairs, if they were computed.
+    tables: more tables of rich for the terminal.
     """
 
     metrics: Mapping[str, Estimate]
@@ -72,7 +72,7 @@ class Results:
     tables: tuple[Any, ...] = ()
 
 
-# What a metric needs -> what to do where it is missing.
+# {need: description of the missing input, and how to provide it}.
 NEEDS = {
     "pictures": "pictures: draw with --model and --num_samples above 0, or give --images=DIR",
     "inception": "the Inception weights: give --inception=FILE, pytorch-fid's file, published at "
@@ -107,7 +107,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "validation_loss": ("validate",),
 }
 
-# The least number of pictures: judged, and compared with.
+# The least numbers of pictures: generated, and to compare with.
 LEAST = {
     "fid": (2, 2),
     "kid": (2, 2),
@@ -120,7 +120,7 @@ LEAST = {
 
 
 def lacking(inputs: Inputs, metric: str) -> list[str]:
-    """Which of `NEEDS` a metric lacks."""
+    """The keys of `NEEDS` that a metric lacks."""
     captions = inputs.captions or ()
     tower = _tower_of(inputs, metric)
     given = inputs.statistics
@@ -143,7 +143,7 @@ def lacking(inputs: Inputs, metric: str) -> list[str]:
 
 
 def _too_few(inputs: Inputs, metric: str) -> list[str]:
-    """What to say if there are not enough pictures of either kind."""
+    """The complaint, as a list, if there are not enough pictures of either kind; else []."""
     given = inputs.statistics
     if inputs.pictures is not None:
         judged = len(inputs.pictures)
@@ -161,11 +161,12 @@ def _too_few(inputs: Inputs, metric: str) -> list[str]:
 
 
 def _made_by(found: Reference, tower: Tower) -> bool:
+    """Whether statistics were made by a tower."""
     return found.meta.get("tower", reference.PYTORCH_FID_TOWER) == tower.name
 
 
 def check_names(names: Sequence[str]) -> None:
-    """UserError if one is no metric."""
+    """Raise a UserError if one of the names is no metric."""
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise UserError(
@@ -174,13 +175,14 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list[str]]:
-    """(metrics to compute, what was left out and why).
+    """The metrics to compute, and lines about those left out and why.
 
     Args:
-        names: those asked for; None for all that can be had.
+        names: the metrics to compute; None for all that the inputs allow.
 
     Raises:
-        UserError: one that was asked for is none, or lacks something (says what and where it is).
+        UserError: a name is no metric, or the metric lacks an input; the message says how to
+            provide it.
     """
     chosen: list[str] = []
     left_out: dict[str, list[str]] = {}
@@ -197,14 +199,14 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
 
 
 def _tower(inputs: Inputs) -> Tower | None:
-    """What makes the features that metrics of neighbours use."""
+    """The tower of the features that metrics of neighbours use."""
     clip = inputs.clip.images if inputs.clip is not None else None
     towers = {"inception": inputs.inception, "clip": clip, "pixels": PixelTower()}
     return towers[inputs.features] if inputs.features else inputs.inception or clip
 
 
 def _tower_of(inputs: Inputs, metric: str) -> Tower | None:
-    """What makes the features of a metric."""
+    """The tower of the features of a metric."""
     if metric in ("fid", "kid"):
         return inputs.inception
     if metric in ("cmmd", "clip_score"):
@@ -212,14 +214,15 @@ def _tower_of(inputs: Inputs, metric: str) -> Tower | None:
     return _tower(inputs) or (PixelTower() if metric == "memorised" else None)
 
 
-class _Bench:
-    """Features, each computed once."""
+class _FeatureCache:
+    """The features of the inputs, each computed once."""
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
         self._made: dict[tuple[str, str], Any] = {}
 
     def generated(self, tower: Tower) -> np.ndarray:
+        """The features of the generated pictures, float32 [N, D]."""
         return self._once("generated", tower, lambda: self._features(tower))
 
     def _features(self, tower: Tower) -> np.ndarray:
@@ -227,18 +230,20 @@ class _Bench:
         return reference.features_of(tower, self.inputs.pictures)
 
     def reference(self, tower: Tower) -> Reference:
+        """The statistics of the reference."""
         given = self.inputs.statistics
         if given is not None and _made_by(given, tower):
             return given
         return self._once("reference", tower, lambda: self._cached(self.inputs.reference, tower))
 
     def compared(self, tower: Tower) -> np.ndarray:
-        """Features of the reference."""
+        """The features of the reference, float32 [N, D]."""
         found = self.reference(tower).features
-        assert found is not None  # `lacking` has looked
+        assert found is not None  # `lacking` has checked it
         return found
 
     def train(self, tower: Tower) -> np.ndarray:
+        """The features of the training pictures, float32 [N, D]."""
         found = self._once("train", tower, lambda: self._cached(self.inputs.train, tower))
         return found.features
 
@@ -256,27 +261,27 @@ class _Bench:
 def judge(
     inputs: Inputs, names: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Results:
-    """Compute metrics, of those that `choose` says can be.
+    """Compute metrics that `choose` allows.
 
-    On several hosts all must call it. Nothing in it depends on how the pictures were made.
+    On several hosts all must call it. It does not depend on how the pictures were made.
 
     Args:
         resamples: of the bootstrap, 0 for no intervals.
 
     Raises:
-        UserError: a network's features are broken.
+        UserError: a network's features are not finite.
     """
-    bench = _Bench(inputs)
+    features = _FeatureCache(inputs)
     metrics: dict[str, Estimate] = {}
     curves: dict[str, Mapping[str, Any]] = {}
     nearest = None
     options = {"resamples": resamples, "seed": seed}
-    metrics |= _distances(bench, names, resamples, seed)
-    metrics |= _neighbours(bench, names, options)
+    metrics |= _distances(features, names, resamples, seed)
+    metrics |= _neighbours(features, names, options)
     if "memorised" in names:
-        nearest = _memorised(bench, options)
+        nearest = _memorised(features, options)
         metrics["memorised"] = nearest.memorised
-    metrics |= _of_prompts(bench, names, options)
+    metrics |= _of_prompts(features, names, options)
     if "validation_loss" in names:
         assert inputs.validate is not None
         losses, timesteps = inputs.validate()
@@ -287,74 +292,81 @@ def judge(
 
 
 def _distances(
-    bench: _Bench, names: Sequence[str], resamples: int, seed: int
+    features: _FeatureCache, names: Sequence[str], resamples: int, seed: int
 ) -> dict[str, Estimate]:
-    """Between distributions."""
+    """The metrics that are distances between distributions."""
     found = {}
-    inception, clip = bench.inputs.inception, bench.inputs.clip
+    inception, clip = features.inputs.inception, features.inputs.clip
     if "fid" in names and inception is not None:
         found["fid"] = frechet.frechet(
-            bench.generated(inception),
-            bench.reference(inception).moments,
+            features.generated(inception),
+            features.reference(inception).moments,
             resamples=resamples,
             seed=seed,
         )
     few = min(resamples, KERNEL_RESAMPLES)
     if "kid" in names and inception is not None:
         found["kid"] = mmd.kid(
-            bench.generated(inception), bench.compared(inception), resamples=few, seed=seed
+            features.generated(inception), features.compared(inception), resamples=few, seed=seed
         )
     if "cmmd" in names and clip is not None:
         found["cmmd"] = mmd.cmmd(
-            bench.generated(clip.images), bench.compared(clip.images), resamples=few, seed=seed
+            features.generated(clip.images),
+            features.compared(clip.images),
+            resamples=few,
+            seed=seed,
         )
     return found
 
 
 def _neighbours(
-    bench: _Bench, names: Sequence[str], options: Mapping[str, Any]
+    features: _FeatureCache, names: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Estimate]:
+    """The metrics of nearest neighbours."""
     pairs = {
         ("precision", "recall"): neighbours.precision_recall,
         ("density", "coverage"): neighbours.density_coverage,
     }
     found: dict[str, Estimate] = {}
-    tower = _tower(bench.inputs)
+    tower = _tower(features.inputs)
     for both, compute in pairs.items():
         if tower is not None and set(both) & set(names):
-            made = compute(bench.generated(tower), bench.compared(tower), **options)
+            made = compute(features.generated(tower), features.compared(tower), **options)
             found |= {name: _with(made[name], tower) for name in both if name in names}
     return found
 
 
 def _with(estimate: Estimate, tower: Tower) -> Estimate:
+    """The estimate, with the name of the tower in its details."""
     details = {**estimate.details, "features": tower.name}
     return dataclasses.replace(estimate, details=details)
 
 
-def _memorised(bench: _Bench, options: Mapping[str, Any]) -> Nearest:
-    tower = _tower(bench.inputs) or PixelTower()
+def _memorised(features: _FeatureCache, options: Mapping[str, Any]) -> Nearest:
+    """The comparison of generated with training pictures."""
+    tower = _tower(features.inputs) or PixelTower()
     found = neighbours.memorisation(
-        bench.generated(tower), bench.train(tower), bench.compared(tower), **options
+        features.generated(tower), features.train(tower), features.compared(tower), **options
     )
     return dataclasses.replace(found, memorised=_with(found.memorised, tower))
 
 
 def _of_prompts(
-    bench: _Bench, names: Sequence[str], options: Mapping[str, Any]
+    features: _FeatureCache, names: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Estimate]:
+    """The metrics of pictures with their captions."""
     found: dict[str, Estimate] = {}
-    inputs = bench.inputs
+    inputs = features.inputs
     texts, numbers = np.unique(inputs.captions or (), return_inverse=True)
     if "clip_score" in names and inputs.clip is not None:
         of_texts = inputs.clip.texts([str(text) for text in texts])[numbers]
         found["clip_score"] = similarity.clip_score(
-            bench.generated(inputs.clip.images), of_texts, prompts=numbers, **options
+            features.generated(inputs.clip.images), of_texts, prompts=numbers, **options
         )
     tower = _tower(inputs)
     if "diversity" in names and tower is not None:
         found["diversity"] = _with(
-            similarity.diversity(bench.generated(tower), numbers, **options), tower
+            similarity.diversity(features.generated(tower), numbers, **options), tower
         )
     if "fidelity" in names and inputs.pictures is not None:
         found |= fidelity(inputs.pictures, **options)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, a table on the terminal, plots and sheets."""
+"""The output of an evaluation: metrics.json, a table on the terminal, plots and pictures."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sdjax.system import paths
 
 FILE = "metrics.json"
 SHOWN = 36  # pictures of grid.png
-PAIRS = 12  # of nearest.png
+PAIRS = 12  # pairs of nearest.png
 COLOUR = "#4878a8"
 
 
 def write(
     folder: paths.Path, about: Mapping[str, Any], inputs: Inputs, results: Results
 ) -> paths.Path:
-    """metrics.json and the pictures beside it.
+    """Write metrics.json and the pictures beside it; return the path of metrics.json.
 
     Args:
-        about: what was judged, and how: the first fields of the file.
+        about: the model, the dataset and the settings: the first fields of the file.
 
-    Returns:
-        The path of metrics.json.
+    Raises:
+        WriteError: a file cannot be written.
     """
     content = {
         **about,
@@ -43,14 +43,14 @@ def write(
         ]
     write_sheets(folder, inputs, results)
     write_plots(folder, results)
-    # Last: whoever finds it finds all of it.
+    # Last, so that the evaluation is complete once this file exists.
     file = folder / FILE
     paths.write_text(file, json.dumps(_finite(content), indent=2) + "\n")
     return file
 
 
 def jsonable(estimate: Estimate) -> dict[str, Any]:
-    """As it stands in metrics.json."""
+    """The fields of an estimate in metrics.json."""
     return {
         "value": estimate.value,
         "low": estimate.low,
@@ -62,7 +62,7 @@ def jsonable(estimate: Estimate) -> dict[str, Any]:
 
 
 def _finite(content: Any) -> Any:
-    """NaN and infinity, which JSON has not, as null."""
+    """The content with null for NaN and infinity, which JSON lacks."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -71,7 +71,7 @@ def _finite(content: Any) -> Any:
 
 
 def write_sheets(folder: paths.Path, inputs: Inputs, results: Results) -> None:
-    """grid.png of the first pictures, nearest.png of generated ones beside training ones."""
+    """Write grid.png of the first pictures, and nearest.png of generated beside training ones."""
     pictures = inputs.pictures
     if pictures is None:
         return
@@ -87,13 +87,13 @@ def write_sheets(folder: paths.Path, inputs: Inputs, results: Results) -> None:
 
 
 def write_plots(folder: paths.Path, results: Results) -> None:
-    """metrics.png, all metrics with their intervals, and NAME.png of each curve."""
+    """Write metrics.png of all metrics with their intervals, and NAME.png of each curve."""
     from matplotlib.figure import Figure
 
     shares = {name: found for name, found in results.metrics.items() if _is_share(name)}
     others = {name: found for name, found in results.metrics.items() if name not in shares}
     if results.metrics:
-        # Shares side by side on one axis from 0 to 1, and a panel of its own for each other scale.
+        # Shares side by side on one axis from 0 to 1, and a panel for each other metric.
         tall = 0.3 * len(shares) + 1.1 if shares else 0.0
         rows = -(-len(others) // 4)
         figure = Figure(figsize=(9, tall + 2.4 * rows), layout="constrained")
@@ -124,7 +124,7 @@ def _label(name: str, found: Estimate) -> str:
 
 
 def _ends(found: Estimate) -> list[list[float]] | None:
-    """Lengths of the whiskers; the ends are not always on both sides of the value."""
+    """The lengths of the whiskers; the ends are not always on both sides of the value."""
     if found.low is None or found.high is None:
         return None
     return [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
@@ -168,17 +168,17 @@ def _curve(axis: Any, name: str, curve: Mapping[str, Any]) -> None:
 
 def _save(figure: Any, path: paths.Path) -> None:
     with paths.writing(path) as local:
-        # Without the version of matplotlib the same numbers give the same file.
+        # Without the version of matplotlib in it, the same numbers give the same file.
         figure.savefig(local, format="png", dpi=110, metadata={"Software": None})
 
 
 def number(value: float | None) -> str:
-    """Four digits, however large."""
+    """A number with four digits, whatever its size; "" for None."""
     return "" if value is None else f"{value:.4g}"
 
 
 def table(title: str, results: Results) -> str:
-    """The metrics for a terminal, with what there is to say under them."""
+    """The metrics as text for a terminal, with warnings below."""
     import io
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Pictures and texts to the features that metrics compare, on all devices.
+"""Features of pictures and texts, which metrics compare, computed on all devices.
 
     tower = inception_tower("pt_inception-2015-12-05-6726825d.pth")   # FID, KID, ...
     tower(images)          # uint8 [N, H, W, 3] -> float32 [N, 2048]
@@ -8,10 +8,10 @@
     clip.images(images)    # a FeatureTower; float32 [N, D], each of length 1
     clip.texts(["a cat"])  # float32 [M, D], each of length 1
 
-A tower always computes batches of one shape: pictures of the last batch are filled up, so there is
-one compilation (and a small one for each size of picture), and a picture's features do not depend
-on how many others there are. Batches are spread over the devices of a mesh; on several hosts all
-must call a tower, with the same pictures, and all get all features.
+A tower always computes batches of one shape: the last batch is padded. So there is one compilation
+(and a small one for each size of picture), and a picture's features do not depend on the number of
+other pictures. Batches are spread over the devices of a mesh. On several hosts all must call a
+tower, with the same pictures, and all get all features.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ BATCH_SIZE = 64
 class FeatureTower:
     """A network from pictures to features; call it.
 
-    name: what it is, as "inception-v3-2048".
+    name: its name, such as "inception-v3-2048".
     digest: 16 hex digits, of the weights and the preprocessing.
     dims: length D of a picture's features.
     batch_size: pictures that are computed at once, on all devices together.
-    prepare: uint8 [B, H, W, 3] -> what goes to the devices, on the host.
+    prepare: uint8 [B, H, W, 3] -> the input of `apply`, on the host.
     apply: (params, prepared) -> float32 [B, D], on the devices.
     """
 
@@ -62,7 +62,7 @@ class FeatureTower:
     apply: Callable[[Params, jax.Array], jax.Array] = dataclasses.field(repr=False)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features of pictures, in their order.
+        """The features of pictures, in their order.
 
         Args:
             images: uint8 [N, H, W, 3]; N may be 0.
@@ -84,11 +84,11 @@ class FeatureTower:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipTower:
-    """Both halves of a CLIP, whose features of pictures and texts can be compared.
+    """Both towers of a CLIP, whose features of pictures and texts can be compared.
 
     images: pictures -> features of length 1.
-    digest: of both halves, the tokenizer and the preprocessing.
-    logit_scale: what cosines are multiplied by before a softmax over texts.
+    digest: of both towers, the tokenizer and the preprocessing.
+    logit_scale: the factor of cosines before a softmax over texts.
     """
 
     name: str
@@ -101,21 +101,21 @@ class ClipTower:
 
     @property
     def dims(self) -> int:
-        """Length D of the features of a picture or a text."""
+        """The length D of the features of a picture or a text."""
         return self.images.dims
 
     @property
     def batch_size(self) -> int:
-        """Texts, or pictures, that are computed at once."""
+        """The number of texts, or pictures, that are computed at once."""
         return self.images.batch_size
 
     @property
     def mesh(self) -> Mesh:
-        """The devices."""
+        """The devices that compute."""
         return self.images.mesh
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [M, D], each of length 1; texts that are too long for the tokenizer are cut.
+        """The features of texts, float32 [M, D], each of length 1; too long texts are cut.
 
         Raises:
             UserError: features are not finite, so the weights are broken.
@@ -130,7 +130,7 @@ def inception_tower(
     batch_size: int = BATCH_SIZE,
     mesh: Mesh | None = None,
 ) -> FeatureTower:
-    """The InceptionV3 that FID is defined by, as pytorch-fid has it.
+    """The InceptionV3 of pytorch-fid, by which FID is defined.
 
     Args:
         path: the weights, pytorch-fid's .pth file or the same tensors as .safetensors.
@@ -139,7 +139,7 @@ def inception_tower(
         mesh: None for all devices.
 
     Raises:
-        WeightsError: the file is not there (says where it is published) or does not fit.
+        WeightsError: the file is missing (the message has its address) or does not fit.
         UserError: `dims` is another number.
     """
     read = towers.read_inception(path, dims=dims)
@@ -158,7 +158,7 @@ def inception_tower(
         mesh=mesh,
         params=_replicated(read.params, mesh),
         prepare=np.asarray,
-        # Two programs, so that another size of picture compiles the resize alone.
+        # Two programs, so that a new size of picture compiles the resize alone.
         apply=lambda params, images: network(params, preprocess.inception_pixels(images)),
     )
 
@@ -174,8 +174,8 @@ def clip_tower(
         mesh: None for all devices.
 
     Raises:
-        UserError: the folder is not there (says where folders are published), lacks a file, or has
-            a field or weight that does not fit.
+        UserError: the folder is missing (the message has an address), lacks a file, or has a field
+            or weight that does not fit.
     """
     read = towers.read_clip(folder)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
@@ -213,16 +213,16 @@ def clip_tower(
 
 
 def text_image_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """CLIP score of each picture with its own text, 100 cos, in [-100, 100].
+    """The CLIP score of each picture with its own text, 100 cos, float32 [N] in [-100, 100].
 
-    As torchmetrics' CLIPScore has it before its mean (functional/multimodal/clip_score.py); the
-    original (arXiv:2104.08718, equation 1) has a factor 2.5 instead and cuts off below 0.
+    As torchmetrics' CLIPScore before its mean (functional/multimodal/clip_score.py). The original
+    (arXiv:2104.08718, equation 1) has a factor 2.5 instead and cuts off below 0.
 
     Args:
         images, texts: float32 [N, D] of `ClipTower`, pairwise.
 
-    Returns:
-        float32 [N].
+    Raises:
+        ValueError: their shapes differ.
     """
     if images.shape != texts.shape:
         raise ValueError(f"images {images.shape} and texts {texts.shape}: expected one text each")
@@ -230,7 +230,7 @@ def text_image_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def digest(params: Params, *more: Any) -> str:
-    """16 hex digits of parameters and whatever else decides about features, by its repr."""
+    """A digest, 16 hex digits, of parameters and of all else that features depend on, by repr."""
     found = hashlib.sha256(repr(more).encode())
     for path, value in sorted(params.items()):
         array = np.ascontiguousarray(value)
@@ -245,7 +245,7 @@ def _in_batches(
     prepare: Callable[[np.ndarray], np.ndarray],
     apply: Callable[[Params, jax.Array], jax.Array],
 ) -> np.ndarray:
-    """`apply` to all rows, in batches of one shape, the last one filled up with its last row."""
+    """Apply `apply` to all rows in batches of one shape; the last row pads the last batch."""
     out = np.empty((len(rows), tower.dims), np.float32)
     sharding = batch_sharding(tower.mesh)
     pending: list[tuple[int, jax.Array]] = []  # one batch is computed while the next is prepared
@@ -271,16 +271,18 @@ def _in_batches(
 
 
 def _fetch(out: np.ndarray, start: int, found: jax.Array) -> None:
-    """The features of a batch into `out`, without those that filled it up."""
+    """Write the features of a batch into `out`, without those of the padding."""
     rows = to_host(found)[: len(out) - start]
     out[start : start + len(rows)] = rows
 
 
 def _unit(x: jax.Array) -> jax.Array:
+    """The vectors x [..., D] scaled to length 1."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _whole(batch_size: int, mesh: Mesh) -> int:
+    """The batch size, rounded up to a multiple of the devices."""
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -288,7 +290,7 @@ def _whole(batch_size: int, mesh: Mesh) -> int:
 
 
 def _replicated(params: Params, mesh: Mesh) -> dict[str, jax.Array]:
-    """The parameters whole on every device; every host has read them itself."""
+    """The parameters, whole on every device; every host has read them itself."""
     sharding = NamedSharding(mesh, P())
     return {
         path: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)

@@ -1,4 +1,4 @@
-"""Whether pictures of captioned_shapes show what their captions say. Takes no weights."""
+"""Fidelity: whether pictures of captioned_shapes show their captions. It needs no weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sdjax.data.pictures import Pictures, stretches
 from sdjax.evaluation import bootstrap
 from sdjax.evaluation.bootstrap import Estimate
 
-# What each is the share of. Size, position and relation take colours and shapes to be right, and
-# count only captions that say one.
+# The pictures that each share counts. Size, position and relation require right colours and shapes,
+# and count only captions that state one.
 PROPERTIES = {
     "colour": "pictures with an object of every colour that the caption says",
     "shape": "pictures with every object in its colour and shape",
@@ -26,7 +26,7 @@ PROPERTIES = {
 
 
 def is_of_shapes(captions: Sequence[str]) -> bool:
-    """Whether the reader understands all of them."""
+    """Whether the reader understands all the captions."""
     try:
         for caption in captions:
             shapes.parse_caption(caption)
@@ -36,7 +36,7 @@ def is_of_shapes(captions: Sequence[str]) -> bool:
 
 
 def verdicts(caption: str, image: np.ndarray) -> dict[str, bool]:
-    """What a picture, uint8 [H, W, 3], has right of what its caption says anything about."""
+    """Whether a picture, uint8 [H, W, 3], is right in each property that its caption states."""
     wanted = shapes.parse_caption(caption)
     found = read_shapes(image)
     right = judge(wanted, found, image.shape[0])
@@ -58,7 +58,7 @@ def verdicts(caption: str, image: np.ndarray) -> dict[str, bool]:
 def fidelity(
     pictures: Pictures, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
 ) -> dict[str, Estimate]:
-    """{fidelity_PROPERTY: share of pictures} for each of `PROPERTIES` that some caption speaks of.
+    """The shares {fidelity_PROPERTY: estimate} for each of `PROPERTIES` that a caption states.
 
     Intervals resample prompts with all their pictures.
     """

@@ -1,9 +1,9 @@
-"""InceptionV3 as the Frechet Inception distance has it: pytorch-fid's port of the TF-slim network.
+"""InceptionV3 for the Frechet Inception distance: pytorch-fid's port of the TF-slim network.
 
 It differs from torchvision's Inception3 (arXiv:1512.00567) in its average pools, which do not count
 padding, and in the last block, which has a max pool where the paper has an average pool
 (pytorch-fid, inception.py, `FIDInceptionA`, `C`, `E_1`, `E_2`). Attribute names are those of its
-state dict. The classifier behind the features (`fc`) is not here.
+state dict. The classifier after the features (`fc`) is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdjax.models.config import check
 from sdjax.models.layers import Array, fan_in_uniform
 from sdjax.models.products import Conv
 
-SIZE = 299  # pictures are squares of this
+SIZE = 299  # side of the square pictures
 DIMS = (64, 192, 768, 2048)
 _EPS = 1e-3  # of the batch norms (torchvision, BasicConv2d)
 _WINDOW = (1, 3, 3, 1)
@@ -29,8 +29,10 @@ _WINDOW = (1, 3, 3, 1)
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig:
-    """Which features: 2048 (pool3), or 768 (before the auxiliary head), 192 or 64 (the first two
-    max pools), each averaged over positions."""
+    """The width of the features, which selects their layer; they are averaged over positions.
+
+    dims: 2048 (pool3), or 768 (before the auxiliary head), 192 or 64 (the first two max pools).
+    """
 
     dims: int = 2048
 
@@ -39,9 +41,9 @@ class InceptionConfig:
 
 
 class InceptionV3(nnx.Module):
-    """Pictures [B, 299, 299, 3] in [-1, 1] to features [B, dims].
+    """The network from pictures [B, 299, 299, 3] in [-1, 1] to features [B, dims].
 
-    Always with all parameters, also where `dims` needs the first of them only.
+    It has all parameters, also where `dims` needs only the first of them.
     """
 
     def __init__(self, config: InceptionConfig, **kw: Any):
@@ -64,7 +66,7 @@ class InceptionV3(nnx.Module):
         self.Mixed_7c = BlockE(2048, max_pool=True, **kw)
 
     def __call__(self, x: Array) -> Array:
-        """[B, 299, 299, 3] float32 -> [B, dims] float32."""
+        """Map x [B, 299, 299, 3] float32 to [B, dims] float32."""
         stages = (
             (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, max_pool),
             (self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, max_pool),
@@ -81,7 +83,7 @@ class InceptionV3(nnx.Module):
 
 
 class BasicConv(nnx.Module):
-    """Convolution without bias, batch norm, ReLU. [B, H, W, C] to [B, H', W', features]."""
+    """Convolution without bias, batch norm, ReLU: [B, H, W, C] to [B, H', W', features]."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class BatchNorm(nnx.Module):
 
 
 class BlockA(nnx.Module):
-    """35x35: [B, H, W, C] to [B, H, W, 224 + pool_features]."""
+    """The block at 35x35: [B, H, W, C] to [B, H, W, 224 + pool_features]."""
 
     def __init__(self, channels: int, pool_features: int, **kw: Any):
         self.branch1x1 = BasicConv(channels, 64, 1, **kw)
@@ -144,7 +146,7 @@ class BlockA(nnx.Module):
 
 
 class BlockB(nnx.Module):
-    """35x35 to 17x17: [B, H, W, C] to [B, H', W', 480 + C]."""
+    """The block from 35x35 to 17x17: [B, H, W, C] to [B, H', W', 480 + C]."""
 
     def __init__(self, channels: int, **kw: Any):
         self.branch3x3 = BasicConv(channels, 384, 3, stride=2, **kw)
@@ -158,7 +160,10 @@ class BlockB(nnx.Module):
 
 
 class BlockC(nnx.Module):
-    """17x17 with 7x7 convolutions in two parts, `inner` channels: [B, H, W, C] to 768 channels."""
+    """The block at 17x17, [B, H, W, C] to 768 channels.
+
+    Its 7x7 convolutions are in two parts, with `inner` channels between.
+    """
 
     def __init__(self, channels: int, inner: int, **kw: Any):
         row = {"kernel": (1, 7), "padding": (0, 3), **kw}
@@ -182,7 +187,7 @@ class BlockC(nnx.Module):
 
 
 class BlockD(nnx.Module):
-    """17x17 to 8x8: [B, H, W, C] to [B, H', W', 512 + C]."""
+    """The block from 17x17 to 8x8: [B, H, W, C] to [B, H', W', 512 + C]."""
 
     def __init__(self, channels: int, **kw: Any):
         self.branch3x3_1 = BasicConv(channels, 192, 1, **kw)
@@ -199,9 +204,10 @@ class BlockD(nnx.Module):
 
 
 class BlockE(nnx.Module):
-    """8x8 with 3x3 convolutions that fan out into rows and columns: [B, H, W, C] to 2048 channels.
+    """The block at 8x8, [B, H, W, C] to 2048 channels.
 
-    max_pool: the kind of the pool in the last branch, an average if False.
+    Its 3x3 convolutions split into rows and columns.
+    max_pool: whether the pool of the last branch takes the maximum; else the average.
     """
 
     def __init__(self, channels: int, *, max_pool: bool, **kw: Any):
@@ -228,13 +234,13 @@ class BlockE(nnx.Module):
 
 
 def max_pool(x: Array, *, stride: int = 2, padding: int = 0) -> Array:
-    """The largest of 3x3 positions of [B, H, W, C]."""
+    """The maximum over 3x3 positions of [B, H, W, C]."""
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, _WINDOW, (1, stride, stride, 1), pads)
 
 
 def average_pool(x: Array) -> Array:
-    """The mean of 3x3 positions of [B, H, W, C], of those that are inside; the same shape."""
+    """The mean over 3x3 positions of [B, H, W, C], without those outside; the same shape."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     total = lax.reduce_window(x, 0.0, lax.add, _WINDOW, (1, 1, 1, 1), pads)
     inside = [np.full(size, 3.0, np.float32) for size in x.shape[1:3]]

@@ -1,6 +1,6 @@
 """Maximum mean discrepancies (Gretton et al. 2012) between features: KID and CMMD. Float64.
 
-Kernels are made in blocks of rows, so that memory grows with the pictures and not their square.
+Kernels are computed in blocks of rows: memory grows with the pictures, not with their square.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from sdjax.evaluation import bootstrap
 from sdjax.evaluation.bootstrap import Estimate
 
 BLOCK = 1024  # rows of a kernel matrix that are held at once
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # those of torchmetrics and torch-fidelity
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in torchmetrics and torch-fidelity
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, as in their code
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(x.y / D + 1)^3, the kernel of KID: [N, D], [M, D] -> [N, M]."""
+    """The kernel (x.y / D + 1)^3 of KID: [N, D], [M, D] -> [N, M]."""
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
 def gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """exp(-|x - y|^2 / (2 sigma^2)), the kernel of CMMD: [N, D], [M, D] -> [N, M]."""
+    """The kernel exp(-|x - y|^2 / (2 sigma^2)) of CMMD: [N, D], [M, D] -> [N, M]."""
     squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
     return np.exp(-squares / (2 * CMMD_SIGMA**2))
 
@@ -47,12 +47,14 @@ def kid(
     resamples: int = 200,
     seed: int = 0,
 ) -> Estimate:
-    """Kernel Inception distance (Binkowski et al. 2018) of features [N, D] and [M, D].
+    """The kernel Inception distance (Binkowski et al. 2018) of features [N, D] and [M, D].
 
-    The mean of the unbiased discrepancy over random subsets, as torchmetrics and torch-fidelity
-    have it; where both sets fit in a subset, that of all. details["std"] is the deviation over
-    subsets, which is not that of the mean. The interval is of resampled pictures: pairs of one
-    picture with itself, which the unbiased form leaves out, are left out of resamples too.
+    It is the mean of the unbiased discrepancy over random subsets, as in torchmetrics and
+    torch-fidelity; if both sets fit in a subset, that of all pictures. details["std"] is the
+    deviation over subsets, which is not that of the mean. The interval resamples pictures. The
+    unbiased form leaves out pairs of one picture with itself, and so do the resamples.
+
+    Raises ValueError for fewer than 2 features or different widths.
     """
     x, y = _checked(generated, reference)
     sizes = min(subset_size, len(x)), min(subset_size, len(y))
@@ -79,10 +81,12 @@ def kid(
 def cmmd(
     generated: np.ndarray, reference: np.ndarray, *, resamples: int = 200, seed: int = 0
 ) -> Estimate:
-    """CLIP-MMD (Jayasumana et al. 2024) of CLIP features [N, D] and [M, D], normalised here.
+    """The CLIP-MMD (Jayasumana et al. 2024) of CLIP features [N, D] and [M, D], normalised here.
 
-    The V-statistic, which keeps the pairs of a picture with itself, times 1000, as in the code
-    that came with the paper (google-research, cmmd/distance.py).
+    The V-statistic, which keeps the pairs of a picture with itself, times 1000, as in the paper's
+    code (google-research, cmmd/distance.py).
+
+    Raises ValueError for fewer than 2 features or different widths.
     """
     x, y = (normalised(features) for features in _checked(generated, reference))
     weights = np.full((len(x), 1), 1.0)
@@ -97,12 +101,13 @@ def cmmd(
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
-    """Features [N, D] scaled to length 1, float64."""
+    """The features [N, D] scaled to length 1, float64."""
     features = np.asarray(features, np.float64)
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 def _checked(*sets: np.ndarray) -> list[np.ndarray]:
+    """The features as float64; ValueError unless they have one width and at least 2 rows."""
     if any(s.ndim != 2 or len(s) < 2 for s in sets) or len({s.shape[1] for s in sets}) > 1:
         shapes = [list(s.shape) for s in sets]
         raise ValueError(f"mmd: expected features [N >= 2, D] of one D, got {shapes}")
@@ -112,7 +117,7 @@ def _checked(*sets: np.ndarray) -> list[np.ndarray]:
 def _replicates(
     x: np.ndarray, y: np.ndarray, kernel: Kernel, *, resamples: int, seed: int, with_itself: bool
 ) -> np.ndarray:
-    """The part of the discrepancy that changes with resampled x: [resamples]."""
+    """The part of the discrepancy that changes with resampled x, [resamples]."""
     weights = bootstrap.counts(len(x), resamples=resamples, seed=seed)
     return _statistic(x, y, kernel, weights, with_itself=with_itself)
 
@@ -120,7 +125,7 @@ def _replicates(
 def _statistic(
     x: np.ndarray, y: np.ndarray, kernel: Kernel, weights: np.ndarray, *, with_itself: bool
 ) -> np.ndarray:
-    """mean k(x, x') - 2 mean k(x, y) for each column of weights [N, R] of x -> [R]."""
+    """The value mean k(x, x') - 2 mean k(x, y) for each column of weights [N, R] of x, [R]."""
     own, across = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
     total = weights.sum(0)
     pairs = total**2 if with_itself else total**2 - (weights**2).sum(0)
@@ -135,5 +140,6 @@ def _statistic(
 
 
 def _self_mean(y: np.ndarray, kernel: Kernel) -> float:
+    """The mean of k(y, y') over all pairs."""
     rows = range(0, len(y), BLOCK)
     return float(sum(kernel(y[i : i + BLOCK], y).sum() for i in rows) / len(y) ** 2)

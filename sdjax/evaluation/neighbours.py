@@ -1,7 +1,7 @@
-"""Metrics of nearest neighbours among features: precision, recall, density, coverage, memorisation.
+"""Metrics of nearest neighbours: precision, recall, density, coverage, memorisation.
 
-Distances are Euclidean, in float64, made in blocks of rows: memory grows with the pictures and not
-with their square.
+Distances between features are Euclidean, in float64, and computed in blocks of rows: memory grows
+with the pictures, not with their square.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ DENSITY_K = 5  # Naeem et al. 2020, and the `prdc` package
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks (rows of x, squared distances [rows, M]) of features [N, D] and [M, D]."""
+    """The blocks (rows of x, squared distances [rows, M]) of features [N, D] and [M, D].
+
+    Raises ValueError for different widths.
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"expected features of one width, got {list(x.shape)}, {list(y.shape)}")
@@ -34,13 +37,16 @@ def squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.
 
 
 def radii(features: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance of each of features [N, D] to its k-th nearest other one: [N]."""
+    """The squared distance of each of features [N, D] to its k-th nearest other one, [N].
+
+    Raises ValueError for k features or fewer.
+    """
     if len(features) <= k:
         raise ValueError(f"{len(features)} pictures have no {k}-th neighbour; give more pictures")
     found = np.empty(len(features))
     for rows, squares in squared_distances(features, features):
         own = np.arange(rows.start, rows.stop)
-        squares[np.arange(len(own)), own] = -1.0  # itself comes first, whatever the rounding
+        squares[np.arange(len(own)), own] = -1.0  # itself is the nearest, whatever the rounding
         found[rows] = np.partition(squares, k, axis=1)[:, k]
     return found
 
@@ -53,7 +59,7 @@ def precision_recall(
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
+    """The improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 
     precision: share of generated pictures within the k-th neighbour's distance of some reference
     picture; recall: the same with the two exchanged. Intervals resample the pictures that are
@@ -80,10 +86,11 @@ def density_coverage(
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Density and coverage (Naeem et al. 2020, section 3.2), as the `prdc` package has them.
+    """The density and coverage (Naeem et al. 2020, section 3.2), as in the `prdc` package.
 
-    density: in how many of the reference's spheres a generated picture lies, over k; can be above
-    1. coverage: share of reference pictures with a generated one in their sphere. Intervals
+    density: the number of the reference's spheres that a generated picture lies in, over k; it can
+      be
+    above 1. coverage: share of reference pictures with a generated one in their sphere. Intervals
     resample generated pictures for density, reference ones for coverage; the spheres stay.
     """
     theirs = radii(reference, k)
@@ -100,9 +107,9 @@ def density_coverage(
 
 
 def nearest(features: np.ndarray, bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of features [N, D] the index of its nearest in bank [M, D], and the distance: [N].
+    """The index of the nearest in bank [M, D] to each of features [N, D], and its distance, [N].
 
-    The distance is taken again of the pair itself: products lose the digits of a small one.
+    The distance is computed from the pair itself: matrix products lose the digits of a small one.
     """
     where = np.empty(len(features), np.int64)
     for rows, squares in squared_distances(features, bank):
@@ -113,10 +120,11 @@ def nearest(features: np.ndarray, bank: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Nearest:
-    """How near generated pictures are to training pictures.
+    """The closeness of generated pictures to training pictures.
 
-    memorised: the share of them that is nearer to a training picture than all but `percentile` %
-    of held-out pictures are. Without memorisation that share is `percentile` %.
+    memorised: the share of generated pictures that are closer to a training picture than a bound.
+    The bound is the `percentile` of the same distance of held-out pictures. Without memorisation
+    the share is `percentile` %.
     pairs: (generated, training, distance), the closest first.
     """
 
@@ -134,10 +142,10 @@ def memorisation(
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> Nearest:
-    """Compares how near generated and held-out pictures are to the training pictures.
+    """Compare the distances of generated and of held-out pictures to the training pictures.
 
-    Distances alone say little: a data set of near copies has near neighbours everywhere. Held-out
-    pictures, which cannot have been learned by heart, say what is near (Meehan et al. 2020).
+    Distances alone mean little: a dataset of near copies has near neighbours everywhere. Held-out
+    pictures, which cannot be memorised, show which distances are usual (Meehan et al. 2020).
 
     Args:
       generated, train, held_out: features [N, D].

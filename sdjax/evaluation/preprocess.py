@@ -1,4 +1,4 @@
-"""What the networks that judge pictures want of them: pytorch-fid's and CLIP's preprocessing."""
+"""The preprocessing of pictures for Inception (pytorch-fid's) and for CLIP."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sdjax.system import untrusted
 from sdjax.system.untrusted import brief
 
 INCEPTION = f"bilinear {SIZE}x{SIZE}, no antialias, [-1, 1]"  # in the digest of features
-_MOST_SIDE = 4096  # that pictures are resized to; CLIP's have 224 to 448
-# OpenAI CLIP, clip/clip.py `_transform`; transformers' defaults where a file leaves them out.
+_MOST_SIDE = 4096  # largest side that pictures are resized to; CLIP's have 224 to 448
+# OpenAI CLIP, clip/clip.py `_transform`; the defaults of transformers.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @jax.jit
 def inception_pixels(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 [B, 299, 299, 3] in [-1, 1], as pytorch-fid does it.
+    """Resize uint8 [B, H, W, 3] to float32 [B, 299, 299, 3] in [-1, 1], as pytorch-fid does.
 
     Bilinear, `align_corners=False`, without antialiasing (torch's `F.interpolate`); FID is defined
     with it, though pictures larger than 299 alias.
@@ -40,7 +40,7 @@ def inception_pixels(images: jax.Array) -> jax.Array:
 
 
 def _bilinear(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each new position its two old neighbours, and the second one's part."""
+    """The two old neighbours of each new position, and the weight of the second."""
     scale = np.float32(old) / np.float32(new)
     at = scale * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
     at = np.maximum(at, 0)
@@ -50,7 +50,7 @@ def _bilinear(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class ClipPreprocess:
-    """CLIPImageProcessor: resize, crop the middle, [0, 1], normalise.
+    """The preprocessing of CLIPImageProcessor: resize, crop the middle, [0, 1], normalise.
 
     size: of the shorter side, or (height, width); None does not resize.
     crop: (height, width) of the middle, or None.
@@ -66,10 +66,10 @@ class ClipPreprocess:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> ClipPreprocess:
-        """Of a `preprocessor_config.json`, of any age.
+        """Read a `preprocessor_config.json` of any version.
 
         Raises:
-            UserError: naming the field that is not what it should be.
+            UserError: a field is not valid; the message names it.
         """
         try:
             crop = data.get("crop_size", 224) if data.get("do_center_crop", True) else None
@@ -95,7 +95,7 @@ class ClipPreprocess:
         return found
 
     def _check_numbers(self) -> None:
-        """ValueError, naming the field, if a number is none that a picture can be prepared by."""
+        """Raise a ValueError that names a field whose number is out of range."""
         for name, value in (("size", self.size), ("crop_size", self.crop)):
             for side in () if value is None else _sides(value):
                 if not 1 <= side <= _MOST_SIDE:
@@ -110,7 +110,7 @@ class ClipPreprocess:
             raise ValueError(f"rescale_factor is {brief(self.scale)}; expected a positive number")
 
     def check(self, image_size: int, where: str) -> None:
-        """UserError unless pictures of any shape become squares of `image_size`."""
+        """Raise a UserError unless pictures of any shape become squares of `image_size`."""
         out = self.crop or self.size
         large = not self.crop or self.size is None or min(_sides(self.size)) >= max(self.crop)
         if out != (image_size, image_size) or not large or self.size is None:
@@ -120,7 +120,7 @@ class ClipPreprocess:
             )
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> float32 [B, h, w, 3]."""
+        """Preprocess uint8 [B, H, W, 3] to float32 [B, h, w, 3]."""
         with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the lock
             return np.stack(list(pool.map(self._pixels, images)))
 
@@ -144,7 +144,7 @@ class ClipPreprocess:
 
 
 def _sides_of(value: Any, *, square: bool) -> Any:
-    """(height, width), or the shorter side, of what a file has; old files have a number."""
+    """The (height, width), or the shorter side, of a field; old files have a number."""
     if isinstance(value, Mapping):
         if value.get("shortest_edge") is not None:
             return int(value["shortest_edge"])
@@ -153,4 +153,5 @@ def _sides_of(value: Any, *, square: bool) -> Any:
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, ...]:
+    """The one or two sides of a size."""
     return (size,) if isinstance(size, int) else size

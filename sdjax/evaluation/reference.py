@@ -1,8 +1,8 @@
-"""Statistics of the pictures that others are compared with, kept in .npz files.
+"""Statistics of reference pictures, kept in .npz files.
 
-mu [D] and sigma [D, D] (float64) are what pytorch-fid keeps, under its names: it reads these files
-and this reads its own. Beside them lie the features [N, D] (float32), which KID and the metrics of
-neighbours need, and "meta", a JSON text that says which network made them of which pictures.
+mu [D] and sigma [D, D] (float64) have pytorch-fid's names: it reads these files and this module
+reads its files. Beside them lie the features [N, D] (float32), which KID and the metrics of
+neighbours need, and "meta", a JSON text that names the network and the pictures.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from sdjax.system.array_files import open_npz
 from sdjax.system.text_files import pointer_note
 from sdjax.system.untrusted import brief, check_depth, damage, why
 
-PYTORCH_FID_TOWER = "inception-v3-2048"  # what a file without "meta" is taken to be of
+PYTORCH_FID_TOWER = "inception-v3-2048"  # the tower of a file without "meta"
 
 
 class Tower(Protocol):
-    """From pictures to features; `sdjax.evaluation.features.FeatureTower`."""
+    """A network from pictures to features; `sdjax.evaluation.features.FeatureTower` is one."""
 
     @property
     def name(self) -> str:
-        """Of the network."""
+        """The name of the network."""
         ...
 
     @property
     def digest(self) -> str:
-        """Of its weights and preprocessing."""
+        """A digest of its weights and preprocessing."""
         ...
 
     @property
     def dims(self) -> int:
-        """D, how many numbers a picture becomes."""
+        """The length D of a picture's features."""
         ...
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] -> float32 [N, D]."""
+        """Map uint8 [N, H, W, 3] to float32 [N, D]."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What is known of the pictures that others are compared with.
+    """The statistics of the reference pictures.
 
     features: None in files that hold the moments alone, as pytorch-fid's.
     meta: tower, digest, dataset, size, count; empty in pytorch-fid's files.
@@ -66,30 +66,30 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class PixelTower:
-    """No network: pictures averaged down to side x side, as numbers from 0 to 1.
+    """A tower without a network: pictures averaged down to side x side, as numbers from 0 to 1.
 
-    Its distances say whether two pictures are nearly the same, and little else.
+    Its distances show whether two pictures are nearly the same, and little else.
     """
 
     side: int = 16
 
     @property
     def name(self) -> str:
-        """With the side."""
+        """The name, with the side."""
         return f"pixels-{self.side}x{self.side}"
 
     @property
     def digest(self) -> str:
-        """There are no weights to tell apart."""
+        """The name: there are no weights."""
         return self.name
 
     @property
     def dims(self) -> int:
-        """Three for each of side x side."""
+        """The length of the features: three for each of side x side."""
         return 3 * self.side**2
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] -> float32 [N, side * side * 3]."""
+        """Map uint8 [N, H, W, 3] to float32 [N, side * side * 3]."""
         images = np.asarray(images, np.float32) / 255
         for axis in (1, 2):
             images = _averaged(images, axis, self.side)
@@ -97,7 +97,7 @@ class PixelTower:
 
 
 def _averaged(images: np.ndarray, axis: int, side: int) -> np.ndarray:
-    """Means of `side` stretches of one axis, which may overlap by a pixel."""
+    """The means of `side` stretches of one axis, which may overlap by a pixel."""
     edges = np.arange(side + 1) * images.shape[axis] / side
     parts = [
         np.take(images, np.arange(int(a), max(int(np.ceil(b)), int(a) + 1)), axis).mean(axis)
@@ -107,7 +107,7 @@ def _averaged(images: np.ndarray, axis: int, side: int) -> np.ndarray:
 
 
 def features_of(tower: Tower, pictures: Pictures) -> np.ndarray:
-    """float32 [N, D] of all pictures."""
+    """The features of all pictures, float32 [N, D]."""
     parts = []
     with progress.work(f"looking by {tower.name}", len(pictures), unit="pictures") as work:
         for images in stretches(pictures):
@@ -117,7 +117,10 @@ def features_of(tower: Tower, pictures: Pictures) -> np.ndarray:
 
 
 def write(file: paths.PathLike, features: np.ndarray, meta: Mapping[str, Any]) -> Reference:
-    """Keep features [N, D] and their moments."""
+    """Write features [N, D] and their moments; return them.
+
+    Raises WriteError if the file cannot be written.
+    """
     found = moments(features)
     file = paths.to_path(file)
     paths.make_folder(file.parent)
@@ -138,12 +141,12 @@ def read(
     """The statistics in a file.
 
     Args:
-      tower: which they must be of; None takes any.
-      size: (height, width) that the pictures must have had, where the file says.
+      tower: the tower that must have made them; None takes any.
+      size: (height, width) that the pictures must have had, if the file has it.
 
     Raises:
-      UserError: it cannot be read, or is of another network, other weights, another preprocessing
-        or another size of pictures.
+      UserError: the file cannot be read, or its network, weights, preprocessing or size of pictures
+        is another.
     """
     file = paths.to_path(file)
     try:
@@ -166,7 +169,7 @@ def read(
 
 
 def _check_arrays(mu: np.ndarray, sigma: np.ndarray, features: Any, meta: Any) -> None:
-    """ValueError unless mu is [D], sigma [D, D], features [N, D] or None, all finite."""
+    """Raise a ValueError unless mu is [D], sigma [D, D], features [N, D] or None, all finite."""
     if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape):
         shapes = f"mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}"
         raise ValueError(f"{shapes}; expected [D] and [D, D]")
@@ -183,6 +186,7 @@ def _check_arrays(mu: np.ndarray, sigma: np.ndarray, features: Any, meta: Any) -
 
 
 def _check(file: paths.Path, found: Reference, tower: Tower, size: tuple[int, int] | None) -> None:
+    """Raise a UserError unless the statistics are comparable with the tower's features."""
     made_by = found.meta.get("tower", PYTORCH_FID_TOWER)
     wanted: dict[str, Any] = {"tower": tower.name, "digest": tower.digest}
     has = {"tower": made_by, "digest": found.meta.get("digest", tower.digest)}
@@ -209,17 +213,17 @@ def _check(file: paths.Path, found: Reference, tower: Tower, size: tuple[int, in
 def cached(
     folder: paths.PathLike, tower: Tower, pictures: Pictures, identity: Mapping[str, Any]
 ) -> Reference:
-    """The statistics of pictures, made if `folder` has none of them by this tower.
+    """The statistics of pictures, computed if `folder` has none of them by this tower.
 
     Args:
-      identity: what tells these pictures from others, as `Split.identity`.
+      identity: identifies these pictures, as `Split.identity`.
     """
     meta = {"tower": tower.name, "digest": tower.digest, **identity}
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     kind = tower.name.split()[0].split("/")[-1]
     file = paths.to_path(folder) / f"{kind}-{key}.npz"
     there = np.array(file.exists())
-    if jax.process_count() > 1:  # all read it, or all compute it together
+    if jax.process_count() > 1:  # all hosts read it, or all compute it together
         there = multihost_utils.broadcast_one_to_all(there)
     if there:
         found = read(file, tower)

@@ -1,4 +1,4 @@
-"""Metrics of cosines between features: CLIP score, and how different pictures of one prompt are."""
+"""Metrics of cosines between features: CLIP score, and the diversity of pictures of one prompt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from sdjax.evaluation.mmd import normalised
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """100 max(cos, 0) of CLIP features of pictures and of their captions, [N, D] each -> [N].
+    """The scores 100 max(cos, 0) of pictures with their captions, float64 [N].
 
+    images, texts: CLIP features [N, D].
     Hessel et al. 2021 with the factor of torchmetrics, 100 in place of 2.5.
+    Raises ValueError if the shapes differ.
     """
     if images.shape != texts.shape:
         raise ValueError(
@@ -29,8 +31,10 @@ def clip_score(
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of `clip_scores`; the interval resamples prompts [N] (their numbers) with all their
-    pictures."""
+    """The mean of `clip_scores`, with an interval that resamples prompts with all their pictures.
+
+    prompts: [N], the number of each picture's prompt.
+    """
     return bootstrap.mean(
         clip_scores(images, texts), groups=prompts, resamples=resamples, seed=seed
     )
@@ -43,10 +47,10 @@ def diversity(
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Mean cosine distance between two pictures of one prompt, averaged over prompts.
+    """The mean cosine distance between two pictures of one prompt, averaged over prompts.
 
-    0 when the model draws the same picture again and again (mode collapse). Prompts with one
-    picture do not count.
+    0 if the model always draws the same picture (mode collapse). Prompts with one picture do not
+    count.
 
     Args:
       features: [N, D].

@@ -1,9 +1,9 @@
-"""The tensors of a PyTorch file, without PyTorch and without running what the file says.
+"""The tensors of a PyTorch file, read without PyTorch and without running the file.
 
 `torch.save` writes a pickle, and a pickle can call any function of the machine that reads it. Here
-`sdjax.evaluation.torch_pickle` reads it, which can call none. Both formats are read: the zip of PyTorch
-1.6 and later, and the older one, which many published weights have (torch/serialization.py, `_save`
-and `_legacy_save`). What is read is never larger than the file.
+`sdjax.evaluation.torch_pickle` reads it, which can call none. Both formats are read: the zip of
+PyTorch 1.6 and later, and the older one, which many published weights have
+(torch/serialization.py, `_save` and `_legacy_save`). The arrays are never larger than the file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["TorchFileError", "read_tensors"]
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _ZIP = b"PK\x03\x04"
-_MOST_REPEATED = 2**20  # values of a tensor that has more of them than its storage
+_MOST_REPEATED = 2**20  # values of a tensor that repeats those of its storage
 
 
 def read_tensors(path: paths.PathLike) -> dict[str, np.ndarray]:
-    """{name: array} of a state dict in a .pth, .pt, .bin, .ckpt or .safetensors file.
+    """The arrays {name: array} of a state dict in a .pth, .pt, .bin, .ckpt or .safetensors file.
 
     Args:
-        path: what `torch.save(model.state_dict(), path)` writes, or {"state_dict": that, ...}.
+        path: a file of `torch.save(model.state_dict(), path)`, or of {"state_dict": that, ...}.
             Entries that are no tensors (numbers, texts) are left out.
 
     Returns:
@@ -44,13 +44,13 @@ def read_tensors(path: paths.PathLike) -> dict[str, np.ndarray]:
 
     Raises:
         TorchFileError: the file is damaged, or holds anything but tensors in dictionaries and
-            lists; names what was found. Nothing of the file was executed.
-        WeightsError: it is not there.
+            lists; the message names it. Nothing in the file was executed.
+        WeightsError: the file is missing.
     """
     path = paths.to_path(path)
     if path.suffix == ".safetensors":
         return weights.load_file(path)
-    if not path.is_file():  # of a device or a pipe neither
+    if not path.is_file():  # a device or a pipe is none either
         raise WeightsError(f"no such weights file: {path}: download it, or fix the path")
     again = "download or copy it again"
     whole = explained(path, "a whole PyTorch file", error=TorchFileError, remedy=again)
@@ -65,7 +65,7 @@ def read_tensors(path: paths.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_zip(file: BinaryIO, where: str) -> tuple[Any, Callable[[Storage], bytes]]:
-    """(the pickled object, how to read a storage)."""
+    """The pickled object of a zip file, and a function that reads a storage."""
     archive = zipfile.ZipFile(file)
     _check_entries(archive, os.fstat(file.fileno()).st_size)
     pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
@@ -80,7 +80,7 @@ def _read_zip(file: BinaryIO, where: str) -> tuple[Any, Callable[[Storage], byte
     if size > MOST_BYTES:
         raise ValueError(f"data.pkl has {size:,} bytes; expected at most {MOST_BYTES:,}")
     tree = read_pickle(io.BytesIO(archive.read(pickles[0])), where, size)
-    # One copy of each storage, while the file is open.
+    # Each storage is read once.
     cache: dict[str, bytes] = {}
 
     def data(storage: Storage) -> bytes:
@@ -92,7 +92,7 @@ def _read_zip(file: BinaryIO, where: str) -> tuple[Any, Callable[[Storage], byte
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
-    """ValueError if parts are encrypted or compressed, or larger together than the file.
+    """Raise a ValueError if parts are encrypted, compressed, or larger together than the file.
 
     torch.save compresses nothing; parts that overlap would be read many times.
     """
@@ -106,7 +106,10 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _read_legacy(file: BinaryIO, where: str) -> tuple[Any, Callable[[Storage], bytes]]:
-    """The same of pickles one after the other and, behind them, each storage with its length."""
+    """The pickled object of the older format, and a function that reads a storage.
+
+    It has several pickles one after the other and, behind them, each storage with its length.
+    """
 
     def left() -> int:
         return os.fstat(file.fileno()).st_size - file.tell()
@@ -160,7 +163,7 @@ def _state_dict(tree: Any, where: str) -> dict[str, Tensor]:
 
 
 def _view(name: str, tensor: Tensor, data: Callable[[Storage], bytes]) -> np.ndarray:
-    """The array of a tensor. ValueError if it reaches beyond its storage."""
+    """The array of a tensor; ValueError if it reaches beyond its storage."""
     storage = tensor.storage
     flat = np.frombuffer(data(storage), storage.dtype)
     steps = zip(tensor.shape, tensor.strides, strict=True)

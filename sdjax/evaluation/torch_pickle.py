@@ -1,8 +1,8 @@
 """The pickles in a PyTorch file, read without the pickle module: nothing in them can run.
 
-A pickle is a program for a stack machine. The machine here knows the opcodes that tensors,
-dictionaries, lists, numbers and texts are written with, and the few names of PyTorch that describe
-tensors. It counts what it does, so that a small program makes nothing large.
+A pickle is a program for a stack machine. The machine here has the opcodes of tensors,
+dictionaries, lists, numbers and texts, and the few names of PyTorch that describe tensors. It
+counts its steps, so that a small program makes nothing large.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from sdjax.models.weights import WeightsError
 from sdjax.system.untrusted import brief
 
-MOST_BYTES = 32 * 2**20  # of a pickle; that of SDXL's weights has 0.4 MB
+MOST_BYTES = 32 * 2**20  # bytes of a pickle; that of SDXL's weights has 0.4 MB
 MOST_STEPS = 500_000  # opcodes, and items that are copied; some 30 for a tensor
 _MOST_DIMENSIONS = 32
-_MOST_BITS = 128  # of a number; PyTorch's magic number has 77
+_MOST_BITS = 128  # bits of a number; PyTorch's magic number has 77
 _DTYPES: dict[str, Any] = {
     "double": np.float64,
     "float": np.float32,
@@ -50,7 +50,7 @@ class TorchFileError(WeightsError):
 
 
 class Storage(NamedTuple):
-    """Where the numbers are: `length` of `dtype` under `key`."""
+    """The place of numbers in the file: `length` of `dtype` under `key`."""
 
     key: str
     dtype: np.dtype
@@ -67,14 +67,14 @@ class Tensor(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """A name of a module, for which the pickle gets this and never what it names."""
+    """A placeholder for a name of a module; the pickle never gets the named object."""
 
     kind: str  # "dict", "size", "tensor", "parameter" or "storage"
     dtype: np.dtype | None = None
 
 
 class _Limited:
-    """A file from which at most so many bytes can be read."""
+    """A file from which at most `limit` bytes can be read."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file, self._left = file, limit
@@ -97,19 +97,19 @@ class _Limited:
 def read_pickle(
     file: BinaryIO, where: str, size: int, storages: dict[str, Storage] | None = None
 ) -> Any:
-    """Return what the pickle at the present place of a file describes.
+    """Return the object that the pickle at the present position of a file describes.
 
     Args:
         file: ends up behind the pickle.
         where: its name, for messages.
-        size: bytes that are left of it.
-        storages: {key: storage}, to which those that it refers to are added.
+        size: the number of its bytes that are left.
+        storages: {key: storage}, to which the storages in the pickle are added.
 
     Returns:
         Dictionaries, lists, tuples, numbers, texts and `Tensor`.
 
     Raises:
-        TorchFileError: it asks for something else; says for what.
+        TorchFileError: it asks for anything else; the message names it.
         ValueError, IndexError, KeyError, TypeError: it is damaged.
     """
     machine = _Machine(where, {} if storages is None else storages)
@@ -123,6 +123,8 @@ def read_pickle(
 
 
 class _Machine:
+    """The stack machine that runs the opcodes of a pickle."""
+
     def __init__(self, where: str, storages: dict[str, Storage]):
         self._where, self._storages = where, storages
         self._stack: list[Any] = []
@@ -137,11 +139,11 @@ class _Machine:
             raise ValueError(f"it takes more than {MOST_STEPS:,} steps to read")
 
     def pop(self) -> Any:
-        """Return the top of the stack, without it."""
+        """Remove the top of the stack and return it."""
         return self._stack.pop()
 
     def run(self, name: str, argument: Any) -> None:
-        """Do what an opcode says."""
+        """Run one opcode."""
         if name in _NUMBERS or name in _TEXTS:
             if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
                 raise ValueError(f"it holds {brief(argument)}")
@@ -199,7 +201,7 @@ class _Machine:
         self._set_items(parts)
 
     def _build(self) -> None:
-        """Attributes of a state dict (its versions) are dropped; nothing else has any."""
+        """Drop the attributes of a state dict (its versions); nothing else has any."""
         self.pop()
         _of(collections.OrderedDict, self._stack[-1])
 
@@ -245,7 +247,7 @@ class _Machine:
             return _numbers(parts)
         if kind == "dict":
             made: dict[Any, Any] = collections.OrderedDict()
-            for pairs in arguments[:1]:  # of Python 2: a list of pairs
+            for pairs in arguments[:1]:  # Python 2 wrote a list of pairs
                 self.count(len(_of(list, pairs)))
                 for key, value in pairs:
                     made[_key(key)] = value
@@ -253,7 +255,7 @@ class _Machine:
         raise ValueError(f"it calls a {kind}")
 
     def _persistent(self) -> None:
-        """A storage: ("storage", kind, key, device, count[, view])."""
+        """Push a storage: ("storage", kind, key, device, count[, view])."""
         pid = self.pop()
         if (
             not isinstance(pid, tuple)
@@ -308,13 +310,14 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """Return the key of a dictionary. ValueError if it is none of a text, a number and None."""
+    """Return the key of a dictionary. ValueError unless it is a text, a number or None."""
     if not isinstance(key, str | bytes | int | float | None):  # the hash of a tuple may take years
         raise ValueError(f"a dictionary has the key {brief(key)}")
     return key
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
+    """Return a shape or strides. ValueError if it is none."""
     if not isinstance(values, list | tuple) or len(values) > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor of shape or strides {brief(values)}")
     if any(not isinstance(n, int) or not 0 <= n < 2**63 for n in values):
@@ -323,6 +326,7 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+    """Return a view of a storage. ValueError if its numbers are none of a view."""
     shape, strides = _numbers(shape), _numbers(strides)
     (offset,) = _numbers([offset])
     if len(shape) != len(strides):

@@ -1,7 +1,7 @@
 """The networks that judge pictures, read from the files that their authors publish.
 
-Nothing here downloads by itself: `download_inception` and `download_clip` are for callers whom the
-user has asked to.
+Nothing here downloads by itself: `download_inception` and `download_clip` are for callers whose
+user asked for it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 )
-# In pytorch-fid's file, and of no use for features: the classifier, and how many batches each norm
-# saw in training.
+# Tensors of pytorch-fid's file that features do not use: the classifier, and the numbers of batches
+# that each norm saw in training.
 INCEPTION_UNUSED = re.compile(r"fc\.(weight|bias)|.*\.num_batches_tracked")
 CLIP_EXAMPLE = "openai/clip-vit-large-patch14"
 _CLIP_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -52,9 +52,9 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """What a folder of a CLIPModel holds.
+    """The contents of a folder of a CLIPModel.
 
-    logit_scale: exp of the parameter, what cosines are multiplied by.
+    logit_scale: exp of the parameter, the factor of cosines.
     """
 
     name: str
@@ -66,12 +66,13 @@ class Clip:
 
 
 def read_inception(path: paths.PathLike, *, dims: int = 2048) -> Network:
-    """pytorch-fid's InceptionV3, from its .pth or the same tensors as .safetensors.
+    """Read pytorch-fid's InceptionV3, from its .pth or the same tensors as .safetensors.
 
     `fc.weight`, `fc.bias` and every `num_batches_tracked` are ignored.
 
     Raises:
-        WeightsError: the file is not there, or listing what is missing, unused or mis-shaped.
+        WeightsError: the file is missing, or tensors are missing, unused or of other shapes; the
+            message lists them.
         UserError: `dims` is not one of the network.
     """
     try:
@@ -93,13 +94,13 @@ def read_inception(path: paths.PathLike, *, dims: int = 2048) -> Network:
 
 
 def read_clip(folder: paths.PathLike) -> Clip:
-    """A `CLIPModel` of transformers, as its save_pretrained or the hub has it.
+    """Read a `CLIPModel` of transformers, from a folder as save_pretrained writes it.
 
-    Weights from model.safetensors (also in several files) or pytorch_model.bin.
+    The weights are in model.safetensors (or several such files) or pytorch_model.bin.
 
     Raises:
-        UserError: the folder is not there, lacks a file, or has a field or weight that does not
-            fit; names it.
+        UserError: the folder is missing, lacks a file, or has a field or weight that does not fit;
+            the message names it.
     """
     folder = paths.to_path(folder)
     with explained(folder, "a CLIP of transformers"):
@@ -107,7 +108,7 @@ def read_clip(folder: paths.PathLike) -> Clip:
 
 
 def _read_clip(folder: paths.Path) -> Clip:
-    """See `read_clip`."""
+    """Read a folder as `read_clip` does, without its explanation of errors."""
     if not folder.is_dir():
         raise UserError(
             f"the CLIP folder {folder} is not there: fetch one of huggingface.co, as "
@@ -155,10 +156,10 @@ def _read_clip(folder: paths.Path) -> Clip:
 
 
 def download_inception(path: paths.PathLike, *, url: str = INCEPTION_URL) -> paths.Path:
-    """Fetch pytorch-fid's weights into `path`, if they are not there. Only when the user asks.
+    """Fetch pytorch-fid's weights into `path`, if they are missing. Only when the user asks.
 
     Raises:
-        UserError: it cannot be fetched, or is not the file whose digest its name has.
+        UserError: it cannot be fetched, or its digest is not the one in its name.
     """
     path = paths.to_path(path)
     if paths.exists(path):
@@ -182,10 +183,10 @@ def download_inception(path: paths.PathLike, *, url: str = INCEPTION_URL) -> pat
 
 
 def download_clip(name: str, folder: paths.PathLike) -> paths.Path:
-    """Fetch a CLIP of huggingface.co into `folder`, if it is not there. Only when the user asks.
+    """Fetch a CLIP of huggingface.co into `folder`, if it is missing. Only when the user asks.
 
     Args:
-        name: of the repository, as "openai/clip-vit-large-patch14".
+        name: the name of the repository, such as "openai/clip-vit-large-patch14".
 
     Raises:
         UserError: huggingface_hub is not installed, or the repository cannot be fetched.
@@ -201,13 +202,13 @@ def download_clip(name: str, folder: paths.PathLike) -> paths.Path:
         ) from error
     try:
         has = huggingface_hub.list_repo_files(name)
-        # One set of weights, though many repositories have those of several frameworks.
+        # One set of weights: many repositories have sets for several frameworks.
         one = next((file for file in _CLIP_WEIGHTS if file in has), _CLIP_WEIGHTS[0])
         chosen = ["*.safetensors"] if one.endswith(".json") else [one]
         huggingface_hub.snapshot_download(
             name, local_dir=str(folder), allow_patterns=[*_CLIP_FILES, *chosen]
         )
-    except Exception as error:  # of the network, of the hub and of its HTTP library
+    except Exception as error:  # errors of the network, of the hub and of its HTTP library
         raise UserError(
             f"{name} cannot be fetched from huggingface.co into {folder}: {error}"
         ) from error
@@ -225,6 +226,7 @@ def _is_whole(folder: paths.Path) -> bool:
 
 
 def _network(model: Any, config: Any, tensors: Mapping[str, np.ndarray], where: str) -> Network:
+    """The network of a class and a config, with the weights `tensors`."""
     graph, shapes = weights.abstract(model, config)
     try:
         return Network(config, graph, weights.from_diffusers(tensors, shapes))
@@ -233,7 +235,10 @@ def _network(model: Any, config: Any, tensors: Mapping[str, np.ndarray], where: 
 
 
 def _read_preprocess(folder: paths.Path) -> ClipPreprocess:
-    """Of preprocessor_config.json, or of the processor_config.json that transformers 5 writes."""
+    """The preprocessing from preprocessor_config.json, or from processor_config.json.
+
+    transformers 5 writes the second.
+    """
     file = folder / "preprocessor_config.json"
     if file.is_file():
         return ClipPreprocess.from_json(_read_json(file), str(file))
@@ -248,6 +253,7 @@ def _read_preprocess(folder: paths.Path) -> ClipPreprocess:
 
 
 def _read_json(file: paths.Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
         content = text_files.read_json(file)
     except text_files.TextError as error:
