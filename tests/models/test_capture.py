@@ -179,7 +179,7 @@ def test_an_error_leaves_nothing_behind(graph, params, inputs):
     with pytest.raises(RuntimeError), capture.capturing(weights.merge(graph, params), maxima=True):
         raise RuntimeError
     jax.eval_shape(lambda p: weights.merge(graph, p)(*inputs), params)
-    assert capture._record.get() is None
+    assert capture._capture.get() is None
 
 
 @pytest.mark.parametrize("remat", ["block", "full", "dots_saveable"])
