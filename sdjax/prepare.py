@@ -32,7 +32,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from sdjax.data.prepare.settings import DUPLICATES, Place, Settings
+from sdjax.data.prepare.settings import DUPLICATES, Settings, Workspace
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, passed_over
@@ -192,16 +192,16 @@ def _run(rest: list[str]) -> int:
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError("prepare takes another package: pip install 'sdjax[beam]'")
     logging.set_verbosity(logging.WARNING)
-    settings, place = settings_of_flags(), Place(_OUTPUT.value or "")
+    settings, workspace = settings_of_flags(), Workspace(_OUTPUT.value or "")
     from sdjax.data.prepare import pipeline, report
 
     with (
-        locks.held(place.folder, "--output", "sdjax.prepare"),
+        locks.held(workspace.folder, "--output", "sdjax.prepare"),
         ignored_by_children(),
         progress.shown(),
     ):
         found = pipeline.run(
-            _INPUT.value or "", settings, place, workers=_WORKERS.value, beam_options=rest
+            _INPUT.value or "", settings, workspace, workers=_WORKERS.value, beam_options=rest
         )
     print(f"{found['read']} rows read, {found['kept']} kept: {found['splits']}")
     for what in ("dropped", "changed"):
@@ -209,8 +209,8 @@ def _run(rest: list[str]) -> int:
             print(f"  {count} {what}: {word}")
     if found["passed_over"]:
         print(f"  {passed_over(found['passed_over'])}")
-    path = shlex.quote(f"--config.data.path={place.folder}")
-    print(f"{place.folder / report.HTML} shows what was dropped; to train on what was kept:\n"
+    path = shlex.quote(f"--config.data.path={workspace.folder}")
+    print(f"{workspace.folder / report.HTML} shows what was dropped; to train on what was kept:\n"
           f"  --config.data.name=prepared {path}")  # fmt: skip
     return 0
 

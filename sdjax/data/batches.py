@@ -1,9 +1,9 @@
-"""Whole batches at random access: the examples of their places in the stream, made and stacked.
+"""Whole batches at random access: the examples at their places in the stream, made and stacked.
 
-Grain is given batches, not examples: each of its layers costs an example 20 to 50 microseconds of
+Grain handles batches, not examples. Each of its layers costs an example 20 to 50 microseconds of
 bookkeeping, together more than to read and decode a small picture. The order and the randomness
-are those of Grain's `seed(seed).shuffle().repeat().random_map(...)`, in closed form from what Grain
-and NumPy make public, and tests hold them to it.
+are those of Grain's `seed(seed).shuffle().repeat().random_map(...)`, in closed form from public
+functions of Grain and NumPy. Tests compare them with Grain.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from sdjax.data import transforms
 from sdjax.data.sources import Source
 
 
-class Places(Protocol):
+class ExampleStream(Protocol):
     """The endless stream of examples."""
 
     def __getitem__(self, place: int) -> dict[str, Any]: ...
 
 
 def grain_seed(seed: int, depth: int) -> int:
-    """What Grain's transformation gets from `.seed(seed)`, `depth` layers below it."""
+    """The seed of Grain's transformation `depth` layers below `.seed(seed)`."""
     return int(np.random.SeedSequence((seed, depth)).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class Epochs:
+class ShuffledEpochs:
     """All examples of one source, epoch after epoch, each in an order of its own.
 
-    seed: of the order, see `grain_seed`; None leaves the examples as they are stored.
+    seed: of the order, see `grain_seed`; None keeps the order on disk.
     """
 
     source: Source
@@ -51,17 +51,19 @@ class Epochs:
 
 
 class Batches:
-    """Batch i holds what `transform` makes of the examples at places i * size to (i + 1) * size.
+    """A source for Grain: batch i holds the examples at places i * size to (i + 1) * size.
 
-    A source for Grain that can be sent to its worker processes.
+    It can be sent to Grain's worker processes.
 
     Args:
-        seed: of the randomness of a place, see `grain_seed`.
-        floats: as the networks take them (`as_floats`); else as they are sent between processes.
+        transform: (example, generator) -> the fields of one example.
+        seed: of the randomness at a place, see `grain_seed`.
+        floats: whether batches are as the networks take them (`as_floats`), or as they are sent
+            between processes.
     """
 
     def __init__(
-        self, stream: Places, transform: Callable[..., dict[str, np.ndarray]], size: int, *,
+        self, stream: ExampleStream, transform: Callable[..., dict[str, np.ndarray]], size: int, *,
         seed: int, floats: bool,
     ):  # fmt: skip
         self._stream, self._transform = stream, transform
@@ -79,7 +81,8 @@ class Batches:
         return as_floats(batch) if self._floats else batch
 
     def _row(self, place: int) -> dict[str, np.ndarray]:
-        # Grain's counter: the index of the transformation in a fused chain, and of the example.
+        """The fields of the example at a place."""
+        # Grain's counter: the index of the transformation in a fused chain, and the place.
         counter = np.array((0, 0, 0, place), np.uint64)
         rng = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
         return self._transform(self._stream[place], rng)
@@ -88,8 +91,8 @@ class Batches:
 def as_floats(batch: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
     """A batch as the networks take it: float32, pictures in [-1, 1].
 
-    Until then pictures are uint8 and what was encoded ahead may be bfloat16: less to stack, and to
-    send from process to process. copy: nothing is left in the memory of the batch.
+    Before, pictures are uint8 and moments may be bfloat16: less to stack, and to send between
+    processes. copy: whether the result has no memory of `batch`.
     """
     made = {}
     for name, value in batch.items():

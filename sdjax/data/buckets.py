@@ -2,7 +2,7 @@
 
 The idea is NovelAI's (https://blog.novelai.net, "NovelAI improvements on Stable Diffusion", 2022):
 sides are multiples of a step, the area is at most that of the square, and a picture goes to the
-bucket whose aspect is nearest. Nothing here reads pictures; sizes in, buckets out.
+bucket whose aspect is nearest. This module maps sizes to buckets and reads no pictures.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from sdjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class BucketConfig:
-    """Rectangles instead of squares."""
+    """The settings of buckets, which make rectangles instead of squares."""
 
     step: int = 0  # sides are multiples of it, 64 for Stable Diffusion; 0: no buckets, squares
-    max_aspect: float = 2.0  # of a bucket; narrower pictures are cropped to the last one
-    max_upscale: float = 0.0  # pictures that would be enlarged more are refused; 0: none is
+    max_aspect: float = 2.0  # of a bucket; narrower pictures are cropped to the narrowest one
+    max_upscale: float = 0.0  # pictures that would be enlarged more are refused; 0: no limit
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -33,10 +33,10 @@ class BucketConfig:
 
 
 def bucket_shapes(resolution: int, config: BucketConfig) -> list[tuple[int, int]]:
-    """(height, width) of all buckets, from the tallest to the widest.
+    """The (height, width) of all buckets, from the tallest to the widest.
 
-    Multiples of the step of at most resolution^2 pixels that cannot grow in either direction.
-    Raises UserError when there is none.
+    They are multiples of the step, of at most resolution^2 pixels, that cannot grow in either
+    direction. Raises UserError when there is none.
     """
     step, area = config.step, resolution * resolution
 
@@ -61,11 +61,11 @@ def bucket_shapes(resolution: int, config: BucketConfig) -> list[tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """What pictures go where.
+    """The buckets and their pictures.
 
     shapes: (height, width) of the buckets that are open.
     members: for each, the numbers of its pictures, int64, rising.
-    closed: how many pictures of a bucket that is too small for a batch went to another, by shape.
+    closed: for each shape too small for a batch, how many of its pictures went to other buckets.
     refused: how many pictures are not used, by reason.
     cropped: mean share of a picture's area that the crop takes off.
     """
@@ -78,7 +78,7 @@ class Buckets:
 
     @property
     def images(self) -> int:
-        """Of all buckets."""
+        """The number of pictures in all buckets."""
         return sum(map(len, self.members))
 
 
@@ -86,10 +86,10 @@ def assign(
     heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]], *,
     batch_size: int, max_upscale: float = 0.0,
 ) -> Buckets:  # fmt: skip
-    """Pictures -> the bucket nearest in log aspect that does not enlarge them too much.
+    """Assign pictures to the bucket nearest in log aspect that does not enlarge them too much.
 
     heights, widths: int [N]; 0 is an unreadable picture. A bucket with fewer pictures than a batch
-    closes, the smallest first, until each that is left has enough or one alone is left.
+    closes, the smallest first, until every open bucket has enough or only one is left.
     """
     readable = (heights > 0) & (widths > 0)
     chosen = np.full(len(heights), -1, np.int32)
@@ -131,11 +131,11 @@ def _nearest(
     heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]], open_: np.ndarray,
     limit: float,
 ) -> np.ndarray:  # fmt: skip
-    """int32 [N]: the open bucket for each picture, -1 where each enlarges it beyond the limit."""
+    """The open bucket of each picture, int32 [N]; -1 if all enlarge it beyond the limit."""
     best = np.full(len(heights), -1, np.int32)
     least = np.full(len(heights), np.inf)
     aspects = np.log(widths / heights)
-    for i in np.flatnonzero(open_):  # one bucket at a time: memory of N, not of N x buckets
+    for i in np.flatnonzero(open_):  # one bucket at a time takes memory of N, not of N x buckets
         height, width = shapes[i]
         distance = np.abs(aspects - np.log(width / height))
         fits = np.maximum(height / heights, width / widths) <= limit
@@ -145,7 +145,7 @@ def _nearest(
 
 
 def _cropped(heights: np.ndarray, widths: np.ndarray, shapes: np.ndarray) -> float:
-    """Mean share of the area that is lost when each picture covers its [N, 2] shape."""
+    """The mean share of the area that is lost when each picture covers its [N, 2] shape."""
     if not len(heights):
         return 0.0
     ratio = (widths / heights) / (shapes[:, 1] / shapes[:, 0])

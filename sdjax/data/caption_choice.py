@@ -1,6 +1,6 @@
-"""Which words an example is shown with, where there is a choice: captions, tags, templates.
+"""The choice of an example's words among its captions, tags and templates.
 
-All chance comes from the generator of the example's place in the stream.
+All randomness comes from the generator of the example's place in the stream.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ EMPTY = ("keep", "skip", "error")
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-    """How the text of an example is chosen and varied."""
+    """The settings that choose and vary the text of an example."""
 
     others_key: str = ""  # a feature of more captions, a sequence of texts; "" for none
-    main_share: float = 0.5  # how often data.text_key is taken where there are others
-    templates: tuple[str, ...] = ()  # for labels, besides data.label_template: each as often
+    main_share: float = 0.5  # probability of data.text_key where there are others
+    templates: tuple[str, ...] = ()  # for labels, besides data.label_template: all equally often
     separator: str = ", "  # between tags: split there, and joined with it again
     shuffle_tags: bool = False
-    keep_tags: int = 0  # the first so many stay in front, and are never dropped
-    tag_dropout: float = 0.0  # each other tag is left out so often
+    keep_tags: int = 0  # the first tags, as many, stay in front and are never dropped
+    tag_dropout: float = 0.0  # probability that each other tag is left out
     empty: str = "keep"  # examples without caption: "keep", "skip" (and count) or "error"
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class CaptionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """The texts of one example, and how often the main one is to be taken."""
+    """The texts of one example, and the probability of the main one."""
 
     main: str
     others: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class Caption:
 
 
 def choose(caption: Caption, config: CaptionConfig, rng: np.random.Generator) -> str:
-    """One of the captions, with its tags varied. Nothing is drawn where there is no choice."""
+    """Choose one of the captions and vary its tags. Nothing is drawn where there is no choice."""
     text = caption.main
     if caption.others and rng.random() >= caption.main_share:
         text = caption.others[int(rng.integers(len(caption.others)))]
@@ -64,7 +64,7 @@ def choose(caption: Caption, config: CaptionConfig, rng: np.random.Generator) ->
 
 
 def vary_tags(text: str, config: CaptionConfig, rng: np.random.Generator) -> str:
-    """Tags dropped and shuffled, the first `keep_tags` as they are."""
+    """Drop and shuffle the tags of a text; the first `keep_tags` stay as they are."""
     tags = [tag.strip() for tag in text.split(config.separator.strip())]
     tags = [tag for tag in tags if tag]
     front, rest = tags[: config.keep_tags], tags[config.keep_tags :]

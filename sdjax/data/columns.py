@@ -1,6 +1,6 @@
-"""What is known of every record without decoding it: size, hashes of its key, whether it has words.
+"""Facts about every record that need no decoding: size, hashes of its key, lack of a caption.
 
-It takes one pass over the records, and is kept beside the dataset.
+They take one pass over the records, and are kept beside the dataset.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from absl import logging
 from sdjax.system import paths, untrusted
 
 CHUNK = 4096  # records a thread reads at once
-_HEADER = 1 << 14  # bytes of a file of numpy that are not its numbers, at most
-PROGRESS = 60.0  # seconds from one word of a long pass to the next
+_HEADER = 1 << 14  # bytes of the header of a file of numpy, at most
+PROGRESS = 60.0  # seconds between two lines about a long pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """One entry for each record.
+    """Arrays with one entry for each record.
 
     height, width: int32 of the upright picture, 0 where its header cannot be read.
     share, fold: uint64, see `splits.hashes`.
@@ -42,7 +42,7 @@ class Columns:
     score: np.ndarray
 
     def take(self, numbers: np.ndarray) -> Columns:
-        """Those of some records."""
+        """The columns of some records."""
         return Columns(*(getattr(self, f.name)[numbers] for f in dataclasses.fields(self)))
 
 
@@ -53,9 +53,9 @@ Row = tuple[int, int, int, int, bool, float]
 def load(
     count: int, read: Callable[[int], Row], *, directory: str, identity: str, threads: int
 ) -> Columns:
-    """The columns of a dataset: those kept in its directory, or read by `read`, and kept.
+    """The columns of a dataset, from its directory, or from `read` and then kept there.
 
-    read: number of a record -> its row. identity: tells datasets and settings apart.
+    read: number of a record -> its row. identity: identifies the dataset and the settings.
     """
     key = hashlib.sha256(f"{identity} {count}".encode()).hexdigest()[:16]
     path = paths.to_path(directory) / f"columns-{key}.npz"
@@ -66,7 +66,7 @@ def load(
 
     def chunk(first: int) -> list[np.ndarray]:
         rows = [read(number) for number in range(first, min(first + CHUNK, count))]
-        # At once: as Python's own numbers the rows of a large dataset would take gigabytes.
+        # Arrays, not lists: as Python's numbers the rows of a large dataset would take gigabytes.
         return [np.array([row[i] for row in rows], kind) for i, kind in enumerate(TYPES)]
 
     chunks, spoke = [], time.monotonic()
@@ -83,7 +83,7 @@ def load(
 
 
 def _read(path: paths.Path, count: int) -> Columns | None:
-    """A damaged file counts as none and is written anew."""
+    """The columns in a file; None if it is missing or damaged."""
     names = [field.name for field in dataclasses.fields(Columns)]
     try:
         with paths.reading(path) as local:
@@ -103,7 +103,8 @@ def _read(path: paths.Path, count: int) -> Columns | None:
 
 
 def _write(path: paths.Path, columns: Columns) -> None:
-    # Hosts that share the disk may all do it at once: each writes a file of its own first.
+    """Write the columns into a file, or warn that this is not possible."""
+    # Hosts that share the disk may all write at once: each writes a file of its own first.
     own = path.parent / f"{path.stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}.npz"
     try:
         with paths.writing(own) as local, open(local, "wb") as file:

@@ -1,4 +1,4 @@
-"""The `data` group of the configuration: which dataset, and how it becomes batches."""
+"""The `data` group of the configuration: the dataset, and its way into batches."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ CROPS = ("center", "random")
 
 
 class DataError(UserError):
-    """A dataset that cannot be used as asked for; the message says what to do."""
+    """A dataset that cannot be used as configured; the message has the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which dataset, and how it becomes batches."""
+    """The dataset, and its way into batches.
+
+    Raises UserError where a field is out of its range or does not go with another.
+    """
 
     name: str = "captioned_shapes"  # or one of WITH_PATH, or TFDS "name[/config][:version]"
     path: str = ""  # the folder or files, for those of WITH_PATH
-    data_dir: str = ""  # where prepared datasets lie; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data_dir: str = ""  # folder of prepared datasets; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
     split: str = "train"
     eval_split: str = "test"
     image_key: str = "image"  # names of the TFDS features; a class label becomes text by template
     text_key: str = "text"
     label_template: str = "a photo of a {}"
-    # Splits by hash, where a dataset stores `train` and not these
+    # Splits by hash, for datasets that store `train` and not these.
     validation_share: float = 0.0  # of all examples, as the split "validation"
     test_share: float = 0.0  # the same for "test"
-    fold: str = ""  # "2/5": a fifth of `train` is "validation", and `train` is the rest
+    fold: str = ""  # "2/5": the second fifth of `train` is "validation", and `train` is the rest
     split_key: str = ""  # the feature hashed; "" is file_name, or else the number of the record
     score_key: str = ""  # a number feature, such as an aesthetic score ...
-    min_score: float | None = None  # ... and examples with less of it are left out, and counted
+    min_score: float | None = None  # ... and the least value; other examples are left out
     captions: CaptionConfig = CaptionConfig()
-    text_embeddings: bool = False  # encoded: train on the stored ones in place of the captions
-    mixture: tuple[Part, ...] = ()  # several sources at once; () is the one that `name` says
+    text_embeddings: bool = False  # encoded: train on stored embeddings in place of the captions
+    mixture: tuple[Part, ...] = ()  # several sources at once; () is the one called `name`
     resolution: int = 64  # of the square crop, after the short side is resized to it
     crop: str = "center"  # or "random"
     buckets: BucketConfig = BucketConfig()
@@ -50,18 +53,18 @@ class DataConfig:
     batch_size: int = 64  # global: over all hosts and devices
     workers: int = 0  # processes that decode; 0 decodes in `threads` of this process
     threads: int = 4
-    prefetch: int = 4  # batches kept ready (per worker); 0 makes each when it is asked for
+    prefetch: int = 4  # batches kept ready (per worker); 0 makes each on demand
     max_pixels: int = MAX_PIXELS  # larger images are refused before decoding
-    # Raw data: what is skipped (and reported), and how much of that is an error
-    outside_links: bool = False  # read what links below `path` lead to outside of it
+    # Raw data: the rows that are skipped (and reported), and how many of them are an error.
+    outside_links: bool = False  # read files outside of `path` that links below it lead to
     min_side: int = 16
     max_aspect: float = 8.0  # long side over short side; 0 for any
     max_bad_examples: int = -1  # more skipped than this is an error; -1 for any number
-    # captioned_shapes
+    # The dataset captioned_shapes.
     shapes_train: int = 20_000
     shapes_test: int = 512
     shapes_pairs: float = 0.35  # share of pictures with two objects
-    shapes_colours: str = "named"  # or "any", which captions do not name: for an autoencoder
+    shapes_colours: str = "named"  # or "any", without names in captions, for an autoencoder
 
     def __post_init__(self) -> None:
         for field in ("resolution", "batch_size", "max_pixels"):
@@ -115,12 +118,12 @@ class DataConfig:
 
 
 def is_encoded(config: DataConfig) -> bool:
-    """Whether batches hold moments and not pictures."""
+    """Whether batches hold moments instead of pictures."""
     return parts(config)[0].name == "encoded"
 
 
 def parts(config: DataConfig) -> list[DataConfig]:
-    """The configuration of each part of a mixture; of the one dataset without a mixture."""
+    """The configuration of each part of a mixture; without a mixture, that of the one dataset."""
     fields = ("name", "path", "data_dir", "split", "eval_split", "image_key", "text_key",
               "resolution", "score_key")  # fmt: skip
     if not config.mixture:

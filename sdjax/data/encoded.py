@@ -1,10 +1,10 @@
 """Datasets encoded ahead of training: VAE moments in place of pictures, embeddings beside captions.
 
-A folder of TFDS ArrayRecord files, one record an example (see `features`), and `encoding.json`,
-which says what made them. Moments and not latents are kept, so that training still draws a fresh
-latent from them every time (as in MLPerf and LDM).
-Mirroring a picture does not mirror its latent to the bit, so mirrored pictures are encoded too, or
-training without `data.flip` is all that the dataset allows.
+A folder of TFDS ArrayRecord files, one record an example (see `features`), and `encoding.json`
+with the settings of the encoding. It has moments instead of latents, so that training draws fresh
+latents from them every time (as in MLPerf and LDM).
+The latent of a mirrored picture is not the mirrored latent to the bit. So mirrored pictures are
+encoded too, or the dataset allows only training without `data.flip`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdjax.system import paths, text_files
 FILE = "encoding.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TEXT_FIELDS = {"context": 3, "pooled": 2}  # ranks of the arrays of all captions of an example
-Dropped = Mapping[str, Mapping[str, list[str]]]  # what was not encoded: {split: {reason: names}}
+Dropped = Mapping[str, Mapping[str, list[str]]]  # examples left out: {split: {reason: names}}
 # Fields of the configuration that choose examples, and are not applied a second time.
 SELECTING = ("validation_share", "test_share", "fold", "split_key", "score_key", "min_score")
 FORMAT = 1  # of the records; raise it when they change
@@ -31,14 +31,14 @@ FORMAT = 1  # of the records; raise it when they change
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """What made an encoded dataset.
+    """The settings of an encoded dataset.
 
-    dataset: the name of the one it was made from.
-    networks: fingerprints of the weights, by network: `vae`, and each text encoder of which
-        embeddings are kept.
+    dataset: the name of the dataset it was made from.
+    networks: fingerprints of the weights, by network: `vae`, and each text encoder whose embeddings
+        are kept.
     dtype: of moments and embeddings, "float32" or "bfloat16".
     resolution, crop, buckets: as in the configuration; buckets {field: value}, or {} for squares.
-    flipped: mirrored pictures are there too.
+    flipped: whether it has mirrored pictures too.
     selection: the fields of data.* that chose the examples, such as splits by hash; {} if none did.
     """
 
@@ -54,18 +54,21 @@ class Encoding:
 
     @property
     def has_text(self) -> bool:
-        """Whether embeddings of the captions are there."""
+        """Whether it has embeddings of the captions."""
         return set(self.networks) != {"vae"}
 
 
 def write(folder: paths.Path, encoding: Encoding, dropped: Dropped) -> None:
-    """encoding.json, which makes the folder an encoded dataset."""
+    """Write encoding.json, which makes the folder an encoded dataset."""
     content = {**dataclasses.asdict(encoding), "dropped": dict(dropped)}
     paths.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read(folder: paths.PathLike) -> Encoding:
-    """Raises DataError when the folder holds no encoded dataset, or one of another format."""
+    """Read the encoding of a folder.
+
+    Raises DataError when the folder holds no encoded dataset, or one of another format.
+    """
     file = paths.to_path(folder) / FILE
     try:
         content = text_files.read_json(file)
@@ -83,38 +86,39 @@ def read(folder: paths.PathLike) -> Encoding:
 
 
 def bucket_fields(config: DataConfig) -> dict[str, Any]:
-    """What decides the shape of a crop besides the resolution; {} for squares."""
+    """The fields that decide the shape of a crop besides the resolution; {} for squares."""
     return dataclasses.asdict(config.buckets) if config.buckets.step else {}
 
 
 def selection(config: DataConfig) -> dict[str, Any]:
-    """What decides which examples a split has, of the fields that are set; {} if all have."""
+    """The fields that choose the examples of a split; {} if none is set."""
     fields = {name: getattr(config, name) for name in SELECTING}
     return fields if any(fields[name] != value for name, value in _unselecting().items()) else {}
 
 
 def unselected(config: DataConfig) -> DataConfig:
-    """The configuration with nothing set that selects."""
+    """The configuration without any selection of examples."""
     return dataclasses.replace(config, **_unselecting())
 
 
 def _unselecting() -> dict[str, Any]:
+    """The values of the selecting fields that select nothing."""
     defaults = {f.name: f.default for f in dataclasses.fields(DataConfig)}
     return {name: defaults[name] for name in SELECTING}
 
 
 def check(config: DataConfig, encoding: Encoding, networks: Mapping[str, str]) -> None:
-    """Raises DataError listing every way in which training would use what was not encoded.
+    """Raise a DataError that lists every way in which training differs from the encoding.
 
-    config: of the dataset, one of `parts`. networks: fingerprints of the run's, of those that are
-    to be compared.
+    config: that of the dataset, one of `parts`. networks: the fingerprints to compare, of the run's
+    networks.
     """
     compared: list[tuple[str, Any, Any]] = [
         ("resolution", config.resolution, encoding.resolution),
         ("crop", config.crop, encoding.crop),
         ("buckets", bucket_fields(config), encoding.buckets),
     ]
-    # An encoded dataset that has all examples may be cut into splits by those who train on it.
+    # A run may cut splits out of an encoded dataset that has all examples.
     if encoding.selection:
         compared += [(n, getattr(config, n), encoding.selection[n]) for n in SELECTING]
     wrong = [
@@ -143,9 +147,9 @@ def features(tfds: Any, *, flipped: bool, text: bool) -> Any:
 
     moments [h, w, 2C]: mean and log-variance. size int32 [4]: see `transforms.Prepared`.
     context [captions, L, D], pooled [captions, P]: of `text` and then each of `captions`.
-    main_share: how often `text` is taken, see `Caption`. height, width: of the crop.
+    main_share: probability of `text`, see `Caption`. height, width: of the crop.
     """
-    array = tfds.features.Text  # which keeps bytes as they are
+    array = tfds.features.Text  # it keeps bytes as they are
     found = {
         "moments": array(),
         "shape": tfds.features.Tensor(shape=(3,), dtype=np.int32),
@@ -168,9 +172,9 @@ def features(tfds: Any, *, flipped: bool, text: bool) -> Any:
 
 
 def example(record: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
-    """A record's arrays: moments [h, w, 2C], size int32 [4], context and pooled if kept.
+    """The arrays of a record: moments [h, w, 2C], size int32 [4], context and pooled if kept.
 
-    Mirrored ones are under "flipped". All are views of the record, in the type they are kept in.
+    Those of the mirrored picture are under "flipped". All are views of the record, in its dtype.
     """
     found: dict[str, Any] = {
         "moments": unpack(record["moments"], record["shape"], encoding.dtype),
@@ -188,10 +192,10 @@ def example(record: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
 
 
 def pack(array: np.ndarray, dtype: str) -> bytes:
-    """float32 -> bytes in `dtype`, row-major."""
+    """The bytes of a float32 array in `dtype`, row-major."""
     return np.ascontiguousarray(array.astype(DTYPES[dtype])).tobytes()
 
 
 def unpack(data: bytes, shape: Any, dtype: str) -> np.ndarray:
-    """Inverse of `pack`, but for the type."""
+    """The array of `pack`'s bytes, in `dtype`."""
     return np.frombuffer(data, DTYPES[dtype]).reshape(tuple(shape))

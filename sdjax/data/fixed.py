@@ -1,8 +1,8 @@
-"""A fixed choice of examples, always prepared in the same way: for validation.
+"""A fixed choice of examples for validation, always prepared in the same way.
 
-Which examples are taken depends on the dataset and their number alone, not on the run's seed, batch
-size, hosts or devices. They come in groups of one shape; an example keeps its place in its group,
-so whoever computes a group at a time does the same arithmetic on any number of devices.
+The choice depends on the dataset and the number of examples alone, not on the run's seed, batch
+size, hosts or devices. The examples are in groups of one shape, and an example keeps its place in
+its group. Computing a group at a time is the same arithmetic on any number of devices.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 from sdjax.data.batches import as_floats
 from sdjax.data.caption_choice import Caption, CaptionConfig
 from sdjax.data.config import DataConfig, parts
-from sdjax.data.pipeline import Encoder, Transform
+from sdjax.data.pipeline import CaptionTokenizer, Transform
 from sdjax.data.sources import Source, open_parts
 from sdjax.data.stream import Shape, bucketed, shuffled
 
-_WORDS = (20_231,)  # of the order that the choice is the beginning of; any other would do
+_WORDS = (20_231,)  # seed of the order whose beginning is chosen; any other would do
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Examples `numbers` of source `part`, to be made into pictures of (height, width) `shape`."""
+    """The examples `numbers` of source `part`, whose pictures get the (height, width) `shape`."""
 
     part: int
     numbers: tuple[int, ...]
@@ -34,7 +34,7 @@ class Group:
 
 
 class FixedExamples:
-    """`count` examples of a split, or all where it has fewer; of a mixture, from each part alike.
+    """Up to `count` examples of a split; of a mixture, equally many from each part.
 
     groups: of up to `rows` examples; the last of a shape may have fewer.
     """
@@ -42,7 +42,7 @@ class FixedExamples:
     def __init__(
         self,
         config: DataConfig,
-        tokenizers: Mapping[str, Encoder],
+        tokenizers: Mapping[str, CaptionTokenizer],
         *,
         split: str,
         count: int,
@@ -66,13 +66,14 @@ class FixedExamples:
         return sum(len(group.numbers) for group in self.groups)
 
     def names(self) -> np.ndarray:
-        """int32 [N, 2]: (part, number) of every example, in the order of the groups."""
+        """The (part, number) of every example, int32 [N, 2], in the order of the groups."""
         found = [(group.part, number) for group in self.groups for number in group.numbers]
         return np.asarray(found, np.int32).reshape(-1, 2)
 
     def read(self, group: Group, executor: Executor) -> dict[str, np.ndarray]:
-        """The fields of a batch of `rows` examples, as `make_iterator` gives them, and "name"
-        int32 [rows, 2]. A group that is short is filled up with its last example.
+        """The batch of a group: the fields of `make_iterator`, and "name" int32 [rows, 2].
+
+        It has `rows` examples: the last example of a short group is repeated.
 
         Raises:
             DataError: an example cannot be read.
@@ -90,18 +91,20 @@ class FixedExamples:
         return {**batch, "name": np.asarray([(group.part, n) for n in numbers], np.int32)}
 
     def _example(self, group: Group, number: int) -> dict[str, np.ndarray]:
+        """The fields of an example."""
         example = self._sources[group.part].example(number)
         example |= {"target": group.shape, "caption": _main(example["caption"])}
-        # Centre crop, no mirroring and one caption: the generator is not drawn from.
+        # With centre crop, no mirroring and one caption, nothing is drawn from the generator.
         return self._transform(example, np.random.default_rng(0))
 
 
 def _main(caption: Caption) -> Caption:
-    """The first caption, always."""
+    """The caption whose main text is always chosen."""
     return dataclasses.replace(caption, main_share=1.0)
 
 
 def _groups(part: int, config: DataConfig, source: Source, count: int, rows: int) -> list[Group]:
+    """The groups of `count` examples of a source."""
     total = len(source)
     shapes: dict[int, Shape] | None = None
     if config.buckets.step:

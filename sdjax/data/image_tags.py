@@ -1,7 +1,7 @@
-"""Checks the tags of TIFF and EXIF before Pillow reads them.
+"""Checks of the tags of TIFF and EXIF before Pillow reads them.
 
-Pillow copies what every tag points to, and thousands of tags may point to the same bytes: a picture
-of one megabyte became gigabytes. In a sound file no two values overlap.
+Pillow copies the bytes that every tag points to, and thousands of tags may point to the same ones.
+A picture of one megabyte then takes gigabytes. In a sound file no two values overlap.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import struct
 from typing import Literal
 
-# Bytes of a value by its type (TIFF 6.0, section 2; BigTIFF has 13 and 16 to 18 besides).
+# Bytes of a value by its type (TIFF 6.0, section 2; BigTIFF adds 13 and 16 to 18).
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
           16: 8, 17: 8, 18: 8}  # fmt: skip
 _BIG = 43  # in the place of TIFF's 42
 _WITHIN = (0x8769, 0x8825, 0xA005)  # tags that point to directories: EXIF, GPS, interoperability
-_MOST_DIRECTORIES = 8  # of one file that are looked at; Pillow reads four
-_OVERLAP = 2  # times the file, which all values together may have
-_HARMLESS = 1 << 24  # bytes, which may be copied without a look at every tag
+_MOST_DIRECTORIES = 8  # directories of one file that are checked; Pillow reads four
+_OVERLAP = 2  # the most bytes of all values together, in sizes of the file
+_HARMLESS = 1 << 24  # bytes that may be copied without a check of every tag
 _EXIF = b"Exif\0\0"
-_ALONE = (0x01, *range(0xD0, 0xD9))  # JPEG markers that no length follows
+_ALONE = (0x01, *range(0xD0, 0xD9))  # JPEG markers without a length
 
 
 def is_tiff(data: bytes) -> bool:
@@ -34,7 +34,7 @@ def check_exif(data: bytes) -> None:
 
 
 def _count(data: bytes) -> int:
-    """The tags of the first directory; as many as fit where they are not told in 16 bits."""
+    """The number of tags of the first directory; for BigTIFF an upper bound."""
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
     at = int.from_bytes(data[4:8], order)
     return len(data) if 43 in data[2:4] else int.from_bytes(data[at : at + 2], order)
@@ -43,10 +43,10 @@ def _count(data: bytes) -> int:
 def check(data: bytes) -> None:
     """Check the first directory of a TIFF and those within it.
 
-    What breaks off is no matter of this function: Pillow stops there.
+    A file that breaks off passes: Pillow stops there.
 
     Raises:
-        ValueError: its values take more bytes than there are, so they overlap.
+        ValueError: its values take more bytes than the file has, so they overlap.
     """
     order = "<" if data[:2] == b"II" else ">"
     total = 0
@@ -66,7 +66,7 @@ def check(data: bytes) -> None:
 
 
 def _directory(data: bytes, at: int, order: str, big: bool) -> tuple[int, list[int]]:
-    """The bytes of all values that are there of a directory, and where those within it begin."""
+    """The bytes of a directory's values in the file, and the positions of directories in it."""
     head, entry = (f"{order}Q", f"{order}HHQQ") if big else (f"{order}H", f"{order}HHLL")
     if at > len(data):
         return 0, []
@@ -88,7 +88,7 @@ def _directory(data: bytes, at: int, order: str, big: bool) -> tuple[int, list[i
 
 
 def jpeg_head(data: bytes) -> tuple[bytes, bool]:
-    """(EXIF, b"" for none; whether one scan has all of the picture) of a JPEG."""
+    """The EXIF of a JPEG, b"" for none, and whether one scan has all of the picture."""
     exif, sequential, at = b"", 0, 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]

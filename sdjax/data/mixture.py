@@ -1,10 +1,10 @@
-"""Mixtures: which part of a mixture every place in the stream comes from, as a closed form.
+"""Mixtures: the part of a mixture at every place of the stream, in closed form.
 
-Between two changes of what is active (a phase) the parts are interleaved in exact proportion to
-their weights: over every period, the sum of the weights as whole numbers, each part comes exactly
-its weight times, and never runs further from its share than the depth of a tree over the parts. A
-part goes on in the next phase where it stood. The answer for a place needs no other place, so
-nothing has to be replayed to resume.
+Between two changes of the active parts (a phase) the parts are interleaved in exact proportion to
+their weights. A period is the sum of the weights as whole numbers, and each part comes exactly its
+weight times in it. It never deviates from its share by more than the depth of a tree over the
+parts. In the next phase a part continues where it was. The answer for a place needs no other place,
+so a resumed run replays nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source of `data.mixture`; what is "", 0 or None here is as in `data`."""
+    """One source of `data.mixture`; a field of "", 0 or None is as in `data`."""
 
     name: str = ""
     path: str = ""
@@ -29,12 +29,12 @@ class Part:
     eval_split: str = ""
     image_key: str = ""
     text_key: str = ""
-    resolution: int = 0  # parts that differ in it are mixed batch by batch
+    resolution: int = 0  # parts of different resolutions are mixed batch by batch
     score_key: str = ""
     min_score: float | None = None
     weight: float = 1.0  # relative to the other parts that are active at the time
-    start: int = 0  # the first step it takes part in ...
-    end: int = 0  # ... and the first it does not, counted from 0; 0: to the end of the run
+    start: int = 0  # the first step with this part, counted from 0 ...
+    end: int = 0  # ... and the first step without it; 0: it stays to the end of the run
 
     def __post_init__(self) -> None:
         if not (0 < self.weight < math.inf):
@@ -49,7 +49,7 @@ class Part:
 
 
 def check(parts: Sequence[Part]) -> None:
-    """Raises UserError, naming the step, where no part of the mixture is active."""
+    """Raise a UserError that names the step if no part of the mixture is active there."""
     for step in sorted({0, *(part.end for part in parts if part.end)}):
         if not _active(parts, step):
             raise UserError(f"data.mixture has no part at step {step}; give one of them an earlier "
@@ -57,14 +57,15 @@ def check(parts: Sequence[Part]) -> None:
 
 
 def _active(parts: Sequence[Part], step: int) -> list[int]:
+    """The numbers of the parts that are active at a step."""
     return [i for i, p in enumerate(parts) if p.start <= step and (not p.end or step < p.end)]
 
 
 def interleave(weights: Sequence[int], place: int) -> tuple[int, int]:
-    """Which of the weights takes a place, and how many places it has taken before.
+    """The number of the weight that takes a place, and how many places it has taken before.
 
-    Two take turns so that the first has had round(place * w / sum) of any number of places; more
-    are a pair of halves, each interleaved in itself.
+    Two weights take turns so that the first has taken round(place * w / sum) places at any place.
+    More weights are a pair of halves, each interleaved in itself.
     """
     if len(weights) == 1:
         return 0, place
@@ -78,7 +79,7 @@ def interleave(weights: Sequence[int], place: int) -> tuple[int, int]:
 
 
 def counts(weights: Sequence[int], places: int) -> list[int]:
-    """How many of the first places each weight takes."""
+    """The number of the first `places` places that each weight takes."""
     if len(weights) == 1:
         return [places]
     half = len(weights) // 2
@@ -87,13 +88,13 @@ def counts(weights: Sequence[int], places: int) -> list[int]:
 
 
 def _rounded(a: int, b: int) -> int:
-    """a / b to the nearest whole number, halves up."""
+    """The quotient a / b to the nearest whole number, halves up."""
     return (2 * a + b) // (2 * b)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """From place `first` on; the active parts, their weights, what each had taken before."""
+    """The active parts from place `first` on, their weights, and the places taken before."""
 
     first: int
     active: tuple[int, ...]
@@ -101,7 +102,7 @@ class _Phase:
     taken: tuple[int, ...]
 
 
-class Schedule:
+class PartOrder:
     """The order of the parts of a mixture, with `per_step` places in each training step."""
 
     def __init__(self, parts: Sequence[Part], per_step: int):
@@ -121,14 +122,14 @@ class Schedule:
         self._firsts = [phase.first for phase in self._phases]
 
     def locate(self, place: int) -> tuple[int, int]:
-        """The part that a place of the stream belongs to, and how many that part had before."""
+        """The part at a place of the stream, and how many places that part has taken before."""
         phase = self._phases[bisect.bisect_right(self._firsts, place) - 1]
         which, count = interleave(phase.weights, place - phase.first)
         return phase.active[which], phase.taken[which] + count
 
 
 def _whole(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in the same proportion, as small as can be: 0.1 is taken as 1/10."""
+    """The smallest whole numbers in the same proportion; 0.1 counts as 1/10."""
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     numbers = [int(weight * scale) for weight in exact]

@@ -1,4 +1,4 @@
-"""Sets of pictures to judge or to compare with, read a stretch at a time: folders and datasets."""
+"""Sets of pictures to evaluate or to compare with: folders and datasets, read in stretches."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ class Pictures(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in files and messages."""
+        """The name of the set in files and messages."""
         ...
 
     @property
     def captions(self) -> Sequence[str]:
-        """One a picture; empty where there are none."""
+        """One caption for each picture; empty if there are none."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Pictures start..stop-1: uint8 [stop - start, H, W, 3]."""
+        """The pictures start..stop-1, uint8 [stop - start, H, W, 3]."""
         ...
 
 
 def stretches(pictures: Pictures) -> Iterator[np.ndarray]:
-    """All pictures in order, `STRETCH` at a time."""
+    """All pictures in order, `STRETCH` at a time: uint8 [n, H, W, 3]."""
     for start in range(0, len(pictures), STRETCH):
         yield pictures.read(start, min(start + STRETCH, len(pictures)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Picture files of one folder, brought to side x side pixels if they are not that.
+    """The picture files of one folder, resized and cropped to one size.
 
     Attributes:
       files: in order.
-      captions: one a file, or none.
-      size: (height, width) of the pictures; others are resized to cover it and cut in the middle.
+      captions: one for each file, or none.
+      size: (height, width) of the pictures; others are resized to cover it and cropped in the
+        middle.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Folder:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Pictures`. UserError, naming the file, if one cannot be read."""
+        """The pictures start..stop-1, see `Pictures`; UserError if a file is unreadable."""
         with ThreadPoolExecutor() as pool:
             return np.stack(list(pool.map(self._read, self.files[start:stop])))
 
@@ -81,11 +82,11 @@ class Folder:
 def open_folder(
     folder: paths.PathLike, *, size: tuple[int, int] | None = None, count: int | None = None
 ) -> Folder:
-    """The pictures of a folder, with the captions of its metadata.jsonl if it has one.
+    """Open the pictures of a folder, with the captions of its metadata.jsonl if it has one.
 
     Args:
-      size: (height, width) to bring them to; by default that of the first.
-      count: how many to take of the first.
+      size: (height, width) of the result; by default that of the first picture.
+      count: the number of pictures to take, from the first on.
 
     Raises:
       UserError: it is no folder, has no pictures, or its metadata cannot be read.
@@ -115,6 +116,7 @@ def open_folder(
 
 
 def _rows(metadata: paths.Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metadata file; UserError if one is bad."""
     for line, row in read_rows(metadata):
         if isinstance(row, BadRow):
             raise UserError(f"{metadata} line {line}: {row}; mend the line")
@@ -122,6 +124,7 @@ def _rows(metadata: paths.Path) -> Iterator[dict[str, Any]]:
 
 
 def _decoded(file: paths.Path) -> np.ndarray:
+    """The decoded picture of a file, uint8 [H, W, 3]; UserError if it is unreadable."""
     try:
         return transforms.decode(read_encoded(file))
     except paths.storage_errors(ImageError) as error:
@@ -129,8 +132,11 @@ def _decoded(file: paths.Path) -> np.ndarray:
 
 
 def fitted(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] or Pillow's -> resized to cover `size`, cut in the middle, as training."""
-    rng = np.random.default_rng(0)  # of which the middle takes nothing
+    """Resize a picture to cover `size` and crop the middle, as training does: uint8 [H, W, 3].
+
+    image: uint8 [H, W, 3] or Pillow's.
+    """
+    rng = np.random.default_rng(0)  # not used by a crop of the middle
     return transforms.prepare(
         image, rng, height=size[0], width=size[1], crop="center", flip=False
     ).pixels
@@ -138,7 +144,7 @@ def fitted(image: Any, size: tuple[int, int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Pictures of a dataset, as training would see them but cut in the middle."""
+    """The pictures of a dataset's split, as training takes them but cropped in the middle."""
 
     sources: tuple[pipeline.Source, ...]
     size: tuple[int, int]
@@ -147,13 +153,14 @@ class Split:
 
     @property
     def name(self) -> str:
-        """Of the dataset and split."""
+        """The name of the dataset and the split."""
         return " + ".join(source.name for source in self.sources) + f" {self.split}"
 
     def __len__(self) -> int:
         return self.count
 
     def _place(self, index: int) -> tuple[pipeline.Source, int]:
+        """The source of a picture, and its number there."""
         for source in self.sources:
             if index < len(source):
                 return source, index
@@ -162,12 +169,12 @@ class Split:
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """The main caption of each."""
+        """The main caption of each picture."""
         places = (self._place(i) for i in range(self.count))
         return tuple(source.text(i) for source, i in places)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """See `Pictures`."""
+        """The pictures start..stop-1, see `Pictures`."""
         with ThreadPoolExecutor() as pool:
             return np.stack(list(pool.map(self._read, range(start, stop))))
 
@@ -176,7 +183,7 @@ class Split:
         return fitted(source.example(i)["image"], self.size)
 
     def identity(self) -> dict[str, Any]:
-        """What tells one set of pictures from another, JSON-able: the key of cached features."""
+        """The key of cached features, JSON-able: it differs between different sets of pictures."""
         captions = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
         return {
             "dataset": self.name,
@@ -189,7 +196,9 @@ class Split:
 def open_split(
     config: DataConfig, split: str, *, size: tuple[int, int], count: int | None = None
 ) -> Split:
-    """The first `count` pictures of a split, all by default; of a mixture, its parts in turn.
+    """Open the first `count` pictures of a split, all by default.
+
+    The parts of a mixture follow one another.
 
     Raises:
       DataError: there is no such dataset or split.
@@ -200,5 +209,5 @@ def open_split(
 
 
 def has_pictures(config: DataConfig) -> bool:
-    """Whether the dataset has pictures, and not only what a VAE made of them."""
+    """Whether the dataset has pictures, and not moments alone."""
     return all(part.name != "encoded" for part in parts(config))

@@ -1,11 +1,10 @@
 """Batches from datasets, through Grain: deterministic in (seed, step), for any number of hosts.
 
-The stream is source -> shuffle (anew each epoch) -> repeat -> transform -> batches of one host's
-size, dealt out to the hosts in turn; all but the dealing is one Grain source, `batches.Batches`.
-Mixtures and buckets put a `Stream` in the place of the first three. Element i of the stream and the
-randomness spent on it depend on seed and i alone, so the global batch of a step does not change
-with the number of hosts, workers or threads, and the state of an iterator is the number of steps it
-has taken.
+The stream is source -> shuffle (differently in each epoch) -> repeat -> transform -> batches of one
+host's size, which the hosts take in turn. One Grain source, `batches.Batches`, has all but the last
+step. With mixtures and buckets a `Stream` replaces the first three. Element i of the stream and its
+randomness depend on seed and i alone. So the global batch of a step does not change with the number
+of hosts, workers or threads, and the state of an iterator is its number of steps.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 
 from sdjax.data import transforms
-from sdjax.data.batches import Batches, Epochs, Places, as_floats, grain_seed
+from sdjax.data.batches import Batches, ExampleStream, ShuffledEpochs, as_floats, grain_seed
 from sdjax.data.buckets import Buckets
 from sdjax.data.caption_choice import CaptionConfig, choose
 from sdjax.data.config import DataConfig, DataError, parts
@@ -32,19 +31,19 @@ __all__ = ["BatchIterator", "DataConfig", "DataError", "Source", "captions", "ma
            "open_parts", "open_source"]  # fmt: skip
 
 
-class Encoder(Protocol):
-    """What the pipeline asks of a tokenizer."""
+class CaptionTokenizer(Protocol):
+    """The part of a tokenizer that the pipeline uses."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """n texts -> int32 [n, L]"""
+        """The tokens of n texts, int32 [n, L]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """One example -> what a batch holds of it. A class, so that worker processes can receive it."""
+    """The map from an example to its fields of a batch; a class, for worker processes."""
 
-    tokenizers: dict[str, Encoder]  # by the field of the batch that each one fills
-    embeddings: bool  # take those that are stored, and no tokenizer
+    tokenizers: dict[str, CaptionTokenizer]  # by the field of the batch that each one fills
+    embeddings: bool  # take the stored ones instead of tokens
     crop: str
     flip: bool
     captions: CaptionConfig
@@ -99,11 +98,15 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self.step = 0
 
     def pass_over(self, numbers: Iterable[int]) -> None:
-        """Never give these batches, counted from 0. Not part of the state: say it anew."""
+        """Skip these batches, counted from 0.
+
+        The state does not hold them: call this again after a resume.
+        """
         self._without = frozenset(numbers)
         self._pass()
 
     def _pass(self) -> None:
+        """Advance past the batches to skip."""
         while self.step in self._without:
             if self._iterator is not None:
                 next(self._iterator)
@@ -111,18 +114,19 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
-            with ignored_by_children():  # on the first Ctrl-C a run goes on until it has saved
+            with ignored_by_children():  # after the first Ctrl-C a run continues until it has saved
                 self._iterator = self._start()
                 batch = next(self._iterator)
         else:
             batch = next(self._iterator)
-        if self._config.workers:  # out of the workers' shared memory, which is scarce
+        if self._config.workers:  # copied out of the workers' shared memory, which is scarce
             batch = as_floats(batch, copy=True)
         self.step += 1
         self._pass()
         return batch
 
     def _start(self) -> Any:
+        """An iterator of Grain from the current step on."""
         import grain.python as grain
 
         index, count = self._process
@@ -141,13 +145,13 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         return iter(batches)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream stands: the next batch is number `step`."""
+        """The position in the stream: the next batch is number `step`."""
         return {"step": self.step, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where get_state was called, on any number of hosts or workers.
+        """Go to the position of `get_state`, on any number of hosts or workers.
 
-        Raises DataError listing what differs when the state is of another stream.
+        Raises DataError listing the differences when the state is of another stream.
         """
         names = [*self._identity, *(state.keys() - self._identity.keys() - {"step"})]
         differences = [
@@ -166,14 +170,14 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self._pass()
 
     def close(self) -> None:
-        """Ends the threads or processes that work ahead; iteration starts them again."""
+        """End the threads or processes that work ahead; iteration starts them again."""
         if self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
         self._iterator = None
 
     @property
     def next_shape(self) -> tuple[int, int]:
-        """Height and width of the pictures of the next batch; the same on every host."""
+        """The height and width of the pictures of the next batch; the same on every host."""
         return self._shape_at(self.step)
 
     @property
@@ -182,18 +186,18 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     @property
     def examples_seen(self) -> int:
-        """Over all hosts."""
+        """The number of examples so far, over all hosts."""
         return self.step * self._config.batch_size
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that the next batch starts in."""
+        """The epoch, from 0, in which the next batch starts."""
         return self.examples_seen // self.examples_per_epoch
 
 
 def make_iterator(
     config: DataConfig,
-    tokenizers: Mapping[str, Encoder],
+    tokenizers: Mapping[str, CaptionTokenizer],
     *,
     split: str,
     seed: int,
@@ -204,11 +208,11 @@ def make_iterator(
 ) -> BatchIterator:
     """Endless batches {"image": float32 [b, H, W, 3] in [-1, 1], "tokens": int32 [b, L], ...}.
 
-    b is config.batch_size / process_count. Each of `tokenizers` fills the field it is named by;
+    b is config.batch_size / process_count. Each of `tokenizers` fills the field of its name;
     `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`. H and W are data.resolution, or
-    those of the batch's bucket. Datasets that were encoded ahead give "moments" float32
-    [b, h, w, 2C] in the place of the image, and with data.text_embeddings "context" [b, L, D] (for
-    SDXL also "pooled" [b, P]) in the place of tokens.
+    those of the batch's bucket. Encoded datasets have "moments" float32 [b, h, w, 2C] in place of
+    the image. With data.text_embeddings they have "context" [b, L, D] (for SDXL also "pooled" [b,
+    P]) in place of tokens.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
     if config.batch_size % process_count:
@@ -253,25 +257,26 @@ def make_iterator(
 
 def _endless(
     config: DataConfig, sources: Sequence[Source], *, seed: int, shuffle: bool
-) -> tuple[Places, int, Callable[[int], tuple[int, int]], list[Buckets]]:
-    """The examples in their order, for ever; the layers of Grain that gives their randomness.
+) -> tuple[ExampleStream, int, Callable[[int], tuple[int, int]], list[Buckets]]:
+    """The endless stream of examples, and three facts about it.
 
-    And step -> shape of its pictures; buckets, if any.
+    They are the number of Grain's layers that decide its randomness, a function from a step to the
+    shape of its pictures, and the buckets, if any.
     """
     if config.mixture or config.buckets.step:
         stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)
         return stream, 1, lambda step: stream.locate(step * config.batch_size)[2], buckets
     square = config.resolution, config.resolution
     if shuffle:
-        return Epochs(sources[0], grain_seed(seed, 1)), 3, lambda step: square, []
-    return Epochs(sources[0], None), 2, lambda step: square, []
+        return ShuffledEpochs(sources[0], grain_seed(seed, 1)), 3, lambda step: square, []
+    return ShuffledEpochs(sources[0], None), 2, lambda step: square, []
 
 
 def _identity(
     config: DataConfig, sources: Sequence[Source], buckets: Sequence[Buckets], *, split: str,
     seed: int, shuffle: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """What tells streams apart, in the state of an iterator."""
+    """The fields that identify a stream, in the state of an iterator."""
     counts = [found.images for found in buckets] or [len(source) for source in sources]
     identity = {
         "dataset": " + ".join(source.name for source in sources),
@@ -281,7 +286,7 @@ def _identity(
         "seed": seed,
         "shuffle": shuffle,
     }
-    # Not there in the states of the time before there were any.
+    # Only streams with mixtures or buckets have these fields.
     if config.mixture:
         identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
     if config.buckets.step:
@@ -290,6 +295,7 @@ def _identity(
 
 
 def _warn(config: DataConfig, sources: Sequence[Source]) -> None:
+    """Warn about settings that are probably mistakes."""
     if config.flip and any(part.name == "captioned_shapes" for part in parts(config)):
         logging.warning("data.flip mirrors pictures whose captions say left and right")
     for source in sources:

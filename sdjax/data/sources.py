@@ -1,7 +1,7 @@
-"""Datasets as random-access sources: an index in, an image and its caption out.
+"""Datasets as sources with random access: an index in, an image and its caption out.
 
-Every dataset is a TFDS builder stored as ArrayRecord: the two builders of sdjax, which are prepared
-on first use, or any other by its TFDS name.
+Every dataset is a TFDS builder stored as ArrayRecord: the builders of sdjax, which are prepared on
+first use, or any other by its TFDS name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _AT_ONCE = 4096  # records read together where all are
 class Source:
     """Random access to one split: len(), and source[i] -> one example.
 
-    An example is {"image": uint8 [H, W, 3], "text": the main caption, "caption": all of them,
-    "target": (height, width) of the picture to be made of it, "original": (height, width) before
-    it was stored smaller, or None}. Of a dataset that was encoded ahead, what `encoded.example`
-    reads stands in the place of image and original.
+    An example is {"image": uint8 [H, W, 3], "text": the main caption, "caption": all captions,
+    "target": (height, width) of the picture to make of it, "original": (height, width) before
+    it was stored smaller, or None}. For encoded datasets, the fields of `encoded.example` replace
+    image and original.
     Raises DataError, naming dataset, split and index, when a record cannot be read or decoded.
     """
 
@@ -50,8 +50,8 @@ class Source:
         self.name = name
         self.directory = directory
         self.split = split
-        self.left_out: dict[str, int] = {}  # how many of the split's examples, by reason
-        self.notes: tuple[str, ...] = ()  # what made the splits, what was passed over: lines
+        self.left_out: dict[str, int] = {}  # examples of the split that are left out, by reason
+        self.notes: tuple[str, ...] = ()  # lines about the splits and the files passed over
 
     def __len__(self) -> int:
         return len(self._records)
@@ -64,7 +64,7 @@ class Source:
         return example | {"image": np.asarray(example["image"])} if "image" in example else example
 
     def example(self, index: int) -> dict[str, Any]:
-        """As source[index], but a picture that was decoded here is still Pillow's image."""
+        """The example source[index], whose decoded picture is still Pillow's image."""
         record = self._record(index)
         with self._named(index):
             picture = self._picture(index, record)
@@ -78,6 +78,7 @@ class Source:
         return {**picture, "text": caption.main, "caption": caption, "target": (side, side)}
 
     def _picture(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        """The fields "image" and "original" of a record, or those of `encoded.example`."""
         if self.encoding is not None:
             return encoded.example(record, self.encoding)
         image = record[self._config.image_key]
@@ -92,25 +93,25 @@ class Source:
             raise self._error(index, f"the image cannot be decoded ({error})") from error
 
     def key(self, index: int) -> str:
-        """What the example is called: its file name, or the number it is stored under."""
+        """The name of an example: its file name, or the number it is stored under."""
         record = self._record(index)
         with self._named(index):
             return as_text(record["file_name"]) if "file_name" in record else str(index)
 
     def text(self, index: int) -> str:
-        """The caption alone, without decoding the image."""
+        """The main caption alone, without decoding the image."""
         record = self._record(index)
         with self._named(index):
             return self._caption(record).main
 
     def texts(self) -> list[str]:
-        """The captions of all examples, without decoding an image."""
+        """The main captions of all examples, without decoding an image."""
         indices = range(len(self))
         chunks = (indices[first : first + _AT_ONCE] for first in indices[::_AT_ONCE])
         return [text for chunk in chunks for text in self._texts(chunk)]
 
     def _texts(self, indices: range) -> list[str]:
-        """The captions of these numbers; one by one where that says which cannot be read."""
+        """The main captions of these numbers; they are read one by one to name a damaged one."""
         with contextlib.suppress(*untrusted.damage()):
             records = self._records.__getitems__(indices)
             if all(record[self._config.text_key] is not None for record in records):
@@ -118,9 +119,10 @@ class Source:
         return [self.text(index) for index in indices]
 
     def _caption(self, record: dict[str, Any]) -> Caption:
+        """The captions of a record."""
         caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
         if not choice.others_key:
-            if self.encoding is not None:  # label templates, say, which were filled in then
+            if self.encoding is not None:  # the encoding has filled in label templates, for example
                 return Caption(
                     caption.main,
                     tuple(as_text(value) for value in record["captions"]),
@@ -135,7 +137,7 @@ class Source:
 
     @property
     def table(self) -> columns.Columns:
-        """What is known of every example without decoding it; the first time reads them all."""
+        """The facts about every example that need no decoding; the first access reads them all."""
         if self._table is None:
             config = self._config
             self._table = columns.load(
@@ -150,11 +152,13 @@ class Source:
         return self._table
 
     def _row(self, index: int) -> columns.Row:
+        """The row of an example in the table."""
         record = self._record(index)
         with self._named(index):
             return self._facts(index, record)
 
     def _facts(self, index: int, record: dict[str, Any]) -> columns.Row:
+        """The row of a record in the table."""
         image = record[self._config.image_key]
         if "height" in record and "width" in record:
             height, width = int(record["height"]), int(record["width"])
@@ -184,9 +188,10 @@ class Source:
         )
 
     def _record(self, index: int) -> dict[str, Any]:
+        """The record of an example."""
         with self._named(index):
             record = self._records[index]
-            # ArrayRecord answers for a part of a file that is not there with an empty record.
+            # ArrayRecord gives an empty record for a part of a file that is missing.
             empty = record[self._config.image_key] is None or record[self._config.text_key] is None
         if empty:
             raise self._error(index, "the record cannot be read (it is empty)")
@@ -194,7 +199,7 @@ class Source:
 
     @contextlib.contextmanager
     def _named(self, index: int) -> Iterator[None]:
-        """In here an example is read: what its damage raises becomes a DataError that names it."""
+        """A context for reading an example: an error becomes a DataError that names it."""
         try:
             yield
         except untrusted.damage() as error:
@@ -204,6 +209,7 @@ class Source:
             raise self._error(index, f"the record cannot be read ({why})") from error
 
     def _error(self, index: int, what: str) -> DataError:
+        """The error about an example."""
         return DataError(
             f"{self.name}, split {self.split}, example {index}: {what}; delete {self.directory} "
             "so that it is prepared again"
@@ -211,7 +217,7 @@ class Source:
 
 
 def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the picture before it was stored smaller; None where nothing tells."""
+    """The height and width of the picture before it was stored smaller; None if not known."""
     if "original_height" not in record or "original_width" not in record:
         return None
     height, width = int(record["original_height"]), int(record["original_width"])
@@ -219,7 +225,7 @@ def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _three_channels(image: np.ndarray) -> np.ndarray:
-    """Grey and grey-alpha arrays of TFDS -> uint8 [H, W, 3]; raises ImageError for other kinds."""
+    """Convert a grey or grey-alpha array of TFDS to uint8 [H, W, 3]; ImageError for other kinds."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ImageError(
             "unsupported_mode", f"{image.dtype} {list(image.shape)}, not uint8 [H, W, C]"
@@ -234,13 +240,13 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """Opens a split (TFDS slices such as "train[:90%]" too) of the configured dataset.
+    """Open a split (TFDS slices such as "train[:90%]" too) of the configured dataset.
 
-    Raises DataError naming what is wrong: dataset, split, feature names, or storage format.
+    Raises DataError naming the cause: dataset, split, feature names, or storage format.
     """
     builder = prepared_builder(config)
     encoding = encoded.read(config.path) if config.name == "encoded" else None
-    if config.name in WITH_PATH:  # which store them under names of their own
+    if config.name in WITH_PATH:  # these datasets have feature names of their own
         config = dataclasses.replace(config, image_key="image", text_key="text")
     if encoding is not None:
         config = _as_encoded(config, encoding)
@@ -259,7 +265,7 @@ def open_source(config: DataConfig, split: str) -> Source:
             "data.validation_share and data.test_share to have them made of train)"
         )
     decoders, to_text = decoders_and_text(builder, config)
-    # Read from the files alone: worker processes then need neither our builder nor TensorFlow.
+    # From the files alone: worker processes then need neither our builder nor TensorFlow.
     files = stored.builder_from_directory(builder.data_path)
     with untrusted.explained(builder.data_path, "a dataset of TFDS", error=DataError):
         records = Records(files, stored_split, decoders)
@@ -279,7 +285,7 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 
 def _as_encoded(config: DataConfig, encoding: encoded.Encoding) -> DataConfig:
-    """What reads an encoded dataset as the configuration would have read the pictures."""
+    """The configuration that reads an encoded dataset as `config` would read the pictures."""
     choice = config.captions
     if choice.others_key:
         choice = dataclasses.replace(choice, others_key="captions")
@@ -289,7 +295,7 @@ def _as_encoded(config: DataConfig, encoding: encoded.Encoding) -> DataConfig:
 
 
 def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConfig) -> Source:
-    """What the split, `data.captions.empty` and `data.min_score` leave of a source."""
+    """The examples of a source in the split, by `data.captions.empty` and `data.min_score`."""
     keep = np.ones(len(source), bool)
     if cut is not None:
         keep &= cut.keep(source.table.share, source.table.fold)
@@ -299,7 +305,7 @@ def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConf
         left_out["no caption"] = int((keep & source.table.empty).sum())
         keep &= ~source.table.empty
     if config.min_score is not None:
-        enough = source.table.score >= config.min_score  # no number is not enough either
+        enough = source.table.score >= config.min_score  # false for NaN, too
         left_out[f"{config.score_key} below {config.min_score:g}"] = int((keep & ~enough).sum())
         keep &= enough
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
@@ -320,9 +326,10 @@ def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConf
 
 
 def open_parts(config: DataConfig, split: str) -> list[Source]:
-    """The sources of a mixture; without one, the source itself.
+    """The sources of a mixture; without a mixture, the one source.
 
     split: data.split or data.eval_split; a part of a mixture may have another in its place.
+    Raises DataError as `open_source`.
     """
     if not config.mixture:
         return [open_source(config, split)]
@@ -336,5 +343,5 @@ def open_parts(config: DataConfig, split: str) -> list[Source]:
 
 
 def captions(config: DataConfig, split: str) -> list[str]:
-    """All captions of a split, in stored order, without decoding a single image."""
+    """All main captions of a split, in stored order, without decoding any image."""
     return [text for source in open_parts(config, split) for text in source.texts()]

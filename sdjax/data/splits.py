@@ -1,7 +1,7 @@
 """Splits by hash, for datasets that come without, and folds for cross-validation.
 
-Where an example goes depends on its key alone, so it stays there when others come or go, and a
-larger share only takes from `train`.
+The split of an example depends on its key alone. So it does not change when other examples come or
+go, and a larger share only takes examples from `train`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def hashes(key: str) -> tuple[int, int]:
 
 
 def parse_fold(fold: str) -> tuple[int, int]:
-    """ "2/5" -> (1, 5), counted from 0; "" -> (0, 0). Raises UserError."""
+    """Parse a fold: "2/5" -> (1, 5), counted from 0; "" -> (0, 0). Raises UserError."""
     if not fold:
         return 0, 0
     match = re.fullmatch(r"(\d+)/(\d+)", fold)
@@ -38,7 +38,7 @@ def parse_fold(fold: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What of the stored split `train` makes a split.
+    """The part of the stored split `train` that makes a split.
 
     name: train, validation or test.
     validation, test: shares of all keys; 0 where the dataset stores that split.
@@ -51,7 +51,7 @@ class Cut:
     fold: tuple[int, int]
 
     def keep(self, share: np.ndarray, fold: np.ndarray) -> np.ndarray:
-        """uint64 hashes [N] of the examples -> which belong to it, bool [N]."""
+        """Whether each example belongs to the split, bool [N], from its uint64 hashes [N]."""
         at = (share >> np.uint64(11)) / 2.0**53  # in [0, 1)
         test = at < self.test
         number, count = self.fold
@@ -65,7 +65,7 @@ class Cut:
 def plan(
     split: str, stored: Collection[str], *, validation: float, test: float, fold: str
 ) -> tuple[str, Cut | None]:
-    """The stored split to read for a wanted one, and what to cut out of it (None: all of it).
+    """The stored split to read for a wanted one, and the cut of it (None: all of it).
 
     Raises UserError for a slice of a split that is cut by hash.
     """

@@ -1,9 +1,10 @@
-"""The endless stream of examples as a closed form: (seed, place) -> source, example, shape.
+"""The endless stream of examples in closed form: (seed, place) -> source, example, shape.
 
-Each part of a mixture is a sequence without end: its epochs, each in an order of its own, one
-after the other. With buckets the sequence is made of whole batches of one bucket. A part's sequence
-says which example stands where; the mixture says whose turn it is. Nothing is carried from place to
-place, so to resume is to set a number, and all hosts agree without a word.
+Each part of a mixture is a sequence without end: its epochs one after the other, each in an order
+of its own. With buckets the sequence consists of whole batches of one bucket. The sequence of a
+part gives the example at each place, and the mixture gives the part at each place. No state is
+carried from place to place. So a run resumes by setting a number, and all hosts agree without
+communication.
 """
 
 from __future__ import annotations
@@ -19,42 +20,43 @@ from grain.experimental import index_shuffle
 
 from sdjax.data.buckets import Buckets, assign, bucket_shapes
 from sdjax.data.config import DataConfig, DataError
-from sdjax.data.mixture import Part, Schedule
+from sdjax.data.mixture import Part, PartOrder
 from sdjax.data.sources import Source
 
 Shape = tuple[int, int]  # height, width
 
 
-Words = tuple[int, ...]  # what randomness is a function of: the seed, the part, ...
+Words = tuple[int, ...]  # the seed of some randomness: the run's seed, the part, ...
 
 
 def shuffled(index: int, count: int, words: Words) -> int:
-    """A permutation of range(count) for all words, in closed form."""
+    """The element `index` of a permutation of range(count) that `words` choose, in closed form."""
     return index_shuffle(index, max_index=count - 1, seed=_seed(words), rounds=4)
 
 
 @functools.lru_cache(maxsize=1024)
 def _seed(words: Words) -> int:
+    """The 32-bit seed of `words`."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-class Epochs(Protocol):
+class ExampleOrder(Protocol):
     """The sequence of one part."""
 
     def locate(self, place: int) -> tuple[int, Shape]:
-        """The number of the example that stands there, and the shape it is to have."""
+        """The number of the example at a place, and the (height, width) of its picture."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Squares:
-    """All examples, each epoch in an order of its own; as they are stored without words."""
+    """All examples, each epoch in an order of its own; without words in stored order."""
 
     count: int
     resolution: int
     words: Words | None
 
     def locate(self, place: int) -> tuple[int, Shape]:
-        """See Epochs."""
+        """See `ExampleOrder.locate`."""
         epoch, index = divmod(place, self.count)
         if self.words is not None:
             index = shuffled(index, self.count, (*self.words, epoch))
@@ -64,23 +66,23 @@ class Squares:
 class Bucketed:
     """Batches of one bucket each, in an order that differs from epoch to epoch.
 
-    A bucket is shuffled anew each time it has been through, and its batches are cut out of that
-    endless row, in order. What does not fill a batch by the end of an epoch comes first in the
-    next: nothing is dropped, and no picture comes twice before every other of its bucket has come.
+    A bucket is shuffled again after each pass. Its batches are cut out of that endless row, in
+    order. Pictures that do not fill a batch at the end of an epoch come first in the next. Nothing
+    is dropped, and no picture comes twice before every other of its bucket has come.
     """
 
     def __init__(self, buckets: Buckets, batch_size: int, words: Words | None):
         self.buckets = buckets
         self._batch_size = batch_size
         self._words = words
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the last epochs
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # `_order` of recent epochs
 
     def batches_before(self, epoch: int) -> list[int]:
-        """How many batches each bucket gives in all the epochs before one."""
+        """The number of batches of each bucket in all epochs before `epoch`."""
         return [epoch * len(members) // self._batch_size for members in self.buckets.members]
 
     def locate(self, place: int) -> tuple[int, Shape]:
-        """See Epochs."""
+        """See `ExampleOrder.locate`."""
         number, row = divmod(place, self._batch_size)
         bucket, done = self._batch(number)
         members = self.buckets.members[bucket]
@@ -90,8 +92,8 @@ class Bucketed:
         return int(members[index]), self.buckets.shapes[bucket]
 
     def _batch(self, number: int) -> tuple[int, int]:
-        """The bucket of a batch, and how many that bucket gave before."""
-        # All buckets together are behind by less than one batch each, so this is near, and below.
+        """The bucket of a batch, and how many batches that bucket had before."""
+        # Each bucket is behind by less than one batch, so this is a lower bound, and close.
         epoch = number * self._batch_size // self.buckets.images
         while sum(self.batches_before(epoch + 1)) <= number:
             epoch += 1
@@ -102,7 +104,7 @@ class Bucketed:
         return bucket, before[bucket] + int(rank[index])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each batch of an epoch its bucket, and how many of that bucket come before it."""
+        """The bucket of each batch of an epoch, and how many batches of that bucket precede it."""
         found = self._orders.get(epoch)
         if found is None:
             counts = np.diff([self.batches_before(epoch), self.batches_before(epoch + 1)], axis=0)
@@ -113,7 +115,7 @@ class Bucketed:
             for bucket, count in enumerate(counts[0]):
                 rank[which == bucket] = np.arange(count)
             found = which, rank
-            # Threads may be here at once: a new dictionary each time, never one that changes.
+            # Several threads may run this: the dictionary is replaced, and never changed.
             recent = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
             self._orders = recent | {epoch: found}
         return found
@@ -122,18 +124,18 @@ class Bucketed:
 class Stream:
     """Random access to the examples of one or several sources, in the order of training.
 
-    What stream[i] gives is `Source.example`, its target that of its bucket. In a mixture of
-    more than one shape, whole batches are dealt out to the parts, and single examples otherwise.
+    stream[i] is a `Source.example` whose target is that of its bucket. In a mixture of several
+    shapes, the parts take whole batches in turn, and single examples otherwise.
     """
 
     def __init__(
-        self, sources: Sequence[Source], parts: Sequence[Part], epochs: Sequence[Epochs], *,
+        self, sources: Sequence[Source], parts: Sequence[Part], epochs: Sequence[ExampleOrder], *,
         batch_size: int, whole_batches: bool,
     ):  # fmt: skip
         self._sources = list(sources)
         self._epochs = list(epochs)
         self._unit = batch_size if whole_batches else 1
-        self._schedule = Schedule(parts, batch_size // self._unit)
+        self._part_order = PartOrder(parts, batch_size // self._unit)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -141,7 +143,7 @@ class Stream:
     def locate(self, place: int) -> tuple[int, int, Shape]:
         """The source, the number of its example, and the shape, at a place of the stream."""
         unit, row = divmod(place, self._unit)
-        part, before = self._schedule.locate(unit)
+        part, before = self._part_order.locate(unit)
         return part, *self._epochs[part].locate(before * self._unit + row)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
@@ -155,11 +157,11 @@ def make_stream(
 ) -> tuple[Stream, list[Buckets]]:  # fmt: skip
     """The stream of a mixture or of buckets, and the buckets of each source ([] without).
 
-    configs: of each source, see `config.parts`.
+    configs: one for each source, see `config.parts`.
     Raises DataError when the buckets refuse every picture of a source.
     """
     buckets = []
-    epochs: list[Epochs] = []
+    epochs: list[ExampleOrder] = []
     for i, (own, source) in enumerate(zip(configs, sources, strict=True)):
         words = (seed, i) if shuffle else None
         if own.buckets.step:
@@ -177,7 +179,7 @@ def make_stream(
 def bucketed(config: DataConfig, source: Source) -> Buckets:
     """The examples of a source by bucket. DataError if the buckets refuse all of them.
 
-    Of what was encoded ahead the shapes are as they are, so small buckets stay open.
+    The shapes of encoded examples are fixed, so their small buckets stay open.
     """
     table, fixed = source.table, source.encoding is not None
     found = assign(

@@ -1,4 +1,4 @@
-"""What a run says of its data before it starts: how much, in which buckets, what is left out."""
+"""The summary of a run's data at its start: examples, buckets, and examples left out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Summary:
 
 
 def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size: int) -> Summary:
-    """What is used of each source, and what is not and why.
+    """The summary of each source: examples used, examples left out, and the reasons.
 
-    buckets: of each source, or none.
+    buckets: one for each source, or none.
     """
     lines: list[str] = []
     scalars: dict[str, float] = {}
@@ -47,11 +47,11 @@ def summarise(sources: Sequence[Source], buckets: Sequence[Buckets], batch_size:
 
 
 def _name(shape: tuple[int, int]) -> str:
-    return f"{shape[1]}x{shape[0]}"  # width x height, as people say it
+    return f"{shape[1]}x{shape[0]}"  # width x height
 
 
 def _lines(buckets: Buckets, batch_size: int, *, cropped: bool) -> list[str]:
-    """cropped: by the pipeline, and not before, when the pictures were encoded."""
+    """The lines about buckets. cropped: whether the pipeline crops, and not the encoding."""
     sizes = [len(members) for members in buckets.members]
     lines = ["  " + ", ".join(
         f"{_name(shape)}: {size:,}" for shape, size in zip(buckets.shapes, sizes, strict=True)
@@ -78,5 +78,5 @@ def _scalars(buckets: Buckets) -> dict[str, float]:
 
 
 def _slug(reason: str) -> str:
-    """A reason as the name of a scalar."""
+    """The name of a reason as a scalar."""
     return re.sub(r"[^\w.<>=-]+", "_", reason)

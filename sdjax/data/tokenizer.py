@@ -1,9 +1,8 @@
 """CLIP's tokenizer: byte-level BPE that marks the end of words, in a fixed context length.
 
-The way from text to tokens is that of `transformers.CLIPTokenizer` (transformers 5,
-`models/clip/tokenization_clip.py`; the same as `CLIPTokenizerFast` of transformers 4), and so are
-the ids. It needs the `tokenizers` library only. A vocabulary comes from a folder or is trained on
-captions.
+The steps from text to tokens, and the ids, are those of `transformers.CLIPTokenizer` (transformers
+5, `models/clip/tokenization_clip.py`; the same as `CLIPTokenizerFast` of transformers 4). Only the
+`tokenizers` library is needed. A vocabulary comes from a folder or is trained on captions.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from sdjax.data.tokenizer_files import (
 from sdjax.system import paths
 from sdjax.system.untrusted import brief, explained
 
-KEPT = 16_384  # captions whose tokens are remembered, some 10 MB: they come again every epoch
+KEPT = 16_384  # captions whose tokens are kept, some 10 MB: they come again every epoch
 # OpenAI CLIP, clip/simple_tokenizer.py
 SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -40,7 +39,7 @@ SPLIT = (
 
 
 class Tokenizer:
-    """Captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
+    """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
 
     def __init__(
         self,
@@ -51,8 +50,15 @@ class Tokenizer:
         special: Mapping[str, str | dict[str, Any]] | None = None,
         added: Mapping[int, dict[str, Any]] | None = None,
     ):
-        """`special` maps `bos_token` and the like to their text or to the arguments of an
-        `AddedToken`; `added` maps ids to the arguments of tokens taken whole from the text."""
+        """Make a tokenizer of a vocabulary and its merges.
+
+        Args:
+            special: {"bos_token" and the like: its text, or the arguments of an `AddedToken`}.
+            added: {id: the arguments of a token that is taken whole from the text}.
+
+        Raises:
+            ValueError: the context length is below 3, or the arguments do not fit together.
+        """
         if context_length < 3:
             raise ValueError(
                 f"context_length = {context_length}: it must hold BOS, EOS and a token"
@@ -75,7 +81,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special and added ones included."""
+        """The number of tokens, special and added ones included."""
         return self._backend.get_vocab_size()
 
     @property
@@ -100,44 +106,48 @@ class Tokenizer:
 
     @property
     def null_tokens(self) -> np.ndarray:
-        """Tokens of the empty caption, int32 [context_length]: guidance's "no caption"."""
+        """The tokens of the empty caption, int32 [context_length]: guidance's "no caption"."""
         return self.encode([""])[0]
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Tokens int32 [n, context_length]. Captions that are too long keep their EOS and are
-        counted in `truncated`."""
+        """The tokens of captions, int32 [n, context_length].
+
+        A caption that is too long keeps its EOS, and is counted in `truncated`.
+        """
         return self.encode_with_lengths(captions)[0]
 
     def encode_with_lengths(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [n, context_length], and int32 [n]: how many each caption would have taken,
-        BOS and EOS included. A caption was cut where that is more than the context length."""
+        """The tokens of captions, int32 [n, context_length], and their uncut lengths, int32 [n].
+
+        The lengths include BOS and EOS. A caption is cut if its length is above the context length.
+        """
         if isinstance(captions, str):
             raise TypeError(
                 "captions: expected a list of strings, got one string; wrap it in a list"
             )
         if len(captions) == 1:
-            row, length = self._remembered(captions[0])
+            row, length = self._cached(captions[0])
             tokens, lengths = row[None].copy(), np.array([length], np.int32)
         else:
             tokens, lengths = self._encode(captions)
         self.truncated += int((lengths > self.context_length).sum())
         return tokens, lengths
 
-    def _remembered(self, caption: str) -> tuple[np.ndarray, int]:
-        """Of one caption, as the input pipeline asks: tokens [context_length] and their number."""
+    def _cached(self, caption: str) -> tuple[np.ndarray, int]:
+        """The tokens [context_length] of one caption and their number, kept from earlier calls."""
         found = self._kept.get(caption)
         if found is None:
             tokens, lengths = self._encode([caption])
             found = tokens[0], int(lengths[0])
-            if len(self._kept) >= KEPT:  # more captions than fit: few come again before long
+            if len(self._kept) >= KEPT:  # with so many captions, few come again soon
                 self._kept.clear()
             self._kept[caption] = found
         return found
 
     def _encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See `encode_with_lengths`."""
+        """The result of `encode_with_lengths`, computed."""
         texts = [_valid_text(text) for text in captions]
-        # Its threads are for many captions; a single one waits longer for them than it takes.
+        # encode_batch starts threads, which takes longer than one caption.
         single = len(texts) == 1
         encodings = (
             [self._backend.encode(texts[0])] if single else self._backend.encode_batch(texts)
@@ -159,9 +169,11 @@ class Tokenizer:
         context_length: int | None = None,
         pad_token: str | None = None,
     ) -> Tokenizer:
-        """Reads a `CLIPTokenizer` folder: vocab.json and merges.txt (transformers 4, the hub), or
-        tokenizer.json (transformers 5). `context_length` and `pad_token` default to the folder's
-        own. Raises TokenizerError."""
+        """Read a `CLIPTokenizer` folder.
+
+        It has vocab.json and merges.txt (transformers 4, the hub), or tokenizer.json (transformers
+        5). `context_length` and `pad_token` default to the folder's own. Raises TokenizerError.
+        """
         folder = paths.to_path(folder)
         again = "copy the folder again"
         with explained(folder, "a CLIP tokenizer", error=TokenizerError, remedy=again):
@@ -174,8 +186,11 @@ class Tokenizer:
         vocab_size: int,
         context_length: int = DEFAULT_CONTEXT_LENGTH,
     ) -> Tokenizer:
-        """Learns a vocabulary of at most `vocab_size` tokens in CLIP's layout: 256 bytes, 256 bytes
-        that end a word, merges by rank, BOS, EOS. The same captions give the same vocabulary."""
+        """Learn a vocabulary of at most `vocab_size` tokens in CLIP's layout.
+
+        It has 256 bytes, 256 bytes that end a word, merges by rank, BOS and EOS. The same captions
+        give the same vocabulary. Raises ValueError where `vocab_size` is too small for the bytes.
+        """
         alphabet = _byte_alphabet()
         alphabet += [byte + END_OF_WORD for byte in alphabet]
         smallest = len(alphabet) + 2
@@ -184,7 +199,7 @@ class Tokenizer:
                 f"vocab_size = {vocab_size}: the bytes, BOS and EOS alone take {smallest}"
             )
         backend = _backend({}, [], unk=None)
-        # Given as special tokens, the alphabet has fixed ids; the trainer breaks ties by id.
+        # As special tokens, the alphabet has fixed ids; the trainer breaks ties by id.
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
             special_tokens=alphabet,
@@ -198,7 +213,7 @@ class Tokenizer:
         return cls(vocab, merge_pairs(model["merges"]), context_length=context_length)
 
     def save(self, folder: paths.PathLike) -> None:
-        """Writes a folder for `load` and the `CLIPTokenizer` of transformers 4 and 5."""
+        """Write a folder for `load` and for transformers' `CLIPTokenizer`. Raises WriteError."""
         folder = paths.to_path(folder)
         paths.make_folder(folder)
         vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
@@ -260,7 +275,7 @@ def _add_tokens(
     special: Mapping[str, str | dict[str, Any]],
     added: Mapping[int, dict[str, Any]],
 ) -> None:
-    """Makes the tokens known that are taken whole. The first mention of a token sets its flags."""
+    """Add the tokens that are taken whole. The first mention of a token sets its flags."""
     names = {token_text(token) for token in special.values()}
     for index, arguments in sorted(added.items()):
         flags = {**arguments, "special": arguments.get("special", False)}
@@ -286,7 +301,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _valid_text(text: str) -> str:
-    """`text` with pairs of surrogates joined and lone ones replaced: they have no bytes."""
+    """The text with pairs of surrogates joined and single ones replaced: they have no bytes."""
     if not isinstance(text, str):
         raise TypeError(f"caption {text!r}: expected a string, got {type(text).__name__}")
     try:
@@ -297,7 +312,7 @@ def _valid_text(text: str) -> str:
 
 
 def _as_special_map(special: Mapping[str, str | dict[str, Any]]) -> dict[str, Any]:
-    """special_tokens_map.json has no `special` flag: every token in it is."""
+    """The content of special_tokens_map.json, which has no `special` flag: every token in it is."""
     drop = ("__type", "special")
     return {
         key: token if isinstance(token, str) else {k: token[k] for k in token if k not in drop}

@@ -1,4 +1,4 @@
-"""The files of a CLIP tokenizer's folder, with everything that may be wrong with them in words."""
+"""The files of a CLIP tokenizer's folder; errors name the file, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 END_OF_WORD = "</w>"
 DEFAULT_CONTEXT_LENGTH = 77  # OpenAI CLIP, clip/model.py
-# What transformers takes for the tokens that the files leave open, in the order it adds them.
+# The defaults of transformers for special tokens, in the order it adds them.
 DEFAULT_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-MOST_TOKENS, MOST_ADDED = 2_097_152, 10_000  # CLIP's has 49,408, and 2
+MOST_TOKENS, MOST_ADDED = 2_097_152, 10_000  # CLIP has 49,408 tokens, and 2 added ones
 
 
 class TokenizerError(UserError):
-    """A tokenizer folder that cannot be read; the message says which file and why."""
+    """A tokenizer folder that cannot be read; the message names the file and the reason."""
 
 
 def read_folder(
     folder: paths.Path, context_length: int | None, pad_token: str | None
 ) -> dict[str, Any]:
-    """The arguments of `Tokenizer` that a folder holds."""
+    """The arguments of `Tokenizer` in a folder. Raises TokenizerError."""
     file = folder / "tokenizer_config.json"
     config = _read_json(file, default={})
     special = {key: config[key] for key in DEFAULT_SPECIAL if config.get(key) is not None}
@@ -48,7 +48,7 @@ def read_folder(
     length = context_length or config.get("model_max_length", DEFAULT_CONTEXT_LENGTH)
     if not isinstance(length, int | float) or isinstance(length, bool) or not length >= 1:
         raise TokenizerError(f"{file}: model_max_length is {brief(length)}; expected a number")
-    if length > 1e6:  # transformers writes 1e30 for "not known"
+    if length > 1e6:  # transformers writes 1e30 for an unknown length
         length = DEFAULT_CONTEXT_LENGTH
     return {
         "vocab": vocab, "merges": merges, "context_length": int(length), "special": special,
@@ -57,14 +57,14 @@ def read_folder(
 
 
 def _of(kind: type, value: Any, file: paths.Path, field: str) -> Any:
-    """`value`. TokenizerError if it is not of this kind."""
+    """Return the value. TokenizerError if it is of another kind."""
     if not isinstance(value, kind):
         raise TokenizerError(f"{file}: {field} is {brief(value)}; expected a {kind.__name__}")
     return value
 
 
 def _checked_vocabulary(vocab: Any, file: paths.Path) -> dict[str, int]:
-    """A vocabulary. TokenizerError unless it is {text: id}, ids being different."""
+    """Return the vocabulary. TokenizerError unless it is {text: id} with different ids."""
     for token, index in _of(dict, vocab, file, "the vocabulary").items():
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MOST_TOKENS:
             raise TokenizerError(
@@ -79,7 +79,10 @@ def _checked_vocabulary(vocab: Any, file: paths.Path) -> dict[str, int]:
 def _read_vocabulary(
     folder: paths.Path,
 ) -> tuple[dict[str, int], list[tuple[str, str]], dict[Any, dict[str, Any]]]:
-    """(vocabulary, merges, added tokens by id). tokenizer.json wins, as it does in transformers."""
+    """The vocabulary, the merges and the added tokens by id.
+
+    tokenizer.json wins over the other files, as in transformers.
+    """
     single = folder / "tokenizer.json"
     if single.is_file():
         content = _read_json(single)
@@ -113,7 +116,7 @@ def _read_vocabulary(
 
 
 def merge_pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
-    """Merges as pairs; files hold them as "a b" or as ["a", "b"]."""
+    """The merges as pairs; files hold them as "a b" or as ["a", "b"]. Raises TokenizerError."""
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     for rank, pair in enumerate(pairs):
         if len(pair) != 2:
@@ -122,7 +125,7 @@ def merge_pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
 
 
 def token_text(token: str | dict[str, Any]) -> str:
-    """The text of a token, which files hold alone or in a group with flags."""
+    """The text of a token, which files hold alone or with flags. Raises TokenizerError."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise TokenizerError(f"a token is {brief(token)}; expected a text, or a group with content")
@@ -130,7 +133,7 @@ def token_text(token: str | dict[str, Any]) -> str:
 
 
 def token_arguments(token: str | dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an `AddedToken`."""
+    """The arguments of an `AddedToken`. Raises TokenizerError."""
     if isinstance(token, str):
         return {"content": token}
     token_text(token)
@@ -138,6 +141,7 @@ def token_arguments(token: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: paths.Path, default: Any = None) -> Any:
+    """The JSON object in a file, or `default` if the file is missing."""
     if default is not None and not path.is_file():
         return default
     try:

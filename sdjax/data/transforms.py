@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from sdjax.data.config import MAX_PIXELS
 from sdjax.data.image_files import ImageError, damaged, open_image
 
-# What undoes each EXIF orientation.
+# The operation that undoes each EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -23,10 +23,10 @@ _TURNS = {
 
 
 def decode(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes an image file by its content -> uint8 [H, W, 3].
+    """Decode an image file by its content to uint8 [H, W, 3].
 
-    EXIF orientation is applied, alpha composited on white, 16 bits scaled to 8, every other mode
-    converted to RGB, and the first frame taken of an animation.
+    EXIF orientation is applied, alpha composited on white, and 16 bits scaled to 8. Every other
+    mode is converted to RGB. Of an animation the first frame is taken.
 
     Raises ImageError: empty_file, git_lfs_pointer, not_an_image, unsupported_format,
     unsupported_mode, too_many_pixels (refused before decoding), truncated, corrupt.
@@ -35,28 +35,28 @@ def decode(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def decode_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `decode`, but Pillow's own image, which spares what resizes it two copies."""
+    """Decode as `decode`, to Pillow's image, which saves two copies before a resize."""
     image = open_image(encoded, max_pixels=max_pixels)
     try:
         image.load()
         return to_rgb(upright(image))
     except ImageError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they like on damaged data
+    except Exception as error:  # Pillow's decoders raise any error for damaged data
         raise damaged(error) from error
 
 
 def upright_size(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width as `decode` will give them, from the header alone. Raises ImageError."""
+    """The height and width of `decode`'s result, from the header alone. Raises ImageError."""
     image = open_image(encoded, max_pixels=max_pixels)
     width, height = image.size
-    if image.format == "TIFF":  # of which Pillow may have turned the size already
+    if image.format == "TIFF":  # Pillow may have turned the size of a TIFF already
         width, height = (image.tag_v2[tag] for tag in (256, 257))  # type: ignore[attr-defined]
     return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
 def is_plain_rgb(image: Image.Image) -> bool:
-    """Whether the stored pixels are what training should see: RGB, upright, a single frame."""
+    """Whether the stored pixels are those of `decode`: RGB, upright, a single frame."""
     return (
         image.mode == "RGB"
         and image.format in ("PNG", "JPEG", "WEBP")
@@ -72,31 +72,31 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, where there is none that can be read."""
+    """The EXIF orientation; 1, upright, if there is none that can be read."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a broken EXIF block is ignored, whatever Pillow makes of it
+    except Exception:  # Pillow raises any error for a broken EXIF block, which is ignored
         return 1
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; a broken EXIF block or an unknown value is ignored.
+    """Apply the EXIF orientation; a broken EXIF block or an unknown value is ignored.
 
-    Pillow's own `exif_transpose` also writes the block anew, with all that it points to.
+    Pillow's own `exif_transpose` also copies the block, with all the bytes that it points to.
     """
     orientation = _orientation(image)
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, alpha on white. Raises ImageError for floating-point images."""
+    """Convert any mode to RGB, with alpha on white. Raises ImageError for floating-point images."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
         raise ImageError("unsupported_mode", "floating-point pixels; convert to 8 bits")
-    if image.mode.startswith("I"):  # 16 bits, or 32 holding 16: scale, where convert() would clip
+    if image.mode.startswith("I"):  # 16 bits, or 32 holding 16: convert() would clip, not scale
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError("unsupported_mode", "32-bit pixels; convert to 8 bits")
@@ -110,7 +110,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def covering_size(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """Height and width of a picture of `size`, scaled until it just covers height x width."""
+    """The height and width of a picture of `size`, scaled until it just covers height x width."""
     scale = max(height / size[0], width / size[1])
     return max(height, round(size[0] * scale)), max(width, round(size[1] * scale))
 
@@ -118,7 +118,7 @@ def covering_size(size: tuple[int, int], height: int, width: int) -> tuple[int, 
 def crop_corner(
     size: tuple[int, int], height: int, width: int, rng: np.random.Generator | None = None
 ) -> tuple[int, int]:
-    """Top and left of a crop out of the middle, or with rng from anywhere, evenly likely."""
+    """The top and left of a crop out of the middle, or with rng of a uniformly random one."""
     spare = size[0] - height, size[1] - width
     if rng is None:
         return spare[0] // 2, spare[1] // 2
@@ -129,12 +129,12 @@ def resized_crop(
     image: np.ndarray | Image.Image, size: tuple[int, int], corner: tuple[int, int], height: int,
     width: int,
 ) -> np.ndarray:  # fmt: skip
-    """A picture resized to `size`, antialiased (Lanczos), and height x width of that from `corner`.
+    """Resize a picture to `size` (Lanczos, antialiased) and crop height x width from `corner`.
 
-    Bit for bit what Pillow's resize followed by a crop gives: it goes over the rows first and then
-    over the columns, with 8 bits between, so what the crop leaves out can be left out before. (The
-    `box` of its resize would save more, but shifts the samples by the rounding of a float32.)
-    No resizing and no copy of an array that is that size already.
+    The result equals Pillow's resize and a crop, bit for bit. Pillow resizes the rows first and
+    then the columns, with 8 bits between, so the parts outside of the crop can be left out before.
+    (The `box` of Pillow's resize would save more, but shifts the samples by the rounding of a
+    float32.) An array that has the size already is neither resized nor copied.
     """
     (top, left), (rows, columns) = corner, size
     if isinstance(image, np.ndarray):
@@ -151,10 +151,10 @@ def resized_crop(
 
 
 def _rows_resized(image: Image.Image, size: tuple[int, int], top: int, height: int) -> Image.Image:
-    """Every row to size[1] pixels; black in place of those that height x anything ignores."""
+    """Resize every row to size[1] pixels; rows that do not matter to the crop are black."""
     rows, columns = size
     scale = image.height / rows
-    support = 3 * max(scale, 1) + 2  # of Lanczos; more does no harm
+    support = 3 * max(scale, 1) + 2  # that of Lanczos; more does no harm
     first = max(0, math.floor(top * scale - support))
     last = min(image.height, math.ceil((top + height) * scale + support))
     if (first, last) == (0, image.height):
@@ -166,7 +166,7 @@ def _rows_resized(image: Image.Image, size: tuple[int, int], top: int, height: i
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
-    """uint8 0..255 -> float32 -1..1"""
+    """Convert uint8 0..255 to float32 -1..1, of the same shape."""
     scaled = np.divide(image, np.float32(127.5), dtype=np.float32)
     scaled -= np.float32(1)
     return scaled
@@ -174,11 +174,11 @@ def normalise(image: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An image as a network sees it, and what SDXL is told of how it came to be.
+    """An image as a network takes it, and the numbers about it that SDXL takes.
 
     pixels: uint8 [H, W, 3].
-    size: int32 [4], height and width of the original, then top and left of the crop in pixels of
-    the resized picture as it is shown: mirrored, if it was.
+    size: int32 [4], height and width of the original, then top and left of the crop. These are in
+    pixels of the resized picture as it is shown: mirrored, if it was.
     """
 
     pixels: np.ndarray
@@ -186,7 +186,7 @@ class Prepared:
 
     @property
     def image(self) -> np.ndarray:
-        """float32 [H, W, 3] in [-1, 1]"""
+        """The image, float32 [H, W, 3] in [-1, 1]."""
         return normalise(self.pixels)
 
 
@@ -194,13 +194,11 @@ def prepare(
     image: np.ndarray | Image.Image, rng: np.random.Generator, *, height: int, width: int,
     crop: str, flip: bool, mirror: bool = False, original: tuple[int, int] | None = None,
 ) -> Prepared:  # fmt: skip
-    """An RGB picture, uint8 [H, W, 3] or Pillow's -> resized to cover height x width, cropped,
-    maybe mirrored.
+    """Resize an RGB picture to cover height x width, crop it, and perhaps mirror it.
 
-    flip: mirror it half of the time; mirror: always. original: the height and width it had before
-    it was stored smaller, to be told to SDXL in the place of its own.
-
-    All randomness is rng's, which the pipeline seeds by the element's place in the stream.
+    image: uint8 [H, W, 3] or Pillow's. flip: mirror it with probability 1/2; mirror: always.
+    original: its height and width before it was stored smaller, which SDXL takes instead of the
+    size. All randomness is rng's, which the pipeline seeds by the place in the stream.
     """
     stored = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
     size = covering_size(stored, height, width)
@@ -208,5 +206,5 @@ def prepare(
     cut = resized_crop(image, size, (top, left), height, width)
     if mirror or (flip and rng.random() < 0.5):
         cut = cut[:, ::-1]
-        left = size[1] - width - left  # where the crop lies in the mirrored picture
+        left = size[1] - width - left  # the crop's position in the mirrored picture
     return Prepared(cut, np.array([*(original or stored), top, left], np.int32))

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.config import Config
 from sdjax.data.fixed import FixedExamples, Group
-from sdjax.data.pipeline import Encoder
+from sdjax.data.pipeline import CaptionTokenizer
 from sdjax.methods.task import Task
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
@@ -45,7 +45,7 @@ class Validator:
         self,
         config: Config,
         task: Task,
-        tokenizers: Mapping[str, Encoder],
+        tokenizers: Mapping[str, CaptionTokenizer],
         mesh: Mesh,
         *,
         split: str,

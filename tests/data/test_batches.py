@@ -4,7 +4,7 @@ import grain.python as grain
 import numpy as np
 import pytest
 
-from sdjax.data.batches import Batches, Epochs, as_floats, grain_seed
+from sdjax.data.batches import Batches, ShuffledEpochs, as_floats, grain_seed
 
 
 class Numbers:
@@ -39,8 +39,8 @@ def drawn(example, rng):
 SEED = 5
 SEEDED = grain.MapDataset.source(Numbers()).seed(SEED)
 STREAMS = {
-    "shuffled": (Epochs(Numbers(), grain_seed(SEED, 1)), 3, SEEDED.shuffle().repeat()),
-    "as stored": (Epochs(Numbers(), None), 2, SEEDED.repeat()),
+    "shuffled": (ShuffledEpochs(Numbers(), grain_seed(SEED, 1)), 3, SEEDED.shuffle().repeat()),
+    "as stored": (ShuffledEpochs(Numbers(), None), 2, SEEDED.repeat()),
     "a mixture": (Endless(), 1, grain.MapDataset.source(Endless()).seed(SEED)),
 }
 
@@ -65,7 +65,7 @@ def test_floats_are_made_here_or_after_the_way_between_processes():
             "tokens": np.arange(3, dtype=np.int32),
         }
 
-    stream = Epochs(Numbers(), None)
+    stream = ShuffledEpochs(Numbers(), None)
     sent = Batches(stream, pictures, 2, seed=0, floats=False)[1]
     assert sent["image"].dtype == np.uint8
     ready = Batches(stream, pictures, 2, seed=0, floats=True)[1]

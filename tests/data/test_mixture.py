@@ -6,7 +6,7 @@ import pytest
 
 from sdjax.data import mixture
 from sdjax.data.config import DataConfig, parts
-from sdjax.data.mixture import Part, Schedule, counts, interleave
+from sdjax.data.mixture import Part, PartOrder, counts, interleave
 from sdjax.errors import UserError
 
 
@@ -28,14 +28,14 @@ def test_each_period_holds_each_part_exactly_its_weight_times(weights):
 
 
 def test_weights_are_taken_as_they_are_written():
-    schedule = Schedule((Part(weight=0.1), Part(weight=0.7), Part(weight=0.2)), per_step=1)
+    schedule = PartOrder((Part(weight=0.1), Part(weight=0.7), Part(weight=0.2)), per_step=1)
     which = [schedule.locate(place)[0] for place in range(10)]
     assert [which.count(part) for part in range(3)] == [1, 7, 2]
 
 
 def test_parts_come_and_go_and_continue_where_they_stood():
     described = (Part(end=4), Part(weight=3.0, start=2), Part(start=3, end=9))
-    schedule, per_step, seen = Schedule(described, per_step=6), 6, [0, 0, 0]
+    schedule, per_step, seen = PartOrder(described, per_step=6), 6, [0, 0, 0]
     for step in range(30):
         here = []
         for place in range(step * per_step, (step + 1) * per_step):
@@ -54,7 +54,7 @@ def test_parts_come_and_go_and_continue_where_they_stood():
 
 
 def test_any_order_of_asking_gives_the_same():
-    schedule = Schedule((Part(end=5), Part(start=1), Part(weight=2.5)), per_step=4)
+    schedule = PartOrder((Part(end=5), Part(start=1), Part(weight=2.5)), per_step=4)
     forward = [schedule.locate(place) for place in range(60)]
     assert [schedule.locate(place) for place in reversed(range(60))] == forward[::-1]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdjax.data.prepare.settings import Place, Settings, assign_splits
+from sdjax.data.prepare.settings import Settings, Workspace, assign_splits
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, fraction
 from sdjax.data.sources import DataConfig, DataError, open_source
@@ -49,7 +49,7 @@ def prepare(source, output, chosen):
     pytest.importorskip("apache_beam")
     from sdjax.data.prepare import pipeline
 
-    return pipeline.run(str(source), chosen, Place(str(output)), workers=1)
+    return pipeline.run(str(source), chosen, Workspace(str(output)), workers=1)
 
 
 def picture(seed, size=(40, 30)):

@@ -11,7 +11,7 @@ from sdjax import encode
 from sdjax import prepare as verb
 from sdjax.data.prepare import cleaning
 from sdjax.data.prepare.report import STEPS
-from sdjax.data.prepare.settings import Place, Settings
+from sdjax.data.prepare.settings import Settings, Workspace
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.errors import UserError
@@ -105,11 +105,11 @@ def test_a_worker_says_how_much_of_a_shard_is_clean(tmp_path, monkeypatch, forma
         write_tar(tmp_path / "in" / "a.tar", members)
     else:
         small_dirty_set(tmp_path / "in")
-    place, chosen = Place(str(tmp_path / "out")), settings(format=format)
-    place.work.mkdir(parents=True)
+    workspace, chosen = Workspace(str(tmp_path / "out")), settings(format=format)
+    workspace.work.mkdir(parents=True)
     monkeypatch.setattr("sdjax.data.raw.folder.ROWS_PER_SHARD", 8)
     shards = formats.list_shards(str(tmp_path / "in"), format, chosen.fields)
-    poll = cleaning.how_far(place, [0, 1])
+    poll = cleaning.how_far(workspace, [0, 1])
     seen = []
 
     class Time:
@@ -122,7 +122,7 @@ def test_a_worker_says_how_much_of_a_shard_is_clean(tmp_path, monkeypatch, forma
             return cls.now
 
     monkeypatch.setattr(cleaning, "time", Time)
-    cleaning.clean_shard((0, shards[0]), place=place, settings=chosen)
+    cleaning.clean_shard((0, shards[0]), workspace=workspace, settings=chosen)
     assert len(seen) >= 8 and seen == sorted(seen) and 0.4 < seen[-1] < 1
     assert poll() == 1  # of the two
 
@@ -175,11 +175,13 @@ def test_another_runner_of_beam(tmp_path):
     small_dirty_set(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out", settings())
     options = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
-    place = Place(str(tmp_path / "other"))
-    pipeline.run(str(tmp_path / "in"), settings(), place, workers=1, beam_options=options)
+    workspace = Workspace(str(tmp_path / "other"))
+    pipeline.run(str(tmp_path / "in"), settings(), workspace, workers=1, beam_options=options)
     assert contents(tmp_path / "other") == contents(tmp_path / "out")
     with pytest.raises(UserError, match="Beam has no option --runer on this machine"):
-        pipeline.run(str(tmp_path / "in"), settings(), place, workers=1, beam_options=["--runer=x"])
+        pipeline.run(
+            str(tmp_path / "in"), settings(), workspace, workers=1, beam_options=["--runer=x"]
+        )
     with pytest.raises(UserError, match=r"(?s)Beam refuses .*Missing required option: project"):
         options = ["--runner=DataflowRunner"]
-        pipeline.run(str(tmp_path / "in"), settings(), place, workers=1, beam_options=options)
+        pipeline.run(str(tmp_path / "in"), settings(), workspace, workers=1, beam_options=options)

@@ -24,7 +24,7 @@ from sdjax.checkpoints.bundle import replaced_folder
 from sdjax.config import Config, resolve
 from sdjax.data import encoded
 from sdjax.data.config import DataError
-from sdjax.data.prepare.settings import Place
+from sdjax.data.prepare.settings import Workspace
 from sdjax.data.sources import open_source
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.encoding import encoder
@@ -83,7 +83,7 @@ WRITERS = {
     "rollbacks": lambda folder: rollback.record(folder, Spike(3, "loss", 2.0, 1.0)),
     "config": lambda folder: startup.write_config(folder, Config()),
     "frozen": lambda folder: startup.write_workdir(folder, Config(), {}, {"a": np.zeros(9)}),
-    "work of prepare": lambda folder: Place(str(folder)).write_json(folder / "work" / "a", {}),
+    "work of prepare": lambda folder: Workspace(str(folder)).write_json(folder / "work" / "a", {}),
     "encoded": lambda folder: encoded.write(folder, encoding_of_nothing(), {}),
     "records": records,
     "lock": lambda folder: locks.held(folder, "--output", "x").__enter__(),

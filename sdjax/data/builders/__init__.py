@@ -1,1 +1,1 @@
-"""TFDS builders of sdjax."""
+"""The TFDS builders of sdjax."""

@@ -18,7 +18,7 @@ from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """How many examples of each split, what share shows two objects, colours and seed."""
+    """The numbers of examples, the share with two objects, the colours and the seed."""
 
     train_examples: int = 20_000
     test_examples: int = 512
@@ -30,8 +30,9 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
     """64x64 PNGs of one or two coloured shapes on a light background, captioned.
 
-    Features: image, text (the caption), objects (JSON list: what was drawn, and where). The order
-    on disk is that of generation. Raise VERSION whenever `shapes.py` draws or says anything else.
+    Features: image, text (the caption), objects (a JSON list of the drawn objects and their
+    places). The order on disk is that of generation. Raise VERSION whenever `shapes.py` draws or
+    captions in another way.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -86,7 +87,7 @@ def make_builder(
     colours: str = "named",
     seed: int = 0,
 ) -> CaptionedShapes:
-    """The builder for these sizes; its name says everything that the data depends on.
+    """The builder for these sizes; its name has everything that the data depends on.
 
     Raises DataError for counts below 1, a share outside [0, 1] or unknown colours.
     """

@@ -1,4 +1,4 @@
-"""The TFDS builder of a configured dataset, whatever makes it."""
+"""Opening the TFDS builder of a configured dataset of any kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdjax.system import paths, text_files, untrusted
 
 
 def prepared_builder(config: DataConfig) -> Any:
-    """The TFDS builder of a dataset, made ready (generated, imported or downloaded) if need be.
+    """The TFDS builder of a dataset, prepared (generated, imported or downloaded) if need be.
 
     Raises DataError for an unknown name, an empty or missing folder, or a dataset that was stored
     in a format without random access.
@@ -39,7 +39,7 @@ def prepared_builder(config: DataConfig) -> Any:
 
 
 def _prepared_folder(config: DataConfig) -> Any:
-    """The dataset that `sdjax.prepare` wrote, read where it lies."""
+    """The builder of a dataset that `sdjax.prepare` wrote, read in its place."""
     if not (paths.to_path(config.path) / INFO).exists():
         raise DataError(
             f"data.path is {config.path!r}, where there is no {INFO}; expected the "
@@ -50,11 +50,12 @@ def _prepared_folder(config: DataConfig) -> Any:
         report = text_files.read_json(paths.to_path(config.path) / "report.json")
         builder.notes = [f"when it was prepared: {note}" for note in report["notes"]]
     except paths.storage_errors(text_files.TextError, KeyError, TypeError):
-        pass  # encoded datasets have none, and nothing else needs it
+        pass  # encoded datasets have no report, and nothing else needs it
     return builder
 
 
 def _named_builder(config: DataConfig) -> Any:
+    """The builder of a dataset that TFDS knows by name."""
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
     try:

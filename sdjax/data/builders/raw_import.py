@@ -31,14 +31,14 @@ from sdjax.data.tfds.stored import prepare_builder
 from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 
 SKIP_REPORT = "skipped.json"
-PASSED_OVER = "passed_over.json"  # members of tars that no row is made of, by ending
+PASSED_OVER = "passed_over.json"  # members of tars without a row, by ending
 TEST_SHARE = 0.03
 _OPTIONS = ("text_key", "image_key", "min_side", "max_aspect", "max_pixels", "outside_links")
 
 
 @dataclasses.dataclass(eq=False)
 class ImportConfig(tfds.core.BuilderConfig):
-    """The shards of a source, what is said of them, and what of them is good enough."""
+    """The shards of a source, notes about them, and the rules for their rows."""
 
     path: str = ""
     shards: list[Shard] = dataclasses.field(default_factory=list, repr=False)
@@ -51,7 +51,7 @@ class ImportConfig(tfds.core.BuilderConfig):
 def import_config(
     path: str, format: str, fields: Fields, rules: clean.Rules, *, outside: bool = False
 ) -> ImportConfig:
-    """Names the import by the folder and by a fingerprint of all that its content depends on.
+    """The configuration of an import, named by the folder and a fingerprint of all its content.
 
     outside: links may lead out of the folder.
 
@@ -72,7 +72,7 @@ def import_config(
 
 
 def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The features of every dataset that is made of raw data; scores become float32 ones."""
+    """The features of every dataset made of raw data; scores become float32 features."""
     return {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "text": tfds.features.Text(),
@@ -87,7 +87,7 @@ def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def feature_values(example: clean.Example) -> dict[str, Any]:
-    """An example as `feature_types` encodes it."""
+    """The values of an example's features, as `feature_types` encodes them."""
     height, width = example.pixels.shape[:2]
     return {
         "image": io.BytesIO(example.image),
@@ -103,9 +103,9 @@ def feature_values(example: clean.Example) -> dict[str, Any]:
 
 
 def limit_of_test(names: set[str]) -> float:
-    """Names whose `fraction` is at most this become the test split: about 3 %, and at least one.
+    """The limit of `fraction` up to which names become the test split: about 3 %, at least one.
 
-    -1, for none, when there are fewer than two; so images keep their side as a folder grows.
+    It is -1, for none, with fewer than two names. Images keep their split as a folder grows.
     """
     fractions = sorted(fraction(name) for name in names)
     if len(fractions) < 2:
@@ -119,11 +119,11 @@ class RawImport(  # type: ignore[call-arg]
 ):
     """Images and captions imported from raw files.
 
-    Features: image (the file's own bytes where they are a plain RGB PNG, JPEG or WebP, a PNG of
-    what was decoded where they are not), text (the main caption), captions (alternatives),
-    file_name, and the size in pixels, upright, now and before the picture was stored smaller, if
-    the data says so. Raise VERSION whenever an image would be chosen or
-    stored in another way.
+    Features: image (the file's own bytes if it is a plain RGB PNG, JPEG or WebP, else a PNG of the
+    decoded picture), text (the main caption), captions (alternatives), file_name, and the size in
+    pixels, upright. original_height and original_width are the size before the picture was stored
+    smaller, if the data has it. Raise VERSION whenever an image would be chosen or stored in
+    another way.
     """
 
     VERSION = tfds.core.Version("1.4.0")
@@ -147,10 +147,10 @@ class RawImport(  # type: ignore[call-arg]
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = self.builder_config
         self._skipped: list[Skip] = []
-        self._passed_over: dict[str, Counter[str]] = {}  # of each shard
+        self._passed_over: dict[str, Counter[str]] = {}  # by shard
         generators = {}
         for split, shards, chosen in _splits(config.shards):
-            # A split without a single usable image must not be written: look for the first.
+            # A split without any usable image must not be written: read the first one.
             examples = self._examples(shards, chosen)
             first = next(examples, None)
             if first is None:
@@ -172,7 +172,7 @@ class RawImport(  # type: ignore[call-arg]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, example in enumerate(itertools.chain([first], others)):
             yield index, feature_values(example)
-        # data_path is the unfinished dataset here, so the report appears together with it.
+        # Here data_path is the unfinished dataset, so the report appears together with it.
         report = [dataclasses.asdict(skip) for skip in self._skipped]
         (self.data_path / SKIP_REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False))
         (self.data_path / PASSED_OVER).write_text(json.dumps(self._all_passed_over()))
@@ -181,9 +181,10 @@ class RawImport(  # type: ignore[call-arg]
         return dict(sum(self._passed_over.values(), Counter()))
 
     def _examples(self, shards: list[Shard], chosen: Chosen) -> Iterator[clean.Example]:
+        """The usable examples of shards; the others are added to the skips."""
         config = self.builder_config
         for shard in shards:
-            # A shard that is read for two splits counts once.
+            # A shard that is read for two splits is counted once.
             counts = self._passed_over[shard.path] = Counter()
             for item in formats.read(shard, config.fields, chosen, counts):
                 made = clean.clean(item, config.rules) if isinstance(item, Row) else item
@@ -211,9 +212,9 @@ _BUILDERS = {
 
 
 def _splits(shards: list[Shard]) -> Iterator[tuple[str, list[Shard], Chosen]]:
-    """(split, its shards, which of their rows); a source that is all train is split by name.
+    """Yield each split, its shards, and a function that chooses its rows.
 
-    Every row, and every skip, is in exactly one split.
+    A source of train alone is split by name. Every row, and every skip, is in exactly one split.
     """
     if not _is_cut(shards):
         for wanted in SPLITS:
@@ -228,38 +229,41 @@ def _splits(shards: list[Shard]) -> Iterator[tuple[str, list[Shard], Chosen]]:
 
 
 def _is_cut(shards: list[Shard]) -> bool:
-    """Whether the source has no splits but train, of which some is made test."""
+    """Whether the source has the split train alone, of which a part becomes test."""
     return all(shard.splits == ("train",) for shard in shards)
 
 
 def _is_of(wanted: str, name: str, split: str) -> bool:
+    """Whether a row's split is the wanted one."""
     return split == wanted
 
 
 def summary(skipped: list[Skip]) -> str:
-    """Counts by reason, as in "3 skipped (2 truncated, 1 no_caption)"."""
+    """Counts by reason, such as "3 skipped (2 truncated, 1 no_caption)"."""
     reasons = Counter(skip.reason for skip in skipped).most_common()
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
     return f"{len(skipped)} skipped" + (f" ({counts})" if counts else "")
 
 
 def _line(skip: Skip) -> str:
+    """A line about a skip."""
     return f"{skip.name}: {skip.reason}" + (f" ({skip.detail})" if skip.detail else "")
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
+    """Log a warning, each message once."""
     logging.warning(message)
 
 
 def read_skipped(builder: Any) -> list[Skip]:
-    """What the import left out, from its report."""
+    """The rows that the import left out, from its report."""
     report = json.loads((builder.data_path / SKIP_REPORT).read_text())
     return [Skip(**entry) for entry in report]
 
 
 def prepare(config: DataConfig) -> Any:
-    """Imports config.path unless that very content is there already; reports what is left out.
+    """Import config.path unless its present content was imported; report the rows left out.
 
     Raises DataError when nothing is usable, or more is skipped than config.max_bad_examples.
     """

@@ -1,8 +1,8 @@
-"""A deterministic reader of captioned_shapes pictures: which shapes, of which colour, where.
+"""A deterministic reader of captioned_shapes pictures: their shapes, colours and positions.
 
-It scores generated pictures against their prompts, so it has to survive what a small VAE does to
-edges. Each pixel is explained as background + coverage * (palette colour - background), which keeps
-the colour at a blurred edge; shapes are told apart by the overlap of a component's coverage with
+It scores generated pictures against their prompts, so it must work with the edges that a small VAE
+blurs. It explains each pixel as background + coverage * (palette colour - background), which keeps
+the colour at a blurred edge. A shape is recognised by the overlap of a component's coverage with
 templates of the same area around the same centroid.
 """
 
@@ -21,7 +21,7 @@ MIN_AREA = 60 / 64**2  # of the picture; the smallest drawn shape covers 162 px 
 MIN_OVERLAP = 0.6  # intersection over union with the best template, below which a shape is unknown
 SIZE_LIMIT = 25.0 / 64  # of the side: between the widest small and the narrowest large object
 FINE = 3  # samples of a template per pixel and axis
-AREAS = {  # over the square of the width
+AREAS = {  # area over the square of the width
     "circle": np.pi / 4,
     "square": 1.0,
     "triangle": 0.5,
@@ -30,8 +30,8 @@ AREAS = {  # over the square of the width
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """One object seen: box is (left, top, right, bottom), exclusive, in pixels of the picture.
+class FoundShape:
+    """One object of a picture: box is (left, top, right, bottom), exclusive, in pixels.
 
     shape is "unknown" when no template overlaps enough; overlap is the best template's.
     """
@@ -46,8 +46,8 @@ class Found:
     overlap: float
 
 
-def read_shapes(image: np.ndarray) -> list[Found]:
-    """Reads a picture [H, W, 3] uint8 -> the objects in it, largest first.
+def read_shapes(image: np.ndarray) -> list[FoundShape]:
+    """Read the objects of a picture [H, W, 3] uint8, largest first.
 
     Raises ValueError for any other kind of array.
     """
@@ -60,7 +60,7 @@ def read_shapes(image: np.ndarray) -> list[Found]:
     height, width = labels.shape
     found = []
     for number, colour in enumerate(PALETTE):
-        # Pixels of other objects count as uncovered.
+        # The pixels of other objects count as uncovered.
         own = np.where((labels == number) | (labels < 0), coverage[..., number], 0.0)
         for component in _components(labels == number):
             if component.sum() >= MIN_AREA * height * width:
@@ -69,7 +69,7 @@ def read_shapes(image: np.ndarray) -> list[Found]:
 
 
 def _smooth(image: np.ndarray) -> np.ndarray:
-    """3x3 binomial filter over the first two axes, against noise."""
+    """Apply a 3x3 binomial filter over the first two axes, against noise."""
     for axis in (0, 1):
         ends = [(1, 1) if a == axis else (0, 0) for a in range(image.ndim)]
         padded = np.pad(image, ends, mode="edge")
@@ -81,10 +81,10 @@ def _smooth(image: np.ndarray) -> np.ndarray:
 
 
 def _explain(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed picture [H, W, 3] -> labels [H, W], coverage [H, W, colours] in [0, 1].
+    """The labels [H, W] and coverage [H, W, colours] in [0, 1] of a smoothed picture [H, W, 3].
 
     A label is the index of the palette colour that explains the pixel best, -1 for background;
-    the coverage is that of each colour if it alone lay there.
+    the coverage is that of each colour if it alone covered the pixel.
     """
     edge = max(1, image.shape[0] // 32)
     frame = np.ones(image.shape[:2], bool)
@@ -92,7 +92,7 @@ def _explain(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     background = np.median(image[frame], axis=0)  # [3]
     directions = np.asarray(list(PALETTE.values()), np.float32) - background  # [colours, 3]
     lengths = (directions**2).sum(-1)
-    usable = lengths > 60.0**2  # a colour like the background cannot be told from it
+    usable = lengths > 60.0**2  # a colour like the background cannot be recognised
     offset = image - background  # [H, W, 3]
     coverage = offset @ directions.T / np.maximum(lengths, 1.0)  # [H, W, colours]
     explained = np.clip(coverage, 0.0, 1.1)[..., None] * directions  # [H, W, colours, 3]
@@ -104,7 +104,7 @@ def _explain(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """4-connected components of a boolean mask [H, W], by union of the rows' runs."""
+    """The 4-connected components of a boolean mask [H, W], by union of the rows' runs."""
     if not mask.any():
         return []
     parent: list[int] = []
@@ -136,11 +136,11 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
     return list(components.values())
 
 
-def _describe(component: np.ndarray, coverage: np.ndarray, colour: str) -> Found:
-    """Names a component [H, W] bool by the template that its coverage [H, W] overlaps best.
+def _describe(component: np.ndarray, coverage: np.ndarray, colour: str) -> FoundShape:
+    """Describe a component [H, W] bool by the template that its coverage [H, W] overlaps best.
 
-    Blur moves coverage about but keeps its sum and its centroid, so both place each template: at
-    the width that gives the sum, around the centroid.
+    Blur moves coverage about but keeps its sum and its centroid. Both place each template: at the
+    width that gives the sum, around the centroid.
     """
     side = component.shape[0]
     near = component
@@ -162,7 +162,7 @@ def _describe(component: np.ndarray, coverage: np.ndarray, colour: str) -> Found
         widths.append(width)
     best = int(np.argmax(overlaps))
     rows, columns = np.flatnonzero(component.any(1)), np.flatnonzero(component.any(0))
-    return Found(
+    return FoundShape(
         colour=colour,
         shape=SHAPES[best] if overlaps[best] >= MIN_OVERLAP else "unknown",
         size="large" if widths[best] >= SIZE_LIMIT * side else "small",
@@ -175,7 +175,7 @@ def _describe(component: np.ndarray, coverage: np.ndarray, colour: str) -> Found
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask [H, W] and its four neighbours."""
+    """A mask [H, W] with its four neighbours."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]
     grown[:-1] |= mask[1:]
@@ -185,7 +185,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _template(shape: str, width: float, top: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """A shape's coverage of pixels [h, w], softened as small VAEs do.
+    """The coverage of pixels [h, w] by a shape, softened as small VAEs do.
 
     top and left: pixel corners relative to the shape's centroid.
     """
@@ -206,8 +206,8 @@ def _template(shape: str, width: float, top: np.ndarray, left: np.ndarray) -> np
     return _smooth(_smooth(pixels.astype(np.float32)))
 
 
-def _in_position(found: Found, position: str, side: int) -> bool:
-    """Whether an object stands where the words say: by where its box lies in its free travel."""
+def _in_position(found: FoundShape, position: str, side: int) -> bool:
+    """Whether an object's box is at a position, by its share of the free travel."""
     left, top, right, bottom = found.box
     for place, low, high in zip(POSITIONS[position], (left, top), (right, bottom), strict=True):
         travel = side - 2 * shapes.MARGIN * side / shapes.IMAGE_SIZE - (high - low)
@@ -217,13 +217,13 @@ def _in_position(found: Found, position: str, side: int) -> bool:
     return True
 
 
-def judge(wanted: Sequence[Wanted], found: Sequence[Found], side: int) -> dict[str, bool]:
-    """What a picture (of `side` pixels) has right of what its caption wants.
+def judge(wanted: Sequence[Wanted], found: Sequence[FoundShape], side: int) -> dict[str, bool]:
+    """Whether a picture (of `side` pixels) is right in each property of its caption.
 
     colour: every wanted object has a found object of its colour, no found object counted twice.
-    shape: every wanted object has one of its colour and shape. size, place: also what the caption
-    says of size, and of position or relation. exact: all that, and nothing else in the picture.
-    Each property is judged by the assignment that gets most right.
+    shape: every wanted object has one of its colour and shape. size, place: these also have the
+    caption's size, and its position or relation. exact: all that, and nothing else in the picture.
+    Each property is judged by the assignment with the most right properties.
     """
     verdicts = [_judge_match(wanted, match, side) for match in _matches(wanted, found)]
     best = max(verdicts, key=lambda v: sum(v.values()), default=None)
@@ -233,12 +233,15 @@ def judge(wanted: Sequence[Wanted], found: Sequence[Found], side: int) -> dict[s
     return {**best, "exact": everything}
 
 
-def _matches(wanted: Sequence[Wanted], found: Sequence[Found]) -> list[tuple[Found, ...]]:
+def _matches(wanted: Sequence[Wanted], found: Sequence[FoundShape]) -> list[tuple[FoundShape, ...]]:
     """All assignments of found objects (the largest few) to the wanted ones."""
     return list(itertools.permutations(found[:6], len(wanted)))
 
 
-def _judge_match(wanted: Sequence[Wanted], match: Sequence[Found], side: int) -> dict[str, bool]:
+def _judge_match(
+    wanted: Sequence[Wanted], match: Sequence[FoundShape], side: int
+) -> dict[str, bool]:
+    """Whether one assignment is right in each property."""
     pairs = list(zip(wanted, match, strict=True))
     colour = all(w.colour == f.colour for w, f in pairs)
     shape = colour and all(w.shape == f.shape for w, f in pairs)
@@ -254,9 +257,10 @@ def _judge_match(wanted: Sequence[Wanted], match: Sequence[Found], side: int) ->
 def score(
     prompts: Sequence[str | Sequence[Wanted]], images: np.ndarray | Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """Scores images [N, H, W, 3] uint8 against captions (or the objects they want).
+    """Score images [N, H, W, 3] uint8 against captions (or the objects they want).
 
     Returns the share of pictures right in each property of `judge`, and `samples`, their number.
+    Raises ValueError unless there are as many prompts as images, and at least one.
     """
     if len(prompts) != len(images) or not len(images):
         raise ValueError(f"score: {len(prompts)} prompts for {len(images)} images; expected as "

@@ -1,9 +1,9 @@
 """Scenes of one or two coloured shapes: their random choice, their drawing and their captions.
 
 A scene is a pure function of (seed, split, index), through NumPy's counter-based Philox generator,
-so any example can be remade by itself. A fixed hash of what a scene says decides whether it belongs
-to train or to test, so that no prompt of the test split describes anything seen in training, while
-every word of it was.
+so any example can be made alone. A fixed hash of a scene's properties decides whether it belongs to
+train or to test. So no prompt of the test split describes a training example, although training has
+seen every word of it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64  # px; the sizes below are for this side
-MARGIN = 2  # px of background kept around everything: the reader measures the background there
+MARGIN = 2  # px of background around everything: the reader measures the background there
 GAP = 4  # px at least between two objects
 SUPERSAMPLE = 4
 
-# Well apart from one another and from any background, also when mixed with it at an edge.
+# Far from one another and from any background, also when mixed with it at an edge.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 35),
     "green": (25, 165, 55),
@@ -36,9 +36,10 @@ CROSS_ARM = 0.36  # thickness of a cross's arms over its width
 WIDTHS = {"small": (18.0, 20.0), "large": (30.0, 34.0)}  # px, uniform
 BACKGROUND = (228, 250)  # light grey to pastel, per channel
 COLOUR_JITTER = 6  # +- per channel
-# "named": those of PALETTE; "any": every one, for an autoencoder, and captions name none.
+# "named": the colours of PALETTE; "any": all colours, without names in captions, for an
+# autoencoder.
 COLOURS = ("named", "any")
-CONTRAST = 100  # of 255, by which some channel of any other colour differs from the background
+CONTRAST = 100  # of 255; the least difference from the background in one channel of any colour
 PREFIXES = ("", "a picture of ", "a drawing of ")
 # column, row in {0, 1, 2} -> words
 POSITIONS = {
@@ -52,7 +53,7 @@ POSITIONS = {
     "at the bottom": (1, 2),
     "at the bottom right": (2, 2),
 }
-# of the first named object to the second: (axis, sign of second minus first)
+# Relation of the first named object to the second: (axis, sign of second minus first).
 RELATIONS = {
     "to the left of": (0, 1),
     "to the right of": (0, -1),
@@ -64,9 +65,9 @@ POSITION_JITTER = 4.0  # px of freedom within each of the nine positions
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One object that a caption asks for; an empty string is a property it leaves open.
+    """One object that a caption describes; an empty string is a property it leaves open.
 
-    relation is how the first of two objects stands to the second, and empty on the second.
+    relation is that of the first of two objects to the second, and empty on the second.
     """
 
     colour: str
@@ -78,7 +79,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A drawn object: what it is, and its centre and width in pixels.
+    """A drawn object: its properties, and its centre and width in pixels.
 
     colour is "" where it has no name.
     """
@@ -105,7 +106,7 @@ class Scene:
 def is_held_out(objects: tuple[Placed, ...] | tuple[Wanted, ...]) -> bool:
     """Whether these objects belong to the test split (about a tenth of all combinations).
 
-    One object is known by its size, colour, shape and position; two by the unordered pair of
+    One object is identified by its size, colour, shape and position; two by the unordered pair of
     their colours and shapes.
     """
     if len(objects) == 1:
@@ -119,10 +120,10 @@ def is_held_out(objects: tuple[Placed, ...] | tuple[Wanted, ...]) -> bool:
 def make_example(
     seed: int, split: str, index: int, *, pair_fraction: float = 0.35, colours: str = "named"
 ) -> tuple[np.ndarray, str, Scene]:
-    """Returns (image [64, 64, 3] uint8, caption, scene) number `index` of `split`.
+    """The image [64, 64, 3] uint8, caption and scene number `index` of `split`.
 
-    Test captions always name size and position (one object), so that what was held out is what
-    is asked for; train captions leave things out at random. colours is one of `COLOURS`.
+    Test captions always name size and position (one object), so that they describe the held-out
+    combination. Train captions leave properties out at random. colours is one of `COLOURS`.
     """
     stream = {"train": 0, "test": 1}[split]
     rng = np.random.Generator(np.random.Philox(key=[seed, (stream << 40) | index]))
@@ -136,12 +137,14 @@ def make_example(
 
 
 def _look(rng: np.random.Generator, size: str, any_colour: bool) -> tuple[str, str, float]:
+    """A random colour, shape and width of an object."""
     colour = "" if any_colour else str(rng.choice(list(PALETTE)))
     shape = SHAPES[int(rng.integers(len(SHAPES)))]
     return colour, shape, float(rng.uniform(*WIDTHS[size]))
 
 
 def _jittered(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
+    """The rgb of a colour with a random deviation; of "" a random colour of enough contrast."""
     if not colour:
         while True:
             r, g, b = rng.integers(0, 256, 3).tolist()
@@ -158,6 +161,7 @@ def _background(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def _single(rng: np.random.Generator, any_colour: bool) -> Scene:
+    """A scene of one object."""
     size = ("small", "large")[int(rng.integers(2))]
     colour, shape, width = _look(rng, size, any_colour)
     position = list(POSITIONS)[int(rng.integers(len(POSITIONS)))]
@@ -177,7 +181,7 @@ def _pair(rng: np.random.Generator, any_colour: bool) -> Scene:
         looks[1] = _look(rng, sizes[1], any_colour)
     relation = list(RELATIONS)[int(rng.integers(len(RELATIONS)))]
     axis, sign = RELATIONS[relation]
-    # Along the axis: margin, near object, gap, far object, margin; the slack is shared at random.
+    # Along the axis: margin, near object, gap, far object, margin; the slack is divided at random.
     near, far = (0, 1) if sign > 0 else (1, 0)
     slack = IMAGE_SIZE - 2 * MARGIN - GAP - looks[0][2] - looks[1][2]
     before, between = np.sort(rng.uniform(0, slack, 2))
@@ -194,7 +198,7 @@ def _pair(rng: np.random.Generator, any_colour: bool) -> Scene:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """Draws a scene -> image [64, 64, 3] uint8, edges smoothed by 4x4 supersampling."""
+    """Draw a scene as an image [64, 64, 3] uint8, edges smoothed by 4x4 supersampling."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     canvas[:] = scene.background
     for placed in scene.objects:
@@ -230,12 +234,13 @@ def _coverage(placed: Placed) -> np.ndarray:
 
 
 def _name(placed: Placed, with_size: bool) -> str:
+    """The words for an object, with its article."""
     words = " ".join(filter(None, (placed.size if with_size else "", placed.colour, placed.shape)))
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def _caption(rng: np.random.Generator, scene: Scene, *, complete: bool) -> str:
-    """What a person might say of the scene; unless complete, some of it is left out."""
+    """A random caption of the scene; unless complete, it leaves some properties out."""
     prefix = PREFIXES[int(rng.choice(len(PREFIXES), p=(0.6, 0.2, 0.2)))]
     with_sizes = [complete or rng.random() < 0.75 for _ in scene.objects]
     names = [_name(o, size) for o, size in zip(scene.objects, with_sizes, strict=True)]
@@ -247,6 +252,7 @@ def _caption(rng: np.random.Generator, scene: Scene, *, complete: bool) -> str:
 
 
 def _any_of(words: object) -> str:
+    """A regular expression of any of the words, longest first."""
     return "|".join(sorted(words, key=len, reverse=True))  # type: ignore[call-overload]
 
 
@@ -258,7 +264,7 @@ _CAPTION = re.compile(
 
 
 def parse_caption(text: str) -> list[Wanted]:
-    """The objects a caption asks for: the inverse of how captions are written.
+    """The objects that a caption describes: the inverse of `_caption`.
 
     Raises ValueError when the text is no caption of this dataset.
     """

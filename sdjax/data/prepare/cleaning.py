@@ -1,4 +1,4 @@
-"""The first step: a shard of raw data -> its usable examples, and an index of what is in it."""
+"""The first step: a shard of raw data -> its usable examples, and an index of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from PIL import Image
 from sdjax.data import transforms
 from sdjax.data.image_files import ImageError
 from sdjax.data.prepare.duplicates import difference_hash
-from sdjax.data.prepare.index import Entry, Index, counts, read_index
-from sdjax.data.prepare.settings import Place, Settings
+from sdjax.data.prepare.index import Index, IndexEntry, counts, read_index
+from sdjax.data.prepare.settings import Settings, Workspace
 from sdjax.data.raw import folder, formats
 from sdjax.data.raw.clean import Example, clean
 from sdjax.data.raw.rows import Row, Shard, Skip
@@ -30,25 +30,27 @@ from sdjax.system import paths
 THUMBNAIL = 96  # pixels
 
 
-def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> dict[str, int]:
-    """Writes `place.cleaned` and `place.index` of a shard, unless they are there.
+def clean_shard(
+    job: tuple[int, Shard], *, workspace: Workspace, settings: Settings
+) -> dict[str, int]:
+    """Write `workspace.cleaned` and `workspace.index` of a shard, unless they exist.
 
-    Returns counts by reason, of what was used as "used".
+    Returns counts by reason; the count of usable examples is "used".
     """
     from array_record.python import array_record_module
 
     number, shard = job
-    if place.index(number).exists():
-        return counts(read_index(place, number))
+    if workspace.index(number).exists():
+        return counts(read_index(workspace, number))
     passed_over: Counter[str] = Counter()
     index = Index([], [], {}, {})
     serialize = _serializer(settings.scores)
-    tell = _teller(place, number, shard)
-    with place.writing(place.cleaned(number)) as local:
+    note_row = _progress_writer(workspace, number, shard)
+    with workspace.writing(workspace.cleaned(number)) as local:
         writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
         for item in formats.read(shard, settings.fields, passed_over=passed_over):
             image = item.image if isinstance(item, Row) else None
-            tell(len(image or b""))
+            note_row(len(image or b""))
             made = clean(item, settings.rules) if isinstance(item, Row) else item
             if isinstance(made, Skip):
                 _note(index, made, image, settings)
@@ -58,39 +60,39 @@ def clean_shard(job: tuple[int, Shard], *, place: Place, settings: Settings) -> 
                 index.entries.append(_entry(made, len(record)))
         writer.close()
     index.passed_over.update(passed_over)
-    place.write_json(place.index(number), dataclasses.asdict(index))
+    workspace.write_json(workspace.index(number), dataclasses.asdict(index))
     return counts(index)
 
 
-def _teller(place: Place, number: int, shard: Shard) -> Callable[[int], None]:
-    """Leaves a file that says how far a worker is: is told the bytes of each row's image."""
-    if paths.is_remote(place.work):  # where a file costs a request
+def _progress_writer(workspace: Workspace, number: int, shard: Shard) -> Callable[[int], None]:
+    """Return a function of each row's image bytes, which writes the worker's progress to a file."""
+    if paths.is_remote(workspace.work):  # there a file costs a request
         return lambda size: None
     rows = seen = whole = 0
-    told = time.monotonic()
+    written = time.monotonic()
     if shard.format != folder.FORMAT and not paths.is_remote(shard.path):
-        with contextlib.suppress(OSError):  # which the reader reports
+        with contextlib.suppress(OSError):  # the reader reports it
             whole = os.stat(shard.path).st_size
 
-    def tell(size: int) -> None:
-        nonlocal rows, seen, told
+    def note_row(size: int) -> None:
+        nonlocal rows, seen, written
         rows, seen = rows + 1, seen + size
-        if time.monotonic() > told + 1:
-            told = time.monotonic()
+        if time.monotonic() > written + 1:
+            written = time.monotonic()
             part = seen / whole if whole else rows / folder.ROWS_PER_SHARD
-            with contextlib.suppress(OSError):  # of a full disk what matters more will tell
-                place.part(number).write_text(f"{min(part, 0.99):.4f}")
+            with contextlib.suppress(OSError):  # more important writes report a full disk
+                workspace.part(number).write_text(f"{min(part, 0.99):.4f}")
 
-    return tell
+    return note_row
 
 
-def how_far(place: Place, numbers: list[int]) -> Callable[[], float]:
-    """A function that says how many of these shards are clean, parts of them counted."""
+def how_far(workspace: Workspace, numbers: list[int]) -> Callable[[], float]:
+    """A function that returns how many of these shards are clean, parts of them counted."""
 
     def count() -> float:
-        names = {path.name for path in place.work.iterdir()}
-        left = [number for number in numbers if place.index(number).name not in names]
-        begun = [place.part(number) for number in left if place.part(number).name in names]
+        names = {path.name for path in workspace.work.iterdir()}
+        left = [number for number in numbers if workspace.index(number).name not in names]
+        begun = [workspace.part(number) for number in left if workspace.part(number).name in names]
         return len(numbers) - len(left) + sum(float(part.read_text() or 0) for part in begun)
 
     return count
@@ -106,7 +108,7 @@ def features(scores: tuple[str, ...]) -> Any:
 
 
 def _serializer(scores: tuple[str, ...]) -> Callable[[Example], bytes]:
-    """Example -> the bytes of a record as TFDS writes it, the same ones in every process."""
+    """A function from an example to the bytes of TFDS's record, the same in every process."""
     from sdjax.data.builders.raw_import import feature_values
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
@@ -115,16 +117,17 @@ def _serializer(scores: tuple[str, ...]) -> Callable[[Example], bytes]:
 
     def serialize(example: Example) -> bytes:
         encoded = types.encode_example(feature_values(example))
-        # TFDS leaves the order of the features to protobuf, which draws it anew in each process.
+        # TFDS leaves the order of the features to protobuf, where it differs between processes.
         return maker.get_tf_example(encoded).SerializeToString(deterministic=True)
 
     return serialize
 
 
-def _entry(example: Example, size: int) -> Entry:
+def _entry(example: Example, size: int) -> IndexEntry:
+    """The index entry of an example."""
     height, width = example.pixels.shape[:2]
     shape = f"{width}x{height} ".encode()
-    return Entry(
+    return IndexEntry(
         name=example.name,
         split=example.split,
         digest=hashlib.sha256(shape + example.pixels.tobytes()).hexdigest()[:32],
@@ -140,7 +143,7 @@ def _entry(example: Example, size: int) -> Entry:
 
 
 def _note(index: Index, skip: Skip, image: bytes | None, settings: Settings) -> None:
-    """Lists what was left out, with a small picture of the first ones of each reason."""
+    """Add a skip to the index, with a small picture for the first ones of each reason."""
     index.skips.append(skip)
     shown = index.thumbnails.setdefault(skip.reason, [])
     if len(shown) < settings.thumbnails:
@@ -148,7 +151,7 @@ def _note(index: Index, skip: Skip, image: bytes | None, settings: Settings) -> 
 
 
 def thumbnail(encoded: bytes | None, max_pixels: int) -> str:
-    """A small JPEG in base64; "" where nothing can be seen."""
+    """A small JPEG in base64; "" if the picture cannot be decoded."""
     try:
         pixels = transforms.decode(encoded or b"", max_pixels=max_pixels)
     except ImageError:
@@ -160,13 +163,13 @@ def thumbnail(encoded: bytes | None, max_pixels: int) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def read_records(place: Place, number: int, rows: list[int]) -> list[bytes]:
+def read_records(workspace: Workspace, number: int, rows: list[int]) -> list[bytes]:
     """Examples of a shard of the input, serialised, by their numbers."""
     from array_record.python import array_record_module
 
     if not rows:
         return []
-    with paths.reading(place.cleaned(number)) as local:
+    with paths.reading(workspace.cleaned(number)) as local:
         reader = array_record_module.ArrayRecordReader(str(local))
         records = reader.read(rows)
         reader.close()

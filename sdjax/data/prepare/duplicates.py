@@ -1,7 +1,7 @@
-"""Which examples repeat an earlier one: by their pixels, or by how they look.
+"""The search for examples that repeat an earlier one: by their pixels, or by their look.
 
-The rule is that of going through the data in order and dropping whatever equals, or is alike, an
-example that was kept. The comparisons are a Beam pipeline; what is kept follows from its pairs.
+The rule is to go through the data in order and to drop an example that equals, or is alike, an
+example that was kept. The comparisons are a Beam pipeline; the kept examples follow from its pairs.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import numpy as np
 from PIL import Image
 
 from sdjax.data.prepare.index import read_index
-from sdjax.data.prepare.settings import Place
+from sdjax.data.prepare.settings import Workspace
 
 EXACT, NEAR, SAME = "duplicate", "near_duplicate", "same_hash"
-Pair = tuple[int, int, str]  # the earlier's position, the later's, and one of these
+Pair = tuple[int, int, str]  # the earlier's position, the later's, and EXACT, NEAR or SAME
 _BLOCK = 2048
 
 
 def difference_hash(pixels: np.ndarray) -> int:
-    """uint8 [H, W, 3] -> 64 bits: whether each of 8x8 areas is darker than its right neighbour.
+    """The difference hash of uint8 [H, W, 3], 64 bits.
+
+    A bit says whether one of 8x8 areas is darker than its right neighbour.
 
     As `dhash` of github.com/JohannesBuchner/imagehash, after N. Krawetz (hackerfactor.com, 2013).
     """
@@ -33,7 +35,7 @@ def difference_hash(pixels: np.ndarray) -> int:
 
 
 def bands(distance: int) -> list[tuple[int, int]]:
-    """(shift, mask) of distance + 1 parts of 64 bits.
+    """The (shift, mask) of distance + 1 parts of 64 bits.
 
     Two hashes that differ in at most `distance` bits agree in at least one part entirely.
     """
@@ -42,18 +44,18 @@ def bands(distance: int) -> list[tuple[int, int]]:
 
 
 def position(shard: int, row: int) -> int:
-    """The place of an example in the order of the input, as one number."""
+    """The position of an example in the order of the input, as one number."""
     return (shard << 32) | row
 
 
 def exact_pairs(group: tuple[str, Iterable[int]]) -> list[Pair]:
-    """(pixels' digest, positions) -> the first with each of the others."""
+    """The pairs of (pixels' digest, positions): the first position with each of the others."""
     first, *others = sorted(group[1])
     return [(first, other, EXACT) for other in others]
 
 
 def alike_pairs(group: tuple[Any, Iterable[tuple[int, int]]], *, distance: int) -> Iterator[Pair]:
-    """(part of the hash, (hash, position) of each) -> the pairs of hashes within the distance."""
+    """The pairs of hashes within the distance, of (part of the hash, (hash, position) of each)."""
     members = sorted({(place, value) for value, place in group[1]})
     places = np.array([place for place, _ in members], np.int64)
     values = np.array([value for _, value in members], np.uint64)
@@ -66,17 +68,17 @@ def alike_pairs(group: tuple[Any, Iterable[tuple[int, int]]], *, distance: int) 
                     yield int(places[start + a]), int(places[other + b]), NEAR
 
 
-def find(pipeline: Any, numbers: list[int], *, place: Place, distance: int | None) -> Any:
-    """Adds the comparisons to a Beam pipeline -> PCollection of Pair; each may come repeatedly.
+def find(pipeline: Any, numbers: list[int], *, workspace: Workspace, distance: int | None) -> Any:
+    """Add the comparisons to a Beam pipeline; return a PCollection of Pair, which may repeat.
 
-    distance: of alike ones; None for equal pixels alone.
+    distance: of alike pictures; None compares pixels alone.
     """
     import apache_beam as beam
 
     entries = (
         pipeline
         | "indices" >> beam.Create(numbers)
-        | "entries" >> beam.FlatMap(_hashes, place=place)
+        | "entries" >> beam.FlatMap(_hashes, workspace=workspace)
     )
     equal = (
         entries
@@ -86,7 +88,7 @@ def find(pipeline: Any, numbers: list[int], *, place: Place, distance: int | Non
     )
     if distance is None:
         return equal
-    # Of all with one hash the first stands for all: what it is alike, they are too.
+    # The first example of a hash represents all of that hash: they are alike the same examples.
     same = entries | "by hash" >> beam.Map(_by_hash) | "same hash" >> beam.GroupByKey()
     pairs_of_same = same | "pairs of same" >> beam.FlatMap(_same_pairs)
     alike = (
@@ -98,8 +100,8 @@ def find(pipeline: Any, numbers: list[int], *, place: Place, distance: int | Non
     return (equal, pairs_of_same, alike) | beam.Flatten()
 
 
-def _hashes(number: int, *, place: Place) -> Iterator[tuple[str, int, int]]:
-    for row, entry in enumerate(read_index(place, number).entries):
+def _hashes(number: int, *, workspace: Workspace) -> Iterator[tuple[str, int, int]]:
+    for row, entry in enumerate(read_index(workspace, number).entries):
         yield entry.digest, int(entry.alike, 16), position(number, row)
 
 
@@ -124,15 +126,16 @@ def _parts(
         yield f"{number} {(value >> shift) & mask}", (value, first)
 
 
-def write_pairs(pairs: list[Pair], *, place: Place) -> None:
-    """Writes some of the pairs into a file of their own."""
-    place.write_json(place.work / "pairs" / f"{uuid.uuid4().hex}.json", pairs)
+def write_pairs(pairs: list[Pair], *, workspace: Workspace) -> None:
+    """Write some of the pairs into a file of their own."""
+    workspace.write_json(workspace.work / "pairs" / f"{uuid.uuid4().hex}.json", pairs)
 
 
 def resolve(pairs: Iterable[Pair]) -> dict[int, tuple[str, int]]:
-    """Pairs -> {position dropped: (EXACT or NEAR, the kept one that it repeats)}.
+    """The dropped examples of pairs: {position: (EXACT or NEAR, the kept one that it repeats)}.
 
-    What has the pixels or the hash of a dropped example goes with it, being alike the same one.
+    An example with the pixels or the hash of a dropped one is dropped too: both are alike the same
+      one.
     """
     earlier: dict[int, set[tuple[int, str]]] = {}
     for first, later, kind in pairs:

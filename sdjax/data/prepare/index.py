@@ -1,17 +1,17 @@
-"""What is known of a shard after its first step: the usable examples and what was left out."""
+"""The index of a shard after the first step: its usable examples, and those left out."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 
-from sdjax.data.prepare.settings import Place
+from sdjax.data.prepare.settings import Workspace
 from sdjax.data.raw.rows import Skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True)  # there are as many as examples
-class Entry:
-    """What is known of a usable example; the hashes are hexadecimal."""
+@dataclasses.dataclass(frozen=True, slots=True)  # there is one for each example
+class IndexEntry:
+    """The facts about a usable example; the hashes are hexadecimal."""
 
     name: str
     split: str
@@ -23,32 +23,32 @@ class Entry:
     chars: int  # of the main caption
     captions: int  # main and alternatives
     scores: list[float]
-    changed: list[str]  # what was mended, in words of `clean`
+    changed: list[str]  # the changes to it, in words of `clean`
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What became of a shard: its usable examples in order, and all that was left out."""
+    """The usable examples of a shard in order, and all that was left out."""
 
-    entries: list[Entry]
+    entries: list[IndexEntry]
     skips: list[Skip]
     thumbnails: dict[str, list[tuple[str, str, str]]]  # by reason: name, detail, base64 JPEG
-    passed_over: dict[str, int]  # by ending: members of a tar that no row is made of
+    passed_over: dict[str, int]  # by ending: members of a tar without a row
 
 
 def counts(index: Index) -> dict[str, int]:
-    """How many were left out for each reason, and how many used."""
+    """The number of rows left out for each reason, and of those used."""
     found = {"used": len(index.entries)}
     for skip in index.skips:
         found[skip.reason] = found.get(skip.reason, 0) + 1
     return found
 
 
-def read_index(place: Place, number: int) -> Index:
-    """What `clean_shard` wrote."""
-    stored = json.loads(place.index(number).read_text())
+def read_index(workspace: Workspace, number: int) -> Index:
+    """The index that `clean_shard` wrote."""
+    stored = json.loads(workspace.index(number).read_text())
     return Index(
-        [Entry(**entry) for entry in stored["entries"]],
+        [IndexEntry(**entry) for entry in stored["entries"]],
         [Skip(**skip) for skip in stored["skips"]],
         stored["thumbnails"],
         stored["passed_over"],

@@ -1,4 +1,4 @@
-"""A run of prepare: three Beam pipelines, and between them what has to see everything at once."""
+"""A run of prepare: three Beam pipelines, and the steps between them that need all shards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sdjax.data.prepare import cleaning, duplicates, report, writing
-from sdjax.data.prepare.index import Entry, Index, read_index
-from sdjax.data.prepare.settings import Place, Settings, assign_splits, identity
+from sdjax.data.prepare.index import Index, IndexEntry, read_index
+from sdjax.data.prepare.settings import Settings, Workspace, assign_splits, identity
 from sdjax.data.raw import formats
 from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import Shard, Survey
@@ -24,7 +24,7 @@ from sdjax.data.tfds.dataset_folder import write_metadata
 from sdjax.errors import UserError
 from sdjax.system import locks, paths, progress
 
-std_logging.disable(std_logging.WARNING)  # Beam regrets that it cannot talk to BigQuery
+std_logging.disable(std_logging.WARNING)  # Beam warns that it cannot reach BigQuery
 import apache_beam as beam  # noqa: E402
 
 std_logging.disable(std_logging.NOTSET)
@@ -41,9 +41,14 @@ _OPTIONS = {
 
 
 def run(
-    input: str, settings: Settings, place: Place, *, workers: int, beam_options: Sequence[str] = ()
+    input: str,
+    settings: Settings,
+    workspace: Workspace,
+    *,
+    workers: int,
+    beam_options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Prepares a dataset, or finishes what a killed run left, and returns its report.
+    """Prepare a dataset, or finish a killed run, and return the report.
 
     workers: processes of this machine; 1 works in this one. beam_options: for another runner.
     Raises UserError when nothing is usable, or the output is that of another run.
@@ -56,122 +61,129 @@ def run(
     shards = survey.shards
     workers = min(workers or os.cpu_count() or 1, len(shards))
     make = functools.partial(_pipeline, workers=workers, options=tuple(beam_options))
-    make()  # refuses wrong options before any work
+    make()  # it refuses wrong options before any work
     key = identity(settings, fingerprint)
-    done = _begin(place, key)
+    done = _begin(workspace, key)
     if done is not None:
-        print(f"{place.folder} is finished already", file=sys.stderr)
+        print(f"{workspace.folder} is finished already", file=sys.stderr)
         return done
     stored = {split for shard in shards for split in shard.splits}
     notes = [*survey.lines(), *settings.cuts(stored)]
     for note in notes:
         print(note, file=sys.stderr, flush=True)
-    _clean(make, shards, settings, place)
-    indices = [read_index(place, number) for number in range(len(shards))]
+    _clean(make, shards, settings, workspace)
+    indices = [read_index(workspace, number) for number in range(len(shards))]
     if not any(index.entries for index in indices):
-        raise UserError(_nothing_usable(input, survey, indices, place, settings))
-    dropped = _find_duplicates(make, len(shards), settings, place)
+        raise UserError(_nothing_usable(input, survey, indices, workspace, settings))
+    dropped = _find_duplicates(make, len(shards), settings, workspace)
     kept = _split(indices, dropped, stored, settings)
     outputs = writing.plan(f"prepared_{key}", kept, shard_bytes=settings.shard_mb << 20)
-    missing = [output for output in outputs if not (place.folder / output.file).exists()]
+    missing = [output for output in outputs if not (workspace.folder / output.file).exists()]
     files = [output.file for output in missing]
-    with progress.work("writing", len(files), unit="files", poll=_there(place.folder, files)):
-        _each(make, missing, functools.partial(writing.write_output, place=place))
+    with progress.work("writing", len(files), unit="files", poll=_there(workspace.folder, files)):
+        _each(make, missing, functools.partial(writing.write_output, workspace=workspace))
     found = report.make(settings, survey, notes, indices, dropped, kept, outputs)
-    report.write(found, indices, dropped, place, settings)
+    report.write(found, indices, dropped, workspace, settings)
     description = f"Made by sdjax.prepare, {sum(found['splits'].values())} examples."
     write_metadata(
-        place.folder,
+        workspace.folder,
         dataset=outputs[0].dataset,
         features=cleaning.features(settings.scores),
         splits=writing.stored(outputs),
         description=description,
     )
-    paths.write_text(place.folder / STATE, json.dumps({"identity": key}))
-    writing.remove_work(place)
+    paths.write_text(workspace.folder / STATE, json.dumps({"identity": key}))
+    writing.remove_work(workspace)
     return found
 
 
 def _nothing_usable(
-    input: str, survey: Survey, indices: list[Index], place: Place, settings: Settings
+    input: str, survey: Survey, indices: list[Index], workspace: Workspace, settings: Settings
 ) -> str:
-    """Writes the report, removes what a run with other options could not use, and says why."""
+    """The message that nothing is usable; write the report and remove intermediate files."""
     found = report.make(settings, survey, survey.lines(), indices, {}, [], [])
-    report.write(found, indices, {}, place, settings)
-    writing.remove_work(place)
+    report.write(found, indices, {}, workspace, settings)
+    writing.remove_work(workspace)
     skips = [skip for index in indices for skip in index.skips]
     reasons = dict(Counter(skip.reason for skip in skips))
     return (
         f"--input is {input!r}, of which not one image can be used: {reasons}; expected images, "
         f"each with a caption (--text_key is {settings.fields.text!r})"
         f"{unusable(skips, found['passed_over'], _OPTIONS)}"
-        f"\n  {place.folder / report.HTML} lists them"
+        f"\n  {workspace.folder / report.HTML} lists them"
     )
 
 
-def _begin(place: Place, key: str) -> dict[str, Any] | None:
-    """Makes the work folder, or checks that it is that of this run; the report if all is done."""
-    if paths.exists(place.folder / STATE):
-        state, finished = place.folder / STATE, True
+def _begin(workspace: Workspace, key: str) -> dict[str, Any] | None:
+    """Make the work folder, or check that it is this run's; return the report if all is done."""
+    if paths.exists(workspace.folder / STATE):
+        state, finished = workspace.folder / STATE, True
     else:
-        state, finished = place.work / STATE, False
-        paths.make_folder(place.work)
+        state, finished = workspace.work / STATE, False
+        paths.make_folder(workspace.work)
         if not state.exists():
-            there = {path.name for path in place.folder.iterdir() if not locks.is_lock(path)}
-            # A run that could use nothing leaves its report, and no other stands in the way.
+            there = {path.name for path in workspace.folder.iterdir() if not locks.is_lock(path)}
+            # A run that could use nothing leaves its report, which may be replaced.
             others = sorted(there - {"work", report.JSON, report.HTML, report.DROPPED})
             if others:
-                raise UserError(f"--output is {str(place.folder)!r}, which holds {others[:5]}; "
+                raise UserError(f"--output is {str(workspace.folder)!r}, which holds {others[:5]}; "
                                 "expected a folder that is empty or not there")  # fmt: skip
-            place.write_json(state, {"identity": key})
+            workspace.write_json(state, {"identity": key})
     found = json.loads(state.read_text())["identity"]
     if found != key:
         raise UserError(
-            f"--output is {str(place.folder)!r}, which holds "
+            f"--output is {str(workspace.folder)!r}, which holds "
             f"{'the dataset' if finished else 'the beginning'} of a run with other options, or of "
             "input that has changed since; delete it or set another --output"
         )
     if not finished:
         return None
-    if place.work.exists():  # killed at the very end
-        writing.remove_work(place)
-    return json.loads((place.folder / report.JSON).read_text())
+    if workspace.work.exists():  # the run was killed at the very end
+        writing.remove_work(workspace)
+    return json.loads((workspace.folder / report.JSON).read_text())
 
 
-def _clean(make: Any, shards: list[Shard], settings: Settings, place: Place) -> None:
-    jobs = [job for job in enumerate(shards) if not place.index(job[0]).exists()]
-    poll = cleaning.how_far(place, [number for number, _ in jobs])
+def _clean(make: Any, shards: list[Shard], settings: Settings, workspace: Workspace) -> None:
+    """Clean all shards that are not clean."""
+    jobs = [job for job in enumerate(shards) if not workspace.index(job[0]).exists()]
+    poll = cleaning.how_far(workspace, [number for number, _ in jobs])
     with progress.work("cleaning", len(jobs), poll=poll):
-        _each(make, jobs, functools.partial(cleaning.clean_shard, place=place, settings=settings))
+        _each(
+            make,
+            jobs,
+            functools.partial(cleaning.clean_shard, workspace=workspace, settings=settings),
+        )
 
 
 def _find_duplicates(
-    make: Any, shards: int, settings: Settings, place: Place
+    make: Any, shards: int, settings: Settings, workspace: Workspace
 ) -> dict[int, tuple[str, int]]:
-    """{position: (reason, the position of the one that is kept)} of what is dropped."""
+    """The dropped examples: {position: (reason, the position of the kept one)}."""
     if settings.duplicates == "none":
         return {}
-    target = place.work / "duplicates.json"
+    target = workspace.work / "duplicates.json"
     if not target.exists():
         distance = settings.near_distance if settings.duplicates == "near" else None
-        folder = place.work / "pairs"
+        folder = workspace.work / "pairs"
         paths.make_folder(folder)
         with progress.work("looking for duplicates"), _own_errors(), make() as pipeline:
             _ = (
-                duplicates.find(pipeline, list(range(shards)), place=place, distance=distance)
+                duplicates.find(
+                    pipeline, list(range(shards)), workspace=workspace, distance=distance
+                )
                 | "batches" >> beam.BatchElements(min_batch_size=1000, max_batch_size=100_000)
-                | "write pairs" >> beam.Map(duplicates.write_pairs, place=place)
+                | "write pairs" >> beam.Map(duplicates.write_pairs, workspace=workspace)
             )
-        # Those of a killed run may be among them: they are the same.
+        # Pairs of a killed run may be among them: they are the same.
         pairs = {tuple(p) for file in folder.iterdir() for p in json.loads(file.read_text())}
-        place.write_json(target, sorted(duplicates.resolve(pairs).items()))
+        workspace.write_json(target, sorted(duplicates.resolve(pairs).items()))
     return {later: (reason, kept) for later, (reason, kept) in json.loads(target.read_text())}
 
 
 def _split(
     indices: list[Index], dropped: dict[int, Any], stored: set[str], settings: Settings
-) -> list[tuple[int, int, Entry, str]]:
-    """(shard, row, entry, split) of all that is kept, in order."""
+) -> list[tuple[int, int, IndexEntry, str]]:
+    """The (shard, row, entry, split) of all that is kept, in order."""
     left = [
         (shard, row, entry)
         for shard, index in enumerate(indices)
@@ -184,16 +196,16 @@ def _split(
 
 
 def _there(folder: paths.Path, names: Sequence[str]) -> Callable[[], float]:
-    """How many of the files are there, whoever writes them."""
+    """A function that returns how many of the files exist."""
     return lambda: len({path.name for path in folder.iterdir()}.intersection(names))
 
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """In here an error of this package that a worker raised is raised again, without Beam's words.
+    """A context that raises a worker's error of this package again, without Beam's additions.
 
-    Beam adds where it was, and puts the traceback of another process into the message of an error
-    of its own.
+    Beam adds its place, and puts the traceback of another process into the message of an error of
+    its own.
     """
     try:
         yield
@@ -208,7 +220,7 @@ def _own_errors() -> Iterator[None]:
 
 
 def _each(make: Any, jobs: Sequence[Any], work: Callable[[Any], Any]) -> None:
-    """Does every job, wherever the runner has it done."""
+    """Do every job in the processes of the runner."""
     if jobs:
         with _own_errors(), make() as pipeline:
             _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(work)
@@ -221,7 +233,7 @@ def _pipeline(*, workers: int, options: Sequence[str]) -> Any:
     """
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    # It logs the traceback of a worker's error, which comes with the error as well.
+    # Beam logs the traceback of a worker's error, which the error itself has too.
     std_logging.getLogger("apache_beam").setLevel(std_logging.CRITICAL)
     parsed = PipelineOptions(list(options))
     unknown = sorted(
@@ -241,14 +253,14 @@ def _pipeline(*, workers: int, options: Sequence[str]) -> Any:
 
 
 def _local_pipeline(options: list[str], workers: int) -> Any:
-    """Not by DirectRunner, which may be one that Beam downloads; but as that one sets it up."""
+    """A pipeline set up as by DirectRunner, which itself may download a runner."""
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner
     from apache_beam.runners.portability.portable_runner import JobServiceHandle
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-    # Of the options the workers need no other, and its workers say much that helps nobody.
+    # The workers need no other option. Without this one they log much that is of no use.
     encoded = JobServiceHandle.encode_pipeline_options(
         {"default_sdk_harness_log_level": "CRITICAL"}
     )

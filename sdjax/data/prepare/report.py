@@ -1,4 +1,4 @@
-"""What came in, what went out and why not: report.json, report.html and dropped.jsonl."""
+"""The report of a run in JSON and HTML: counts of rows read, kept and left out; dropped.jsonl."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from sdjax.data.prepare import cleaning
 from sdjax.data.prepare.duplicates import EXACT, NEAR, position
-from sdjax.data.prepare.index import Entry, Index
-from sdjax.data.prepare.settings import Place, Settings
+from sdjax.data.prepare.index import Index, IndexEntry
+from sdjax.data.prepare.settings import Settings, Workspace
 from sdjax.data.prepare.writing import Output, stored
 from sdjax.data.raw.rows import Survey
 from sdjax.system import paths
 
 JSON, HTML, DROPPED = "report.json", "report.html", "dropped.jsonl"
-# Where what is dropped, or changed, is; in the order of the work.
+# The reasons for dropping and the changes of each step, in the order of the work.
 STEPS = {
     "reading": ("bad_shard", "bad_json", "bad_record", "no_file_name", "unsafe_path",
                 "leads_outside", "named_twice", "bad_encoding", "git_lfs_pointer", "missing_file",
@@ -34,7 +34,7 @@ STEPS = {
     "orientation": ("turned_upright",),
     "duplicates": (EXACT, NEAR),
 }  # fmt: skip
-Kept = list[tuple[int, int, Entry, str]]
+Kept = list[tuple[int, int, IndexEntry, str]]
 Dropped = dict[int, tuple[str, int]]
 _SIDES = (0, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 _ASPECTS = (0, 0.25, 0.33, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2, 3, 4)
@@ -51,9 +51,9 @@ def make(
     kept: Kept,
     outputs: list[Output],
 ) -> dict[str, Any]:
-    """Counts by step and reason, and histograms of what is kept.
+    """The counts by step and reason, and histograms of the kept examples.
 
-    notes: what made the splits, and what was passed over: lines.
+    notes: lines about the splits and the files passed over.
     """
     skipped = Counter(skip.reason for index in indices for skip in index.skips)
     repeated = Counter(reason for reason, _ in dropped.values())
@@ -78,9 +78,10 @@ def make(
 
 
 def _steps(dropped: Counter[str], changed: Counter[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """{step: {"dropped": {reason: count}, "changed": {word: count}}}; changes are of what is kept.
+    """The counts {step: {"dropped": {reason: count}, "changed": {word: count}}}.
 
-    A picture of another mode than those of STEPS has a word of its own, among the colours.
+    Changes are those of kept examples. A mode that STEPS does not list has a word of its own, among
+    the colours.
     """
     known = {word for words in STEPS.values() for word in words}
     others = sorted((set(dropped) | set(changed)) - known)
@@ -94,7 +95,7 @@ def _steps(dropped: Counter[str], changed: Counter[str]) -> dict[str, dict[str, 
     return found
 
 
-def _histograms(entries: list[Entry], settings: Settings) -> dict[str, Any]:
+def _histograms(entries: list[IndexEntry], settings: Settings) -> dict[str, Any]:
     found = {
         "short side": _histogram([min(e.width, e.height) for e in entries], _SIDES),
         "width / height": _histogram([e.width / e.height for e in entries], _ASPECTS),
@@ -110,16 +111,20 @@ def _histograms(entries: list[Entry], settings: Settings) -> dict[str, Any]:
 
 
 def _histogram(values: list[float], starts: tuple[float, ...]) -> list[tuple[float, int]]:
-    """(start of the bin, count); the last bin has no end, and the first no beginning."""
+    """The (start, count) of each bin of values; the last has no end, and the first no beginning."""
     places = np.maximum(np.searchsorted(starts, values, side="right") - 1, 0)
     counts = np.bincount(places, minlength=len(starts))
     return [(start, int(count)) for start, count in zip(starts, counts, strict=True)]
 
 
 def write(
-    found: dict[str, Any], indices: list[Index], dropped: Dropped, place: Place, settings: Settings
+    found: dict[str, Any],
+    indices: list[Index],
+    dropped: Dropped,
+    workspace: Workspace,
+    settings: Settings,
 ) -> None:
-    """Writes the three files, the same bytes for the same data and settings."""
+    """Write the three files, the same bytes for the same data and settings."""
     lines = [_line(skip.name, skip.reason, skip.detail) for i in indices for skip in i.skips]
     pictures: dict[str, list[tuple[str, str, list[str]]]] = {}
     for index in indices:
@@ -131,13 +136,13 @@ def write(
         lines.append(_line(name, reason, f"of {kept}"))
         shown = pictures.setdefault(reason, [])
         if len(shown) < settings.thumbnails:
-            both = [_thumbnail(place, at, settings) for at in (later, first)]
+            both = [_thumbnail(workspace, at, settings) for at in (later, first)]
             shown.append((name, f"of {kept}", both))
     limited = {reason: some[: settings.thumbnails] for reason, some in sorted(pictures.items())}
-    paths.write_text(place.folder / DROPPED, "".join(lines))
+    paths.write_text(workspace.folder / DROPPED, "".join(lines))
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    paths.write_text(place.folder / JSON, text + "\n")
-    paths.write_text(place.folder / HTML, page(found, limited))
+    paths.write_text(workspace.folder / JSON, text + "\n")
+    paths.write_text(workspace.folder / HTML, page(found, limited))
 
 
 def _line(name: str, reason: str, detail: str) -> str:
@@ -145,14 +150,14 @@ def _line(name: str, reason: str, detail: str) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _entry(indices: list[Index], at: int) -> Entry:
+def _entry(indices: list[Index], at: int) -> IndexEntry:
     return indices[at >> 32].entries[at & (1 << 32) - 1]
 
 
-def _thumbnail(place: Place, at: int, settings: Settings) -> str:
+def _thumbnail(workspace: Workspace, at: int, settings: Settings) -> str:
     shard, row = at >> 32, at & (1 << 32) - 1
     assert position(shard, row) == at
-    (record,) = cleaning.read_records(place, shard, [row])
+    (record,) = cleaning.read_records(workspace, shard, [row])
     example = cleaning.features(settings.scores).deserialize_example_np(
         record, decoders={"image": _encoded()}
     )

@@ -1,4 +1,4 @@
-"""What a run of prepare does, and where its files lie."""
+"""The settings of a run of prepare, and the places of its files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ FEATURES = ("image", "text", "captions", "file_name", "width", "height", *ORIGIN
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that the output depends on, besides the content of the input."""
+    """Everything that the output depends on, besides the content of the input.
+
+    Raises UserError where a setting is out of its range.
+    """
 
     format: str
     fields: Fields
     rules: Rules
-    duplicates: str = "exact"  # "near" drops those, too, that look alike
+    duplicates: str = "exact"  # "near" also drops pictures that look alike
     near_distance: int = 6  # bits of 64 in which the hashes of alike pictures may differ
-    validation_share: float = 0.0  # of train, by hash of the name, where the source has no such
+    validation_share: float = 0.0  # of train, by hash of the name, unless the source has the split
     test_share: float = 0.03
     shard_mb: int = 256
     thumbnails: int = 8  # in the report, of each reason
@@ -81,7 +84,7 @@ class Settings:
         return tuple(rule.column for rule in self.rules.scores)
 
     def cuts(self, stored: set[str]) -> list[str]:
-        """Lines that say how `train` is cut where the input lacks splits; `stored` are there."""
+        """Lines about the parts to cut out of `train`, unless their splits are in `stored`."""
         if "train" not in stored:
             return []
         shares = {"validation": self.validation_share, "test": self.test_share}
@@ -92,7 +95,7 @@ class Settings:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """For the report, and to tell runs apart; a limit that is none is null."""
+        """The settings for the report and for a run's identity; an infinite limit is null."""
         found = json.loads(json.dumps(dataclasses.asdict(self)))
         for score in found["rules"]["scores"]:
             for limit in ("low", "high"):
@@ -101,19 +104,19 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """The folder of a run's output, and of what it needs while it works."""
+class Workspace:
+    """The output folder of a run, and its intermediate files."""
 
     output: str
 
     @property
     def folder(self) -> paths.Path:
-        """Where the dataset lies when all is done."""
+        """The folder of the finished dataset."""
         return paths.to_path(self.output)
 
     @property
     def work(self) -> paths.Path:
-        """What is removed at the end."""
+        """The folder of intermediate files, which is removed at the end."""
         return self.folder / "work"
 
     def cleaned(self, number: int) -> paths.Path:
@@ -121,18 +124,18 @@ class Place:
         return self.work / f"clean-{number:05}.array_record"
 
     def index(self, number: int) -> paths.Path:
-        """What is known of a shard's rows; it appears after `cleaned`."""
+        """The index of a shard's rows; it appears after `cleaned`."""
         return self.work / f"clean-{number:05}.json"
 
     def part(self, number: int) -> paths.Path:
-        """How much of a shard is clean, while a worker is at it."""
+        """The share of a shard that is clean, while a worker reads it."""
         return self.work / f"clean-{number:05}.part"
 
     @contextmanager
     def writing(self, target: paths.Path) -> Iterator[Path]:
-        """A local file to write, which becomes target whole or not at all.
+        """A context with a local file to write, which becomes target whole or not at all.
 
-        Workers of a run that was killed may be at the same file for a while: each has its own.
+        Workers of a killed run may still write the same file: each has a file of its own.
         """
         own = self.work / f"{target.name}-{uuid.uuid4().hex[:12]}"
         with paths.writing(own) as local:
@@ -140,13 +143,13 @@ class Place:
         own.replace(target)
 
     def write_json(self, target: paths.Path, value: Any) -> None:
-        """Writes JSON, whole or not at all."""
+        """Write JSON, whole or not at all."""
         with self.writing(target) as local:
             local.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def identity(settings: Settings, fingerprint: str) -> str:
-    """Differs between runs whose outputs may differ."""
+    """A digest that differs between runs whose outputs may differ."""
     text = json.dumps(settings.to_json(), sort_keys=True) + fingerprint
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -156,7 +159,7 @@ def assign_splits(
 ) -> list[str]:
     """The split of each example: its own, or for train by the hash of its name.
 
-    stored: the splits that the source has, of which none is made. A share too small for any
+    stored: the splits of the source, which are not cut out of train. A share too small for any
     example still gets the one of the lowest hash, when there are two or more.
     """
     test = 0.0 if "test" in stored else settings.test_share
@@ -164,7 +167,7 @@ def assign_splits(
     ats = [fraction(name) for name in names]
     train = sorted({at for at, split in zip(ats, found, strict=True) if split == "train"})
     if test and len(train) > 1:
-        test = max(test, math.nextafter(train[0], 1))  # above the lowest, for `<`
+        test = max(test, math.nextafter(train[0], 1))  # just above the lowest, because of `<`
     splits = []
     for at, split in zip(ats, found, strict=True):
         if split == "train" and at < test + validation:

@@ -1,7 +1,7 @@
-"""A worker process of Beam on this machine, which keeps to itself what helps nobody.
+"""A worker process of Beam on this machine, without messages that are of no use.
 
-Beam's own tells on standard error of BigQuery, which it cannot talk to, and of its own beginnings,
-whatever its options say. What goes wrong in the work reaches the process that started it.
+Beam's own worker writes to standard error about BigQuery, which it cannot reach, and about its
+start, whatever its options are. Errors in the work reach the process that started it.
 """
 
 import logging
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the starter has the word
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent handles it
 logging.disable(logging.WARNING)
 from apache_beam.runners.worker import sdk_worker_main  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""The last step: the examples that are left, as ArrayRecord shards that TFDS reads."""
+"""The last step: the kept examples as ArrayRecord shards that TFDS reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import shutil
 
 from sdjax.data.prepare.cleaning import read_records
-from sdjax.data.prepare.index import Entry
-from sdjax.data.prepare.settings import Place
+from sdjax.data.prepare.index import IndexEntry
+from sdjax.data.prepare.settings import Workspace
 from sdjax.data.tfds.dataset_folder import Stored, file_name
 from sdjax.system import paths
 
@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One file of the dataset: which examples are in it, by shard of the input and number."""
+    """One file of the dataset, and its examples by shard of the input and number."""
 
     dataset: str
     split: str
@@ -28,17 +28,17 @@ class Output:
 
     @property
     def file(self) -> str:
-        """Named as TFDS names them."""
+        """The name of the file in TFDS."""
         return file_name(self.dataset, self.split, self.number, self.total)
 
 
 def plan(
-    dataset: str, kept: list[tuple[int, int, Entry, str]], *, shard_bytes: int
+    dataset: str, kept: list[tuple[int, int, IndexEntry, str]], *, shard_bytes: int
 ) -> list[Output]:
-    """(shard, row, entry, split) of all that is kept, in order -> the files to write."""
+    """The files to write for the (shard, row, entry, split) of all that is kept, in order."""
     outputs = []
     for split in SPLITS:
-        groups: list[list[tuple[int, int, Entry]]] = []
+        groups: list[list[tuple[int, int, IndexEntry]]] = []
         filled = shard_bytes
         for shard, row, entry, its in kept:
             if its != split:
@@ -66,23 +66,23 @@ def plan(
     return outputs
 
 
-def write_output(output: Output, *, place: Place) -> int:
-    """Copies the examples of one file, unless it is there. Returns how many it holds."""
+def write_output(output: Output, *, workspace: Workspace) -> int:
+    """Copy the examples of one file, unless it exists. Return the number of examples."""
     from array_record.python import array_record_module
 
-    target = place.folder / output.file
+    target = workspace.folder / output.file
     if not target.exists():
-        with place.writing(target) as local:
+        with workspace.writing(target) as local:
             writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
             for shard, rows in output.parts:
-                for record in read_records(place, shard, list(rows)):
+                for record in read_records(workspace, shard, list(rows)):
                     writer.write(record)
             writer.close()
     return output.examples
 
 
 def stored(outputs: list[Output]) -> dict[str, Stored]:
-    """{split: the files it has}, as the metadata want it."""
+    """The files of each split, as the metadata take them."""
     splits: dict[str, list[Output]] = {}
     for output in outputs:
         splits.setdefault(output.split, []).append(output)
@@ -92,9 +92,9 @@ def stored(outputs: list[Output]) -> dict[str, Stored]:
     }
 
 
-def remove_work(place: Place) -> None:
-    """Deletes what a finished run needs no more."""
-    if paths.is_remote(place.work):
-        paths.remove(place.work)
+def remove_work(workspace: Workspace) -> None:
+    """Delete the intermediate files of a finished run."""
+    if paths.is_remote(workspace.work):
+        paths.remove(workspace.work)
     else:
-        shutil.rmtree(place.work)
+        shutil.rmtree(workspace.work)

@@ -14,14 +14,14 @@ FORMAT = "array_record"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The files of a split: the examples in each, in order, and the bytes of all."""
+    """The files of a split: the number of examples in each, in order, and the bytes of all."""
 
     lengths: list[int]
     size: int
 
 
 def file_name(dataset: str, split: str, shard: int, count: int) -> str:
-    """What TFDS calls a shard."""
+    """The name of a shard in TFDS."""
     return f"{dataset}-{split}.{FORMAT}-{shard:05d}-of-{count:05d}"
 
 
@@ -29,7 +29,7 @@ def write_metadata(
     folder: paths.Path, *, dataset: str, features: Any, splits: Mapping[str, Stored],
     description: str,
 ) -> None:  # fmt: skip
-    """dataset_info.json and features.json, which come last and make the folder readable."""
+    """Write dataset_info.json and features.json, which come last and make the folder readable."""
     from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 
     infos = [

@@ -1,4 +1,4 @@
-"""TFDS features as a source reads them: what is the image, what makes a caption."""
+"""The TFDS features of a source: its image, and the feature that makes a caption."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FORMAT = "array_record"
 
 
 def as_text(value: Any) -> str:
-    """A text feature's value, mostly bytes."""
+    """The text of a text feature's value, which is mostly bytes."""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFeature:
-    """Turns a text feature's bytes into a caption."""
+    """A map from a text feature's value to a caption."""
 
     def __call__(self, value: Any) -> Caption:
         return Caption(as_text(value))
@@ -30,7 +30,7 @@ class TextFeature:
 
 @dataclasses.dataclass(frozen=True)
 class LabelFeature:
-    """Turns a class label into captions by templates, each to be taken as often."""
+    """A map from a class label to captions by templates, all equally probable."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -42,6 +42,7 @@ class LabelFeature:
 
 
 def check_format(builder: Any) -> None:
+    """Raise a DataError unless the dataset is stored with random access."""
     formats = sorted(kind.value for kind in builder.info.available_file_formats())
     if FORMAT in formats:
         return
@@ -58,7 +59,10 @@ def check_format(builder: Any) -> None:
 def decoders_and_text(
     builder: Any, config: DataConfig
 ) -> tuple[dict[str, Any], Callable[[Any], Caption]]:
-    """Decoders for the image, and what makes a caption of the text feature or label."""
+    """The decoders for the image, and the map from the text feature or label to a caption.
+
+    Raises DataError where a configured feature is missing or of another kind.
+    """
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
     features = builder.info.features
@@ -93,7 +97,7 @@ def decoders_and_text(
             f"{builder.info.full_name} is {others}; expected a sequence of texts"
         )
     encoded = isinstance(features[config.image_key], tfds.features.Image)
-    # Pillow decodes the bytes in `transforms`, with its checks, rather than TFDS.
+    # `transforms` decodes the bytes, with its checks, instead of TFDS.
     decoders = {config.image_key: tfds.decode.SkipDecoding()} if encoded else {}
     text = features[config.text_key]
     if isinstance(text, tfds.features.ClassLabel):

@@ -1,9 +1,9 @@
-"""The records of a stored TFDS dataset, of which only what is asked for is decoded.
+"""The records of a stored TFDS dataset, whose features are decoded on demand.
 
-TFDS decodes all features of a record, each through the description of nested ones that it might be,
-which for moments and small pictures takes longer than everything else. Bytes, numbers and arrays
-need none of that. What else is made of numbers and texts goes through TFDS. Pictures and sounds do
-not: their decoders would be given a stranger's bytes.
+TFDS decodes all features of a record, each through the description of nested ones that it might be.
+For moments and small pictures that takes longer than everything else. Bytes, numbers and arrays
+need none of that. Other features of numbers and texts go through TFDS. Pictures and sounds do not:
+their decoders would take bytes of unknown origin.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 from sdjax.data.config import DataError
 
-Reader = Callable[[Any], Any]  # of one feature of a tf.train.Example
+Reader = Callable[[Any], Any]  # one feature of a tf.train.Example -> its value
 
 
 class Records:
     """Random access to the examples of a split: len(), and records[i] -> a Record.
 
-    builder: a TFDS builder, as read from its files. decoders: {feature: SkipDecoding()} for those
-    that are left as the bytes they are stored as.
+    builder: a TFDS builder, as read from its files. decoders: {feature: SkipDecoding()} for
+    features that stay bytes.
     """
 
     def __init__(self, builder: Any, split: str, decoders: Mapping[str, Any]):
@@ -47,7 +47,7 @@ class Records:
         return Record(self._stored[index], self)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        """Many at once, in a fraction of the time."""
+        """Several records at once, in a fraction of the time."""
         return [Record(data, self) for data in self._stored.__getitems__(indices)]
 
     def __iter__(self) -> Iterator[Record]:
@@ -55,10 +55,10 @@ class Records:
 
 
 class Record(Mapping[str, Any]):
-    """One example, {feature: value}; every value is None where the storage gave nothing."""
+    """One example, {feature: value}; every value is None if the storage gave nothing."""
 
     def __init__(self, data: bytes, records: Records):
-        from tensorflow_datasets.proto import tf_example_pb2  # which does not load TensorFlow
+        from tensorflow_datasets.proto import tf_example_pb2  # this does not load TensorFlow
 
         self._data = data
         self._records = records
@@ -86,7 +86,7 @@ class Record(Mapping[str, Any]):
 
 
 def _reader(feature: Any, tfds: Any) -> Reader | None:
-    """What gives the same values as TFDS, for the kinds of features that are simple."""
+    """The reader of a simple feature, whose values are those of TFDS; None for other features."""
     kind = type(feature)
     if kind is tfds.features.Text:
         return _bytes
@@ -96,21 +96,21 @@ def _reader(feature: Any, tfds: Any) -> Reader | None:
         return Numbers(np.dtype(feature.np_dtype), ())
     if kind in (tfds.features.Tensor, tfds.features.Scalar):
         dtype, shape = np.dtype(feature.np_dtype), feature.shape
-        stored_plainly = feature.get_serialized_info().np_dtype == dtype  # and not as bytes
+        stored_plainly = feature.get_serialized_info().np_dtype == dtype  # not as bytes
         if dtype.kind in "iuf" and stored_plainly and None not in shape:
             return Numbers(dtype, tuple(shape))
     return None
 
 
 def _is_plain(feature: Any, tfds: Any) -> bool:
-    """Whether a feature is made of numbers and texts, which numpy alone decodes."""
+    """Whether a feature consists of numbers and texts, which numpy alone decodes."""
     kinds = tfds.features
     if type(feature) is kinds.FeaturesDict:
         return all(_is_plain(inner, tfds) for inner in feature.values())
     if type(feature) is kinds.Sequence:
         return _is_plain(feature.feature, tfds)
     plain = (kinds.Tensor, kinds.Scalar, kinds.Text, kinds.ClassLabel, kinds.BBoxFeature)
-    # A few bytes of zlib may become any number.
+    # A few bytes of zlib may become any number of bytes.
     return type(feature) in plain and feature._encoding != kinds.Encoding.ZLIB
 
 
@@ -123,7 +123,7 @@ def _all_bytes(value: Any) -> list[bytes]:
 
 
 class Numbers:
-    """Reads numbers of one type, a single one as Python's. A class, for worker processes."""
+    """A reader of numbers of one type, a single one as Python's. A class, for worker processes."""
 
     def __init__(self, dtype: np.dtype, shape: tuple[int, ...]):
         self.dtype = dtype

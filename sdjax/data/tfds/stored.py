@@ -1,7 +1,8 @@
-"""Datasets that TFDS stores: made ready, and opened from their folders, which may be a stranger's.
+"""Datasets that TFDS stores: prepared, or opened from folders of unknown origin.
 
-The files of such a folder name classes, and TFDS imports the module of a class that it does not
-know, which runs it. Here the files are read first, and whatever names another class is refused.
+The files of such a folder name classes. TFDS imports the module of a class that it does not know,
+which runs the module. Here the files are read first, and a file that names another class is
+refused.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from sdjax.data.tfds.features import FORMAT
 from sdjax.errors import cause_of, system_error
 from sdjax.system import paths, text_files, untrusted
 
-# The files that describe a dataset: either may hold its features.
+# The files that describe a dataset; either may hold its features.
 INFO, FEATURES = "dataset_info.json", "features.json"
-# Up to here the shards are taken at their word for how many examples they have.
+# Up to this many examples, the announced number is not checked against the size of the shards.
 _MANY = 10_000_000
 _LONGEST_NAME = 300  # letters
 
 
 def builder_from_directory(folder: paths.PathLike) -> Any:
-    """Return the TFDS builder of a stored dataset. Whoever opens a folder does it by this function.
+    """Return the TFDS builder of a stored dataset. Every folder is opened by this function.
 
     Raises:
-        DataError: a file of the folder cannot be read, or names what is not of TFDS, or a file
+        DataError: a file of the folder cannot be read, or names a class that is not of TFDS, a file
             outside the folder, or more examples than there are.
     """
     from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
@@ -60,10 +61,10 @@ def _check_kinds(folder: paths.Path) -> None:
 
 
 def check_classes(folder: paths.Path) -> None:
-    """Check that the files of a stored dataset name no feature class but those of TFDS.
+    """Check that the files of a stored dataset name feature classes of TFDS alone.
 
     Raises:
-        DataError: one of them does, or is no JSON.
+        DataError: one of them names another class, or is no JSON.
     """
     from sdjax.data.tfds.tfds_on_cpu import foreign, own_classes
 
@@ -80,9 +81,9 @@ def check_classes(folder: paths.Path) -> None:
 
 
 def class_names(content: Any) -> Iterator[Any]:
-    """Yield what features.json, or dataset_info.json, has in the places of class names.
+    """Yield the class names in features.json or dataset_info.json.
 
-    At any depth, in every spelling that TFDS reads, and in JSON within the JSON.
+    They are found at any depth, in every spelling that TFDS reads, and in JSON within the JSON.
     """
     left = [content]
     while left:
@@ -95,7 +96,7 @@ def class_names(content: Any) -> Iterator[Any]:
             if key in ("pythonClassName", "python_class_name"):
                 yield inner
             elif key == "type" and "content" in value and not isinstance(inner, dict):
-                yield inner  # of TFDS before 4.4
+                yield inner  # the spelling of TFDS before 4.4
             elif key == "json" and isinstance(inner, str):
                 nested = json.loads(inner)
                 untrusted.check_depth(nested)
@@ -105,7 +106,7 @@ def class_names(content: Any) -> Iterator[Any]:
 
 
 def _check_names(folder: paths.Path, builder: Any) -> None:
-    """Check that the names which errors and reports repeat are short, and letters alone."""
+    """Check that names which errors and reports repeat are short and printable."""
     info = builder.info
     for name in (info.full_name, *info.splits, *info.features):
         if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
@@ -116,9 +117,9 @@ def _check_names(folder: paths.Path, builder: Any) -> None:
 
 
 def _check_splits(folder: paths.Path, builder: Any) -> None:
-    """Check that the shards of a dataset lie in its folder, and can have the examples they claim.
+    """Check that a dataset's shards lie in its folder, and can have the announced examples.
 
-    A number in dataset_info.json, which may be anything, decides how much memory is taken.
+    A number in dataset_info.json, which may be anything, decides how much memory is allocated.
     """
     for name, split in builder.info.splits.items():
         lengths = split.shard_lengths
@@ -144,7 +145,7 @@ def _check_splits(folder: paths.Path, builder: Any) -> None:
 
 
 def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
-    """Writes the dataset if it is not there yet; safe when several hosts try at once.
+    """Write the dataset if it is missing; safe when several hosts try at once.
 
     Raises DataError when it cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The one door to TensorFlow Datasets: quiet, and with a TensorFlow that sees no accelerator.
+"""TensorFlow Datasets, imported here only: quiet, and with a TensorFlow without accelerators.
 
 TFDS imports TensorFlow when it needs it. Import `tfds` from here, and only where it is used.
 """
@@ -43,10 +43,10 @@ def foreign(name: Any) -> str:
 
 
 def _refuse_foreign_classes() -> None:
-    """Make TFDS import no module that a dataset's files name, however they come to be read.
+    """Make TFDS refuse to import a module that a dataset's files name.
 
-    `sdjax.data.tfds.stored` has looked at them before, where it knows the folder; TFDS also finds
-    folders by the names of datasets.
+    `sdjax.data.tfds.stored` checks the files of a known folder first. TFDS also finds folders by
+    the names of datasets.
     """
     base, known = tfds.features.FeatureConnector, own_classes()
     theirs = base.cls_from_name.__func__
@@ -64,7 +64,7 @@ _refuse_foreign_classes()
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Holds back what TFDS says of builders that download nothing ("Using custom data ...")."""
+    """A context that hides TFDS's messages about builders that download nothing."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
