@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: pictures of like shape make a batch, and lose little to the crop.
 
-The idea is NovelAI's (https://blog.novelai.net, "NovelAI improvements on Stable Diffusion", 2022):
-sides are multiples of a step, the area is at most that of the square, and a picture goes to the
+The idea is NovelAI's (https://blog.novelai.net, "NovelAI improvements on Stable Diffusion", 2022).
+Sides are multiples of a step, and the area is at most that of the square. A picture goes to the
 bucket whose aspect is nearest. This module maps sizes to buckets and reads no pictures.
 """
 

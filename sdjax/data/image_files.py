@@ -1,4 +1,4 @@
-"""Opens pictures: the only module that gives bytes to Pillow, and the list of formats it reads.
+"""The opening of pictures: the only module that gives bytes to Pillow, and the formats it reads.
 
 Pillow reads some forty formats. For one of them, EPS, it starts Ghostscript, which runs the file as
 a program. Others hold a picture of another size than their header says, or are rare.

@@ -4,7 +4,7 @@ The stream is source -> shuffle (differently in each epoch) -> repeat -> transfo
 host's size, which the hosts take in turn. One Grain source, `batches.Batches`, has all but the last
 step. With mixtures and buckets a `Stream` replaces the first three. Element i of the stream and its
 randomness depend on seed and i alone. So the global batch of a step does not change with the number
-of hosts, workers or threads, and the state of an iterator is its number of steps.
+of hosts, workers or threads. The state of an iterator is its number of steps.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _endless(
     """The endless stream of examples, and three facts about it.
 
     They are the number of Grain's layers that decide its randomness, a function from a step to the
-    shape of its pictures, and the buckets, if any.
+    shape of its pictures, and the buckets ([] without).
     """
     if config.mixture or config.buckets.step:
         stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)

@@ -56,7 +56,7 @@ class Squares:
     words: Words | None
 
     def locate(self, place: int) -> tuple[int, Shape]:
-        """See `ExampleOrder.locate`."""
+        """The number of the example at a place, and the (height, width) of its picture."""
         epoch, index = divmod(place, self.count)
         if self.words is not None:
             index = shuffled(index, self.count, (*self.words, epoch))
@@ -82,7 +82,7 @@ class Bucketed:
         return [epoch * len(members) // self._batch_size for members in self.buckets.members]
 
     def locate(self, place: int) -> tuple[int, Shape]:
-        """See `ExampleOrder.locate`."""
+        """The number of the example at a place, and the (height, width) of its picture."""
         number, row = divmod(place, self._batch_size)
         bucket, done = self._batch(number)
         members = self.buckets.members[bucket]

@@ -1,6 +1,7 @@
-"""From stored bytes to network input: decode, resize, crop, flip, normalise. NumPy and Pillow only.
+"""The way from stored bytes to network input: decode, resize, crop, flip, normalise.
 
-Images stay uint8 [H, W, 3] until the last step, which makes them float32 in [-1, 1].
+It needs NumPy and Pillow only. Images stay uint8 [H, W, 3] until the last step, which makes them
+float32 in [-1, 1].
 """
 
 from __future__ import annotations

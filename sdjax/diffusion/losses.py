@@ -1,7 +1,8 @@
 """The training objective: draw a timestep and noise, compare the network's output with its target.
 
-Everything random is a function of a key per example, which is a function of the step's key and of
-the position in the global batch. The loss does not depend on hosts, mesh or gradient accumulation.
+Everything random is a function of one key per example. The key is a function of the step's key and
+of the position in the global batch. The loss does not depend on hosts, mesh or gradient
+accumulation.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def convert(
 def output_slopes(kind: str, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The slopes |d x0 / d out| and |d eps / d out| at fixed xt, each of alpha's shape.
 
-    They carry a squared error of the output over to one of x0 or eps, so that one loss weighting
-    means the same for every prediction type. |d eps| = |d x0| * alpha / sigma throughout.
+    They carry a squared error of the output over to one of x0 or eps. So one loss weighting means
+    the same for every prediction type. |d eps| = |d x0| * alpha / sigma throughout.
     """
     check_prediction(kind)
     one = jnp.ones_like(alpha)

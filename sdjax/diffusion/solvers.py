@@ -5,8 +5,8 @@ is a weighted sum of the present state, an earlier state, the last three estimat
 A solver is a function from a grid to the weights, in float64. `samplers.py` has the one loop that
 runs them all.
 
-The state is always xt = alpha*x0 + sigma*eps, also for the solvers that are usually written for
-y = xt/alpha with noise k = sigma/alpha (Karras et al. 2022).
+The state is always xt = alpha*x0 + sigma*eps. The literature of some solvers has y = xt/alpha with
+noise k = sigma/alpha instead (Karras et al. 2022).
 """
 
 from __future__ import annotations

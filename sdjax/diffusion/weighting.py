@@ -1,8 +1,8 @@
 """Loss weightings as functions of alpha and sigma, equal in effect for every prediction type.
 
-A weighting is defined on the error of x0 or of eps and carried over to the error of the network's
-output by the slopes g = |d x0/d out| and e = |d eps/d out| (e**2 = SNR g**2). Written in g and e
-they stay finite at SNR 0.
+A weighting is defined on the error of x0 or of eps. The slopes g = |d x0/d out| and e = |d eps/d
+out| carry it over to the error of the network's output (e**2 = SNR g**2). Written in g and e,
+weightings stay finite at SNR 0.
 
     uniform   1
     min_snr   min(gamma, SNR) on x0         Hang 2023: /SNR for eps, /(SNR+1) for v

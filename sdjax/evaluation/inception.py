@@ -1,9 +1,9 @@
 """InceptionV3 for the Frechet Inception distance: pytorch-fid's port of the TF-slim network.
 
-It differs from torchvision's Inception3 (arXiv:1512.00567) in its average pools, which do not count
-padding, and in the last block, which has a max pool where the paper has an average pool
-(pytorch-fid, inception.py, `FIDInceptionA`, `C`, `E_1`, `E_2`). Attribute names are those of its
-state dict. The classifier after the features (`fc`) is left out.
+It differs from torchvision's Inception3 (arXiv:1512.00567) in two ways. Its average pools do not
+count padding, and its last block has a max pool where the paper has an average pool (pytorch-fid,
+inception.py, `FIDInceptionA`, `C`, `E_1`, `E_2`). Attribute names are those of its state dict. The
+classifier after the features (`fc`) is left out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 mu [D] and sigma [D, D] (float64) have pytorch-fid's names: it reads these files and this module
 reads its files. Beside them lie the features [N, D] (float32), which KID and the metrics of
-neighbours need, and "meta", a JSON text that names the network and the pictures.
+neighbours need. "meta" is a JSON text that names the network and the pictures.
 """
 
 from __future__ import annotations

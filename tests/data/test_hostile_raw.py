@@ -16,7 +16,7 @@ from sdjax.data.raw import clean as cleaning
 from sdjax.data.raw import folder as reader
 from sdjax.data.raw import formats, metadata, parquet_pages
 from sdjax.data.raw.clean import Rules, ScoreRule, clean
-from sdjax.data.raw.files import Inside
+from sdjax.data.raw.files import PathGuard
 from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_CAPTION_CHARS, MOST_ROW_BYTES
 from sdjax.data.raw.rows import BadRow, Fields, Row, Skip
 from sdjax.data.sources import DataConfig, DataError
@@ -147,7 +147,7 @@ def test_pipe_or_device_is_never_opened(tmp_path, end):
         assert skips == {"b.png": "not_a_file", "c.png": reason}
     assert time.monotonic() - began < 5
     with pytest.raises(BadRow, match="missing_file: a folder"):
-        Inside(str(tmp_path), outside=False).check(data)
+        PathGuard(str(tmp_path), outside=False).check(data)
 
 
 def test_pipe_as_a_shard_is_never_opened(tmp_path):

@@ -1,8 +1,8 @@
 """TFDS builders that import raw data on first use: an image folder, tar shards, parquet files.
 
 The stored dataset is keyed by a fingerprint of the files (names, sizes and times, and a folder's
-metadata), so data that changed is imported anew. Whatever cannot be used is left out and listed
-with the reason in `skipped.json` beside the dataset.
+metadata), so changed data is imported again. Rows that cannot be used are left out, and listed with
+the reason in `skipped.json` beside the dataset.
 """
 
 from __future__ import annotations

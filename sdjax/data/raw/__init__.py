@@ -1,1 +1,1 @@
-"""Raw image-text data: readers of folders, tar shards and parquet, and what becomes of a row."""
+"""Raw image-text data: readers of folders, tars and parquet, and the cleaning of their rows."""

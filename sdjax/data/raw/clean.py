@@ -1,6 +1,6 @@
-"""What becomes of a row: an example that training can use, or a skip with the reason.
+"""The cleaning of a row into an example that training can use, or a skip with the reason.
 
-Every way of bringing data in goes through `clean`, so that they agree on what is usable.
+Every way of reading raw data goes through `clean`, so all agree on which rows are usable.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_CAPTION_CHARS
 from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, raised, shown
 from sdjax.system import text_files
 
-# White space, and zero-width characters that str.split() does not count as such.
+# White space, and zero-width characters that are none to str.split().
 _BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
 WHITE = (255, 255, 255)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRule:
-    """A number of each row that is kept with it, and which values of it are good enough."""
+    """A number of each row that is kept with it, and the range of usable values."""
 
     column: str
     low: float = -math.inf
@@ -38,25 +38,25 @@ class ScoreRule:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which images and captions are used, and how they are changed; 0 is no limit."""
+    """The rules for usable images and captions, and for changes to them; 0 is no limit."""
 
     min_side: int = 16
     max_aspect: float = 8.0  # long side over short side
     max_pixels: int = transforms.MAX_PIXELS  # refused before decoding
-    orient: bool = True  # turn as EXIF says; if not, keep the pixels as they lie in the file
-    convert_modes: bool = True  # what is not RGB of 8 bits becomes it; if not, it is not used
-    background: tuple[int, int, int] = WHITE  # under what is transparent
+    orient: bool = True  # turn by EXIF; if not, keep the pixels as they are in the file
+    convert_modes: bool = True  # convert other modes to RGB of 8 bits; if not, skip them
+    background: tuple[int, int, int] = WHITE  # under transparent pixels
     min_caption_chars: int = 1  # 0 keeps pictures without a caption
     max_caption_chars: int = 0
     collapse_spaces: bool = True  # any white space becomes one space, none at the ends
     unescape_html: bool = False  # &amp; -> &
     strip_control: bool = False  # control characters that are not white space
-    drop_pattern: str = ""  # a caption in which this regular expression is found is not used
+    drop_pattern: str = ""  # captions that contain this regular expression are skipped
     scores: tuple[ScoreRule, ...] = ()
 
     @property
     def pixel_limit(self) -> int:
-        """`max_pixels`, or Pillow's own limit, which no other goes beyond."""
+        """The limit `max_pixels`, or Pillow's own, which is the largest."""
         return self.max_pixels or MOST_PIXELS
 
 
@@ -67,16 +67,16 @@ class Example:
     name: str
     split: str
     image: bytes
-    pixels: np.ndarray  # uint8 [H, W, 3], what the image shows, upright
+    pixels: np.ndarray  # uint8 [H, W, 3], upright
     text: str
-    captions: tuple[str, ...]  # others than text
+    captions: tuple[str, ...]  # alternatives to text
     scores: dict[str, float]
-    original: tuple[int, int]  # height and width, before it was made smaller if the row says so
-    changed: tuple[str, ...] = ()  # what was mended, in words for counting
+    original: tuple[int, int]  # height and width, before it was stored smaller if the row has them
+    changed: tuple[str, ...] = ()  # the changes, in words for counting
 
 
 def clean(row: Row, rules: Rules) -> Example | Skip:
-    """Checks and mends one row; whatever it raises is one reason more to skip it.
+    """Check and mend one row; any error is a reason to skip it.
 
     Skips for the reasons of `transforms.decode`, and: missing_image, too_small, aspect_ratio,
     colour_mode, no_caption, caption_not_text, bad_encoding, caption_too_short, caption_too_long,
@@ -89,7 +89,7 @@ def clean(row: Row, rules: Rules) -> Example | Skip:
 
 
 def _cleaned(row: Row, rules: Rules) -> Example | Skip:
-    """`clean`, for whatever was foreseen."""
+    """The result of `clean`, unless an unexpected error is raised."""
     try:
         if shown(row.name) != row.name:
             raise BadRow("bad_encoding", "a name that is not UTF-8")
@@ -102,7 +102,7 @@ def _cleaned(row: Row, rules: Rules) -> Example | Skip:
         detail = row.sought if bad.reason == "no_caption" and not bad.detail else bad.detail
         return Skip(shown(row.place or row.name), bad.reason, shown(detail))
     except ImageError as bad:
-        # Cut off in the header, a file is corrupt to Pillow, which knows the reason all the same.
+        # Pillow calls a file that is cut off in its header corrupt, but its message has the reason.
         cut = bad.reason == "corrupt" and "truncated" in bad.detail.lower()
         return Skip(shown(row.name), "truncated" if cut else bad.reason, shown(bad.detail))
     original = _original(row, pixels, turned="turned_upright" in changed)
@@ -113,7 +113,7 @@ def _cleaned(row: Row, rules: Rules) -> Example | Skip:
 def clean_captions(
     text: Any, others: Any, rules: Rules
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The main caption, its alternatives, which never repeat it, and what was changed in it.
+    """The main caption, its alternatives, which never repeat it, and the changes to it.
 
     A list as the main caption gives both. Alternatives that cannot be used are left out.
     Raises BadRow when the main one cannot be used.
@@ -133,6 +133,7 @@ def clean_captions(
 
 
 def _caption(text: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
+    """A caption after the rules, and the changes to it. Raises BadRow if it cannot be used."""
     if isinstance(text, bytes):
         if len(text) > MOST_CAPTION_BYTES:
             raise BadRow("caption_too_long", f"{len(text):,} bytes")
@@ -165,7 +166,7 @@ def _caption(text: Any, rules: Rules) -> tuple[str, tuple[str, ...]]:
 
 
 def _mended(text: str, rules: Rules) -> tuple[str, tuple[str, ...]]:
-    """A caption as the rules want it, and words for what they changed."""
+    """A caption after the rules, and words for the changes to it."""
     changed = []
     if rules.unescape_html and (plain := html.unescape(text)) != text:
         text = plain
@@ -176,7 +177,7 @@ def _mended(text: str, rules: Rules) -> tuple[str, tuple[str, ...]]:
             text = kept
             changed.append("caption_control")
     if rules.collapse_spaces:
-        ends = text.strip(_BLANK)  # every .txt ends in a new line: that is no change
+        ends = text.strip(_BLANK)  # every .txt ends in a new line, which counts as no change
         text = " ".join(text.split()).strip(_BLANK)
         if text != ends:
             changed.append("caption_spaces")
@@ -184,6 +185,7 @@ def _mended(text: str, rules: Rules) -> tuple[str, tuple[str, ...]]:
 
 
 def _scores(row: Row, rules: Rules) -> dict[str, float]:
+    """The scores of a row. Raises BadRow if one is missing or out of its range."""
     scores = {}
     for rule in rules.scores:
         try:
@@ -197,22 +199,22 @@ def _scores(row: Row, rules: Rules) -> dict[str, float]:
 
 
 def _original(row: Row, pixels: np.ndarray, *, turned: bool) -> tuple[int, int]:
-    """Height and width that the row names, if a picture of that size can have become this one."""
+    """The height and width that the row states, if they can be those before a reduction."""
     height, width = pixels.shape[:2]
     try:
         high, wide = (int(row.columns[name]) for name in ORIGINAL)
     except (TypeError, ValueError, KeyError, OverflowError):
         return height, width
     if turned and (high > wide) != (height > width):
-        high, wide = wide, high  # it was measured as it lies in the file
+        high, wide = wide, high  # they are the size in the file, before turning
     possible = height <= high < 2**31 and width <= wide < 2**31
     return (high, wide) if possible else (height, width)
 
 
 def checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str, ...]]:
-    """Image bytes -> the bytes to store, their pixels, uint8 [H, W, 3], and what was changed.
+    """The bytes to store of an image, their pixels, uint8 [H, W, 3], and the changes.
 
-    A plain RGB PNG, JPEG or WebP is stored as it is, else a PNG of what it shows.
+    A plain RGB PNG, JPEG or WebP is stored as it is, else as a PNG of its pixels.
     Raises ImageError with the reasons of `transforms.decode`, or too_small, aspect_ratio or
     colour_mode.
     """
@@ -249,7 +251,7 @@ def _checked(encoded: bytes, rules: Rules) -> tuple[bytes, np.ndarray, tuple[str
 
 
 def _colour_modes(image: Image.Image) -> list[str]:
-    """What there is to convert to RGB of 8 bits, in words; [] for nothing."""
+    """Words for the conversions to RGB of 8 bits; [] for none."""
     words = {"P": "palette", "CMYK": "cmyk", "1": "grey", "L": "grey", "LA": "grey"}
     found = []
     # Pillow has no mode for colours of 16 bits, and reads them as 8.
@@ -270,11 +272,11 @@ def _is_animated(image: Image.Image) -> bool:
     try:
         return getattr(image, "is_animated", False)
     except Exception:
-        return False  # the second frame is damaged, which is none of our business
+        return False  # the second frame is damaged, but only the first is used
 
 
 def _otherwise(encoded: bytes, rules: Rules) -> np.ndarray:
-    """An image, known to be sound, as the rules want it and `transforms.decode` does not."""
+    """The pixels of a sound image after rules that differ from those of `transforms.decode`."""
     image = open_image(encoded, max_pixels=rules.pixel_limit)
     image.load()
     if rules.orient:

@@ -1,4 +1,4 @@
-"""Opens the files of raw data: regular ones only, of bounded size, and none outside the folder."""
+"""Access to the files of raw data: regular, of bounded size, and none outside of the folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sdjax.data.raw.rows import BadRow, Shard
 from sdjax.system import paths
 
 
-class Inside:
-    """Tells the files that lie in a folder from those that links lead to.
+class PathGuard:
+    """A check that files lie in a folder, and that no link leads out of it.
 
     outside: whether links may lead out of it.
     """
@@ -22,15 +22,15 @@ class Inside:
         self._is_local = not paths.is_remote(root)
         self._root = os.path.realpath(root) if self._is_local else root
         self._outside = outside
-        self._folders: dict[str, str] = {}  # that were seen, and where they really are
+        self._folders: dict[str, str] = {}  # folders checked so far, and their real paths
 
     def check(self, file: paths.Path) -> int:
         """The size of a file in bytes.
 
         Raises:
-            BadRow: leads_outside; missing_file where a folder is; not_a_file for whatever else is
-                no regular one.
-            OSError: it is not there.
+            BadRow: leads_outside; missing_file for a folder; not_a_file for anything else that is
+                no regular file.
+            OSError: the file does not exist.
         """
         if not self._is_local:
             return int(file.stat().length)  # type: ignore[attr-defined]  # epath's
@@ -47,6 +47,7 @@ class Inside:
         return found.st_size
 
     def _check_place(self, path: str, *, link: bool) -> None:
+        """Raise a BadRow if a path lies outside of the folder."""
         if link:
             real = os.path.realpath(path)
         else:
@@ -58,13 +59,15 @@ class Inside:
             raise BadRow("leads_outside", "a link leads out of the folder")
 
     def read(self, file: paths.Path, most: int, reason: str) -> bytes:
-        """The bytes of a file. BadRow for the `reason` if there are more than `most`, or as
-        `check`."""
+        """The bytes of a file.
+
+        Raises BadRow as `check`, and with `reason` for more than `most` bytes.
+        """
         size = self.check(file)
         if size <= most:
             with open(file, "rb") if self._is_local else file.open("rb") as opened:
                 data = opened.read(size + 1)
-                if len(data) != size:  # those of /proc have no size, and others grow
+                if len(data) != size:  # files of /proc have no size, and others grow
                     data += opened.read(most + 1 - len(data))
             if len(data) <= most:
                 return data
@@ -78,8 +81,8 @@ def is_within(real: str, root: str) -> bool:
 
 @contextmanager
 def open_shard(shard: Shard) -> Iterator[Any]:
-    """The file of a shard, to be read. Raises BadRow and OSError as `Inside.check`."""
+    """A context with the file of a shard, open for reading. Raises as `PathGuard.check`."""
     path = paths.to_path(shard.path)
-    Inside(shard.root, outside=shard.outside).check(path)
+    PathGuard(shard.root, outside=shard.outside).check(path)
     with path.open("rb") as file:
         yield file

@@ -1,8 +1,8 @@
-"""Reads an image folder: captions in metadata files, or in a .txt or .caption beside each image.
+"""The reader of image folders: captions in metadata files, or in a .txt or .caption by each image.
 
 The imagefolder convention: `metadata.jsonl`, `metadata.csv` or `metadata.parquet` in the folder or
 in folders below it, with `file_name` (a path below the metadata file's folder) and a caption in
-every row. Without any metadata file every image is taken, with the caption that lies beside it.
+every row. Without any metadata file every image is taken, with the caption beside it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from sdjax.data.config import DataError
 from sdjax.data.raw import metadata_parquet
-from sdjax.data.raw.files import Inside
-from sdjax.data.raw.layout import Contents, join, made_by_folders, split_folders, with_splits
+from sdjax.data.raw.files import PathGuard
+from sdjax.data.raw.layout import FolderContents, join, made_by_folders, split_folders, with_splits
 from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_NAME_CHARS, MOST_PICTURE_BYTES
 from sdjax.data.raw.metadata import parse, read_dialect, row_ends
 from sdjax.data.raw.rows import (
@@ -42,11 +42,11 @@ from sdjax.system import paths, untrusted
 FORMAT = "image_text_folder"
 METADATA = "metadata.jsonl"
 CSV = "metadata.csv"
-ROWS_PER_SHARD = 500  # small enough to share out, large enough to be worth a file of its own
+ROWS_PER_SHARD = 500  # small enough to distribute, large enough to be worth a file of its own
 
 
 def survey(path: str, *, outside: bool) -> Survey:
-    """The images of a folder, in stretches. Raises DataError when it is no folder or has none.
+    """The images of a folder, in shards. Raises DataError when it is no folder or has none.
 
     outside: links may lead out of it.
     """
@@ -57,8 +57,8 @@ def survey(path: str, *, outside: bool) -> Survey:
             f"{'no folder' if folder.exists() else 'not there'}; expected a folder of images with "
             f"{METADATA}"
         )
-    contents, links, remarks = Contents(), Links(), list[str]()
-    inside = Inside(str(folder), outside=outside)
+    contents, links, remarks = FolderContents(), Links(), list[str]()
+    inside = PathGuard(str(folder), outside=outside)
     for below, files in walk(folder, links, outside=outside):
         chosen = metadata_of(folder / below, files, inside)
         remarks += [f"{join(below, name)} is not read, for {chosen[0]} beside it is"
@@ -88,10 +88,10 @@ def survey(path: str, *, outside: bool) -> Survey:
     )
 
 
-def metadata_of(folder: paths.Path, files: list[str], inside: Inside) -> list[str]:
-    """The metadata files among the files of a folder, the one to be read first.
+def metadata_of(folder: paths.Path, files: list[str], inside: PathGuard) -> list[str]:
+    """The metadata files among the files of a folder, with the one to read first.
 
-    Raises DataError: one cannot be read, or a link leads to it out of the folder.
+    Raises DataError: one cannot be read, or a link to it leads out of the folder.
     """
     for name in (METADATA, CSV, metadata_parquet.NAME):
         try:
@@ -103,7 +103,7 @@ def metadata_of(folder: paths.Path, files: list[str], inside: Inside) -> list[st
                 f"({OUTSIDE})"
             ) from bad
         except paths.storage_errors():
-            pass  # which is said where it is read
+            pass  # reading it reports this error
     found = [name for name in (METADATA, CSV) if name in files]
     if metadata_parquet.NAME in files and metadata_parquet.names_pictures(
         folder / metadata_parquet.NAME
@@ -112,7 +112,8 @@ def metadata_of(folder: paths.Path, files: list[str], inside: Inside) -> list[st
     return found
 
 
-def _no_images(path: str, contents: Contents) -> str:
+def _no_images(path: str, contents: FolderContents) -> str:
+    """The message about a folder without images."""
     there = by_ending(contents.passed_over())
     return (
         f"data.path (--input) is {path!r}, which has no {METADATA}, nor has a subfolder train or "
@@ -122,10 +123,10 @@ def _no_images(path: str, contents: Contents) -> str:
     )
 
 
-Parts = list[tuple[Shard, Counter[str]]]  # a shard, and how many rows each folder has in it
+Parts = list[tuple[Shard, Counter[str]]]  # a shard, and its number of rows in each folder
 
 
-def _described(folder: paths.Path, contents: Contents) -> Parts:
+def _described(folder: paths.Path, contents: FolderContents) -> Parts:
     """The rows of all metadata files."""
     parts = []
     for name in contents.metadata:
@@ -137,25 +138,25 @@ def _described(folder: paths.Path, contents: Contents) -> Parts:
             contents.name(pictures)
             if close := _nearer(set(map(posixpath.dirname, pictures)), nearer):
                 shard = dataclasses.replace(shard, nearer=close)
-                pictures = list(names(shard))  # without those that others name
+                pictures = list(names(shard))  # without those that nearer files name
             parts.append((shard, Counter(map(posixpath.dirname, pictures))))
     return parts
 
 
 def _nearer(folders: Iterable[str], metadata: tuple[str, ...]) -> tuple[str, ...]:
-    """Those metadata files that lie in one of the folders or above it."""
+    """The metadata files that lie in one of the folders or above it."""
     above = {at for folder in folders for at in _upwards(folder)} if metadata else set()
     return tuple(name for name in metadata if posixpath.dirname(name) in above)
 
 
 def _upwards(folder: str) -> Iterator[str]:
-    """A folder below the root, and all that it lies in but the root."""
+    """A folder below the root, and all folders above it except the root."""
     while folder:
         yield folder
         folder = posixpath.dirname(folder)
 
 
-def _captioned(folder: paths.Path, contents: Contents) -> Parts:
+def _captioned(folder: paths.Path, contents: FolderContents) -> Parts:
     """All pictures, each with the ending of the caption beside it."""
     root, parts = str(folder), []
     for at in range(0, len(contents.names), ROWS_PER_SHARD):
@@ -167,7 +168,7 @@ def _captioned(folder: paths.Path, contents: Contents) -> Parts:
 
 
 def _stretches(folder: paths.Path, split: str, metadata: paths.Path) -> Iterator[Shard]:
-    """Cuts a metadata file into shards of ROWS_PER_SHARD rows."""
+    """Cut a metadata file into shards of ROWS_PER_SHARD rows."""
     if metadata.name == metadata_parquet.NAME:
         for start, stop in metadata_parquet.stretches(metadata, ROWS_PER_SHARD):
             yield Shard(FORMAT, str(folder), str(metadata), split, start, stop)
@@ -195,9 +196,9 @@ def _stretches(folder: paths.Path, split: str, metadata: paths.Path) -> Iterator
 def read(
     shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
 ) -> Iterator[Row | Skip]:
-    """The rows of a shard, each with its image's bytes, or why there is none."""
+    """The rows of a shard, each with its image's bytes, or a skip with the reason."""
     root, splits = paths.to_path(shard.root), dict(shard.folders)
-    inside = Inside(shard.root, outside=shard.outside)
+    inside = PathGuard(shard.root, outside=shard.outside)
     captions = dict(zip(shard.names, shard.captions, strict=True))
     looked = False
     for place, entry in _entries(shard):
@@ -223,7 +224,7 @@ def read(
         text, others = fields.caption(entry), entry.get(fields.captions)
         if text is None and shard.names:
             sought = _sought_beside(root, name, look=not looked)
-            looked = True  # a folder is listed once, for the first of them
+            looked = True  # the folder is listed for the first such row only
         elif text is None:
             sought = fields.sought(entry)
         columns = {column: entry.get(column) for column in fields.handed_on}
@@ -231,7 +232,8 @@ def read(
         yield Row(name, split, image, text, others, columns, place, sought)
 
 
-def _caption_beside(root: paths.Path, name: str, ending: str, inside: Inside) -> bytes | None:
+def _caption_beside(root: paths.Path, name: str, ending: str, inside: PathGuard) -> bytes | None:
+    """The bytes of the caption beside a picture; None if it cannot be read."""
     file = root / f"{name.rpartition('.')[0]}{ending}"
     try:
         return inside.read(file, MOST_CAPTION_BYTES, "caption_too_long")
@@ -240,7 +242,7 @@ def _caption_beside(root: paths.Path, name: str, ending: str, inside: Inside) ->
 
 
 def _sought_beside(root: paths.Path, name: str, *, look: bool) -> str:
-    """Where a caption was looked for in vain, and with `look` what there is in its place."""
+    """Words for the files that may hold a caption, and with `look` for the files there."""
     stem = posixpath.basename(name).rpartition(".")[0]
     sought = f"no {caption_files(stem)} beside it"
     folder = (root / name).parent
@@ -263,7 +265,7 @@ def names(shard: Shard) -> Iterator[str]:
 
 
 def marks(shard: Shard) -> Iterator[str]:
-    """What changes whenever the shard's metadata or an image or caption of it does."""
+    """Texts that change whenever the shard's metadata, or an image or caption of it, changes."""
     root = paths.to_path(shard.root)
     captions = dict(zip(shard.names, shard.captions, strict=True))
     yield f"{shard.folders}"
@@ -288,9 +290,9 @@ def _named(root: str, name: str, stamped: str) -> frozenset[str]:
 
 
 def _entries(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """(place, metadata) of each row; file_name is checked and made one below the root.
+    """The place and metadata of each row; file_name is checked and made a path below the root.
 
-    A row whose picture a metadata file nearer to it names, too, is a BadRow.
+    If a nearer metadata file also names the picture of a row, the row is a BadRow.
     """
     root = paths.to_path(shard.root)
     nearer = {
@@ -309,7 +311,7 @@ def _entries(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
 
 
 def _rows(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """`_entries`, but for what other metadata files say."""
+    """The entries of a shard, without regard to other metadata files."""
     if shard.names:
         yield from ((name, {"file_name": name}) for name in shard.names)
         return
@@ -333,7 +335,7 @@ def _rows(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
 
 
 def _parsed(shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """(line, fields) of each row of a stretch of metadata."""
+    """The line and fields of each row of a stretch of metadata."""
     file = paths.to_path(shard.path)
     if file.name == metadata_parquet.NAME:
         yield from metadata_parquet.parse(file, shard.start, shard.stop)

@@ -1,4 +1,4 @@
-"""The one interface over raw data: its shards, their rows, and what tells that they changed."""
+"""The common interface to raw data: its shards, their rows, and a fingerprint of their content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from sdjax.data.config import DataError
 from sdjax.data.raw import folder, parquet, webdataset
-from sdjax.data.raw.files import Inside
+from sdjax.data.raw.files import PathGuard
 from sdjax.data.raw.rows import (
     IMAGE_SUFFIXES,
     Chosen,
@@ -37,11 +37,11 @@ def all_rows(name: str, split: str) -> bool:
 
 
 def survey(path: str, format: str, fields: Fields, *, outside: bool = False) -> Survey:
-    """The shards of a source, and what makes splits of them.
+    """The shards of a source, and the origin of its splits.
 
     outside: links may lead out of the folder.
 
-    Raises DataError when there is none, or parquet files have no such columns.
+    Raises DataError when there is none, or parquet files lack the columns of `fields`.
     """
     found = _READERS[format].survey(path, outside=outside)
     if format == parquet.FORMAT:
@@ -60,16 +60,16 @@ def read(
     chosen: Chosen = all_rows,
     passed_over: Counter[str] | None = None,
 ) -> Iterator[Row | Skip]:
-    """The rows of a shard, or why one is left out, in order; those that are `chosen`.
+    """The rows of a shard in order, or skips with the reason, of those that are `chosen`.
 
-    `passed_over` counts the members of tars that no row is made of, by ending.
+    `passed_over` counts the members of tars without a row, by ending.
     """
     counts = Counter[str]() if passed_over is None else passed_over
     try:
         yield from _READERS[shard.format].read(shard, fields, chosen, counts)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged shard raises: what lies before it is read
+    except Exception as error:  # a damaged shard raises any error; the rows before it are read
         if chosen(shard.name, shard.split):
             yield Skip(shard.name, "bad_shard", f"not read from here on: {raised(error)[1]}")
 
@@ -80,12 +80,12 @@ def names(shard: Shard) -> Iterator[str]:
         yield from _READERS[shard.format].names(shard)
     except UserError:
         raise
-    except Exception:  # `read` says why there are no more
+    except Exception:  # `read` reports the error
         return
 
 
 def fingerprint(shards: list[Shard], fields: Fields) -> str:
-    """Changes whenever a file of the source does, by its size or time, or what is read of it."""
+    """A digest that changes with the size or time of any file of the source, or with the fields."""
     digest = hashlib.sha256(repr(fields).encode())
     for shard in shards:
         of_folder = shard.format == folder.FORMAT
@@ -97,7 +97,7 @@ def fingerprint(shards: list[Shard], fields: Fields) -> str:
 
 
 def detect(path: str, *, outside: bool = False) -> str:
-    """Which format lies in a folder or a file. Raises DataError when none is recognised.
+    """The format of a folder or a file. Raises DataError when none is recognised.
 
     outside: links may lead out of the folder.
     """
@@ -105,7 +105,7 @@ def detect(path: str, *, outside: bool = False) -> str:
     there: Counter[str] = Counter()
     if root.is_dir():
         shards = None
-        inside = Inside(str(root), outside=outside)
+        inside = PathGuard(str(root), outside=outside)
         for below, files in walk(root, outside=outside):
             there.update(map(ending, files))
             if folder.metadata_of(root / below, files, inside) or not _IMAGES.isdisjoint(there):

@@ -1,7 +1,7 @@
-"""Finds what a folder of pictures consists of: metadata files, pictures, captions, splits.
+"""The parts of a folder of pictures: metadata files, pictures, captions, splits.
 
 The reference for layouts is the imagefolder of Hugging Face `datasets`
-(packaged_modules/folder_based_builder, data_files.py), but for two points: the name of a picture
+(packaged_modules/folder_based_builder, data_files.py), with two differences. The name of a picture
 makes no split, and a folder named like a split is a class where its neighbours are classes.
 """
 
@@ -21,31 +21,31 @@ _LIKE_SPLITS = re.compile("train|test|val", re.IGNORECASE)
 _IMAGES, _CAPTIONS = frozenset(IMAGE_SUFFIXES), frozenset(CAPTION_SUFFIXES)
 
 
-class Contents:
-    """Pictures and other files of a folder, taken in folder by folder.
+class FolderContents:
+    """The pictures and other files of a folder, added folder by folder.
 
-    Names of pictures are kept until there is a metadata file; from then on 10 bytes of each, which
-    are enough to count the pictures that no metadata file names.
+    It keeps the names of pictures until there is a metadata file. From then on it keeps 10 bytes of
+    each, which are enough to count the pictures that no metadata file names.
     """
 
     def __init__(self) -> None:
         self.metadata: list[str] = []  # files below the root
-        self.names: list[str] = []  # of pictures: files below the root
-        self.captions: list[str] = []  # of each picture: the ending of its caption, or ""
+        self.names: list[str] = []  # pictures: files below the root
+        self.captions: list[str] = []  # for each picture, the ending of its caption, or ""
         self._others: Counter[str] = Counter()  # files by ending
         self._captions: Counter[str] = Counter()
-        self._unused: Counter[str] = Counter()  # captions, if no metadata file has any
+        self._unused: Counter[str] = Counter()  # unread captions, if there is no metadata file
         self._pictures, self._named = array("q"), array("q")  # hashes of names
         self._endings: array[int] = array("H")  # of each of `_pictures`, by number
         self._numbers: dict[str, int] = {}
-        self._like_splits: dict[str, str] = {}  # {split: the first picture that is called so}
+        self._like_splits: dict[str, str] = {}  # {split: the first picture named after it}
 
     def add(self, folder: str, files: list[str], metadata: str) -> None:
-        """Takes in the files of one folder; `metadata` is the one of them to be read, or ""."""
+        """Add the files of one folder; `metadata` is the one of them to be read, or ""."""
         if metadata:
             self.metadata.append(join(folder, metadata))
         pictures, texts = [], dict[str, dict[str, str]]()
-        stems = set()  # of all but captions
+        stems = set()  # of all files except captions
         for file in files:
             stem, end = file.rpartition(".")[0], ending(file)
             if end in _CAPTIONS:
@@ -58,7 +58,7 @@ class Contents:
             elif file != metadata:
                 self._others[end] += 1
         for stem, found in texts.items():
-            used = _first(found) if stem in stems else ""  # even if the picture cannot be read
+            used = _first(found) if stem in stems else ""  # used even if the picture is unreadable
             self._unused.update(end for end in found if end != used)
         for file in pictures:
             found = texts.get(file.rpartition(".")[0], {})
@@ -70,7 +70,7 @@ class Contents:
             self._forget_names()
 
     def _forget_names(self) -> None:
-        """Keeps hashes in the place of the names, which a metadata file has."""
+        """Replace the names, which a metadata file has, by hashes."""
         self._pictures.extend(map(hash, self.names))
         for name in self.names:
             number = self._numbers.setdefault(ending(name), len(self._numbers))
@@ -78,18 +78,18 @@ class Contents:
         self.names, self.captions = [], []
 
     def name(self, pictures: Iterable[str]) -> None:
-        """Takes in the pictures that a metadata file names."""
+        """Add the pictures that a metadata file names."""
         self._named.extend(map(hash, pictures))
 
     def unnamed(self) -> dict[str, int]:
-        """How many pictures no metadata file names, by ending; {} without metadata."""
+        """The number of pictures that no metadata file names, by ending; {} without metadata."""
         pictures, named = (np.frombuffer(a, np.int64) for a in (self._pictures, self._named))
         left = np.frombuffer(self._endings, np.uint16)[~np.isin(pictures, named)]
         counts = np.bincount(left, minlength=len(self._numbers)).tolist()
         return {end: counts[number] for end, number in self._numbers.items() if counts[number]}
 
     def remarks(self, made: Collection[str]) -> list[str]:
-        """A remark where pictures are called like splits, and no folder is."""
+        """A remark if pictures are named like splits, and no folder is."""
         if made or len(self._like_splits) < 2:
             return []
         return [f"names of pictures make no splits, though there are "
@@ -97,12 +97,12 @@ class Contents:
                 "train/, validation/ or test/"]  # fmt: skip
 
     def passed_over(self) -> dict[str, int]:
-        """How many other files no row comes of, by ending."""
+        """The number of other files without a row, by ending."""
         return dict(self._others + (self._captions if self.metadata else self._unused))
 
 
 def _first(found: Collection[str]) -> str:
-    """The ending of the caption that is read, of those beside a picture."""
+    """The ending of the caption to read, of those beside a picture."""
     return next((end for end in CAPTION_SUFFIXES if end in found), "")
 
 
@@ -112,16 +112,16 @@ def join(folder: str, name: str) -> str:
 
 
 def split_folders(folders: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """{folder: split} of the folders that make splits, and remarks on those that could but do not.
+    """The splits of the folders that make splits, and remarks on those that could but do not.
 
-    folders: all in which there are pictures that are rows; "" is the root.
+    folders: all folders with pictures that are rows; "" is the root.
 
-    A folder named like a split makes one where a neighbour is named `train`, or where two are named
-    after different splits; else, where no folder above it has a neighbour, if at most one of its
-    own has another name. Among several of those (cat, dog, val) it is a class. Folders below one
-    that makes a split belong to that split.
+    A folder named like a split makes one if a neighbour is named `train`, or if two neighbours are
+    named after different splits. It also makes one if no folder above it has a neighbour, and at
+    most one of its own has another name. Among several of those (cat, dog, val) it is a class.
+    Folders below one that makes a split belong to that split.
     """
-    children: dict[str, dict[str, str]] = {}  # {folder: {folder in it: split that its name says}}
+    children: dict[str, dict[str, str]] = {}  # {folder: {folder in it: split it is named after}}
     for folder in folders:
         while folder:
             parent, _, name = folder.rpartition("/")
@@ -154,14 +154,14 @@ def split_folders(folders: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def maker(folder: str, made: Mapping[str, str]) -> str:
-    """The folder of `made` in which another lies, or which it is; "" for none."""
+    """The folder of `made` that is `folder` or lies above it; "" for none."""
     while folder and folder not in made:
         folder = folder.rpartition("/")[0]
     return folder
 
 
 def with_splits(shard: Shard, folders: Iterable[str], made: Mapping[str, str]) -> Shard:
-    """A shard with the splits of its rows, of which most have that of the shard itself."""
+    """A shard with the splits of its rows; the shard's own split is that of most rows."""
     splits = {folder: made.get(maker(folder, made), "train") for folder in folders}
     main = next(iter(splits.values()), "train")
     others = tuple((folder, split) for folder, split in splits.items() if split != main)

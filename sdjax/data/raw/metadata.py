@@ -1,7 +1,7 @@
-"""Reads the metadata of an image folder: JSON Lines, a JSON array, or CSV, and parts of them.
+"""The reader of an image folder's metadata: JSON Lines, a JSON array, or CSV, and parts of them.
 
-A file is cut into stretches of bytes, each of whole rows, that workers parse by themselves. UTF-8
-is the rule; a byte order mark may say UTF-16 or UTF-32, as spreadsheets write it.
+A file is cut into stretches of bytes, each of whole rows, which workers parse independently. UTF-8
+is the rule; a byte order mark may announce UTF-16 or UTF-32, as spreadsheets write it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sdjax.system.text_files import BOM, TextError, codec
 
 CSV_SUFFIX = ".csv"
 DELIMITERS = ",;\t|"
-_HEAD = 1 << 16  # bytes, in which a file shows how it is written
-_BETWEEN = re.compile(r"[\s,\[\]]*")  # what stands between the objects of an array
+_HEAD = 1 << 16  # bytes of the beginning that show the dialect of a file
+_BETWEEN = re.compile(r"[\s,\[\]]*")  # the text between the objects of an array
 _DECODER = json.JSONDecoder()
 Parsed = dict[str, Any] | BadRow
 
 
 def read_dialect(file: paths.Path) -> Dialect:
-    """How a metadata file is written, from its beginning.
+    """The dialect of a metadata file, from its beginning.
 
     Raises:
         DataError: it is no text, or no column of its CSV is called file_name.
@@ -42,13 +42,13 @@ def read_dialect(file: paths.Path) -> Dialect:
     text = head.decode(encoding, "ignore").removeprefix(BOM)
     if file.name.lower().endswith(CSV_SUFFIX):
         return Dialect("csv", encoding, _delimiter(text))
-    # An array, or objects over several lines each, rather than one in every line.
+    # An array, or objects over several lines each, instead of one in every line.
     spread = re.match(r"\s*(\[\s*[{\]]|\{[ \t]*\r?\n)", text)
     return Dialect("values" if spread else "lines", encoding)
 
 
 def _delimiter(text: str) -> str:
-    """The one that gives a column file_name; else the one that gives most columns."""
+    """The delimiter that gives a column file_name; else the one that gives most columns."""
     headers = {mark: _header(text, mark) for mark in DELIMITERS}
     for mark, header in headers.items():
         if "file_name" in header:
@@ -57,6 +57,7 @@ def _delimiter(text: str) -> str:
 
 
 def _header(text: str, delimiter: str) -> list[str]:
+    """The first row of a CSV."""
     try:
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     except csv.Error:
@@ -64,12 +65,12 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 
 def row_ends(file: paths.Path, dialect: Dialect) -> Iterator[tuple[int, int, list[str]]]:
-    """(number of its last line, byte after it, the cells of CSV) of each row, the header too.
+    """The last line, the byte after it, and the cells (of CSV) of each row, the header included.
 
     A row of CSV that cannot be read has no cells.
 
     Raises:
-        DataError: the rows of JSON that is not one object a line cannot be told apart.
+        DataError: the rows of JSON with several lines an object cannot be separated.
     """
     with file.open("rb") as opened:
         try:
@@ -96,13 +97,13 @@ def row_ends(file: paths.Path, dialect: Dialect) -> Iterator[tuple[int, int, lis
 
 
 class _Long(str):
-    """A line that is too long to be kept, of which this is nothing."""
+    """A line that is too long to be kept; its text is empty."""
 
 
 class _Lines:
-    """Lines of text with their ends, which knows how many lines and bytes it has handed out.
+    """Lines of text with their ends, and the counts of lines and bytes so far.
 
-    Bytes that are not UTF-8 become surrogates: then one row cannot be used, and not the file.
+    Bytes that are not UTF-8 become surrogates: then one row cannot be used, instead of the file.
 
     Args:
         size: bytes of the file to be read; -1 for all.
@@ -112,7 +113,7 @@ class _Lines:
         self._file, self._encoding, self._size = file, encoding, size
         self._whole: Iterator[str] | None = None
         self.number = self.offset = 0
-        self.begin: int | None = None  # of a row of CSV, which may have many lines
+        self.begin: int | None = None  # the offset of a row of CSV, which may have many lines
         if encoding != "utf-8":  # a byte of a line feed may be half of another character
             text, self.offset = _whole(file, encoding, size)
             self._whole = io.StringIO(text, newline="\n")
@@ -150,9 +151,9 @@ class _Lines:
 
 
 def _whole(file: Any, encoding: str, size: int = -1) -> tuple[str, int]:
-    """All the text of a file, or so many bytes of it, and the bytes of its byte order mark.
+    """The text of a file, or of `size` bytes of it, and the bytes of its byte order mark.
 
-    Raises BadRow: there is too much of it.
+    Raises BadRow: it is too large.
     """
     data = file.read(MOST_WHOLE_BYTES + 1 if size < 0 else size)
     if len(data) > MOST_WHOLE_BYTES:
@@ -168,8 +169,8 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 
 def _values(text: str, file: Any) -> Iterator[tuple[Any, int, int]]:
-    """(value, its position, that after it) of each JSON value. DataError if one is none."""
-    at = _BETWEEN.match(text).end()  # type: ignore[union-attr]  # it matches nothing, too
+    """Each JSON value, its position, and the position after it. DataError if one is none."""
+    at = _BETWEEN.match(text).end()  # type: ignore[union-attr]  # it matches "" too
     while at < len(text):
         try:
             value, end = _DECODER.raw_decode(text, at)
@@ -183,12 +184,12 @@ def _values(text: str, file: Any) -> Iterator[tuple[Any, int, int]]:
 
 
 def parse(file: Any, size: int, dialect: Dialect, line: int) -> Iterator[tuple[int, Parsed]]:
-    """(line, its object or what is wrong with it) of each row; blank lines are nothing at all.
+    """The line of each row, and its object or a BadRow; blank lines are skipped.
 
     Args:
         file: binary, after a row or at its beginning.
         size: bytes from there to the end of a row; -1 for all.
-        line: number of the first.
+        line: number of the first line.
     """
     if dialect.kind == "values":
         text, at = _whole(file, dialect.encoding, size)[0], 0
@@ -227,7 +228,7 @@ def _checked(value: Any, text: str, dialect: Dialect) -> Parsed:
 
 
 def _no_text(text: str, dialect: Dialect) -> BadRow | None:
-    """Why the row is none, where its bytes were no text."""
+    """A BadRow if the bytes of a row were no text; else None."""
     return (
         BadRow("bad_encoding", f"not {dialect.encoding.upper()}") if shown(text) != text else None
     )
@@ -246,7 +247,7 @@ def _parse_csv(lines: _Lines, dialect: Dialect, first: int) -> Iterator[tuple[in
 
 
 def _csv_rows(lines: _Lines, delimiter: str) -> Iterator[list[str] | BadRow]:
-    """The cells of each row, or why it has none; the reader goes on with the next line."""
+    """The cells of each row, or a BadRow; the reader continues with the next line."""
     reader = csv.reader(lines, delimiter=delimiter)
     while True:
         lines.begin = lines.offset
@@ -263,7 +264,7 @@ def _csv_rows(lines: _Lines, delimiter: str) -> Iterator[list[str] | BadRow]:
 
 
 def read_rows(file: paths.Path) -> Iterator[tuple[int, Parsed]]:
-    """(line, its object or what is wrong with it) of each row of a whole JSON file.
+    """The line of each row of a whole JSON file, and its object or a BadRow.
 
     Raises:
         DataError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Reads `metadata.parquet`: one row for each picture, which lies in a file of its own."""
+"""The reader of `metadata.parquet`: one row for each picture, which is in a file of its own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sdjax.system import paths, untrusted
 from sdjax.system.text_files import pointer_note
 
 NAME = "metadata.parquet"
-_PARTS = 64  # most parts of one row group, which is decoded up to the part's end for each
+_PARTS = 64  # most parts of one row group; each part decodes the group up to the part's end
 
 
 def names_pictures(file: paths.Path) -> bool:
-    """Whether a file has the column `file_name`; others of its name tell of something else.
+    """Whether a file has the column `file_name`; other files of this name hold other data.
 
     Raises DataError: it cannot be read.
     """
@@ -35,7 +35,7 @@ def names_pictures(file: paths.Path) -> bool:
 
 
 def stretches(file: paths.Path, rows: int) -> Iterator[tuple[int, int]]:
-    """(first row, row after the last) of each part of a file; of about `rows` rows, or of more."""
+    """The first row, and the row after the last, of each part of about `rows` or more rows."""
     groups = _sizes(file)
     start = stop = 0
     for group in groups:
@@ -51,7 +51,7 @@ def stretches(file: paths.Path, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def parse(file: paths.Path, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """(number from 1, fields) of the rows from `start` up to `stop`, counted from 0."""
+    """The number, from 1, and the fields of the rows from `start` up to `stop`, counted from 0."""
     number = start
     try:
         for number, row in enumerate(_rows(file, start, stop), start=start + 1):

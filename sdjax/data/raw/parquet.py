@@ -1,7 +1,7 @@
-"""Reads parquet files with image bytes and captions, as Hugging Face `datasets` writes them.
+"""The reader of parquet files with image bytes and captions, as of Hugging Face `datasets`.
 
 The image column is a struct {"bytes", "path"} (docs: huggingface.co/docs/datasets/image_dataset)
-or plain binary; images that are only a path are missing.
+or plain binary; images that are only a path count as missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from sdjax.data.config import DataError
 from sdjax.data.raw import parquet_pages as pages
-from sdjax.data.raw.files import Inside
+from sdjax.data.raw.files import PathGuard
 from sdjax.data.raw.limits import MOST_PICTURE_BYTES, MOST_ROW_BYTES
 from sdjax.data.raw.parquet_footer import read_footer
 from sdjax.data.raw.rows import (
@@ -43,8 +43,7 @@ def survey(path: str, *, outside: bool) -> Survey:
 
 @contextmanager
 def open_file(path: str) -> Iterator[Any]:
-    """A file as pyarrow's ParquetFile, which asks more of Python files than those of buckets do.
-
+    """A context with a file as pyarrow's ParquetFile.
     Raises PageError: it announces more rows than it can have.
     """
     import pyarrow.parquet
@@ -64,8 +63,8 @@ def batches(
     Args:
         numbers: of the row groups; None for all.
 
-    Raises PageError: a page would become too large. Files in buckets are not looked at before, for
-    every page would cost a request; of them one row is decoded at a time.
+    Raises PageError: a page would become too large. The pages of files in buckets are not checked,
+    since every page would cost a request; one row of them is decoded at a time.
     """
     rows = 1
     if not paths.is_remote(path):
@@ -87,7 +86,7 @@ def cell(batch: Any, column: int, position: int, most: int = MOST_ROW_BYTES) -> 
 
 
 class _Whole(io.RawIOBase):
-    """A file with all the methods of one, around what can read, seek and tell."""
+    """A file with all methods of one, around an object with read, seek and tell."""
 
     def __init__(self, file: Any):
         super().__init__()
@@ -114,9 +113,9 @@ class _Whole(io.RawIOBase):
 
 @contextmanager
 def _opened(shard: Shard) -> Iterator[Any]:
-    """`open_file` of a shard, which has to be a regular file of its folder. Raises BadRow."""
+    """A context as `open_file`, for a shard. Raises BadRow unless it is a file of its folder."""
     path = paths.to_path(shard.path)
-    Inside(shard.root, outside=shard.outside).check(path)
+    PathGuard(shard.root, outside=shard.outside).check(path)
     with open_file(shard.path) as table:
         yield table
 
@@ -126,7 +125,7 @@ def check_fields(shard: Shard, fields: Fields) -> bool:
     try:
         with _opened(shard) as table:
             columns = table.schema_arrow.names
-    except Exception:  # `read` says why
+    except Exception:  # `read` reports the error
         return False
     for what, names in (("image", (fields.image,)), ("text", fields.texts)):
         if not set(names) & set(columns):
@@ -141,7 +140,7 @@ def check_fields(shard: Shard, fields: Fields) -> bool:
 def read(
     shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
 ) -> Iterator[Row | Skip]:
-    """The rows of a file in order; one that cannot be read to its end ends in a skip."""
+    """The rows of a file in order; a file that cannot be read to its end gives a skip."""
     wanted = [fields.image, *fields.texts, fields.captions, *fields.handed_on]
     for name, entry in _entries(shard, wanted, chosen):
         if isinstance(entry, Skip):
@@ -163,7 +162,7 @@ def names(shard: Shard) -> Iterator[str]:
     try:
         with _opened(shard) as table:
             count = table.metadata.num_rows
-    except Exception:  # `read` says why
+    except Exception:  # `read` reports the error
         return
     yield from (f"{shard.name}/{index}" for index in range(count))
 
@@ -174,7 +173,7 @@ def _entries(
     index = 0
     try:
         with _opened(shard) as table:
-            # Of columns of one name the first is read.
+            # The first of several columns with one name is read.
             columns = [name for name in dict.fromkeys(table.schema_arrow.names) if name in wanted]
             for batch in batches(table, shard.path, columns, _ROWS):
                 for position in range(batch.num_rows):
@@ -194,7 +193,7 @@ def _entries(
 def _entry(
     name: str, batch: Any, position: int, columns: list[str], image: str
 ) -> dict[str, Any] | Skip:
-    """The cells of a row by column, or why it has none."""
+    """The cells of a row by column, or a skip."""
     numbers = {column: batch.schema.names.index(column) for column in columns}
     try:
         return {

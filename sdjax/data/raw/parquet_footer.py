@@ -1,7 +1,7 @@
-"""Reads what describes a parquet file, its footer and the headers of pages, where limits need it.
+"""A reader of the footer and the page headers of parquet files, as far as limits need them.
 
-pyarrow ends the whole process for some damaged footers when it is asked for a column of a row
-group. Both are in Thrift's compact protocol:
+For some damaged footers, pyarrow ends the whole process when it reads a column of a row group. Both
+are in Thrift's compact protocol:
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
 """
 
@@ -12,7 +12,7 @@ import io
 from typing import Any
 
 _MAGIC = b"PAR1"
-_MOST_STRUCTS = 16  # within one another
+_MOST_STRUCTS = 16  # levels of structs within one another
 # Types and codecs by their numbers.
 TYPES = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED")
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "LZ4", "ZSTD", "LZ4_RAW")
@@ -20,12 +20,12 @@ _REPEATED = 2
 
 
 class PageError(ValueError):
-    """A file that is damaged, or would become more than may be read; the message says what."""
+    """A file that is damaged, or would become too large; the message has the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A column of a row group: where its pages lie. path: names from the top of the schema."""
+    """The place of the pages of a column in a row group. path: names from the top of the schema."""
 
     path: tuple[str, ...]
     type: str
@@ -36,15 +36,15 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A row group."""
 
     rows: int
     chunks: tuple[Chunk, ...]
 
 
-def read_footer(file: Any) -> list[Group]:
-    """The row groups of a file, which is read from its end.
+def read_footer(file: Any) -> list[RowGroup]:
+    """The row groups of a file, read from the file's end.
 
     Raises:
         PageError: the footer is damaged.
@@ -65,8 +65,8 @@ def read_footer(file: Any) -> list[Group]:
 
 
 def _leaves(schema: list[dict[int, Any]]) -> list[bool]:
-    """Whether each column repeats within a row: the leaves of the tree that the schema flattens."""
-    left = [(schema[0].get(5, 0), False)]  # of each level: children to come, whether it repeats
+    """Whether each column repeats within a row: the leaves of the tree that the schema lists."""
+    left = [(schema[0].get(5, 0), False)]  # for each level: children to come, whether it repeats
     leaves = []
     for element in schema[1:]:
         while not left[-1][0]:
@@ -81,15 +81,15 @@ def _leaves(schema: list[dict[int, Any]]) -> list[bool]:
     return leaves
 
 
-def _group(fields: dict[int, Any], leaves: list[bool]) -> Group:
+def _group(fields: dict[int, Any], leaves: list[bool]) -> RowGroup:
     chunks = []
     for column, repeats in zip(fields[1], leaves, strict=True):
-        told = column[3]
-        start, first = told[9], told.get(11, 0)
+        meta = column[3]
+        start, first = meta[9], meta.get(11, 0)
         start = first if 0 < first < start else start
-        path = tuple(name.decode() for name in told[3])
-        chunks.append(Chunk(path, TYPES[told[1]], CODECS[told[4]], repeats, start, start + told[7]))
-    return Group(fields[3], tuple(chunks))
+        path = tuple(name.decode() for name in meta[3])
+        chunks.append(Chunk(path, TYPES[meta[1]], CODECS[meta[4]], repeats, start, start + meta[7]))
+    return RowGroup(fields[3], tuple(chunks))
 
 
 def parse(data: bytes) -> tuple[dict[int, Any], int]:
@@ -119,7 +119,7 @@ def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
 
 
 def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in (1, 2):  # true and false, which have no bytes
+    if kind in (1, 2):  # true and false have no bytes
         return kind == 1, at
     if kind == 3:
         return data[at], at + 1
@@ -138,7 +138,7 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
 
 
 def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
-    """A list or a set."""
+    """The values of a list or a set, and the position after it."""
     if depth > _MOST_STRUCTS:
         raise PageError("its description is nested too deeply")
     count, kind = data[at] >> 4, data[at] & 15
@@ -147,7 +147,7 @@ def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
         count, at = _unsigned(data, at)
     found = []
     for _ in range(count):
-        if kind in (1, 2):  # which have a byte in a list
+        if kind in (1, 2):  # true and false have a byte in a list
             value, at = data[at] == 1, at + 1
         else:
             value, at = _value(data, at, kind, depth)

@@ -1,7 +1,7 @@
-"""Checks the pages of a parquet file before they are decoded, and the cells before they are copied.
+"""Checks of a parquet file's pages before they are decoded, and of cells before they are copied.
 
-A page says in its header how large it is when it is decompressed, and pyarrow believes it; a file
-of 33 kB became gigabytes.
+The header of a page states its decompressed size, and pyarrow believes it. A file of 33 kB then
+takes gigabytes.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from sdjax.data.raw.limits import (
     MOST_PAGE_VALUES,
     ROWS_BEYOND_BYTES,
 )
-from sdjax.data.raw.parquet_footer import Chunk, Group, PageError, parse
+from sdjax.data.raw.parquet_footer import Chunk, PageError, RowGroup, parse
 from sdjax.system import untrusted
 
-_HEADS = (1 << 10, 1 << 20)  # bytes in which a header ends; most do in the first
+_HEADS = (1 << 10, 1 << 20)  # bytes to read of a header; the first suffice for most
 _UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of PageHeader
 _VALUES, _ENCODING, _ENCODING_V2 = 1, 2, 4  # fields of the headers within it
 _OF_DICTIONARY = (2, 8)  # encodings: numbers of texts in the dictionary
-_DELTA_BYTE_ARRAY = 7  # an encoding in which a value begins as the one before
+_DELTA_BYTE_ARRAY = 7  # an encoding in which a value shares the beginning of the previous one
 _OVERHEAD = 64  # bytes of a value as an object of Python
 
 
 def check_rows(rows: int, size: int) -> None:
-    """Raises PageError: a file of so many bytes announces more rows than it can have."""
+    """Raise a PageError if a file of `size` bytes announces more rows than it can have."""
     if not 0 <= rows <= size + ROWS_BEYOND_BYTES:
         raise PageError(f"it announces {rows:,} rows in {size:,} bytes")
 
 
-def rows_at_once(groups: Iterable[Group], file: Any, columns: Collection[str], most: int) -> int:
-    """How many rows are to be decoded at once, `most` or fewer, after a look at every page.
+def rows_at_once(groups: Iterable[RowGroup], file: Any, columns: Collection[str], most: int) -> int:
+    """The number of rows to decode at once, `most` or fewer, after a check of every page.
 
     Args:
         file: binary.
@@ -58,7 +58,7 @@ def _largest_page(file: Any, chunk: Chunk) -> int:
     while at < chunk.end:
         fields, length = _header(file, at)
         unpacked, packed = fields.get(_UNPACKED, 0), fields.get(_PACKED, 0)
-        values, encoding = _told(fields)
+        values, encoding = _values_and_encoding(fields)
         if unpacked < 0 or packed < 0:
             raise PageError(f"{where} of {min(unpacked, packed):,} bytes")
         if unpacked > max(MOST_PAGE_BYTES, MOST_PAGE_EXPANSION * packed):
@@ -78,8 +78,8 @@ def _largest_page(file: Any, chunk: Chunk) -> int:
     return largest
 
 
-def _told(fields: Mapping[int, Any]) -> tuple[int, int]:
-    """How many values a page has, and in which encoding."""
+def _values_and_encoding(fields: Mapping[int, Any]) -> tuple[int, int]:
+    """The number of values of a page, and their encoding."""
     for kind, field in ((_DATA, _ENCODING), (_DATA_V2, _ENCODING_V2), (_DICTIONARY, _ENCODING)):
         if isinstance(fields.get(kind), dict):
             return fields[kind].get(_VALUES, 0), fields[kind].get(field, 0)
@@ -87,7 +87,7 @@ def _told(fields: Mapping[int, Any]) -> tuple[int, int]:
 
 
 def _longest(file: Any, at: int, packed: int, unpacked: int, compression: str) -> int:
-    """The bytes of the longest text of a dictionary; of all where that cannot be told."""
+    """The bytes of the longest text of a dictionary; of all texts if that cannot be found."""
     import pyarrow as pa
 
     file.seek(at)
@@ -95,7 +95,7 @@ def _longest(file: Any, at: int, packed: int, unpacked: int, compression: str) -
     if compression != "UNCOMPRESSED":
         try:
             data = pa.Codec(compression.lower()).decompress(data, unpacked, asbytes=True)
-        except (ValueError, OSError, pa.ArrowException):  # LZ4 as Hadoop had it, or damaged
+        except (ValueError, OSError, pa.ArrowException):  # Hadoop's LZ4, or damaged
             return unpacked
     longest = place = 0
     while place + 4 <= len(data):
@@ -105,7 +105,7 @@ def _longest(file: Any, at: int, packed: int, unpacked: int, compression: str) -
 
 
 def _header(file: Any, at: int) -> tuple[dict[int, Any], int]:
-    """The fields of the page header at a place, and its bytes."""
+    """The fields of the page header at a position, and its bytes."""
     for most in _HEADS:
         file.seek(at)
         data = file.read(most)
@@ -118,7 +118,7 @@ def _header(file: Any, at: int) -> tuple[dict[int, Any], int]:
 
 
 def cell_bytes(cell: Any) -> int:
-    """About how many bytes a scalar of pyarrow takes as objects of Python."""
+    """The approximate bytes of a scalar of pyarrow as objects of Python."""
     import pyarrow as pa
 
     if not cell.is_valid:

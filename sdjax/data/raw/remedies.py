@@ -1,4 +1,4 @@
-"""Says what to do about rows that cannot be used, by the first of each reason."""
+"""Remedies for rows that cannot be used, by the first row of each reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from sdjax.data.raw.rows import Skip, passed_over
 
-# reason: (the option, what it does about it)
+# reason: (the option, its effect)
 _OPTIONS = {
     "no_caption": (("text_key", "names the field of the caption"),
                    ("min_caption_chars", "of 0 keeps pictures without one")),
@@ -24,7 +24,7 @@ _OPTIONS = {
     "no_score": (("score", "names it"),),
     "score": (("score", "has the limits"),),
 }  # fmt: skip
-# reason: what to mend in the data
+# reason: the remedy in the data
 _MEND = {
     "missing_file": "file_name is a path below the folder of the metadata file",
     "no_file_name": "expected a field file_name, a path below the folder of the metadata file",
@@ -38,10 +38,10 @@ _MEND = {
 
 
 def unusable(skips: Iterable[Skip], others: Mapping[str, int], options: Mapping[str, str]) -> str:
-    """A line for each reason, the most frequent first, with its first row and what helps.
+    """A line for each reason, the most frequent first, with its first row and the remedy.
 
-    others: files no row is made of, by ending. options: {option: what the caller calls it}, as
-    {"min_side": "--min_side"}; those that the caller lacks are not named.
+    others: files without a row, by ending. options: {option: the caller's name for it}, as
+    {"min_side": "--min_side"}; options that the caller lacks are not named.
     """
     counts: Counter[str] = Counter()
     first: dict[str, Skip] = {}

@@ -1,4 +1,4 @@
-"""What every reader of raw data speaks in: shards, rows, and skips with their reason."""
+"""The types that all readers of raw data share: shards, rows, and skips with their reason."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sdjax.data.config import DataError
 from sdjax.data.raw.tree import Links, walk
 from sdjax.system import paths, untrusted
 
-# Endings of pictures in the formats that are read, of `image_files.FORMATS`.
+# Endings of pictures in the formats `image_files.FORMATS`.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
     ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".mpo"
 )  # fmt: skip
-CAPTION_SUFFIXES = (".txt", ".caption", ".cap")  # of a file beside a picture; the first is taken
+CAPTION_SUFFIXES = (".txt", ".caption", ".cap")  # of files beside a picture; the first one is read
 SPLITS = ("train", "validation", "test")
 OUTSIDE = "data.outside_links (--outside_links) reads what links lead to outside of the folder"
 # The words of Hugging Face datasets (data_files.py, SPLIT_KEYWORDS) ...
@@ -31,7 +31,7 @@ SPLIT_WORDS = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 _LAST_WORDS = ("dev", "testing", "eval", "evaluation")  # ... these only at the end of a name
-# What img2dataset calls the size of a picture before it was stored smaller.
+# img2dataset's names for the size of a picture before it was stored smaller.
 ORIGINAL = ("original_height", "original_width")
 # (a row's or skip's name, its split) -> whether the reader should yield it
 Chosen = Callable[[str, str], bool]
@@ -39,50 +39,50 @@ Chosen = Callable[[str, str], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """What the data calls its parts: JSON fields of folders and tars, columns of parquet."""
+    """The names of the data's parts: JSON fields of folders and tars, columns of parquet."""
 
-    image: str = "image"  # of parquet alone
+    image: str = "image"  # for parquet alone
     text: str = "text"  # the main caption; in tars "text" is the .txt, else a field of the .json
-    captions: str = "captions"  # a list of alternatives; it need not be there
-    columns: tuple[str, ...] = ()  # others to hand on, such as scores
+    captions: str = "captions"  # a list of alternatives, optional
+    columns: tuple[str, ...] = ()  # others to pass on, such as scores
 
     @property
     def handed_on(self) -> tuple[str, ...]:
-        """All that goes into `Row.columns`, where the data has it."""
+        """The fields that go into `Row.columns`, if the data has them."""
         return (*self.columns, *ORIGINAL)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Where the main caption is looked for: `text`, and `caption` where nobody chose."""
+        """The fields that may hold the main caption: `text`, and `caption` besides the default."""
         return (self.text, "caption") if self.text == "text" else (self.text,)
 
     def caption(self, entry: Mapping[str, Any]) -> Any:
-        """The main caption of a row as it is found; None where it has no such field."""
+        """The main caption of a row, unchecked; None if it has no such field."""
         return next((entry[name] for name in self.texts if entry.get(name) is not None), None)
 
     def sought(self, entry: Iterable[str]) -> str:
-        """Where the caption of a row without one was looked for, and the fields that it has."""
+        """Words for the fields that may hold a caption, and for the fields that a row has."""
         there = ", ".join(untrusted.brief(name) for name in list(entry)[:12])
         return f"no field {' or '.join(map(repr, self.texts))}; it has {there or 'none'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One image and its captions as they were found: unchecked, but for the image's place."""
+    """One image and its captions as they were found; only the image's path is checked."""
 
-    name: str  # the image's path below the root, or its place in a shard; unique but for repeats
+    name: str  # the image's path below the root, or its place in a shard; unique except repeats
     split: str
     image: bytes | None
     text: Any
     captions: Any = None
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    place: str = ""  # the line that says all this, where it is not the name
-    sought: str = ""  # where a caption was looked for, if there is none
+    place: str = ""  # the line of the metadata, where it is not the name
+    sought: str = ""  # the places where a caption was not found
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """What was left out: the row, the metadata line or the shard, and why."""
+    """A row, a metadata line or a shard that was left out, and the reason."""
 
     name: str
     reason: str  # a short word, for counting
@@ -91,7 +91,7 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How a metadata file is written.
+    """The syntax of a metadata file.
 
     kind: "lines", one JSON object in each; "values", a JSON array or objects over several lines;
     or "csv", which has a delimiter and a header.
@@ -108,11 +108,12 @@ class Shard:
     """A part of the data that one worker reads, in order: a file, or a stretch of one.
 
     `start`, `stop` (bytes, or rows of parquet) and `line` (number of the first) are those of a
-    stretch of metadata, `dialect` how that is written. `names` are images that have their captions
-    beside them, in files with the endings `captions` ("" for none). `split` is that of every row,
-    but for those of `folders`: (folder of the row's image, split). `nearer` are metadata files in
-    folders below this one's, which have the last word on what they name. `outside`: links may lead
-    out of the root.
+    stretch of metadata, and `dialect` is its syntax. `names` are images with captions beside them,
+    in files with the endings `captions` ("" for none). `split` is that of every row, except those
+    of
+    `folders`: (folder of the row's image, split). `nearer` are metadata files in folders below this
+    one's, which take precedence for the images that they name. `outside`: links may lead out of the
+    root.
     """
 
     format: str
@@ -142,11 +143,12 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The parts of a source, as far as they can be told before any row is read.
+    """The parts of a source, as far as they are known before any row is read.
 
-    made: {split: {what makes it, in words: how many rows or files}}.
-    passed_over: how many files no row comes of, by ending. unnamed: the same of pictures that no
-    metadata file names. remarks: what else the user should know, a line each.
+    made: {split: {its origin, in words: number of rows or files}}.
+    passed_over: number of files without a row, by ending. unnamed: number of pictures that no
+      metadata
+    file names, by ending. remarks: other lines for the user.
     """
 
     shards: list[Shard]
@@ -157,7 +159,7 @@ class Survey:
     remarks: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """All this for people."""
+        """The survey as lines for people."""
         said = []
         for split in SPLITS:
             for reason, count in self.made.get(split, {}).items():
@@ -172,12 +174,12 @@ class Survey:
 
 
 def passed_over(endings: Mapping[str, int]) -> str:
-    """ "6 files passed over: 3 .heic, 2 .jxl, 1 .tiff" """
+    """A line such as "6 files passed over: 3 .heic, 2 .jxl, 1 .tiff"."""
     return f"{_total(endings, 'file')} passed over: {by_ending(endings)}"
 
 
 def by_ending(endings: Mapping[str, int]) -> str:
-    """Counts by ending, the most frequent first: "3 .heic, 2 .jxl"."""
+    """The counts by ending, the most frequent first: "3 .heic, 2 .jxl"."""
     ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
     more = f" and {len(ordered) - 12} other endings" if len(ordered) > 12 else ""
     return ", ".join(f"{count:,} {ending}" for ending, count in ordered[:12]) + more
@@ -189,7 +191,7 @@ def _total(endings: Mapping[str, int], what: str) -> str:
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; `reason` is a short word for counting, `detail` says more."""
+    """A row that cannot be used; `reason` is a short word for counting, `detail` explains it."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}")
@@ -198,7 +200,7 @@ class BadRow(ValueError):
 
 
 def raised(error: Exception) -> tuple[str, str]:
-    """The reason and the detail of a row whose reading raised this."""
+    """The reason and the detail of a row whose reading raised this error."""
     if isinstance(error, BadRow):
         return error.reason, shown(error.detail)
     text = " ".join(str(error).split())[:200]
@@ -221,7 +223,7 @@ def split_word(name: str) -> str:
 
 
 def split_of(name: str) -> str:
-    """The split of a shard, which its folders say or else the words of its name; else train."""
+    """The split of a shard, from the names of its folders or else from its name; else train."""
     *folders, file = name.split("/")
     stem = re.sub(r"\.(parquet|tar|tar\.gz|tgz)$", "", file, flags=re.IGNORECASE)
     for part in (*folders, stem):
@@ -231,7 +233,7 @@ def split_of(name: str) -> str:
 
 
 def fraction(name: str) -> float:
-    """A name -> [0, 1), the same for ever: the start of its SHA-256."""
+    """A number in [0, 1) of a name, the same for ever: the start of its SHA-256."""
     digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -243,13 +245,13 @@ def ending(name: str) -> str:
 
 
 def caption_files(stem: str) -> str:
-    """The files that may have a picture's caption, in words: "a.txt, a.caption or a.cap"."""
+    """The files that may hold a picture's caption, in words: "a.txt, a.caption or a.cap"."""
     *others, last = (f"{stem}{end}" for end in CAPTION_SUFFIXES)
     return f"{', '.join(others)} or {last}"
 
 
 def find_shards(path: str, suffixes: tuple[str, ...], format: str, *, outside: bool) -> Survey:
-    """One shard for each such file of a folder, of a pattern (`*`, `?`), or for the file itself.
+    """One shard for each such file of a folder or of a pattern (`*`, `?`), or for the file itself.
 
     outside: links may lead out of the folder.
 
@@ -313,7 +315,7 @@ def links_left(links: Links) -> tuple[str, ...]:
 
 
 def _expand(pattern: paths.Path) -> tuple[paths.Path, list[paths.Path]]:
-    """The matches of a pattern and the folder it starts from; a part that exists is a name."""
+    """The folder that a pattern starts from, and its matches; an existing part of it is a name."""
     if not any(sign in str(pattern) for sign in "*?["):
         return pattern, []
     least = 3 if paths.is_remote(pattern) else 0  # "/", "gs" and the bucket
@@ -336,7 +338,7 @@ def _expand(pattern: paths.Path) -> tuple[paths.Path, list[paths.Path]]:
 
 
 def stamp(file: paths.Path) -> str:
-    """A file's size and time, or that it is not there."""
+    """A file's size and time, or "missing"."""
     try:
         if paths.is_remote(file):
             remote = epath.Path(file).stat()

@@ -1,9 +1,9 @@
-"""Reads tar archives from front to back, plain or of gzip: the members that are wanted, no others.
+"""A reader of tar archives from front to back, plain or gzipped: the wanted members alone.
 
 The formats are those of `tarfile` of the standard library: v7, ustar, GNU with long names, and pax
-(https://www.gnu.org/software/tar/manual/html_node/Standard.html). `tarfile` believes what headers
-say: it reads names of any length, fills in the holes of sparse members, and calls itself for every
-header that follows another.
+(https://www.gnu.org/software/tar/manual/html_node/Standard.html). `tarfile` trusts headers: it
+reads names of any length, fills the holes of sparse members, and recurses for every header that
+follows another.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _END = bytes(BLOCK)
 _FILES = (b"0", b"\0", b"7")  # types of members
 _EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _LONG_NAME, _SPARSE, _PAX = b"L", b"S", (b"x", b"X")
-_TOLD_BESIDES = (b"K", b"g")  # the target of a link; what holds for all members
+_IGNORED = (b"K", b"g")  # the target of a link; settings of all members
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class TarError(Exception):
-    """An archive that cannot be read any further; the message says why."""
+    """An archive that cannot be read any further; the message has the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
     """A plain file of an archive.
 
-    data: its content; None if it was not wanted, is larger than what was wanted, or is sparse.
+    data: its content; None if it is not wanted, too large, or sparse.
     """
 
     name: str
@@ -53,11 +53,11 @@ def members(file: Any, wanted: Callable[[str], int]) -> Iterator[Member]:
 
     Args:
         file: binary, at its beginning.
-        wanted: the name of a member -> the most bytes that are read of it, 0 to pass over it.
+        wanted: the name of a member -> the most bytes to read of it, 0 to pass over it.
 
     Raises:
         TarError: it cannot be read any further.
-        OSError, EOFError, zlib.error: the same, by what gzip raises.
+        OSError, EOFError, zlib.error: the same, from gzip.
     """
     stream = _Stream(file)
     first = True
@@ -72,7 +72,7 @@ def members(file: Any, wanted: Callable[[str], int]) -> Iterator[Member]:
 
 
 def _member(stream: _Stream, header: _Header, wanted: Callable[[str], int]) -> Iterator[Member]:
-    """The member that begins with a header, after those that tell more of it; none if no file."""
+    """The member that begins with a header, after more headers; nothing if it is no file."""
     name, size, is_sparse = "", -1, False
     for _ in range(MOST_HEADERS):
         if header.kind == _LONG_NAME:
@@ -82,7 +82,7 @@ def _member(stream: _Stream, header: _Header, wanted: Callable[[str], int]) -> I
             is_sparse |= any(key.startswith("GNU.sparse.") for key in told)
             name = told.get("GNU.sparse.name") or told.get("path") or name
             size = _decimal(told["size"]) if "size" in told else size
-        elif header.kind in _TOLD_BESIDES:
+        elif header.kind in _IGNORED:
             stream.name(header.size)
         else:
             break
@@ -112,7 +112,7 @@ def _member(stream: _Stream, header: _Header, wanted: Callable[[str], int]) -> I
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """What a block says of a member. kind: its type, a single byte."""
+    """The header of a member. kind: its type, a single byte."""
 
     name: str
     size: int
@@ -121,10 +121,10 @@ class _Header:
 
     @classmethod
     def parse(cls, block: bytes) -> _Header:
-        """Raises TarError: it is none."""
+        """Parse the header in a block. Raises TarError: it is none."""
         told = _number(block[148:156])
         plain = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-        if plain != told:  # some old programs add bytes up as signed ones
+        if plain != told:  # some old programs add up signed bytes
             high = sum(byte > 127 for byte in block[:148] + block[156:])
             if plain - 256 * high != told:
                 raise TarError("a header is damaged: its sum is wrong")
@@ -162,7 +162,7 @@ def _text(name: bytes) -> str:
 
 
 def _pax(data: bytes) -> dict[str, str]:
-    """The records "LENGTH KEY=VALUE\\n" of a pax header."""
+    r"""The records "LENGTH KEY=VALUE\n" of a pax header."""
     found, at = {}, 0
     while at < len(data) and data[at]:
         blank = data.find(b" ", at, at + 20)
@@ -177,7 +177,7 @@ def _pax(data: bytes) -> dict[str, str]:
 
 
 class _Stream:
-    """An archive from front to back, unpacked where it is of gzip."""
+    """An archive from front to back, unpacked if it is gzipped."""
 
     def __init__(self, file: Any):
         self._raw = file
@@ -192,7 +192,7 @@ class _Stream:
         self._at = 0
 
     def read(self, size: int) -> bytes:
-        """So many bytes; fewer at the end."""
+        """The next `size` bytes; fewer at the end."""
         data = self._file.read(size)
         while len(data) < size:
             more = self._file.read(size - len(data))
@@ -211,7 +211,7 @@ class _Stream:
         return self.content(size)
 
     def content(self, size: int) -> bytes:
-        """The content of a member, after which the next header comes."""
+        """The content of a member, up to the next header."""
         if self._length is not None and self._at + size > self._length:
             raise TarError("a member breaks off")
         data = self.read(size)
@@ -237,7 +237,7 @@ class _Stream:
 
 
 def _length(file: Any) -> int | None:
-    """The bytes of a file on a disk; None of others, in which to move about is slow."""
+    """The bytes of a file on a disk; None for others, where seeking is slow."""
     try:
         return os.fstat(file.fileno()).st_size
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Walks a folder of raw data: every folder below it once, whatever links lead where."""
+"""A walk through a folder of raw data: every folder below it once, wherever links lead."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from sdjax.data.config import DataError
 from sdjax.system import paths
 
-_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,8}$")  # what is called so in a bucket is no folder
+_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,8}$")  # names of files, not of folders, in a bucket
 
 
 @dataclasses.dataclass
 class Links:
-    """Links to folders that a walk does not follow: back to what it reads anyway, or out of it."""
+    """Links to folders that a walk does not follow: back to its own folders, or out of the root."""
 
     back: list[str] = dataclasses.field(default_factory=list)
     out: list[str] = dataclasses.field(default_factory=list)
@@ -24,12 +24,12 @@ class Links:
 def walk(
     root: paths.Path, links: Links | None = None, *, outside: bool = False
 ) -> Iterator[tuple[str, list[str]]]:
-    """(folder below the root, "" for the root; names of its files) of the root and all below it.
+    """Each folder below the root, "" for the root itself, and the names of its files.
 
-    Files and folders come in the order of their names, hidden ones and __MACOSX left out. A link to
-    a folder is not followed; with `outside` one that leads out of the root is, unless it leads to a
-    folder that holds the link or the root, or to one that was seen already. `links` gets those that
-    are not followed.
+    Files and folders come in the order of their names, without hidden ones and __MACOSX. A link to
+    a folder is not followed. With `outside`, links that lead out of the root are followed, with two
+    exceptions: to a folder that holds the link or the root, and to a folder that was seen already.
+    Links that are not followed are added to `links`.
 
     Raises DataError: a folder cannot be listed.
     """
@@ -100,7 +100,7 @@ def _leads_back(link: str, folder: str, real_root: str) -> bool:
 
 
 def _walk_bucket(root: paths.Path, below: str) -> Iterator[tuple[str, list[str]]]:
-    """As `walk`; asking of an object whether it is a folder costs a request, so few are asked."""
+    """Walk a bucket; to check whether an object is a folder costs a request, so few are checked."""
     try:
         children = sorted(child.name for child in (root / below if below else root).iterdir())
     except paths.storage_errors() as error:

@@ -1,4 +1,4 @@
-"""Reads WebDataset tar shards in the layout of img2dataset: 000.jpg, 000.txt, 000.json, 001.jpg ...
+"""The reader of WebDataset tars in img2dataset's layout: 000.jpg, 000.txt, 000.json, 001.jpg ...
 
 A sample is a run of members with one key, which is the path up to the first dot of the file name
 (https://github.com/webdataset/webdataset, `base_plus_ext`). Where a key has no picture of its own,
@@ -42,7 +42,7 @@ _KINDS = {
     **{suffix[1:]: suffix for suffix in CAPTION_SUFFIXES},
     "json": "json",
 }
-_MOST_PARTS = 8  # of a key, kept until it ends; more are samples of their own
+_MOST_PARTS = 8  # parts of a key that are kept until it ends; more are samples of their own
 _MOST = {  # bytes of each kind
     "image": MOST_PICTURE_BYTES,
     "json": MOST_ROW_BYTES,
@@ -59,7 +59,7 @@ def survey(path: str, *, outside: bool) -> Survey:
 def read(
     shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
 ) -> Iterator[Row | Skip]:
-    """The rows of a tar in order; a tar that breaks off ends in a skip of its own."""
+    """The rows of a tar in order; a tar that breaks off gives a skip."""
     for name, sample in _samples(shard, passed_over):
         if not chosen(name, shard.split):
             continue
@@ -92,6 +92,7 @@ def _row(name: str, shard: Shard, sample: _Sample, fields: Fields) -> Row:
 
 
 def _content(sample: _Sample, kind: str) -> bytes:
+    """The bytes of a member of a sample. Raises BadRow: they were not read."""
     member = sample[kind]
     if member.data is not None:
         return member.data
@@ -102,7 +103,7 @@ def _content(sample: _Sample, kind: str) -> bytes:
 
 
 def _sought(name: str, fields: Fields, entry: dict[str, Any]) -> str:
-    """Where a caption was looked for in vain."""
+    """Words for the places where a caption was not found."""
     stem = name.rpartition("/")[2].rpartition(".")[0]
     beside = f"no {caption_files(stem)} beside it, "
     return f"{beside if fields.text == 'text' else ''}in {stem}.json {fields.sought(entry)}"
@@ -116,7 +117,7 @@ def names(shard: Shard) -> Iterator[str]:
 
 
 def _json(encoded: bytes | None) -> dict[str, Any]:
-    """A sample's metadata; {} when it has none that can be read, for the caption may do without."""
+    """The metadata of a sample; {} if it is unreadable: the caption may not need it."""
     try:
         entry = json.loads(encoded or b"{}")
     except (ValueError, RecursionError, MemoryError):
@@ -127,20 +128,20 @@ def _json(encoded: bytes | None) -> dict[str, Any]:
 def _samples(
     shard: Shard, passed_over: Counter[str], *, contents: bool = True
 ) -> Iterator[tuple[str, _Sample | Skip]]:
-    """(name, sample) of each; the name is its image's path in the tar."""
+    """The name and the sample of each; the name is its image's path in the tar."""
     seen: dict[str, int] = {}
 
     def named(sample: _Sample) -> tuple[str, _Sample]:
         first = sample.get("image") or next(iter(sample.values()))
         name = f"{shard.name}/{first.name}"
-        seen[name] = seen.get(name, 0) + 1  # a key that comes again is another sample
+        seen[name] = seen.get(name, 0) + 1  # a repeated key is another sample
         return (name if seen[name] == 1 else f"{name}#{seen[name]}"), sample
 
     key = ("", "")
-    parts: dict[str, _Sample] = {}  # of the key, by what stands between its dot and the last one
+    parts: dict[str, _Sample] = {}  # of the key, by the text between its dot and the last dot
 
     def wanted(path: str) -> int:
-        """The most bytes to be read of a member, so that those kept of a key are bounded, too."""
+        """The most bytes to read of a member; those kept for a key are bounded, too."""
         folder, _, file = path.rpartition("/")
         same = (folder, file.partition(".")[0]) == key
         kept = [m for part in parts.values() for m in part.values()] if same else []
@@ -175,7 +176,7 @@ def _samples(
 
 
 def _finished(parts: dict[str, _Sample], passed_over: Counter[str]) -> Iterator[_Sample]:
-    """The samples that the members of a key make; what is left of them is counted.
+    """The samples that the members of a key make; the other members are counted.
 
     A plain picture (000.jpg) is the sample of its key, and others (000.mask.png) are passed over
     unless they have captions of their own. Without one, a single picture takes the key's caption.
@@ -197,7 +198,7 @@ def _finished(parts: dict[str, _Sample], passed_over: Counter[str]) -> Iterator[
 
 
 def _members(shard: Shard, wanted: Callable[[str], int]) -> Iterator[tar.Member | Skip]:
-    """The files of a tar; the last is a Skip when it cannot be read to its end."""
+    """The files of a tar; the last is a Skip if the tar cannot be read to its end."""
     try:
         with open_shard(shard) as file:
             yield from tar.members(file, wanted)

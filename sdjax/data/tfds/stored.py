@@ -30,8 +30,8 @@ def builder_from_directory(folder: paths.PathLike) -> Any:
     """Return the TFDS builder of a stored dataset. Every folder is opened by this function.
 
     Raises:
-        DataError: a file of the folder cannot be read, or names a class that is not of TFDS, a file
-            outside the folder, or more examples than there are.
+        DataError: a file of the folder cannot be read. Or it names a class that is not of TFDS, a
+            file outside the folder, or more examples than there are.
     """
     from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 

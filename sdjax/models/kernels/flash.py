@@ -1,8 +1,8 @@
 """Attention that never writes its scores to memory: JAX's own splash kernel for TPUs.
 
-Dense attention over the 64 x 64 positions of a 512 px latent writes and reads 16.8 million float32
-scores for each example and head, several times a block. That is about half of all the memory
-traffic of a training step of Stable Diffusion 1.5, and most of its temporaries.
+Dense attention over the 64 x 64 positions of a 512 px latent has 16.8 million float32 scores for
+each example and head. It writes and reads them several times a block. That is about half of all the
+memory traffic of a training step of Stable Diffusion 1.5, and most of its temporaries.
 """
 
 from __future__ import annotations
