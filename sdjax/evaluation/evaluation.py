@@ -322,7 +322,6 @@ def _distances(
 def _neighbours(
     features: _FeatureCache, names: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Estimate]:
-    """The metrics of nearest neighbours."""
     pairs = {
         ("precision", "recall"): neighbours.precision_recall,
         ("density", "coverage"): neighbours.density_coverage,
@@ -337,13 +336,11 @@ def _neighbours(
 
 
 def _with(estimate: Estimate, tower: Tower) -> Estimate:
-    """The estimate, with the name of the tower in its details."""
     details = {**estimate.details, "features": tower.name}
     return dataclasses.replace(estimate, details=details)
 
 
 def _memorised(features: _FeatureCache, options: Mapping[str, Any]) -> Nearest:
-    """The comparison of generated with training pictures."""
     tower = _tower(features.inputs) or PixelTower()
     found = neighbours.memorisation(
         features.generated(tower), features.train(tower), features.compared(tower), **options
@@ -354,7 +351,6 @@ def _memorised(features: _FeatureCache, options: Mapping[str, Any]) -> Nearest:
 def _of_prompts(
     features: _FeatureCache, names: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Estimate]:
-    """The metrics of pictures with their captions."""
     found: dict[str, Estimate] = {}
     inputs = features.inputs
     texts, numbers = np.unique(inputs.captions or (), return_inverse=True)
