@@ -21,10 +21,10 @@ class ValidationConfig:
     # Of pictures that are drawn at every validation, see `sdjax.evaluate --help`: metrics such as
     # ("fid", "clip_score"), logged as evaluation/NAME, and what they take.
     metrics: tuple[str, ...] = ()
-    num_samples: int = 1000
-    inception: str = ""
-    clip: str = ""
-    features: str = ""
+    num_samples: int = 1000  # pictures for these metrics
+    inception: str = ""  # --inception of sdjax.evaluate
+    clip: str = ""  # --clip
+    features: str = ""  # --features
     mode: str = "min"  # or "max", where more is better
     patience: int = 0  # validations without a new best after which the run stops; 0: never
     # Steps between looks at the largest activations and attention logits of the UNet; 0: never.

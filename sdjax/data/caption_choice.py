@@ -22,7 +22,7 @@ class CaptionConfig:
     main_share: float = 0.5  # probability of data.text_key where there are others
     templates: tuple[str, ...] = ()  # for labels, besides data.label_template: all equally often
     separator: str = ", "  # between tags: split there, and joined with it again
-    shuffle_tags: bool = False
+    shuffle_tags: bool = False  # tags in another order every time
     keep_tags: int = 0  # the first tags, as many, stay in front and are never dropped
     tag_dropout: float = 0.0  # probability that each other tag is left out
     empty: str = "keep"  # examples without caption: "keep", "skip" (and count) or "error"

@@ -31,11 +31,11 @@ class DataConfig:
     name: str = "captioned_shapes"  # or one of WITH_PATH, or TFDS "name[/config][:version]"
     path: str = ""  # the folder or files, for those of WITH_PATH
     data_dir: str = ""  # folder of prepared datasets; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
-    split: str = "train"
-    eval_split: str = "test"
-    image_key: str = "image"  # names of the TFDS features; a class label becomes text by template
-    text_key: str = "text"
-    label_template: str = "a photo of a {}"
+    split: str = "train"  # to train on; TFDS slices too, as "train[:90%]"
+    eval_split: str = "test"  # to validate on, and of the captions that are drawn
+    image_key: str = "image"  # the TFDS feature with the picture
+    text_key: str = "text"  # the one with the caption, or a class label
+    label_template: str = "a photo of a {}"  # the caption of a class label
     # Splits by hash, for datasets that store `train` and not these.
     validation_share: float = 0.0  # of all examples, as the split "validation"
     test_share: float = 0.0  # the same for "test"
@@ -52,17 +52,17 @@ class DataConfig:
     flip: bool = False  # mirror at random; wrong where captions say left and right
     batch_size: int = 64  # global: over all hosts and devices
     workers: int = 0  # processes that decode; 0 decodes in `threads` of this process
-    threads: int = 4
+    threads: int = 4  # that decode, where there are no workers
     prefetch: int = 4  # batches kept ready (per worker); 0 makes each on demand
     max_pixels: int = MAX_PIXELS  # larger images are refused before decoding
     # Raw data: the rows that are skipped (and reported), and how many of them are an error.
     outside_links: bool = False  # read files outside of `path` that links below it lead to
-    min_side: int = 16
+    min_side: int = 16  # shorter side in pixels
     max_aspect: float = 8.0  # long side over short side; 0 for any
     max_bad_examples: int = -1  # more skipped than this is an error; -1 for any number
     # The dataset captioned_shapes.
-    shapes_train: int = 20_000
-    shapes_test: int = 512
+    shapes_train: int = 20_000  # pictures of the split "train"
+    shapes_test: int = 512  # pictures of the split "test"
     shapes_pairs: float = 0.35  # share of pictures with two objects
     shapes_colours: str = "named"  # or "any", without names in captions, for an autoencoder
 

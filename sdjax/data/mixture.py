@@ -22,16 +22,16 @@ from sdjax.errors import UserError
 class Part:
     """One source of `data.mixture`; a field of "", 0 or None is as in `data`."""
 
-    name: str = ""
-    path: str = ""
-    data_dir: str = ""
-    split: str = ""
-    eval_split: str = ""
-    image_key: str = ""
-    text_key: str = ""
-    resolution: int = 0  # parts of different resolutions are mixed batch by batch
-    score_key: str = ""
-    min_score: float | None = None
+    name: str = ""  # data.name
+    path: str = ""  # data.path
+    data_dir: str = ""  # data.data_dir
+    split: str = ""  # data.split
+    eval_split: str = ""  # data.eval_split
+    image_key: str = ""  # data.image_key
+    text_key: str = ""  # data.text_key
+    resolution: int = 0  # data.resolution; parts of different resolutions are mixed batch by batch
+    score_key: str = ""  # data.score_key
+    min_score: float | None = None  # data.min_score
     weight: float = 1.0  # relative to the other parts that are active at the time
     start: int = 0  # the first step with this part, counted from 0 ...
     end: int = 0  # ... and the first step without it; 0: it stays to the end of the run
