@@ -112,7 +112,7 @@ def train(config: Config, workdir: str, *, dry_run: bool = False) -> int:
     with collector.paused():
         from sdjax.train import loop
         from sdjax.train.hooks import Hooks, Judge
-        from sdjax.web.report_page import write_report
+        from sdjax.web.report.page import write_report
 
     def make_judge(config: Config, tokenizers: Any, folder: paths.Path) -> Judge:
         from sdjax.evaluation import judging  # of many modules, which few runs need

@@ -60,7 +60,7 @@ def report(args: argparse.Namespace) -> paths.Path:
     Raises:
         UserError: there is no such run, or the page cannot be written.
     """
-    from sdjax.web.report_page import write_report
+    from sdjax.web.report.page import write_report
 
     folder = paths.to_path(args.workdir)
     if not paths.exists(folder):

@@ -16,7 +16,7 @@ from sdjax.errors import UserError
 from sdjax.models.weights import save_file
 from sdjax.system import paths
 from sdjax.train.frozen import read_frozen
-from sdjax.web.report_run import read_run
+from sdjax.web.report.run import read_run
 from tests.fuzz import targets_models
 from tests.fuzz.targets_models import _good, _write
 

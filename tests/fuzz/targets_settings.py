@@ -26,7 +26,7 @@ from sdjax.errors import UserError
 from sdjax.evaluation.loading import choose_data
 from sdjax.sweeps import claims
 from sdjax.system import text_files
-from sdjax.web import report_page
+from sdjax.web.report import page as report_page
 from tests.fuzz import mutation, stored_dataset
 from tests.web import report_workdir
 

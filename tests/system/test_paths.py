@@ -14,7 +14,7 @@ from sdjax.evaluation.ema_lengths import convert_command
 from sdjax.optim import ema
 from sdjax.sampling.grids import save_png
 from sdjax.system import paths
-from sdjax.web import report_evaluations, report_pictures
+from sdjax.web.report import evaluations, pictures
 from tests.odd_names import NAMES, ODD
 
 
@@ -73,13 +73,13 @@ def test_snapshots_pictures_and_evaluations_of_any_workdir_are_found(folder):
     image = np.zeros((8, 8, 3), np.uint8)
     for name in ("00000004.png", "strip.png"):
         save_png(folder / "samples" / name, image, {})
-    gallery = report_pictures.gather(folder)
+    gallery = pictures.gather(folder)
     assert gallery.shown == 1 and len(gallery.strips) == 1 and not gallery.unreadable
     within = folder / "evaluations" / "one"
     within.mkdir(parents=True)
     (within / "metrics.json").write_text('{"step": 4}')
     save_png(within / "grid.png", image, {})
-    (found,), problems = report_evaluations.gather(folder)
+    (found,), problems = evaluations.gather(folder)
     assert found.step == 4 and len(found.pictures) == 1 and not problems
 
 

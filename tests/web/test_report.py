@@ -13,14 +13,19 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
 import pytest
+from jinja2 import StrictUndefined
 
 from sdjax.report import main
 from sdjax.sampling.grids import save_png
-from sdjax.web import report_data
-from sdjax.web.report_page import write_report
+from sdjax.web import templating
+from sdjax.web.report import figures
+from sdjax.web.report.data import DataReport
+from sdjax.web.report.page import write_report
 from tests.fake_gcs import FakeGCS
 from tests.odd_names import ODD
 from tests.web.report_workdir import NASTY, lines, make_lines, make_workdir
+
+WEB = Path(templating.__file__).parent
 
 
 @pytest.fixture
@@ -68,11 +73,25 @@ class Elements(HTMLParser):
 def test_what_comes_from_files_stays_text(page):
     """NASTY is in captions, config values, metric names, warnings and the data report."""
     found = Elements(page)
-    assert sum(tag == "script" for tag, _ in found.tags) == 3  # data, plotly, our own
+    assert sum(tag == "script" for tag, _ in found.tags) == 2  # plotly, our own
     assert all(a.get("src", "").startswith("data:image/") for t, a in found.tags if t == "img")
     assert not any(name.startswith("on") for _, attrs in found.tags for name in attrs)
     assert sum(NASTY in words for words in found.words) > 6
     assert NASTY not in page
+
+
+def test_templates_escape_all_but_our_own_style_and_scripts():
+    environment = templating.environment()
+    assert environment.autoescape is True and environment.undefined is StrictUndefined
+    templates = [file.read_text() for file in sorted(WEB.rglob("*.html"))]
+    unescaped = [text for t in templates for text in re.findall(r"(\w+) \|\s*safe\b", t)]
+    assert len(templates) > 2 and unescaped == ["css", "script"]
+    assert not any("autoescape" in text for text in templates)
+
+
+def test_no_python_file_of_the_room_holds_markup():
+    for file in WEB.rglob("*.py"):
+        assert not re.search(r"</|<\w+[^>\n]*>|Markup", file.read_text()), file
 
 
 def test_the_page_names_nothing_to_load(page):
@@ -125,14 +144,23 @@ def test_damaged_files_are_named_and_the_rest_is_shown(workdir, tmp_path, name):
     assert "config.json and checkpoints: " in words and "Gradient norm" in words
 
 
-def test_a_chapter_that_fails_leaves_the_others(workdir, tmp_path, monkeypatch):
-    def fail(*_):
-        raise KeyError("nobody foresaw this")
+@pytest.mark.parametrize(
+    ("owner", "name", "kept"),
+    [(DataReport, "counts", "Gradient norm"), (figures, "sections", "To train it again")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [KeyError, AttributeError])
+def test_a_chapter_that_fails_leaves_the_others(
+    owner, name, kept, kind, workdir, tmp_path, monkeypatch
+):
+    """Jinja2 takes an AttributeError for a name that is not there, if it lets it."""
 
-    monkeypatch.setattr(report_data, "show", fail)
-    text = write_report(workdir, tmp_path / "x.html").read_text()
-    assert "This part could not be made" in text and "nobody foresaw this" in text
-    assert "Gradient norm" in text
+    def fail(*_):
+        raise kind("nobody foresaw this")
+
+    monkeypatch.setattr(owner, name, fail)
+    text = unescape(write_report(workdir, tmp_path / "x.html").read_text())
+    assert "This part could not be made" in text and kept in text
+    assert re.search(f"{kind.__name__}: '?nobody foresaw this", text)
 
 
 def test_what_a_run_counts_of_its_data_is_a_table(tmp_path):

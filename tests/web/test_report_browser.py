@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from sdjax.web.report_page import write_report
+from sdjax.web.report.page import write_report
 from tests.odd_names import ODD
 from tests.web.report_workdir import NASTY, make_workdir
 

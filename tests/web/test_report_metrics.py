@@ -7,10 +7,10 @@ import pytest
 from scipy.ndimage import gaussian_filter1d
 
 from sdjax.train.monitoring import metrics_log
-from sdjax.web.report_figures import POINTS, images_seen, sections, to_json
-from sdjax.web.report_metrics import Curve, Metrics, parse, read_metrics, smooth, thin
-from sdjax.web.report_run import read_run
-from sdjax.web.report_warnings import find
+from sdjax.web.report.figures import POINTS, images_seen, sections
+from sdjax.web.report.metrics import Curve, Metrics, parse, read_metrics, smooth, thin
+from sdjax.web.report.run import read_run
+from sdjax.web.report.warnings import find
 from tests.web.report_workdir import lines, make_lines, make_workdir
 
 
@@ -180,7 +180,7 @@ def test_only_what_is_there_is_drawn_and_what_nobody_foresaw_too():
 def test_what_the_page_gets_is_what_was_measured(workdir):
     metrics = read_metrics(workdir)
     figures = [figure for section in sections(metrics) for figure in section.figures]
-    sent = to_json(figures)["figures"][0]["series"][0]
+    sent = figures[0].data["series"][0]
     curve = metrics.curves["train/loss"]
     np.testing.assert_array_equal(decode(sent["x"]), curve.steps)
     np.testing.assert_array_equal(decode(sent["y"]), curve.values.astype(np.float32))
@@ -188,9 +188,7 @@ def test_what_the_page_gets_is_what_was_measured(workdir):
     # float32 does not tell 2**24 from 2**24 + 1
     late = Curve(np.array([2**24, 2**24 + 1]), np.zeros(2))
     figures = sections(Metrics({"train/loss": late}, {}, 2, 0))[0].figures
-    np.testing.assert_array_equal(
-        decode(to_json(figures)["figures"][0]["series"][0]["x"]), late.steps
-    )
+    np.testing.assert_array_equal(decode(figures[0].data["series"][0]["x"]), late.steps)
 
 
 def test_logarithmic_axes_where_values_span_decades():

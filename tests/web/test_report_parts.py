@@ -1,24 +1,34 @@
 """The parts of the report: warnings, pictures, evaluations, and what was trained."""
 
+import ast
 import base64
 import contextlib
+import importlib
 import io
 import json
 import os
+import re
 import shutil
+from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
+from sdjax.__main__ import VERBS
+from sdjax.config import Config, to_dict
 from sdjax.sampling.grids import save_png
 from sdjax.sampling.strips import append_column
 from sdjax.system import paths
-from sdjax.web import report_evaluations, report_pictures, report_run
-from sdjax.web.report_metrics import Curve, Metrics, parse, read_metrics
-from sdjax.web.report_page import gather, write_report
-from sdjax.web.report_run import read_run, recipe, summary
-from sdjax.web.report_warnings import find
+from sdjax.web.report import evaluations as judged
+from sdjax.web.report import pictures, warnings
+from sdjax.web.report.metrics import Curve, Metrics, parse, read_metrics
+from sdjax.web.report.page import gather, write_report
+from sdjax.web.report.run import Run, Sizes, read_run, recipe, summary
+from sdjax.web.report.warnings import find
+from sdjax.web.templating import asset
 from tests.web.report_workdir import NASTY, lines, make_workdir, write_evaluation, write_pictures
 
 
@@ -62,6 +72,40 @@ def test_a_healthy_run_has_no_warnings():
     assert titles(parse(lines(*rows))) == []
 
 
+def advice():
+    """Every text of the warnings and chapters, those that no test has in a page included."""
+    tree = ast.parse(Path(warnings.__file__).read_text())
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    return " ".join(str(text) for text in [*texts, asset("chapters.html")])
+
+
+def options_of(verb):
+    """The names of the options that a verb knows."""
+    modules = [importlib.import_module(f"sdjax.{verb}")]
+    if verb == "prepare":
+        modules.append(importlib.import_module("sdjax.encode"))
+    return {name for module in modules for name in getattr(module, "FLAGS", flags.FLAGS)}
+
+
+def test_commands_that_the_report_advises_exist():
+    found = re.findall(r"python -m sdjax\.(\w+)((?: --[^\s`]+)*)", advice())
+    assert len(found) > 3 and len(found) == len(re.findall(r"sdjax\.\w", advice()))
+    for verb, options in found:
+        assert verb in VERBS
+        assert set(re.findall(r"--(\w+)", options)) <= options_of(verb)
+
+
+def test_fields_that_the_report_advises_exist():
+    groups = "|".join(name for name, value in to_dict(Config()).items() if isinstance(value, dict))
+    found = re.findall(rf"\b(?:{groups})(?:\.\w+)+", advice())
+    assert len(found) > 10
+    for name in found:
+        value = to_dict(Config())
+        for part in name.split("."):
+            assert part in value, name
+            value = value[part]
+
+
 def curve_of(name, values):
     return {name: Curve(np.arange(1, len(values) + 1), np.array(values, float))}
 
@@ -102,7 +146,7 @@ def test_cut_captions_are_counted_over_restarts():
 
 
 def test_grids_of_each_kind_by_step(workdir):
-    gallery = report_pictures.gather(workdir)
+    gallery = pictures.gather(workdir)
     assert [(row.kind, row.steps) for row in gallery.rows] == [
         ("", (0, 1000, 2000)), ("raw-unguided", (0, 1000, 2000))
     ]  # fmt: skip
@@ -120,7 +164,7 @@ def test_grids_of_each_kind_by_step(workdir):
 def test_too_many_pictures_are_thinned_and_that_is_said(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write_pictures(tmp_path / "samples", range(0, 7000, 100), kinds=("",), side=32)
-    gallery = report_pictures.gather(tmp_path)
+    gallery = pictures.gather(tmp_path)
     (row,) = gallery.rows
     assert row.steps == (*range(0, 7000, 200), 6900) and gallery.found == 70
     assert "36 of 70 grids" in write_report(tmp_path).read_text()
@@ -128,28 +172,28 @@ def test_too_many_pictures_are_thinned_and_that_is_said(tmp_path):
 
 def test_of_many_steps_a_choice_that_lasts():
     for count in range(1, 400):
-        chosen = report_pictures.strided(range(count), 48)
+        chosen = pictures.strided(range(count), 48)
         assert len(chosen) <= 48 and chosen[0] == 0 and chosen[-1] == count - 1
         assert len(chosen) == count if count < 48 else len(chosen) > 23
-        later = set(report_pictures.strided(range(count + 1), 48))
+        later = set(pictures.strided(range(count + 1), 48))
         assert len(set(chosen) - later) <= 1 or len(later) < 26  # the stride has doubled
 
 
 def test_a_picture_that_changes_is_read_again(tmp_path):
     path = paths.to_path(tmp_path / "00000001.png")
     save_png(path, np.zeros((8, 8, 3), np.uint8))
-    before = report_pictures.embed(path)
-    assert report_pictures.embed(path) is before
+    before = pictures.embed(path)
+    assert pictures.embed(path) is before
     save_png(path, np.full((9, 9, 3), 255, np.uint8))
-    assert report_pictures.embed(path).size == (9, 9)
+    assert pictures.embed(path).size == (9, 9)
 
 
 def test_pictures_keep_to_their_bytes(tmp_path, monkeypatch):
     write_pictures(tmp_path / "samples", range(20), kinds=("", "-raw-guided"), side=64)
-    whole = report_pictures.gather(tmp_path)
+    whole = pictures.gather(tmp_path)
     size = sum(p.bytes for row in whole.rows for p in row.pictures)
-    monkeypatch.setattr(report_pictures, "SAMPLE_BYTES", size * 3 / 4 / 3)
-    fewer = report_pictures.gather(tmp_path)
+    monkeypatch.setattr(pictures, "SAMPLE_BYTES", size * 3 / 4 / 3)
+    fewer = pictures.gather(tmp_path)
     assert sum(p.bytes for row in fewer.rows for p in row.pictures) <= size / 3
     assert [row.steps[0] for row in fewer.rows] == [0, 0] and fewer.rows[0].steps[-1] == 19
 
@@ -159,8 +203,8 @@ def test_a_long_strip_keeps_whole_columns(tmp_path):
         image = np.full((2, 16, 16, 3), 5 * step, np.uint8)
         append_column(tmp_path / "strip.png", step, image, side=16)
     width = Image.open(tmp_path / "strip.png").width // 50
-    small = report_pictures.embed_strip(paths.to_path(tmp_path / "strip.png"))
-    assert small.size[0] == report_pictures.STRIP_COLUMNS * width
+    small = pictures.embed_strip(paths.to_path(tmp_path / "strip.png"))
+    assert small.size[0] == pictures.STRIP_COLUMNS * width
 
 
 def test_files_that_are_no_pictures_are_named(tmp_path):
@@ -172,17 +216,17 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     (tmp_path / "samples" / "strip.png").write_text("no picture")
     text = write_report(tmp_path).read_text()
     assert "samples/00000010.png" in text and "samples/strip.png" in text
-    assert report_pictures.gather(tmp_path).rows[0].steps == (20,)
+    assert pictures.gather(tmp_path).rows[0].steps == (20,)
 
 
 def test_evaluations_become_tables_intervals_and_curves(workdir):
-    evaluations, problems = report_evaluations.gather(workdir)
+    evaluations, problems = judged.gather(workdir)
     assert problems == [] and [one.step for one in evaluations] == [1000, 2000]
-    assert report_evaluations.rows(evaluations[0])[:2] == [
+    assert evaluations[0].rows()[:2] == [
         ("fid", "30", "28 to 33", "lower"), ("clip_score", "22.5", "", "higher")
     ]  # fmt: skip
     assert [p.name for p in evaluations[0].pictures] == ["grid.png", "loss.png"]
-    figures = {figure.title: figure for figure in report_evaluations.figures(evaluations)}
+    figures = {figure.title: figure for figure in judged.figures(evaluations)}
     assert "words" not in figures  # x is no number
     (fid,) = figures["fid"].series
     np.testing.assert_array_equal(fid.x, [1000, 2000])
@@ -192,7 +236,7 @@ def test_evaluations_become_tables_intervals_and_curves(workdir):
     assert [s.name for s in lengths] == ["step-1000", "step-2000"]
     np.testing.assert_array_equal(lengths[0].y, [30, np.nan, 26])
     assert figures["ema_lengths/fid"].log_x and figures["ema_lengths/fid"].over == "width"
-    settings = dict(report_evaluations.settings(evaluations[0]))
+    settings = dict(evaluations[0].settings())
     assert settings["sampler"] == "name ddim, steps 25" and "seed" in settings
     assert settings["best length of the average"] == "0.1, with fid 26.0"
 
@@ -210,8 +254,8 @@ def test_audits_are_tables(tmp_path):
     folder = tmp_path / "evaluations" / "x"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({"audit": content}))
-    evaluations, _ = report_evaluations.gather(tmp_path)
-    (name, head, rows), (_, _, nothing) = report_evaluations.audit_tables(evaluations[0])
+    evaluations, _ = judged.gather(tmp_path)
+    (name, head, rows), (_, _, nothing) = evaluations[0].audits
     assert name == "hair" and head[1] == "dark (target 50 %)"
     assert [row[0] for row in rows] == ["a doctor", "a nurse", "all prompts"]
     assert rows[0][1].startswith("75 % (") and rows[1][1:4:2][1] == "2"
@@ -233,7 +277,7 @@ def test_an_evaluation_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     assert [one.name for one in found.evaluations] == ["odd", "good"]
     assert list(found.evaluations[0].metrics) == ["c"]
     assert sorted(text.split(":")[0] for text in found.problems) == [
-        "list/metrics.json", "torn/metrics.json"
+        "list/metrics.json", "the audit of odd", "torn/metrics.json"
     ]  # fmt: skip
     text = write_report(tmp_path).read_text()
     assert "good" in text and "the audit of odd: TypeError" in text
@@ -270,7 +314,7 @@ def test_recipes_of_the_configs_too(name):
     raw.init_from = raw.init_from or "x"
     config = resolve(raw)
     saved = json.loads(json.dumps(to_dict(config)))
-    run = report_run.Run(paths.to_path("x"), saved, report_run.Sizes({}, {}, {}), ())
+    run = Run(paths.to_path("x"), saved, Sizes({}, {}, {}), ())
     made = {}
     exec(recipe(run), made)
     assert resolve(made["get_config"]()) == config
@@ -294,7 +338,7 @@ def test_config_of_a_stranger_becomes_no_code(config, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert check_recipe(page) == "with recipe"
-    run = report_run.Run(paths.to_path("x"), config, report_run.Sizes({}, {}, {}), ())
+    run = Run(paths.to_path("x"), config, Sizes({}, {}, {}), ())
     made = {}
     exec(recipe(run), made)
     with contextlib.suppress(AttributeError, TypeError, ValueError, KeyError):
@@ -304,7 +348,7 @@ def test_config_of_a_stranger_becomes_no_code(config, tmp_path, monkeypatch):
 
 def test_fields_that_config_lacks_are_told_in_the_recipe():
     config = {"seed": 7, "data": {"colour": 1}, "new\nfield": 2}
-    run = report_run.Run(paths.to_path("x"), config, report_run.Sizes({}, {}, {}), ())
+    run = Run(paths.to_path("x"), config, Sizes({}, {}, {}), ())
     text = recipe(run)
     assert "# Left out, as there are no such fields: ['data.colour', 'new\\nfield']\n" in text
     assert "c.seed = 7" in text and "colour =" not in text
@@ -385,5 +429,5 @@ def test_the_summary_says_what_was_trained(workdir):
 def test_a_config_of_another_version_is_no_obstacle(tmp_path):
     (tmp_path / "config.json").write_text('{"data": {"batch_size": 4}, "new": {"field": 1}}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 0.5}\n')
-    assert "no such fields: [&#x27;new&#x27;]" in write_report(tmp_path).read_text()
+    assert "no such fields: ['new']" in unescape(write_report(tmp_path).read_text())
     assert gather(paths.to_path(tmp_path), tmp_path / "x").problems == []

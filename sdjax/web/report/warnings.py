@@ -1,4 +1,4 @@
-"""What is wrong with a run, or may be, and what to do about it."""
+"""The warnings of the report: what is wrong with a run, or may be, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sdjax.web.report_data import DataReport
-from sdjax.web.report_evaluations import Evaluation
-from sdjax.web.report_metrics import Curve, Metrics, smooth
-from sdjax.web.report_run import Run
+from sdjax.web.report.data import DataReport
+from sdjax.web.report.evaluations import Evaluation
+from sdjax.web.report.metrics import Metrics, smooth
+from sdjax.web.report.run import Run
 
 DATA_WAIT = 0.05  # of the time
 TRUNCATED = 0.01  # of the captions
@@ -35,7 +35,7 @@ def find(
     data: Sequence[DataReport] = (),
     problems: Iterable[str] = (),
 ) -> list[Warning]:
-    """The worst first. `problems`: files that could not be read, one a line."""
+    """Return the warnings, the worst first. problems: files that cannot be read, one a line."""
     found = [
         *_not_finite(run, metrics),
         *_overfitting(run, metrics),
@@ -46,7 +46,7 @@ def find(
         *_captions(metrics),
         *_examples(metrics, data),
         *_memory(metrics),
-        *_of_evaluations(evaluations),
+        *(Warning("warn", f"Evaluation {e.name}", say) for e in evaluations for say in e.warnings),
         *_files(metrics, problems),
     ]
     order = ("bad", "warn", "note")
@@ -88,20 +88,20 @@ def _overfitting(run: Run, metrics: Metrics) -> Iterator[Warning]:
     """Validation loss rising since its least while the loss of training examples falls."""
     name, mode = run.best
     curve = metrics.get(name)
-    if curve is None or mode != "min" or len(curve.values) < 4:
+    if not curve or mode != "min" or len(curve.values) < 4:
         return
     best = int(curve.values.argmin())
     low, last = curve.values[best], curve.values[-2:].min()
     if best > len(curve.values) - 3 or low <= 0 or last < RISE * low:
         return
     seen = metrics.get(name.replace("validation/", "validation_train/", 1))
-    if seen is None or len(seen.steps) < 2:
+    if not seen or len(seen.steps) < 2:
         train = metrics.get("train/loss")
         smoothed = smooth(train) if train else None
         seen = smoothed[0] if smoothed else train
-    if seen is None or not len(seen.steps) or not _falls(seen, int(curve.steps[best])):
-        return
     step = int(curve.steps[best])
+    if not seen or seen.values[-1] >= np.interp(step, seen.steps, seen.values):
+        return
     yield Warning(
         "bad",
         f"Overfitting: {name} rose by {curve.values[-1] / low - 1:.1%} since step {step:,}, while "
@@ -112,17 +112,12 @@ def _overfitting(run: Run, metrics: Metrics) -> Iterator[Warning]:
     )
 
 
-def _falls(curve: Curve, since: int) -> bool:
-    then = float(np.interp(since, curve.steps, curve.values))
-    return bool(curve.values[-1] < then)
-
-
 def _stopped(run: Run, metrics: Metrics) -> Iterator[Warning]:
     """Early, by validation.patience."""
     patience, total = run.field("validation.patience", 0), run.field("train.steps", 0)
     name, mode = run.best
     curve = metrics.get(name)
-    if not patience or curve is None or not len(curve.values) or metrics.last_step >= total:
+    if not patience or not curve or metrics.last_step >= total:
         return
     best = int(curve.values.argmin() if mode == "min" else curve.values.argmax())
     since = len(curve.values) - 1 - best
@@ -151,7 +146,7 @@ def _rollbacks(run: Run) -> Iterator[Warning]:
 def _spikes(metrics: Metrics) -> Iterator[Warning]:
     spikes = metrics.get("train/spikes")
     total = float(spikes.values.sum()) if spikes else 0.0
-    if spikes is None or not total:
+    if not spikes or not total:
         return
     share = total / max(metrics.last_step, 1)
     worst = int(spikes.steps[spikes.values.argmax()])
@@ -166,7 +161,7 @@ def _spikes(metrics: Metrics) -> Iterator[Warning]:
 
 def _waiting(metrics: Metrics) -> Iterator[Warning]:
     wait = metrics.get("train/data_wait")
-    if wait is None or not len(wait.values):
+    if not wait:
         return
     later = wait.values[len(wait.values) // 4 :]  # the first lines fill the pipeline
     share = float(later.mean())
@@ -175,13 +170,13 @@ def _waiting(metrics: Metrics) -> Iterator[Warning]:
             "warn",
             f"The devices waited for data {share:.1%} of the time",
             "Decode in more processes or threads (data.workers, data.threads), keep more batches "
-            "ready (data.prefetch), or encode the data ahead with sdjax.prepare --encode.",
+            "ready (data.prefetch), or encode the data ahead (`python -m sdjax.prepare --encode`).",
         )
 
 
 def _captions(metrics: Metrics) -> Iterator[Warning]:
     cut, seen = metrics.get("train/truncated_captions"), metrics.get("train/images_seen")
-    if cut is None or seen is None or not len(cut.values) or not seen.last:
+    if not cut or not seen or not seen.last:
         return
     rises = np.diff(cut.values, prepend=0.0)  # it counts from 0 again when a run is resumed
     total = float(np.where(rises >= 0, rises, cut.values).sum())
@@ -217,25 +212,19 @@ def _examples(metrics: Metrics, data: Sequence[DataReport]) -> Iterator[Warning]
                 f"{lost:,} of {total:,} rows ({lost / total:.1%}) of {report.folder} could not be "
                 "read",
                 "The data report says which and why; mend or fetch those files again, then run "
-                "sdjax.prepare once more.",
+                "`python -m sdjax.prepare` once more.",
             )
 
 
 def _memory(metrics: Metrics) -> Iterator[Warning]:
     peak, limit = metrics.get("device/memory_peak_gib"), metrics.get("device/memory_limit_gib")
-    if peak and limit and peak.last and limit.last and peak.last > MEMORY * limit.last:
+    if peak and limit and peak.last > MEMORY * limit.last > 0:
         yield Warning(
             "note",
             f"The devices' memory is nearly full: {peak.last:.1f} of {limit.last:.1f} GiB",
             "A larger batch or resolution will not fit without train.accumulation, model.remat or "
             "a mesh with more fsdp; `python -m sdjax.plan --search` finds one.",
         )
-
-
-def _of_evaluations(evaluations: Sequence[Evaluation]) -> Iterator[Warning]:
-    for one in evaluations:
-        for text in one.warnings:
-            yield Warning("warn", f"Evaluation {one.name}", text)
 
 
 def _files(metrics: Metrics, problems: Iterable[str]) -> Iterator[Warning]:

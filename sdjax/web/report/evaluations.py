@@ -1,4 +1,4 @@
-"""What `sdjax.evaluate` found of a run, for the report: tables, intervals over steps, plots."""
+"""The evaluations of a run, by `sdjax.evaluate`: tables, intervals over steps, plots."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.system import paths, text_files
-from sdjax.web.report_figures import Figure, Series, logarithmic
-from sdjax.web.report_pictures import Picture, embed
+from sdjax.system import paths, text_files, untrusted
+from sdjax.web.report.figures import Figure, Series, logarithmic
+from sdjax.web.report.pictures import Picture, embed
 
 PICTURE_BYTES = 2_000_000  # of all evaluations, as they stand in the page
 MOST_PICTURES = 12  # of one evaluation
@@ -21,49 +21,91 @@ MOST_CURVES = 6  # evaluations on one figure, the newest
 _DRAWN = re.compile(r"\d+\.png")
 
 
+# (attribute, headings, rows): a row a prompt, all prompts together last.
+Audit = tuple[str, list[str], list[list[str]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A folder of WORKDIR/evaluations. content: of its metrics.json. pictures_left_out: for want
-    of room."""
+    """A folder of WORKDIR/evaluations.
+
+    content: of its metrics.json. audits: the tables in it. pictures_left_out: for want of room.
+    """
 
     name: str
     content: Mapping[str, Any]
+    audits: tuple[Audit, ...] = ()
     pictures: tuple[Picture, ...] = ()
     pictures_left_out: int = 0
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint it judged."""
+        """The step of the checkpoint that was judged."""
         step: Any = self.content.get("step")
         return int(step) if _is_number(step) else None
 
     @property
-    def of(self) -> str:
-        """Weights and data: evaluations that agree in them stand on one line."""
+    def line(self) -> str:
+        """Weights and data: evaluations that agree in them stand on one line of a figure."""
         parts = [self.content.get(name) for name in ("weights", "dataset", "split")]
         return ", ".join(str(part) for part in parts if part) or self.name
 
     @property
     def metrics(self) -> dict[str, Mapping[str, Any]]:
         """{name: {"value", ...}} of those that have a number."""
-        found = self.content.get("metrics")
-        entries = found.items() if isinstance(found, Mapping) else ()
         return {
             name: entry
-            for name, entry in entries
+            for name, entry in _entries(self.content, "metrics")
             if isinstance(entry, Mapping) and _is_number(entry.get("value"))
         }
 
     @property
+    def curves(self) -> dict[str, Mapping[str, Any]]:
+        """The curves whose x and y are numbers of one count."""
+        good = {}
+        for name, entry in _entries(self.content, "curves"):
+            x, y = (entry.get(k) if isinstance(entry, Mapping) else None for k in "xy")
+            if not isinstance(x, list) or not isinstance(y, list) or not x or len(x) != len(y):
+                continue
+            if all(map(_is_number, x)) and any(map(_is_number, y)):
+                good[name] = entry
+        return good
+
+    @property
     def warnings(self) -> list[str]:
-        """Its own."""
+        """What `sdjax.evaluate` warned of."""
         found = self.content.get("warnings")
         return [str(text) for text in found] if isinstance(found, list) else []
 
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(metric, value, interval, which way is better)."""
+        return [
+            (name, f"{entry['value']:.5g}", interval(entry), better(entry))
+            for name, entry in self.metrics.items()
+        ]
+
+    def settings(self) -> list[tuple[str, str]]:
+        """How it was evaluated, as (name, text)."""
+        found = []
+        for name in ("model", "step", "weights", "dataset", "split", "num_samples", "seed"):
+            if self.content.get(name) not in (None, ""):
+                found.append((name, str(self.content[name])))
+        for name in ("sampler", "settings"):
+            said = [(k, v) for k, v in _entries(self.content, name) if v not in (None, "", {})]
+            found.append((name, ", ".join(f"{key} {value}" for key, value in said)))
+        best = self.content.get("best_ema_length")
+        if isinstance(best, Mapping):
+            text = f"{best.get('length')}, with {best.get('metric')} {best.get('value')}"
+            found.append(("best length of the average", text))
+            found.append(("to have it", str(best.get("command", ""))))
+        return [(name, text) for name, text in found if text]
+
 
 def gather(workdir: paths.PathLike) -> tuple[list[Evaluation], list[str]]:
-    """The evaluations by step, and what could not be read of them. The newest get their pictures
-    first."""
+    """Return the evaluations by step, and what of them cannot be read.
+
+    The newest get their pictures first.
+    """
     folder = paths.to_path(workdir) / "evaluations"
     found: list[Evaluation] = []
     problems: list[str] = []
@@ -73,25 +115,29 @@ def gather(workdir: paths.PathLike) -> tuple[list[Evaluation], list[str]]:
             content = text_files.read_json(file)
             if not isinstance(content, dict):
                 raise ValueError("no JSON object")
-            found.append(Evaluation(file.parent.name, content))
         except paths.storage_errors(ValueError) as error:
             problems.append(f"{file.parent.name}/metrics.json: {error}")
+            continue
+        try:
+            audits = _audits(content)
+        except untrusted.damage() as error:
+            problems.append(f"the audit of {file.parent.name}: {type(error).__name__}: {error}")
+            audits = ()
+        found.append(Evaluation(file.parent.name, content, audits))
     found.sort(key=lambda one: (one.step is not None, one.step or 0, one.name))
     room = PICTURE_BYTES
     for i in reversed(range(len(found))):
-        drawn = {"metrics.png", *(f"{name}.png" for name in _curves(found[i]))}  # by the page
-        pictures, left_out = _pictures(folder / found[i].name, drawn, room, problems)
+        drawn = {"metrics.png", *(f"{name}.png" for name in found[i].curves)}  # by the page
+        pictures, left = _pictures(folder / found[i].name, drawn, room, problems)
         room -= sum(picture.bytes for picture in pictures)
-        found[i] = dataclasses.replace(
-            found[i], pictures=tuple(pictures), pictures_left_out=left_out
-        )
+        found[i] = dataclasses.replace(found[i], pictures=tuple(pictures), pictures_left_out=left)
     return found, problems
 
 
 def _pictures(
     folder: paths.Path, without: set[str], room: int, problems: list[str]
 ) -> tuple[list[Picture], int]:
-    """Those of a folder that fit into `room` bytes, and how many do not."""
+    """The pictures of a folder that fit into `room` bytes, and how many do not."""
     every = sorted(folder.glob("*.png"), key=str)
     files = [f for f in every if not _DRAWN.fullmatch(f.name) and f.name not in without]
     kept: list[Picture] = []
@@ -123,41 +169,20 @@ def interval(entry: Mapping[str, Any]) -> str:
     return f"{low:.4g} to {high:.4g}" if _is_number(low) and _is_number(high) else ""
 
 
-def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """(metric, value, interval, which way is better)."""
-    return [
-        (name, f"{entry['value']:.5g}", interval(entry), better(entry))
-        for name, entry in evaluation.metrics.items()
-    ]
+def _entries(content: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+    """The items of a group; none where it is no group."""
+    found = content.get(name)
+    return list(found.items()) if isinstance(found, Mapping) else []
 
 
-def settings(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """How it was evaluated, as (name, text)."""
-    found = []
-    for name in ("model", "step", "weights", "dataset", "split", "num_samples", "seed"):
-        if evaluation.content.get(name) not in (None, ""):
-            found.append((name, str(evaluation.content[name])))
-    for name in ("sampler", "settings"):
-        entries = evaluation.content.get(name)
-        if isinstance(entries, Mapping):
-            said = {key: value for key, value in entries.items() if value not in (None, "", {})}
-            found.append((name, ", ".join(f"{key} {value}" for key, value in said.items())))
-    best = evaluation.content.get("best_ema_length")
-    if isinstance(best, Mapping):
-        text = f"{best.get('length')}, with {best.get('metric')} {best.get('value')}"
-        found.append(("best length of the average", text))
-        found.append(("to have it", str(best.get("command", ""))))
-    return [(name, text) for name, text in found if text]
-
-
-def audit_tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(attribute, headings, rows) of what an audit counted: a row a prompt, all together last.
+def _audits(content: Mapping[str, Any]) -> tuple[Audit, ...]:
+    """Return what an audit counted.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: it is not as `audit_shares` writes it.
+        one of `untrusted.damage()`: it is not as `audit_shares` writes it.
     """
     found = []
-    for name, of in evaluation.content.get("audit", {}).get("attributes", {}).items():
+    for name, of in content.get("audit", {}).get("attributes", {}).items():
         labels = [
             f"{label} (target {100 * target:.3g} %)"
             for label, target in zip(of["labels"], of["target"], strict=True)
@@ -165,7 +190,7 @@ def audit_tables(evaluation: Evaluation) -> list[tuple[str, list[str], list[list
         head = ["prompt", *labels, "untold", "difference", "ratio", "distance"]
         every = [*of["prompts"].items(), ("all prompts", of["all"])]
         found.append((name, head, [_audit_row(prompt, shares) for prompt, shares in every]))
-    return found
+    return tuple(found)
 
 
 def _audit_row(prompt: str, shares: Mapping[str, Any]) -> list[str]:
@@ -184,10 +209,9 @@ def figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
     """Each metric over the steps with its intervals, then the curves (such as EMA lengths)."""
     with_step = [one for one in evaluations if one.step is not None]
     names = dict.fromkeys(name for one in with_step for name in one.metrics)
-    curves = dict.fromkeys(name for one in evaluations for name in _curves(one))
-    return [_dots(name, with_step) for name in names] + [
-        figure for name in curves if (figure := _curve(name, evaluations))
-    ]
+    curves = dict.fromkeys(name for one in evaluations for name in one.curves)
+    dots = [_dots(name, with_step) for name in names]
+    return dots + [_curve(name, evaluations) for name in curves]
 
 
 def _dots(name: str, evaluations: Sequence[Evaluation]) -> Figure:
@@ -195,7 +219,7 @@ def _dots(name: str, evaluations: Sequence[Evaluation]) -> Figure:
     by_line: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for one in evaluations:
         if name in one.metrics and one.step is not None:
-            by_line.setdefault(one.of, []).append((one.step, one.metrics[name]))
+            by_line.setdefault(one.line, []).append((one.step, one.metrics[name]))
     series, words = [], []
     for label, points in by_line.items():
         values = np.array([entry["value"] for _, entry in points], float)
@@ -222,25 +246,11 @@ def _number(value: Any, otherwise: float) -> float:
     return value if _is_number(value) else otherwise
 
 
-def _curves(evaluation: Evaluation) -> dict[str, Mapping[str, Any]]:
-    """The curves whose x and y are numbers of one count."""
-    found = evaluation.content.get("curves")
-    entries = found.items() if isinstance(found, Mapping) else ()
-    good = {}
-    for name, entry in entries:
-        x, y = (entry.get(k) if isinstance(entry, Mapping) else None for k in "xy")
-        if not isinstance(x, list) or not isinstance(y, list) or not x or len(x) != len(y):
-            continue
-        if all(map(_is_number, x)) and any(map(_is_number, y)):
-            good[name] = entry
-    return good
-
-
-def _curve(name: str, evaluations: Sequence[Evaluation]) -> Figure | None:
-    having = [one for one in evaluations if name in _curves(one)][-MOST_CURVES:]
+def _curve(name: str, evaluations: Sequence[Evaluation]) -> Figure:
+    having = [one for one in evaluations if name in one.curves][-MOST_CURVES:]
     series, words = [], []
     for one in having:
-        entry = _curves(one)[name]
+        entry = one.curves[name]
         x, y = np.array(entry["x"], float), _floats(entry["y"])
         ends = [
             _floats(entry[end]) if _same_length(entry.get(end), entry["y"]) else None
@@ -254,10 +264,10 @@ def _curve(name: str, evaluations: Sequence[Evaluation]) -> Figure | None:
         series=tuple(series),
         note="Bands: 95 % intervals." if any(one.low is not None for one in series) else "",
         summary=f"Line plot of {name}. " + " ".join(words),
-        over=str(_curves(having[-1])[name].get("x_label", "")) or " ",
-        unit=str(_curves(having[-1])[name].get("y_label", "")),
+        over=str(entry.get("x_label", "")) or " ",
+        unit=str(entry.get("y_label", "")),
         log=logarithmic(series),
-        log_x=bool(_curves(having[-1])[name].get("log_x")),
+        log_x=bool(entry.get("log_x")),
     )
 
 

@@ -7,15 +7,17 @@ import dataclasses
 import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from sdjax.data.image_files import read_image
-from sdjax.system import paths
+from sdjax.system import paths, text_files
 
+T = TypeVar("T")
 SIDE = 960  # pixels, of the longer side; a grid of 16 with its captions stays readable
 QUALITY = 80
 MOST_PICTURES = 48  # read and shrunk, which takes some 20 ms each
@@ -28,13 +30,17 @@ _STRIP = re.compile(r"strip(?:-(.+))?\.png")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture inside the page. uri: a data: address. size: of it (width, height). prompts: ""
-    if the file names none."""
+    """A picture inside the page.
+
+    uri: a data: address. size: (width, height). prompts: "" if the file names none. step: the one
+    that a grid was drawn at.
+    """
 
     name: str
     uri: str
     size: tuple[int, int]
     prompts: str = ""
+    step: int = 0
 
     @property
     def bytes(self) -> int:
@@ -44,11 +50,20 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The grids of one kind over time. kind: "" or what its name says after the step."""
+    """The grids of one kind over time. kind: "" or what their names say after the step."""
 
     kind: str
-    steps: tuple[int, ...]
     pictures: tuple[Picture, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The step of each picture."""
+        return tuple(picture.step for picture in self.pictures)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of the newest grid."""
+        return [line for line in text_files.lines(self.pictures[-1].prompts) if line.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +79,10 @@ class Gallery:
     @property
     def shown(self) -> int:
         """Grids on the page."""
-        return sum(len(row.steps) for row in self.rows)
+        return sum(len(row.pictures) for row in self.rows)
+
+
+EMPTY = Gallery((), (), 0, ())
 
 
 def embed(path: paths.Path, *, side: int = SIDE) -> Picture:
@@ -123,56 +141,42 @@ def gather(workdir: paths.PathLike) -> Gallery:
     """
     folder = paths.to_path(workdir) / "samples"
     if not folder.exists():
-        return Gallery((), (), 0, ())
+        return EMPTY
     kinds: dict[str, dict[int, paths.Path]] = {}
     for path in sorted(folder.glob("*.png"), key=lambda p: p.name):
         match = _NAME.fullmatch(path.name)
         if match:
             kinds.setdefault(match[2] or "", {})[int(match[1])] = path
     unreadable: list[str] = []
+
+    def read(embed: Callable[[paths.Path], Picture], path: paths.Path) -> list[Picture]:
+        """The picture, or none."""
+        try:
+            return [embed(path)]
+        except paths.storage_errors(ValueError, SyntaxError):  # of a PNG cut short
+            unreadable.append(path.name)
+            return []
+
     most = max(2, MOST_PICTURES // max(1, len(kinds)))
     rows = []
     for kind, by_step in sorted(kinds.items()):
-        rows.append(_row(kind, by_step, strided(sorted(by_step), most), unreadable))
+        chosen = strided(sorted(by_step), most)
+        grids = [(step, picture) for step in chosen for picture in read(embed, by_step[step])]
+        rows.append(Row(kind, tuple(dataclasses.replace(p, step=step) for step, p in grids)))
     while sum(p.bytes for row in rows for p in row.pictures) > SAMPLE_BYTES * 4 / 3:
-        longest = max(len(row.steps) for row in rows)
+        longest = max(len(row.pictures) for row in rows)
         if longest <= 2:
             break
-        rows = [_fewer(row, -(-longest // 2)) for row in rows]
+        rows = [Row(row.kind, tuple(evenly(row.pictures, -(-longest // 2)))) for row in rows]
     strips, room = [], STRIP_BYTES
     for path in sorted(folder.glob("strip*.png"), key=lambda p: p.stem):
-        match = _STRIP.fullmatch(path.name)
-        if match is None:
-            continue
-        try:
-            strip = embed_strip(path)
-        except paths.storage_errors(ValueError, SyntaxError):
-            unreadable.append(path.name)
-            continue
-        if strip.bytes <= room:
-            strips.append((match[1] or "", strip))
-            room -= strip.bytes
+        if match := _STRIP.fullmatch(path.name):
+            fitting = [strip for strip in read(embed_strip, path) if strip.bytes <= room]
+            strips += [(match[1] or "", strip) for strip in fitting]
+            room -= sum(strip.bytes for strip in fitting)
     found = sum(len(by_step) for by_step in kinds.values())
-    return Gallery(tuple(row for row in rows if row.steps), tuple(strips), found, tuple(unreadable))
-
-
-def _row(
-    kind: str, by_step: dict[int, paths.Path], steps: Sequence[int], unreadable: list[str]
-) -> Row:
-    kept: list[tuple[int, Picture]] = []
-    for step in steps:
-        try:
-            kept.append((step, embed(by_step[step])))
-        except paths.storage_errors(ValueError, SyntaxError):  # of a PNG cut short
-            unreadable.append(by_step[step].name)
-    return Row(kind, tuple(step for step, _ in kept), tuple(picture for _, picture in kept))
-
-
-def _fewer(row: Row, most: int) -> Row:
-    chosen = evenly(range(len(row.steps)), most)
-    return Row(
-        row.kind, tuple(row.steps[i] for i in chosen), tuple(row.pictures[i] for i in chosen)
-    )
+    kept = tuple(row for row in rows if row.pictures)
+    return Gallery(kept, tuple(strips), found, tuple(unreadable))
 
 
 def strided(items: Sequence[int], most: int) -> list[int]:
@@ -186,7 +190,7 @@ def strided(items: Sequence[int], most: int) -> list[int]:
     return list(dict.fromkeys([*items[::stride], *items[-1:]]))
 
 
-def evenly(items: Sequence[int], most: int) -> list[int]:
+def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most `most` of them, spread evenly, with the first and the last."""
     if len(items) <= most:
         return list(items)

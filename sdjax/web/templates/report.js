@@ -1,7 +1,7 @@
 // The script of report.html: draws the curves when they come into view, and turns the galleries.
 "use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("figures").textContent);
+  const [steps, images] = JSON.parse(document.getElementById("content").dataset.seen);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const coarse = matchMedia("(pointer: coarse)").matches;
   const COLOURS = {
@@ -25,7 +25,6 @@
 
   // Images seen at a step, between the steps that are known, and beyond them at the last rate.
   const imagesAt = (step) => {
-    const { steps, images } = data.seen;
     let low = 0, high = steps.length - 1;
     while (high - low > 1) {
       const middle = (low + high) >> 1;
@@ -35,10 +34,10 @@
     return images[low] + part * (images[high] - images[low]);
   };
 
-  const figures = data.figures.map((spec, number) => ({
-    spec, number, card: document.getElementById("figure-" + number), hidden: new Set(), drawn: false,
-    series: null, log: spec.log,
-  }));
+  const figures = [...document.querySelectorAll(".plot-card")].map((card) => {
+    const spec = JSON.parse(card.dataset.figure);
+    return { spec, card, hidden: new Set(), drawn: false, series: null, log: spec.log };
+  });
 
   const unpack = (figure) => {
     figure.series ??= figure.spec.series.map((s) => ({

@@ -37,10 +37,9 @@ class Curve:
         return Curve(self.steps[keep], self.values[keep])
 
     @property
-    def last(self) -> float | None:
+    def last(self) -> float:
         """The newest finite value."""
-        values = self.finite.values
-        return float(values[-1]) if len(values) else None
+        return float(self.finite.values[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Metrics:
     broken: int
 
     def get(self, name: str) -> Curve | None:
-        """The curve of this name with its finite values alone, or None."""
+        """Return the curve of a name with its finite values alone, one at least, or None."""
         curve = self.curves.get(name)
         return None if curve is None else curve.finite
 
@@ -133,20 +132,13 @@ def _fast(data: bytes) -> dict[str, np.ndarray] | None:
 
 def _careful(data: bytes) -> tuple[dict[str, np.ndarray], int]:
     """The same line by line, leaving out those that are broken; also how many."""
-    rows, broken = [], 0
-    for line in data.splitlines():
-        if not line.strip():
-            continue
-        row = _as_row(line)
-        if row is None:
-            broken += 1
-        else:
-            rows.append(row)
+    read = [_as_row(line) for line in data.splitlines() if line.strip()]
+    rows = [row for row in read if row is not None]
     names = dict.fromkeys(["step", *(name for row in rows for name in row)])
     columns = {
         name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in names
     }
-    return columns, broken
+    return columns, len(read) - len(rows)
 
 
 def _as_row(line: bytes) -> dict[str, float] | None:
