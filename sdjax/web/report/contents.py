@@ -151,7 +151,7 @@ class Contents:
         ]
 
     def summary(self) -> Iterable[tuple[str, str]]:
-        """What was trained and on what."""
+        """The facts of the run: networks, data, optimizer, ..., as (name, text)."""
         return run.summary(self.run, self.metrics)
 
     def recipe(self) -> str:

@@ -73,7 +73,7 @@ class Evaluation:
 
     @property
     def warnings(self) -> list[str]:
-        """What `sdjax.evaluate` warned of."""
+        """The warnings of `sdjax.evaluate`."""
         found = self.content.get("warnings")
         return [str(text) for text in found] if isinstance(found, list) else []
 
@@ -137,7 +137,7 @@ def gather(workdir: paths.PathLike) -> tuple[list[Evaluation], list[str]]:
 def _pictures(
     folder: paths.Path, without: set[str], room: int, problems: list[str]
 ) -> tuple[list[Picture], int]:
-    """The pictures of a folder that fit into `room` bytes, and how many do not."""
+    """Return the pictures of a folder that fit into `room` bytes, and how many do not."""
     every = sorted(folder.glob("*.png"), key=str)
     files = [f for f in every if not _DRAWN.fullmatch(f.name) and f.name not in without]
     kept: list[Picture] = []
@@ -158,19 +158,19 @@ def _is_number(value: Any) -> bool:
 
 
 def better(entry: Mapping[str, Any]) -> str:
-    """Which way is better, in a word; "" where the metric does not say."""
+    """Return which way is better, in a word; "" where the metric does not say."""
     higher = entry.get("higher_is_better")
     return "" if not isinstance(higher, bool) else "higher" if higher else "lower"
 
 
 def interval(entry: Mapping[str, Any]) -> str:
-    """`12.3 to 13.4`, or "" for a metric without one."""
+    """Return `12.3 to 13.4`, or "" for a metric without an interval."""
     low, high = entry.get("low"), entry.get("high")
     return f"{low:.4g} to {high:.4g}" if _is_number(low) and _is_number(high) else ""
 
 
 def _entries(content: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
-    """The items of a group; none where it is no group."""
+    """Return the items of a group; none where it is no group."""
     found = content.get(name)
     return list(found.items()) if isinstance(found, Mapping) else []
 
@@ -206,7 +206,7 @@ def _audit_row(prompt: str, shares: Mapping[str, Any]) -> list[str]:
 
 
 def figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
-    """Each metric over the steps with its intervals, then the curves (such as EMA lengths)."""
+    """Return a figure for each metric over the steps, then one for each curve (EMA lengths)."""
     with_step = [one for one in evaluations if one.step is not None]
     names = dict.fromkeys(name for one in with_step for name in one.metrics)
     curves = dict.fromkeys(name for one in evaluations for name in one.curves)
@@ -215,7 +215,7 @@ def figures(evaluations: Sequence[Evaluation]) -> list[Figure]:
 
 
 def _dots(name: str, evaluations: Sequence[Evaluation]) -> Figure:
-    """One metric: a row of dots with error bars for each choice of weights and data."""
+    """Return the figure of a metric: dots with error bars for each choice of weights and data."""
     by_line: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for one in evaluations:
         if name in one.metrics and one.step is not None:

@@ -1,4 +1,4 @@
-"""Which curves the report draws, and what the script of the page gets to draw them from."""
+"""The figures of the curves, and the data from which the script of the page draws them."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _figure(plan: Plan, metrics: Metrics, points: int) -> Figure:
 
 
 def logarithmic(series: Iterable[Series]) -> bool | None:
-    """Whether a logarithmic axis suits them: over two decades. None if not all are above 0."""
+    """Whether a logarithmic axis suits curves: over two decades. None if not all are above 0."""
     values = np.concatenate([one.y[np.isfinite(one.y)] for one in series])
     if not len(values) or values.min() <= 0:
         return None
@@ -215,7 +215,7 @@ def logarithmic(series: Iterable[Series]) -> bool | None:
 
 
 def _summary(plan: Plan, metrics: Metrics) -> str:
-    """The figure in words: where its first curves begin, end, and are least."""
+    """Return the figure in words: where its first curves begin, end, and are least."""
     words = [f"Line plot of {plan.title} over training steps, {len(plan.names)} curve(s)."]
     for name, label in list(plan.names.items())[:4]:
         curve = metrics.curves[name].finite
@@ -228,7 +228,7 @@ def _summary(plan: Plan, metrics: Metrics) -> str:
 
 
 def images_seen(metrics: Metrics, batch_size: int | None) -> tuple[list[float], list[float]]:
-    """Steps and images seen by then, between which the page interpolates: for its other x axis.
+    """Return steps, and the images seen by then, between which the page's other x axis lies.
 
     Empty where neither the metrics nor the configuration tell.
     """

@@ -32,7 +32,7 @@ class Curve:
 
     @property
     def finite(self) -> Curve:
-        """Without what is NaN."""
+        """The curve without what is NaN."""
         keep = np.isfinite(self.values)
         return Curve(self.steps[keep], self.values[keep])
 
@@ -44,7 +44,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """All of metrics.jsonl.
+    """The content of metrics.jsonl.
 
     curves: {name: Curve}, without those that never had a finite value.
     nonfinite: {name: lines on which it was NaN or infinite}.
@@ -63,7 +63,7 @@ class Metrics:
 
     @property
     def last_step(self) -> int:
-        """0 where there is none."""
+        """The newest step; 0 where there is none."""
         return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
 
 
@@ -72,7 +72,7 @@ _MOST = 2**30  # bytes of metrics.jsonl
 
 
 def read_metrics(workdir: paths.PathLike) -> Metrics:
-    """Reads WORKDIR/metrics.jsonl, which may be missing and may be being written to.
+    """Read WORKDIR/metrics.jsonl, which may be missing and may be being written to.
 
     Raises:
         OSError: the file is there and cannot be read.
@@ -82,8 +82,7 @@ def read_metrics(workdir: paths.PathLike) -> Metrics:
 
 
 def parse(data: bytes) -> Metrics:
-    """The content of metrics.jsonl. What comes after the last line break is a line half written,
-    unless it is a whole one."""
+    """Parse the bytes of metrics.jsonl; a last line that is half written is left out."""
     end = data.rfind(b"\n") + 1
     if end < len(data):
         whole = _as_row(data[end:]) is not None
@@ -106,7 +105,7 @@ def parse(data: bytes) -> Metrics:
 
 
 def _fast(data: bytes) -> dict[str, np.ndarray] | None:
-    """{name: float64 [lines], NaN where a line does not have it}; None if a line is not right.
+    """Return {name: float64 [lines], NaN where a line lacks it}; None if a line is not right.
 
     Arrow takes half the time of Python's json, which counts with 100,000 lines of 50 numbers.
     """
@@ -131,7 +130,7 @@ def _fast(data: bytes) -> dict[str, np.ndarray] | None:
 
 
 def _careful(data: bytes) -> tuple[dict[str, np.ndarray], int]:
-    """The same line by line, leaving out those that are broken; also how many."""
+    """Parse line by line, leaving out those that are broken; also return how many."""
     read = [_as_row(line) for line in data.splitlines() if line.strip()]
     rows = [row for row in read if row is not None]
     names = dict.fromkeys(["step", *(name for row in rows for name in row)])
@@ -142,7 +141,7 @@ def _careful(data: bytes) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _as_row(line: bytes) -> dict[str, float] | None:
-    """The numbers of a line, or None if it is no JSON object with a step."""
+    """Return the numbers of a line, or None if it is no JSON object with a step."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -153,9 +152,9 @@ def _as_row(line: bytes) -> dict[str, float] | None:
 
 
 def _curve(steps: np.ndarray, values: np.ndarray) -> Curve:
-    """Of the lines that have it. A step that comes twice (a run went back) counts as it came last.
+    """Return the curve of a metric. A step that comes twice (a run went back) counts as the last.
 
-    `values` is NaN where the line does not have it, and the sentinel where it was not finite.
+    values: NaN where a line does not have it, and the sentinel where it was not finite.
     """
     there = ~np.isnan(values)
     steps, values = steps[there].astype(np.int64), values[there]
@@ -169,8 +168,8 @@ def _curve(steps: np.ndarray, values: np.ndarray) -> Curve:
 
 
 def thin(curve: Curve, most: int) -> Curve:
-    """At most `most` points, at least 4: the least and the greatest of each stretch, so that no
-    spike is lost, with the first and the last."""
+    """Return at most `most` points of a curve (at least 4): its ends, and the least and the
+    greatest of each stretch, so that no spike is lost."""
     count = len(curve.steps)
     if count <= most:
         return curve
@@ -187,7 +186,7 @@ def thin(curve: Curve, most: int) -> Curve:
 
 
 def smooth(curve: Curve) -> tuple[Curve, float] | None:
-    """A Gaussian mean of the finite values, and its deviation in steps; None for a short curve.
+    """Return a Gaussian mean of the finite values and its deviation in steps; None if too short.
 
     The deviation is a hundredth of the curve and at least one point. It looks both ways, so the
     smooth curve does not lag behind, unlike a running mean.

@@ -44,7 +44,7 @@ class Picture:
 
     @property
     def bytes(self) -> int:
-        """Its part of the page."""
+        """The size of its part of the page."""
         return len(self.uri)
 
 
@@ -68,8 +68,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """rows: by kind. strips: (kind, strip.png or its like). found: grids in the folder, of which
-    those in `rows` are shown. unreadable: names of files that are no pictures."""
+    """The pictures of a run.
+
+    rows: by kind. strips: (kind, strip.png or its like). found: grids in the folder, of which those
+    in `rows` are shown. unreadable: names of files that are no pictures.
+    """
 
     rows: tuple[Row, ...]
     strips: tuple[tuple[str, Picture], ...]
@@ -78,7 +81,7 @@ class Gallery:
 
     @property
     def shown(self) -> int:
-        """Grids on the page."""
+        """How many grids are on the page."""
         return sum(len(row.pictures) for row in self.rows)
 
 
@@ -98,7 +101,7 @@ def embed(path: paths.Path, *, side: int = SIDE) -> Picture:
 # A run that refreshes its report reads only what is new; a large grid takes half a second.
 @functools.lru_cache(maxsize=2 * MOST_PICTURES)
 def _embed(path: paths.Path, side: int, length: int, mtime: float) -> Picture:
-    """Of the file as it was then."""
+    """Embed the file that has this length and this time."""
     image = read_image(path)
     texts = getattr(image, "text", {})
     small = image.convert("RGB")
@@ -135,7 +138,7 @@ def embed_strip(path: paths.Path) -> Picture:
 
 
 def gather(workdir: paths.PathLike) -> Gallery:
-    """The grids of WORKDIR/samples: STEP.png, STEP-KIND.png and strip.png, strip-KIND.png.
+    """Read the grids of WORKDIR/samples: STEP.png, STEP-KIND.png and strip.png, strip-KIND.png.
 
     Of more than fit, those shown are spread evenly over the steps, the first and last included.
     """
@@ -180,7 +183,7 @@ def gather(workdir: paths.PathLike) -> Gallery:
 
 
 def strided(items: Sequence[int], most: int) -> list[int]:
-    """At most `most` of them: every one, or every second, fourth, ..., and the last.
+    """Return at most `most` items: every one, or every second, fourth, ..., and the last.
 
     Unlike `evenly` it mostly keeps to its choice as more of them come, and so to what is cached.
     """
@@ -191,7 +194,7 @@ def strided(items: Sequence[int], most: int) -> list[int]:
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` of them, spread evenly, with the first and the last."""
+    """Return at most `most` items, spread evenly, with the first and the last."""
     if len(items) <= most:
         return list(items)
     if most == 1:

@@ -1,4 +1,4 @@
-"""What was trained and on what, for the report: from the files of the workdir alone."""
+"""The facts of a run, from the files of its workdir alone."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """config: {} if config.json is not there. checkpoints: their steps, rising. rollbacks: the
-    spikes after which the run went back, as rollbacks.json lists them."""
+    """A workdir, and what its files say of the run.
+
+    config: {} if config.json is not there. checkpoints: their steps, rising. rollbacks: the spikes
+    after which the run went back, as rollbacks.json lists them.
+    """
 
     workdir: paths.Path
     config: Config
@@ -43,7 +46,7 @@ class Run:
     rollbacks: tuple[Mapping[str, Any], ...] = ()
 
     def field(self, name: str, default: Any = None) -> Any:
-        """`data.batch_size` of the configuration. One written by another version may lack it."""
+        """Return a field of the configuration, such as data.batch_size, which may be missing."""
         value: Any = self.config
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -60,7 +63,7 @@ class Run:
 
 
 def read_run(workdir: paths.PathLike) -> Run:
-    """Reads config.json and what the files say of their sizes.
+    """Read config.json, and what the files say of their sizes.
 
     Raises:
         OSError, ValueError: a file that is there cannot be read.
@@ -90,8 +93,8 @@ def _metadata(folder: paths.Path, step: int) -> paths.Path:
 
 
 def _sizes(folder: paths.Path, checkpoints: tuple[int, ...]) -> Sizes:
-    """From the table of contents of the newest checkpoint, which Orbax writes as JSON, and the
-    header of the safetensors file: nothing is restored."""
+    """Read the sizes from the table of contents of the newest checkpoint, which Orbax writes as
+    JSON, and the header of the safetensors file: nothing is restored."""
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     state: Counter[str] = Counter()
@@ -115,7 +118,7 @@ def _sizes(folder: paths.Path, checkpoints: tuple[int, ...]) -> Sizes:
 
 
 def _safetensors_shapes(file: paths.Path) -> dict[str, list[int]]:
-    """The file begins with the length of its header, which is JSON."""
+    """Return {path: shape}: the file begins with the length of its header, which is JSON."""
     untrusted.check_regular(file)
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
@@ -126,7 +129,7 @@ def _safetensors_shapes(file: paths.Path) -> dict[str, list[int]]:
 
 
 def count(number: int) -> str:
-    """`865.91 M`, `1.2 k`."""
+    """Return a number in short, as `865.91 M` or `1.2 k`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.4g} {unit}"
@@ -134,7 +137,7 @@ def count(number: int) -> str:
 
 
 def summary(run: Run, metrics: Metrics) -> list[tuple[str, str]]:
-    """What was trained and on what, as (name, text); what is not known is left out."""
+    """Return what was trained and on what, as (name, text), as far as it is known."""
     rows = [
         ("Task", str(run.field("task", "")).replace("_", " ")),
         ("Networks", _networks(run)),
@@ -244,14 +247,14 @@ def _precision(run: Run) -> str:
 
 
 def recipe(run: Run) -> str:
-    """A recipe file that `sdjax.main` runs: the fields of config.json that are not the defaults."""
+    """Return a recipe that `sdjax.main` runs: the fields of config.json that are not defaults."""
     from sdjax import recipes
 
     return recipes.recipe(run.config, "Made by sdjax.report from the configuration of a run.")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that train, as they are installed where the report is written."""
+    """Return the versions of the packages that train, where the report is written."""
     found = {}
     for package in PACKAGES:
         try:

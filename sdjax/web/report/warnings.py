@@ -21,7 +21,7 @@ MEMORY = 0.95  # of what the device has
 
 @dataclasses.dataclass(frozen=True)
 class Warning:
-    """level: "bad", "warn" or "note". remedy: a sentence on what to do."""
+    """A line of the first chapter. level: "bad", "warn" or "note". remedy: what to do."""
 
     level: str
     title: str
@@ -113,7 +113,7 @@ def _overfitting(run: Run, metrics: Metrics) -> Iterator[Warning]:
 
 
 def _stopped(run: Run, metrics: Metrics) -> Iterator[Warning]:
-    """Early, by validation.patience."""
+    """A stop before the last step, by validation.patience."""
     patience, total = run.field("validation.patience", 0), run.field("train.steps", 0)
     name, mode = run.best
     curve = metrics.get(name)
