@@ -18,8 +18,8 @@ import optax
 # bring singular values from far below 1 to between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
-# The ratio of sides from which the Gram matrix pays: a step has 4 products of its size, instead of
-# 1 and 2 products with the whole matrix.
+# The ratio of sides from which the Gram matrix pays. With it, a step has 4 products of the Gram
+# matrix's size; without it, 1 of that size and 2 with the whole matrix.
 _LONG = 1.5
 
 

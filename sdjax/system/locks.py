@@ -211,7 +211,7 @@ class _StaleCheck:
         self._announced = False
 
     def is_free(self, handle: int, *, locked: bool) -> bool:
-        """Whether the lock may be taken that no process of this machine has by flock."""
+        """Whether a lock may be taken that flock shows as free, or cannot show, on this machine."""
         holder = _read(handle)
         if holder is None:
             return True
