@@ -23,8 +23,8 @@ from measure import environment, in_turn, table, write_json
 from optax import contrib
 
 from sdjax.checkpoints import assemble
+from sdjax.checkpoints.assemble import method_of_run
 from sdjax.config import Config, resolve
-from sdjax.methods.task import make_task, trainable_networks
 from sdjax.optim.muon import scale_by_muon
 from sdjax.optim.optimizers import is_muons
 
@@ -36,13 +36,12 @@ RMS, MOMENTUM, EPS = 0.2, 0.95, 1e-8
 def matrices(config: Config) -> dict[str, jax.Array]:
     """Random gradients [..., outputs] of what muon takes among the trained parameters."""
     assembled = assemble.assemble(config)
-    abstract = make_task(assembled.config, assembled.tokenizers).abstract
-    trained = trainable_networks(assembled.config)
+    method = method_of_run(assembled.config, assembled.tokenizers)
     rng = np.random.default_rng(0)
     return {
         path: jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
-        for path, leaf in abstract.items()
-        if path.split(".")[0] in trained and is_muons(path, leaf.ndim)
+        for path, leaf in method.abstract.items()
+        if method.trainable(path) and is_muons(path, leaf.ndim)
     }
 
 

@@ -32,18 +32,19 @@ import numpy as np
 from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 
-from sdjax.checkpoints.bundle import TOKENIZERS
-from sdjax.checkpoints.pretrained import folder_kind, read_any
-from sdjax.config import ModelConfig
+from sdjax.checkpoints.assemble import TINY_VAE
+from sdjax.checkpoints.reading import folder_kind, read_any
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
-from sdjax.families.conditioning import TOKENS, Encoder, blank_tokenizers, encode_text
-from sdjax.models import presets, weights
-from sdjax.models.clip import CLIPText, CLIPTextConfig
-from sdjax.models.params import prefixed
-from sdjax.models.unet import UNet
-from sdjax.models.vae import VAE, VAEConfig
+from sdjax.families import sd, sdxl
+from sdjax.families.bind import bind
+from sdjax.families.conditioning import blank_tokenizers, encode_text
+from sdjax.families.config import ModelConfig
+from sdjax.families.family import Model
+from sdjax.families.registry import model_of
+from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.vae import VAEConfig
 from sdjax.sampling import generate
 from sdjax.system.allocator import use_large_pages
 
@@ -56,10 +57,8 @@ OURS, THEIRS = "sdjax", "torch diffusers"
 class Subject:
     """A model that can draw; side: of its pictures, in pixels."""
 
-    model: ModelConfig
-    tokenizers: dict[str, Encoder]
-    schedule: ScheduleConfig
-    prediction_type: str
+    model: Model
+    dtype: str
     params: dict[str, jax.Array]
     side: int
 
@@ -68,13 +67,10 @@ def random_subject(size: str, dtype: str, resolution: int | None) -> Subject:
     """Networks of a size with their random weights; what they draw is noise."""
     unet, tokens = SIZES[size].unet, SIZES[size].tokens
     clip = CLIPTextConfig()
-    encoders = {"text_encoder": clip}
-    if SIZES[size].pooled:
-        encoders["text_encoder_2"] = presets.CLIP_BIGG
-    elif unet.cross_attention_dim == presets.CLIP_H.hidden_size:
-        encoders["text_encoder"] = presets.CLIP_H
-    elif unet.cross_attention_dim != clip.hidden_size:
-        encoders["text_encoder"] = dataclasses.replace(
+    if unet.cross_attention_dim == sd.CLIP_H.hidden_size:
+        clip = sd.CLIP_H
+    elif unet.cross_attention_dim != clip.hidden_size and not SIZES[size].pooled:
+        clip = dataclasses.replace(
             clip,
             hidden_size=unet.cross_attention_dim,
             intermediate_size=4 * unet.cross_attention_dim,
@@ -82,47 +78,28 @@ def random_subject(size: str, dtype: str, resolution: int | None) -> Subject:
             num_attention_heads=4,
             max_position_embeddings=tokens,
         )
-    vae = presets.VAE_SDXL if unet.is_xl else VAEConfig()
+    group: ModelConfig = sd.SDConfig(unet=unet, text_encoder=clip)
+    if SIZES[size].pooled:
+        group = sdxl.SDXLConfig(unet=unet, text_encoder=clip)
     if size in ("tiny", "small"):
-        shipped = Path(presets.__file__).parent / "tiny_vae" / "config.json"
+        shipped = TINY_VAE / "config.json"
         vae, _ = VAEConfig.from_json(json.loads(shipped.read_text()))
-    model = ModelConfig(unet=unet, vae=vae, dtype=dtype, **encoders)  # type: ignore[arg-type]
-
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        networks = {"unet": (UNet, unet), "vae": (VAE, vae)}
-        networks |= {name: (CLIPText, config) for name, config in encoders.items()}  # type: ignore[dict-item]
-        every = {}
-        for i, (name, (cls, config)) in enumerate(networks.items()):
-            every |= prefixed(weights.init(cls, config, jax.random.fold_in(key, i)), name)
-        return every
-
+        group = dataclasses.replace(group, vae=vae)
+    model = model_of(group, schedule=ScheduleConfig())
+    model = dataclasses.replace(model, tokenizers=blank_tokenizers(model))
     # It runs once: LLVM's optimisations take longer than they save.
     once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    params = jax.jit(draw, compiler_options=once)(jax.random.key(SEED))
-    assert isinstance(unet.sample_size, int)
-    side = resolution or unet.sample_size * vae.downscale
-    return Subject(model, blank_tokenizers(model), ScheduleConfig(), "epsilon", params, side)
+    params = jax.jit(bind(model).init, compiler_options=once)(jax.random.key(SEED))
+    return Subject(model, dtype, params, resolution or model.native_size[0])
 
 
 def read_subject(folder: str, dtype: str, resolution: int | None) -> Subject:
     """The model of a folder or file."""
-    found = read_any(folder)
-    if found.missing():
-        raise SystemExit(f"error: --model={folder} lacks {', '.join(found.missing())}")
-    assert found.unet and found.vae and found.schedule
-    model = ModelConfig(
-        unet=found.unet,
-        vae=found.vae,
-        text_encoder=found.text_encoder,
-        text_encoder_2=found.text_encoder_2,
-        zero_empty_prompt=found.zero_empty_prompt,
-        dtype=dtype,
-    )
-    tokenizers = {TOKENS[name]: getattr(found, TOKENIZERS[name]) for name in model.text_encoders}
-    params = {path: jnp.asarray(value) for path, value in found.params.items()}
-    native = found.unet.sample_size
-    side = resolution or (native if isinstance(native, int) else native[0]) * found.vae.downscale
-    return Subject(model, tokenizers, found.schedule, found.prediction_type, params, side)
+    model = read_any(folder)
+    if model.missing():
+        raise SystemExit(f"error: --model={folder} lacks {', '.join(model.missing())}")
+    params = {path: jnp.asarray(value) for path, value in model.params.items()}
+    return Subject(model, dtype, params, resolution or model.native_size[0])
 
 
 def our_drawer(
@@ -130,20 +107,17 @@ def our_drawer(
 ) -> tuple[Callable[[], np.ndarray], float, tuple[int, int, int]]:
     """(a call that draws a batch, uint8; seconds to compile it; (h, w, C) of its latents)."""
     sampler = SamplerConfig(name="ddim", steps=steps)
-    drawer = generate.make_generator(
-        model=subject.model,
-        tokenizers=subject.tokenizers,
-        schedule=subject.schedule,
-        prediction_type=subject.prediction_type,
-        drawing=generate.Drawing(sampler, GUIDANCE),
-    )
-    shape = generate.latent_shape(subject.model.unet, subject.model.vae, subject.side, subject.side)
-    prompts = encode_text(subject.tokenizers, [PROMPT] * batch)
-    negative = {field: rows[0] for field, rows in encode_text(subject.tokenizers, [""]).items()}
+    drawing = generate.Drawing(sampler, GUIDANCE)
+    drawer = generate.make_generator(subject.model, drawing, dtype=subject.dtype)
+    shape = generate.latent_shape(subject.model, subject.side, subject.side)
+    prompts = encode_text(subject.model.tokenizers, [PROMPT] * batch)
+    negative = {
+        field: rows[0] for field, rows in encode_text(subject.model.tokenizers, [""]).items()
+    }
     compiled: list[Any] = []
     seconds = 0.0
 
-    def through(*arguments: Any) -> jax.Array:
+    def through(*arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
         nonlocal seconds
         if not compiled:
             begin = time.perf_counter()
@@ -152,9 +126,10 @@ def our_drawer(
         return compiled[0](*arguments)
 
     def call() -> np.ndarray:
-        return generate.draw(
+        images, _ = generate.draw(
             through, subject.params, prompts, negative, shape=shape, seed=SEED, batch_size=batch
         )
+        return images
 
     call()
     return call, seconds, shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sdjax.models.presets import UNET_SD2, UNET_SDXL
+
 from sdjax.models.unet_config import UNetConfig
 
 

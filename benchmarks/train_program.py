@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from sizes import SIZES, Size
 
+from sdjax.checkpoints.assemble import blank_method
 from sdjax.config import Config, ModelConfig, TrainConfig
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
-from sdjax.families.conditioning import blank_tokenizers
-from sdjax.methods.task import Task, make_task
+from sdjax.methods.method import Method
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.layers import check_remat
 from sdjax.models.params import Params
@@ -120,10 +120,10 @@ def _text_encoders(size: Size) -> dict[str, CLIPTextConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """The task of a configuration and the jitted step, over all devices of this process."""
+    """The method of a configuration and the jitted step, over all devices of this process."""
 
     config: Config
-    task: Task
+    method: Method
     program: Program
 
     def state(self, seed: int = 0) -> State:
@@ -160,8 +160,8 @@ def make_bench(config: Config) -> Bench:
     Raises:
         UserError: the batch does not spread over the devices and micro-batches.
     """
-    task = make_task(config, blank_tokenizers(config.model))
-    return Bench(config, task, build(config, task, make_mesh(MeshConfig())))
+    method = blank_method(config)
+    return Bench(config, method, build(config, method, make_mesh(MeshConfig())))
 
 
 def _parameter(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:

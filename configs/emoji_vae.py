@@ -7,8 +7,7 @@ from sdjax.config import default
 
 
 def get_config():
-    c = default()
-    c.task = "autoencoder"
+    c = default(method="autoencoder")
     c.model.vae.update(
         sample_size=64,
         block_out_channels=(16, 32, 48, 64),
@@ -18,8 +17,8 @@ def get_config():
         norm_num_groups=8,
         latent_channels=16,  # as many numbers as 16x16x4, at a quarter of the UNet's work
     )
-    c.autoencoder.loss = "l1"
-    c.autoencoder.kl_weight = 1e-6
+    c.method.loss = "l1"
+    c.method.kl_weight = 1e-6
 
     c.data.name = "image_text_folder"
     c.data.resolution = 64

@@ -9,14 +9,11 @@ it diverges now and then), caption dropout 0.1. `--config.init_from=DIR` continu
 folder instead. Full size is checked here by parameter count and shapes, not by a whole run.
 """
 
-from sdjax.config import default, to_dict
-from sdjax.models import presets
+from sdjax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.unet.update(to_dict(presets.UNET_SD2))
-    c.model.text_encoder.update(to_dict(presets.CLIP_H))
+    c = default(preset="sd2")
     c.model.dtype = "bfloat16"
 
     c.data.name = "image_text_folder"

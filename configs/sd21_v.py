@@ -7,14 +7,11 @@ Continues from a diffusers folder (2.1-base, or 2.1 itself). Full size is checke
 count and shapes, not by a whole run.
 """
 
-from sdjax.config import default, to_dict
-from sdjax.models import presets
+from sdjax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.unet.update(to_dict(presets.UNET_SD2_V))
-    c.model.text_encoder.update(to_dict(presets.CLIP_H))
+    c = default(preset="sd2_v")
     c.model.dtype = "bfloat16"
     c.model.remat = "block"
 

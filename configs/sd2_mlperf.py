@@ -8,14 +8,11 @@ warm-up 2,000. The benchmark stops at FID <= 90 and CLIP >= 0.15 on COCO-30k, 2.
 images: about 50 minutes on 8 TPU v5p, 30 on 8 H200, in the public logs. Not run at full size here.
 """
 
-from sdjax.config import default, to_dict
-from sdjax.models import presets
+from sdjax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.unet.update(to_dict(presets.UNET_SD2))
-    c.model.text_encoder.update(to_dict(presets.CLIP_H))
+    c = default(preset="sd2")
     c.model.dtype = "bfloat16"
 
     c.objective.prediction_type = "v_prediction"

@@ -15,16 +15,13 @@ is that of SD 1.5. Parameters, two moments and an EMA are 41 GB in float32, so s
 Full size is checked here by parameter count, shapes and FLOPs, not by a run.
 """
 
-from sdjax.config import default, to_dict
-from sdjax.models import presets
+from sdjax.config import default
 
 
 def get_config():
-    c = default()  # whose text encoder is CLIP-L, and whose noise schedule is SDXL's too
-    c.model.unet.update(to_dict(presets.UNET_SDXL))
-    c.model.vae.update(to_dict(presets.VAE_SDXL))
-    c.model.text_encoder_2 = to_dict(presets.CLIP_BIGG)
-    c.model.zero_empty_prompt = True  # as its pipeline draws: force_zeros_for_empty_prompt
+    c = default(
+        family="sdxl"
+    )  # whose text encoder is CLIP-L, and whose noise schedule is SDXL's too
     c.model.dtype = "bfloat16"
     c.model.remat = "block"
 

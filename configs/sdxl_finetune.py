@@ -10,16 +10,13 @@ moments, an EMA and gradients are 51 GB: one accelerator of 80 GB, or several wi
 --config.mesh.fsdp. Full size is checked here by parameter count and shapes, not by a run.
 """
 
-from sdjax.config import default, to_dict
-from sdjax.models import presets
+from sdjax.config import default
 
 
 def get_config():
-    c = default()  # whose text encoder is CLIP-L, and whose noise schedule is SDXL's too
-    c.model.unet.update(to_dict(presets.UNET_SDXL))
-    c.model.vae.update(to_dict(presets.VAE_SDXL))
-    c.model.text_encoder_2 = to_dict(presets.CLIP_BIGG)
-    c.model.zero_empty_prompt = True
+    c = default(
+        family="sdxl"
+    )  # whose text encoder is CLIP-L, and whose noise schedule is SDXL's too
     c.model.dtype = "bfloat16"
     c.model.remat = "block"
 

@@ -14,16 +14,11 @@ behind a base model in diffusers' StableDiffusionXLImg2ImgPipeline. Full size is
 parameter count and shapes, not by a run.
 """
 
-from sdjax.config import default, to_dict
-from sdjax.models import presets
+from sdjax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.unet.update(to_dict(presets.UNET_SDXL_REFINER))
-    c.model.vae.update(to_dict(presets.VAE_SDXL))
-    c.model.text_encoder = None
-    c.model.text_encoder_2 = to_dict(presets.CLIP_BIGG)
+    c = default(family="sdxl", preset="refiner")
     c.model.dtype = "bfloat16"
     c.model.remat = "block"
 

@@ -10,7 +10,7 @@ from sdjax.config import default
 
 
 def get_config():
-    c = default()
+    c = default(family="sdxl")
     c.vae_from = "tiny"
 
     encoder = dict(
@@ -26,7 +26,6 @@ def get_config():
         "hidden_act": "gelu",
         "projection_dim": 48,
     }
-    c.model.zero_empty_prompt = True
     c.model.unet.update(
         sample_size=8,
         block_out_channels=(48, 96),

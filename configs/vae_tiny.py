@@ -11,8 +11,7 @@ from sdjax.config import default
 
 
 def get_config():
-    c = default()
-    c.task = "autoencoder"
+    c = default(method="autoencoder")
     c.model.vae.update(
         sample_size=64,
         block_out_channels=(16, 32, 48, 56),
@@ -22,8 +21,8 @@ def get_config():
         norm_num_groups=8,
         latent_channels=4,
     )
-    c.autoencoder.loss = "l1"
-    c.autoencoder.kl_weight = 1e-6
+    c.method.loss = "l1"
+    c.method.kl_weight = 1e-6
 
     c.data.name = "captioned_shapes"
     # With the eight named colours alone, latents of cyan lay on the other side of the background

@@ -7,32 +7,36 @@ and hands out frozen dataclasses; nothing below sees a ConfigDict.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
-import types
-import typing
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdjax.data.config import DataConfig
 from sdjax.data.mixture import Part
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.diffusion.losses import check as check_objective
-from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
-from sdjax.families.model import ModelConfig
+from sdjax.families.config import ModelConfig
+from sdjax.families.registry import FAMILIES
+from sdjax.families.sd import SDConfig
+from sdjax.methods.denoise import DenoiseConfig
+from sdjax.methods.method import MethodConfig
+from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.optim.ema import EMAConfig
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.parallel import xla
 from sdjax.parallel.mesh import MeshConfig
-from sdjax.system.untrusted import brief, plain
+from sdjax.sampling.settings import SampleConfig
+from sdjax.system.untrusted import brief
+from sdjax.typed_tree import build, to_dict
 from sdjax.validation_config import ValidationConfig
 
 if TYPE_CHECKING:
     import ml_collections  # of the verbs alone: the dataclasses are complete without it
 
 T = TypeVar("T")
-_MOST_UNKNOWN = 20  # fields that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +46,6 @@ class TokenizerConfig:
     path: str = ""  # a folder with vocab.json and merges.txt; "" trains one on the captions
     path_2: str = ""  # the same for text_encoder_2, which pads otherwise; "" takes that of `path`
     vocab_size: int = 1024  # upper bound, for a trained one
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-    """Objective of `task="autoencoder"` (LDM `LPIPSWithDiscriminator` without its two networks)."""
-
-    loss: str = "l1"  # "l1" or "l2", mean over pixels
-    kl_weight: float = 1e-6  # times KL(q(z|x) || N(0, 1)), summed over the latent
-
-    def __post_init__(self):
-        if self.loss not in ("l1", "l2"):
-            raise ValueError(f"autoencoder.loss is {self.loss!r}; expected 'l1' or 'l2'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +83,6 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """The pictures made while training."""
-
-    prompts: tuple[str, ...] = ()  # () takes captions of the evaluation split
-    count: int = 16  # how many of those
-    compare: bool = False  # also with the raw weights, and without guidance, side by side
-    guidance: float = 7.5
-    guidance_rescale: float = 0.0
-    negative_prompt: str = ""
-    sampler: SamplerConfig = SamplerConfig()
-    fidelity: int = 0  # pictures the reader of captioned_shapes checks at the end (0: none)
-
-    def __post_init__(self):
-        if self.count < 1:
-            raise ValueError(f"sample.count is {self.count}; expected at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
     """From step `start` on the run goes on with these; what is 0, None or () stays as it was."""
 
@@ -125,16 +99,15 @@ class Stage:
 class Config:
     """A whole run."""
 
-    task: str = "text_to_image"  # or "autoencoder"
     seed: int = 0
     init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
     vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax
     text_encoder_from: str = ""  # brings SDXL's second encoder too
-    model: ModelConfig = ModelConfig()
+    method: MethodConfig = DenoiseConfig()  # what is trained, and how; `method.name` tells which
+    model: ModelConfig = SDConfig()  # the networks; `model.family` tells which
     tokenizer: TokenizerConfig = TokenizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     ema: EMAConfig = EMAConfig()
@@ -147,8 +120,6 @@ class Config:
     compilation_cache: str = ""
 
     def __post_init__(self):
-        if self.task not in ("text_to_image", "autoencoder"):
-            raise ValueError(f"task is {self.task!r}; expected 'text_to_image' or 'autoencoder'")
         if self.data.batch_size % self.train.accumulation:
             raise ValueError(
                 f"data.batch_size is {self.data.batch_size}, not divisible by "
@@ -160,14 +131,14 @@ class Config:
                 f"{' and a mixture' if self.data.mixture else ''}; "
                 "pictures of captioned_shapes alone can be read back, set it to 0"
             )
-        if self.task == "autoencoder" and (self.validation.maxima_every or self.validation.metrics):
+        if self.draws:
+            check_objective(self.schedule, self.objective)
+        elif self.validation.maxima_every or self.validation.metrics:
             raise ValueError(
                 f"validation.maxima_every is {self.validation.maxima_every} and validation.metrics "
-                f"is {self.validation.metrics!r} with task 'autoencoder'; they are of UNets and "
-                "what these draw, set them to 0 and ()"
+                f"is {self.validation.metrics!r} with method {self.method.name!r}; they are of "
+                "denoisers and what these draw, set them to 0 and ()"
             )
-        if self.task == "text_to_image":
-            check_objective(self.schedule, self.objective)
         starts = [0, *(stage.start for stage in self.stages)]
         if sorted(set(starts)) != starts:
             raise ValueError(f"stages start at {starts[1:]}; expected rising steps above 0")
@@ -176,6 +147,11 @@ class Config:
                 self.at_step(stage.start)
             except ValueError as error:
                 raise ValueError(f"stages[{i}]: {error}") from error
+
+    @property
+    def draws(self) -> bool:
+        """Whether what is trained draws pictures from prompts."""
+        return METHODS[self.method.name].draws
 
     def at_step(self, step: int) -> Config:
         """The configuration in force after `step` optimizer steps, without stages."""
@@ -201,22 +177,76 @@ _STAGED = {
 }
 
 
-def default() -> ml_collections.ConfigDict:
-    """All fields at their defaults, locked: setting a field that does not exist is an error."""
+# The groups that are one of several dataclasses: {base: (the field that tells which, {its value:
+# dataclass})}.
+VARIANTS: dict[type, tuple[str, dict[str, type]]] = {
+    ModelConfig: ("family", {name: family.config for name, family in FAMILIES.items()}),
+    MethodConfig: ("name", {name: kind.config for name, kind in METHODS.items()}),
+}
+_chosen: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def choosing(**names: str) -> Iterator[None]:
+    """Let the command line choose variants for the recipe that is read within.
+
+    Args:
+        names: `family` and `method`; they win over what the recipe asks of `default`.
+
+    Raises:
+        ConfigError: there is no such family or method.
+    """
+    _named("model.family", names.get("family", "sd"), FAMILIES)
+    _named("method.name", names.get("method", "denoise"), METHODS)
+    before = dict(_chosen)
+    _chosen.update(names)
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
+
+
+def default(
+    family: str = "sd", preset: str = "base", method: str = "denoise"
+) -> ml_collections.ConfigDict:
+    """Return all fields at their defaults, locked: setting a field that is not there is an error.
+
+    Args:
+        family: a name of `FAMILIES`.
+        preset: a name of the family's presets, published shapes of its networks.
+        method: a name of `METHODS`.
+
+    Raises:
+        ConfigError: there is no such family, preset or method.
+    """
     import ml_collections
 
+    chosen = _chosen.get("family", family)
+    preset = preset if chosen == family else "base"
+    method = _chosen.get("method", method)
+    presets = _named("model.family", chosen, FAMILIES).presets
+    config = Config(
+        model=_named(f"the preset of the family {chosen!r}", preset, presets),
+        method=_named("method.name", method, METHODS).config(),
+    )
     # Types are checked by `resolve`, which also knows unions such as `int | tuple`.
-    config = ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
-    return config.lock()
+    return ml_collections.ConfigDict(to_dict(config), type_safe=False).lock()
 
 
-def to_dict(config: Any) -> Any:
-    """Nested dataclasses -> nested dicts with the same leaves (tuples stay tuples)."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, tuple):
-        return tuple(to_dict(item) for item in config)
-    return config
+def all_fields() -> dict[str, Any]:
+    """Return the default configuration with the fields of every family and every method."""
+    fields = to_dict(Config())
+    for name, base in (("model", ModelConfig), ("method", MethodConfig)):
+        for variant in VARIANTS[base][1].values():
+            fields[name] = {**to_dict(variant()), **fields[name]}
+    return fields
+
+
+def _named(what: str, name: str, there: Mapping[str, T]) -> T:
+    if name not in there:
+        raise ConfigError(f"{what} is {brief(name)}; expected one of {', '.join(there)}")
+    return there[name]
 
 
 def resolve(config: ml_collections.ConfigDict | dict) -> Config:
@@ -227,111 +257,4 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     """
     if hasattr(config, "to_dict"):
         config = config.to_dict()
-    errors: list[str] = []
-    resolved = _build(Config, config, "config", errors)
-    if errors:
-        raise ConfigError("the configuration has errors:\n  " + "\n  ".join(errors))
-    assert resolved is not None
-    return resolved
-
-
-def _build(cls: type[T], values: Any, where: str, errors: list[str]) -> T | None:
-    if not isinstance(values, dict):
-        errors.append(f"{where} is {brief(values)}; expected a group of fields")
-        return None
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    before = len(errors)
-    unknown = [name for name in values if name not in known]
-    for name in unknown[:_MOST_UNKNOWN]:
-        name = plain(name)
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {where}.{close[0]}?" if close else f"; known: {sorted(known)}"
-        errors.append(f"{where}.{name} is not a field{hint}")
-    if len(unknown) > _MOST_UNKNOWN:
-        errors.append(f"{where} has {len(unknown) - _MOST_UNKNOWN} more fields that it has not")
-    kwargs: dict[str, Any] = {}
-    for name in known & set(values):
-        field = f"{where}.{name}"
-        group, optional = _group(hints[name])
-        several = _group_in_tuple(hints[name])
-        if optional and values[name] is None:
-            kwargs[name] = None
-        elif group is not None:
-            kwargs[name] = _build(group, values[name], field, errors)
-        elif several and isinstance(values[name], tuple | list):
-            kwargs[name] = tuple(
-                _build(several, value, f"{field}[{i}]", errors)
-                for i, value in enumerate(values[name])
-            )
-        else:
-            try:
-                kwargs[name] = _cast(hints[name], values[name])
-            except TypeError:
-                errors.append(
-                    f"{field} is {brief(values[name])} ({type(values[name]).__name__}); "
-                    f"expected {_describe(hints[name])}"
-                )
-    if len(errors) > before:
-        return None
-    try:
-        return cls(**kwargs)
-    except (ValueError, ArithmeticError) as error:
-        errors.append(f"{where}: {error}")
-        return None
-
-
-def _group_in_tuple(hint: Any) -> Any:
-    """The dataclass of `tuple[Dataclass, ...]`, else None."""
-    first, *_ = typing.get_args(hint) or (None,)
-    return first if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(first) else None
-
-
-def _group(hint: Any) -> tuple[Any, bool]:
-    """(dataclass of a field or None, whether the field may be None instead)."""
-    options = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
-    groups = [option for option in options if dataclasses.is_dataclass(option)]
-    return (groups[0] if groups else None), bool(groups) and type(None) in options
-
-
-def _cast(hint: Any, value: Any) -> Any:
-    """`value` as type `hint` (int passes for float, list for tuple), or TypeError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _cast(option, value)
-            except TypeError:
-                continue
-        raise TypeError
-    if hint is type(None):
-        if value is None:
-            return None
-        raise TypeError
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise TypeError
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_cast(args[0], v) for v in value)
-        if len(args) != len(value):
-            raise TypeError
-        return tuple(_cast(a, v) for a, v in zip(args, value, strict=True))
-    if hint is tuple:
-        return tuple(value) if isinstance(value, tuple | list) else _fail()
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if value.bit_length() < 1000 else _fail()  # larger than any float
-    if hint is int and isinstance(value, bool):
-        raise TypeError
-    if isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise TypeError
-
-
-def _fail() -> Any:
-    raise TypeError
-
-
-def _describe(hint: Any) -> str:
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
-    return str(hint).replace("typing.", "")
+    return build(Config, config, "config", VARIANTS)

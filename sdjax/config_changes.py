@@ -8,17 +8,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdjax.families.registry import FAMILIES, NETWORKS
+
 # Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
 # the data would no longer mean the same. Shell patterns on dotted names. What else changes the
 # structure of the state (say, a group of parameters that is no longer frozen) `restore` reports.
 BREAKING = (
-    "task",
+    "method.*",
     "seed",
     "*_from",
-    "model.unet.*",
-    "model.vae.*",
-    "model.text_encoder*",
-    "model.zero_empty_prompt",
+    "model.family",
+    *(f"model.{name}*" for name in NETWORKS),
+    *(f"model.{name}" for family in FAMILIES.values() for name in family.presets["base"].settings),
     "tokenizer.*",
     "schedule.*",
     "objective.prediction_type",

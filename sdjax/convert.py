@@ -40,7 +40,7 @@ from sdjax.system import locks, paths, progress
 
 if TYPE_CHECKING:
     from sdjax.checkpoints import averages
-    from sdjax.checkpoints.bundle import Pretrained
+    from sdjax.families.family import Model
 
 FORMATS = ("workdir", "diffusers", "single_file")
 MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
@@ -172,10 +172,12 @@ def convert(
         What was done, as lines for the user.
 
     Raises:
-        PretrainedError, CheckpointError: `source` cannot be read or `target` not written.
+        ModelError, CheckpointError: `source` cannot be read or `target` not written.
         OSError: of the disk.
     """
-    from sdjax.checkpoints.pretrained import Hints, PretrainedError, folder_kind, read_any
+    from sdjax.checkpoints.folders import ModelError
+    from sdjax.checkpoints.reading import folder_kind, read_any
+    from sdjax.checkpoints.single_file import Hints
 
     found = _sources(source, average, average_weights, ema_length, step, weights)
     target = paths.to_path(target)
@@ -193,9 +195,7 @@ def convert(
     for member, kind in zip(found, kinds, strict=True):
         _check_places(member.path, target, to)
         if problem := _misplaced(given, kind, to, dtype, max_shard_size):
-            raise PretrainedError(
-                f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}"
-            )
+            raise ModelError(f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}")
     with locks.replacing(target, "--output", "sdjax.convert"):
         like = read_any(config_from, with_weights=False) if config_from else None
         hints = Hints(tokenizer, prediction_type, scaling_factor, like)
@@ -231,25 +231,23 @@ def _sources(
     step: int | None,
     weights: str,
 ) -> list[averages.Member]:
-    """What is read. PretrainedError if the options that say so contradict one another."""
+    """What is read. ModelError if the options that say so contradict one another."""
     from sdjax.checkpoints import averages
-    from sdjax.checkpoints.pretrained import PretrainedError
+    from sdjax.checkpoints.folders import ModelError
 
     if average:
         for option, value in (("step", step), ("ema_length", ema_length)):
             if value is not None:
-                raise PretrainedError(
-                    f"--{option}={value} does not go with --average: leave one out"
-                )
+                raise ModelError(f"--{option}={value} does not go with --average: leave one out")
         return averages.members(source, average)
     if average_weights:
-        raise PretrainedError("--average_weights is for --average, which names the models")
+        raise ModelError("--average_weights is for --average, which names the models")
     if source is None:
-        raise PretrainedError("--input is missing, the model to convert (or --average DIR DIR ...)")
+        raise ModelError("--input is missing, the model to convert (or --average DIR DIR ...)")
     if ema_length is None:
         return [averages.Member(paths.to_path(source), step)]
     if weights != "ema":
-        raise PretrainedError(
+        raise ModelError(
             f"--weights={weights} does not go with --ema_length, which says what average to take"
         )
     return [averages.Member(_run_of(paths.to_path(source)))]
@@ -257,12 +255,12 @@ def _sources(
 
 def _read(
     found: Sequence[averages.Member],
-    read_one: Callable[[averages.Member], Pretrained],
+    read_one: Callable[[averages.Member], Model],
     *,
     average_weights: Sequence[float] | None,
     ema_length: float | None,
     step: int | None,
-) -> tuple[Pretrained, str]:
+) -> tuple[Model, str]:
     """The model to write, and what it was made of."""
     from sdjax.checkpoints import averages
 
@@ -305,21 +303,21 @@ def _misplaced(
 
 
 def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:
-    """PretrainedError if writing would destroy what is read, or the name and kind disagree."""
-    from sdjax.checkpoints.pretrained import PretrainedError
+    """ModelError if writing would destroy what is read, or the name and kind disagree."""
+    from sdjax.checkpoints.folders import ModelError
 
     inner, outer = paths.resolved(target), paths.resolved(source)
     if inner == outer or inner in outer.parents:
-        raise PretrainedError(f"--output={target} is --input, or holds it; choose another folder")
+        raise ModelError(f"--output={target} is --input, or holds it; choose another folder")
     if to != "single_file" and target.suffix == ".safetensors":
-        raise PretrainedError(f"--output={target} is the name of a file, but a {to} is a folder")
+        raise ModelError(f"--output={target} is the name of a file, but a {to} is a folder")
 
 
 def _write(
     to: str, target: paths.Path, read: Any, options: dict[str, Any], max_shard_size: str
 ) -> list[str]:
     """Write networks in the layout `to`; what was done, as lines."""
-    from sdjax.checkpoints.pretrained import write_diffusers
+    from sdjax.checkpoints.diffusers_folder import write_diffusers
     from sdjax.checkpoints.single_file_writer import write_single_file
     from sdjax.checkpoints.workdir import save_workdir
 

@@ -177,7 +177,7 @@ def _config(raw: ConfigDict) -> Config:
     if config.init_from or config.vae_from or config.text_encoder_from:
         config = assemble(config, with_tokenizer=False).config
     largest = config.tokenizer.vocab_size
-    if config.task != "text_to_image" or config.init_from or config.text_encoder_from:
+    if not config.draws or config.init_from or config.text_encoder_from:
         return config
     fitted: dict[str, Any] = {}
     for name, encoder in config.model.text_encoders.items():

@@ -35,12 +35,9 @@ from sdjax.system.allocator import use_large_pages
 if TYPE_CHECKING:
     import numpy as np
 
-    from sdjax.checkpoints.pretrained import Pretrained
-    from sdjax.config import ModelConfig
-    from sdjax.data.tokenizer import Tokenizer
     from sdjax.diffusion.samplers import SamplerConfig
-    from sdjax.diffusion.schedules import ScheduleConfig
-    from sdjax.sampling.order import Order
+    from sdjax.families.family import Model
+    from sdjax.sampling.request import SamplingRequest
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
@@ -214,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
+def _sampler(model: Model, args: argparse.Namespace) -> SamplerConfig:
     """The model's own sampler with what the options change."""
-    from sdjax.checkpoints.bundle import choose_sampler, sampler_note
+    from sdjax.families.sampler import choose_sampler, sampler_note
 
     given = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -226,41 +223,23 @@ def _sampler(model: Pretrained, args: argparse.Namespace) -> SamplerConfig:
     return sampler
 
 
-def _whole(
-    found: Pretrained, args: argparse.Namespace
-) -> tuple[ModelConfig, dict[str, Tokenizer], ScheduleConfig]:
-    """Networks, tokenizers and schedule of what was read.
+def _check_model(model: Model, args: argparse.Namespace) -> None:
+    """Check that a model can draw, and that the options are for it.
 
     Raises:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
-    from sdjax.checkpoints.bundle import TOKENIZERS
-    from sdjax.config import ModelConfig
-    from sdjax.families.conditioning import TOKENS
-
-    unet, vae, schedule = found.unet, found.vae, found.schedule
-    names = [name for name in TOKENS if getattr(found, name) is not None]
-    tokenizers = {TOKENS[name]: getattr(found, TOKENIZERS[name]) for name in names}
-    if not (unet and vae and schedule and tokenizers and all(tokenizers.values())):
+    if model.missing():
         raise UserError(
-            f"--model={args.model} has {', '.join(found.networks) or 'no network'} only; drawing "
-            "takes unet, vae, and a text_encoder with its tokenizer"
+            f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
+            f"takes {model.family.denoiser}, vae, and a text encoder with its tokenizer"
         )
-    if not unet.is_xl and (args.original_size or any(args.crop)):
+    if "size" not in model.family.numbers and (args.original_size or any(args.crop)):
         raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
-    model = ModelConfig(
-        unet=unet,
-        vae=vae,
-        text_encoder=found.text_encoder,
-        text_encoder_2=found.text_encoder_2,
-        zero_empty_prompt=found.zero_empty_prompt,
-        dtype=args.dtype,
-    )
-    return model, tokenizers, schedule
 
 
-def _tell_truncated(tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = next(iter(tokenizers.values()))
+def _tell_truncated(model: Model) -> None:
+    tokenizer = next(iter(model.tokenizers.values()))
     if tokenizer.truncated:
         print(
             f"note: {tokenizer.truncated} of the prompts are longer than "
@@ -270,44 +249,39 @@ def _tell_truncated(tokenizers: dict[str, Tokenizer]) -> None:
 
 
 def _size(args: argparse.Namespace, count: int, height: int, width: int) -> np.ndarray:
-    """What SDXL is told of the original: [count, 4]."""
+    """The sizes of the original, [count, 4]."""
     import numpy as np
 
     original = args.original_size or (height, width)
     return np.tile(np.array([*original, *args.crop], np.int32), (count, 1))
 
 
-def _order(args: argparse.Namespace, prompts: list[str]) -> Order:
+def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """What is to be drawn."""
     import jax.numpy as jnp
     import numpy as np
 
-    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text
     from sdjax.sampling.generate import Drawing, latent_shape
-    from sdjax.sampling.order import Order
+    from sdjax.sampling.request import SamplingRequest
 
-    found = read_any(args.model, weights=args.weights)
-    model, tokenizers, schedule = _whole(found, args)
-    unet = model.unet
-    native = unet.sample_size
-    rows, columns = native if isinstance(native, tuple) else (native, native)
-    factor = model.vae.downscale
-    height, width = args.height or rows * factor, args.width or columns * factor
-    shape = latent_shape(unet, model.vae, height, width)
+    model = read_any(args.model, weights=args.weights)
+    _check_model(model, args)
+    rows, columns = model.native_size
+    height, width = args.height or rows, args.width or columns
+    shape = latent_shape(model, height, width)
     latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
-    tokens = encode_text(tokenizers, [*prompts, args.negative_prompt])
-    _tell_truncated(tokenizers)
+    tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt])
+    _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
-    if unet.is_xl:
+    if "size" in model.family.numbers:
         batch["size"] = _size(args, len(prompts), height, width)
-    return Order(
+    return SamplingRequest(
         model=model,
-        tokenizers=tokenizers,
-        schedule=schedule,
-        prediction_type=found.prediction_type,
-        drawing=Drawing(_sampler(found, args), args.guidance, args.guidance_rescale),
-        params={path: jnp.asarray(value) for path, value in found.params.items()},
+        dtype=args.dtype,
+        drawing=Drawing(_sampler(model, args), args.guidance, args.guidance_rescale),
+        params={path: jnp.asarray(value) for path, value in model.params.items()},
         texts=prompts,
         prompts=batch,
         negative={field: rows[-1] for field, rows in tokens.items()},
@@ -319,9 +293,9 @@ def _order(args: argparse.Namespace, prompts: list[str]) -> Order:
     )
 
 
-def _settings(args: argparse.Namespace, order: Order) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
     """What a picture's file says of how it was drawn."""
-    drawing = order.drawing
+    drawing = request.drawing
     size = {"original_size": args.original_size, "crop": args.crop}
     return {
         "negative_prompt": args.negative_prompt,
@@ -332,7 +306,7 @@ def _settings(args: argparse.Namespace, order: Order) -> dict[str, Any]:
         "latents": args.latents or "",
         "guidance": drawing.guidance,
         "guidance_rescale": drawing.guidance_rescale,
-        **(size if order.model.unet.is_xl else {}),
+        **(size if "size" in request.model.family.numbers else {}),
         **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
     }
 
@@ -370,17 +344,17 @@ def sample(args: argparse.Namespace) -> str:
     prompts = read_prompts(args.prompts, args.prompts_file)
     output = paths.to_path(args.output)
     with locks.held(output, "--output", "sdjax.sample"):
-        order = _order(args, prompts)
+        request = _request(args, prompts)
         looks: dict[str, Any] = {}
         if args.explain:
-            looks["words"] = explain.Look(order, args.explain_layers, args.explain_steps)
+            looks["words"] = explain.Explanation(request, args.explain_layers, args.explain_steps)
         if args.trajectory is not None:
-            looks["steps"] = trajectory.Look(order, args.trajectory or None, args.animation)
+            looks["steps"] = trajectory.Steps(request, args.trajectory or None, args.animation)
         ways = args.interpolate is not None and interpolate.plan_ways(
-            order, args.interpolate, args.interpolate_seeds
+            request, args.interpolate, args.interpolate_seeds
         )
-        images, seen = order.draw([look.onlooker for look in looks.values()])
-        settings = _settings(args, order)
+        images, seen = request.draw([look.callback for look in looks.values()])
+        settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             about = {"prompt": prompt, "number": i, **settings}
             save_png(output / f"{i:05d}.png", image, about)
@@ -389,7 +363,7 @@ def sample(args: argparse.Namespace) -> str:
         save_png(output / "grid.png", grid(images, prompts))
         if ways:
             interpolate.draw_ways(
-                output, order, ways, images, args.interpolate_seeds, settings, args.animation
+                output, request, ways, images, args.interpolate_seeds, settings, args.animation
             )
         return f"{len(images)} pictures in {output}, together in {output / 'grid.png'}"
 

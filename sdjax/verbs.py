@@ -6,6 +6,7 @@ names, as "base".
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import keyword
 import re
@@ -19,10 +20,12 @@ from ml_collections import ConfigDict, config_flags
 from sdjax.errors import UserError, explain
 from sdjax.system import paths, untrusted
 
+# {flag: argument of `sdjax.config.choosing`}.
+_VARIANTS = {"config.model.family": "family", "config.method.name": "method"}
 CONFIG_HELP = (
     "Recipe: the name of one, such as base, or a file; change its fields with "
-    "--config.FIELD=VALUE. A recipe is a Python file and is run: take none from somebody you do "
-    "not trust."
+    "--config.FIELD=VALUE; method.name and model.family also decide which fields there are. A recipe "
+    "is a Python file and is run: take none from somebody you do not trust."
 )
 
 
@@ -98,11 +101,29 @@ def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     for argument in argv:
         _check_field(argument)
     try:
-        return values(_with_recipe_files(argv))
+        with _choosing(argv):
+            return values(_with_recipe_files(argv))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         for argument in argv:
             _check_known(argument)  # ml_collections raises any of these where one is not
         raise
+
+
+def _choosing(argv: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Let --config.model.family and --config.method.name decide which fields a recipe has.
+
+    They change what `sdjax.config.default` gives, and so have to be known before the recipe runs.
+    """
+    found = {}
+    for argument in argv:
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if flag in _VARIANTS and equals:
+            found[_VARIANTS[flag]] = value
+    if not found:
+        return contextlib.nullcontext()
+    from sdjax.config import choosing
+
+    return choosing(**found)
 
 
 def _check_field(argument: str) -> None:
@@ -124,9 +145,9 @@ def _check_known(argument: str) -> None:
     found = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL)
     if found is None:
         return
-    from sdjax.config import Config, to_dict
+    from sdjax.config import all_fields
 
-    here, names = to_dict(Config()), found[1].split(".")
+    here, names = all_fields(), found[1].split(".")
     for i, name in enumerate(names):
         if here is None:
             return  # a group that a recipe may have

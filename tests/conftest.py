@@ -217,7 +217,9 @@ def tiny_vae(tmp_path_factory):
     import jax
     import numpy as np
 
-    from sdjax.checkpoints.pretrained import Pretrained, write_diffusers
+    from sdjax.checkpoints.diffusers_folder import write_diffusers
+    from sdjax.families.family import Model
+    from sdjax.families.sd import SD
     from sdjax.models import weights
     from sdjax.models.vae import VAE, VAEConfig
 
@@ -233,7 +235,7 @@ def tiny_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae") / "tiny"
     write_diffusers(
         folder,
-        Pretrained(vae=config, params={f"vae.{p}": np.asarray(v) for p, v in params.items()}),
+        Model(SD, {"vae": config}, params={f"vae.{p}": np.asarray(v) for p, v in params.items()}),
     )
     return folder
 
@@ -295,7 +297,7 @@ def make_tiny_config(tiny_vae, shapes_dir):
 
 def small_autoencoder(config):
     """Make of it a run of the other task, whose step compiles in a few seconds."""
-    config.update(task="autoencoder", vae_from="")
+    config.update(method={"name": "autoencoder"}, vae_from="")
     config.model.vae.update(
         block_out_channels=(4,),
         down_block_types=("DownEncoderBlock2D",),

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.checkpoint import CheckpointError, Checkpoints, restore_params
-from sdjax.checkpoints.pretrained import PretrainedError, read_any, read_diffusers, read_workdir
+from sdjax.checkpoints.diffusers_folder import read_diffusers
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.workdir import read_workdir
 from sdjax.config import Config, resolve, to_dict
 from sdjax.convert import convert, main
 from sdjax.models import weights
@@ -54,7 +57,7 @@ def run(pipeline_folder, tmp_path_factory):
     )
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    read.tokenizer.save(folder / "tokenizer")
+    read.tokenizers["tokens"].save(folder / "tokenizer")
     trained = {k: v for k, v in read.params.items() if k.startswith("unet.")}
     frozen = {k: v for k, v in read.params.items() if k not in trained}
     weights.save_file(frozen, folder / "frozen.safetensors")
@@ -95,7 +98,7 @@ def test_there_and_back_gives_the_same_bits(pipeline_folder, workdir, tmp_path):
         assert getattr(before, field) == getattr(after, field), field
     captions = ["a red circle", "A  Blue Square!", "日本"]
     np.testing.assert_array_equal(
-        before.tokenizer.encode(captions), after.tokenizer.encode(captions)
+        before.tokenizers["tokens"].encode(captions), after.tokenizers["tokens"].encode(captions)
     )
     convert(tmp_path / "back", tmp_path / "workdir")
     convert(tmp_path / "workdir", tmp_path / "again")
@@ -108,13 +111,13 @@ def test_there_and_back_gives_the_same_bits(pipeline_folder, workdir, tmp_path):
 def test_converted_workdir_is_a_workdir(pipeline_folder, workdir):
     config = resolve(json.loads((workdir / "config.json").read_text()))
     read = read_diffusers(pipeline_folder)
-    assert config.task == "text_to_image" and config.model.unet == read.unet
+    assert config.method.name == "denoise" and config.model.unet == read.denoiser
     assert config.schedule == read.schedule and config.ema.profiles == ()
     again = read_any(workdir)
     assert again.params.keys() == read.params.keys()
     for path, value in read.params.items():
         np.testing.assert_array_equal(again.params[path], value)
-    assert read_any(workdir / "checkpoints" / "0").unet == read.unet
+    assert read_any(workdir / "checkpoints" / "0").denoiser == read.denoiser
     vae = read_any(workdir, components=("vae",))
     assert list(vae.networks) == ["vae"] and vae.tokenizer is None and vae.schedule is None
     assert all(path.startswith("vae.") for path in vae.params)
@@ -139,7 +142,7 @@ def test_an_earlier_step_can_be_read(run, pipeline_folder):
 
 
 def test_unknown_weights_are_named(run):
-    with pytest.raises(PretrainedError, match="'0.5'; the run in .* has: ema, raw, 0.9, 0.99"):
+    with pytest.raises(ModelError, match="'0.5'; the run in .* has: ema, raw, 0.9, 0.99"):
         read_workdir(run, weights="0.5")
 
 
@@ -149,7 +152,7 @@ def test_average_within_the_optimizer_is_not_mistaken_for_the_parameters(run, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("checkpoints", "tokenizer", "frozen.safetensors"):
         (tmp_path / name).symlink_to(run / name)
-    with pytest.raises(PretrainedError, match="schedule_free.*weights 'raw'"):
+    with pytest.raises(ModelError, match="schedule_free.*weights 'raw'"):
         read_workdir(tmp_path)
     assert read_workdir(tmp_path, weights="raw").params
 
@@ -157,13 +160,13 @@ def test_average_within_the_optimizer_is_not_mistaken_for_the_parameters(run, tm
 def test_vae_alone(pipeline_folder, tmp_path):
     convert(pipeline_folder / "vae", tmp_path / "workdir")
     config = resolve(json.loads((tmp_path / "workdir" / "config.json").read_text()))
-    assert config.task == "autoencoder"
+    assert config.method.name == "autoencoder"
     convert(tmp_path / "workdir", tmp_path / "back")
     ours = weights.load_file(tmp_path / "back" / FILES["vae"])
     theirs = weights.load_file(pipeline_folder / "vae" / FILES["vae"])
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
-    with pytest.raises(PretrainedError, match="a VAE or a whole pipeline; vae, .* missing"):
+    with pytest.raises(ModelError, match="a VAE or a whole pipeline; vae, .* missing"):
         convert(pipeline_folder / "unet", tmp_path / "unet")
 
 
@@ -176,7 +179,7 @@ def test_half_precision(workdir, tmp_path):
 def test_output_is_not_overwritten_without_force(workdir, pipeline_folder, tmp_path):
     (tmp_path / "out").mkdir()
     convert(workdir, tmp_path / "out")
-    with pytest.raises(PretrainedError, match="not empty.*--force"):
+    with pytest.raises(ModelError, match="not empty.*--force"):
         convert(workdir, tmp_path / "out")
     convert(workdir, tmp_path / "out", force=True)
     assert_same_weights(tmp_path / "out", pipeline_folder)
@@ -184,11 +187,11 @@ def test_output_is_not_overwritten_without_force(workdir, pipeline_folder, tmp_p
 
 def test_impossible_requests_are_explained(workdir, pipeline_folder, tmp_path):
     for target in (workdir, workdir.parent):
-        with pytest.raises(PretrainedError, match="is --input, or holds it"):
+        with pytest.raises(ModelError, match="is --input, or holds it"):
             convert(workdir, target, force=True)
-    with pytest.raises(PretrainedError, match="--dtype=float16.*holds float32"):
+    with pytest.raises(ModelError, match="--dtype=float16.*holds float32"):
         convert(pipeline_folder, tmp_path / "out", dtype="float16")
-    with pytest.raises(PretrainedError, match="no such folder"):
+    with pytest.raises(ModelError, match="no such folder"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -199,13 +202,13 @@ def test_workdir_with_other_parameters_is_explained(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     (tmp_path / "tokenizer").symlink_to(run / "tokenizer")
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_workdir(tmp_path)
     message = str(caught.value)
     assert "mis-shaped: unet.conv_norm_out" not in message
     assert "mis-shaped: unet.mid_block" in message and "missing: vae.encoder" in message
     (tmp_path / "config.json").write_text(json.dumps({**config, "oops": 1}))
-    with pytest.raises(PretrainedError, match=r"config.json: (?s:.)*config.oops"):
+    with pytest.raises(ModelError, match=r"config.json: (?s:.)*config.oops"):
         read_workdir(tmp_path)
 
 
@@ -228,11 +231,11 @@ def test_workdir_with_weights_that_are_not_finite_is_refused(run, tmp_path, monk
 
     weights.save_file(frozen, folder / "frozen.safetensors")
     monkeypatch.setattr("sdjax.checkpoints.workdir.restore_params", restored)
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_workdir(folder)
     assert f"{folder / 'checkpoints' / '2'}: 1 of " in str(caught.value)
     assert "unet.conv_in.bias: 16 Inf among 16 values" in str(caught.value)
-    with pytest.raises(PretrainedError, match=r"checkpoints/1: 1 of (?s:.)*other --weights may do"):
+    with pytest.raises(ModelError, match=r"checkpoints/1: 1 of (?s:.)*other --weights may do"):
         convert(None, out, average=[str(folder / "checkpoints" / str(s)) for s in (1, 2)])
 
 

@@ -24,7 +24,7 @@ OPTIONS = ("--num_samples=12", "--per_prompt=2", "--batch_size=5", "--features=p
 @pytest.fixture(scope="module")
 def run(pipeline_folder, shapes_dir, tmp_path_factory):
     """A workdir of the tests' tiny pipeline, with a config that says what it was trained on."""
-    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.reading import read_any
     from sdjax.checkpoints.workdir import save_workdir
 
     folder = tmp_path_factory.mktemp("evaluated") / ODD
@@ -251,7 +251,7 @@ def test_a_sampler_that_is_not_there_is_an_error_where_pictures_are_drawn(
 @pytest.fixture
 def snapshots(run, tmp_path):
     """The run with snapshots of two widths: the first is its own weights, the second is noisy."""
-    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.reading import read_any
     from sdjax.optim import ema
 
     folder = tmp_path / "run"
@@ -266,7 +266,7 @@ def snapshots(run, tmp_path):
 
 
 def test_the_best_length_of_average_is_found(run, snapshots, whole, capsys):
-    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.reading import read_any
 
     options = [f"--model={snapshots}", "--ema_lengths=0.05:0.1:3", "--dataset=own"]
     assert evaluate.main(options) == 0

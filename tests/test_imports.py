@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "sdjax"
 VERBS = ("main", "sample", "convert", "encode", "prepare", "evaluate", "report", "plan", "sweep")
 # A room, or a file beside the rooms, imports only what stands before it.
 ORDER = (
-    "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families",
-    "validation_config", "config", "config_changes", "machine_settings", "recipes", "checkpoints",
-    "encoding", "sampling", "methods", "train", "evaluation", "planning", "sweeps", "web", "verbs",
-    *VERBS, "__main__",
+    "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families", "sampling",
+    "methods", "validation_config", "typed_tree", "config", "config_changes", "machine_settings",
+    "recipes", "checkpoints", "encoding", "train", "evaluation", "planning", "sweeps", "web",
+    "verbs", *VERBS, "__main__",
 )  # fmt: skip
 FLAT = 24  # files of a room; nest before it has more
 FILES = {

@@ -19,8 +19,8 @@ from sdjax.train.agreement import OWN
 
 # Every other field, so that whoever adds one decides whose it is.
 MODEL = """
-task seed autoencoder.loss autoencoder.kl_weight tokenizer.vocab_size
-model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.zero_empty_prompt
+method.name seed tokenizer.vocab_size
+model.unet.* model.vae.* model.text_encoder.* model.family
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
 schedule.zero_terminal_snr schedule.snr_scale schedule.shift
@@ -182,7 +182,7 @@ def test_data_dir_of_the_user_takes_the_place_of_the_models():
 
 def test_model_that_is_loaded_has_no_cache_of_its_own(monkeypatch, tmp_path, pipeline_folder):
     """Of a workdir, as `sdjax.evaluate` loads it."""
-    from sdjax.checkpoints.pretrained import read_any
+    from sdjax.checkpoints.reading import read_any
     from sdjax.checkpoints.workdir import save_workdir
 
     folder = tmp_path / "model"

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.bundle import TOKENIZERS
-from sdjax.checkpoints.pretrained import Pretrained, read_any
+from sdjax.checkpoints.reading import read_any
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.families.conditioning import TOKENS
+from sdjax.families.conditioning import Tokenize, blank_tokenizers
+from sdjax.families.family import Model
+from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
+from sdjax.methods.method import Method, Setup
+from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
-ENCODERS = tuple(TOKENS)
-COMPONENTS = ("unet", "vae", *ENCODERS)
 _SHOWN = 5  # fields of a network that a line names
 
 
@@ -59,22 +60,17 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     notes: list[str] = []
     tokenizers: dict[str, Tokenizer] = {}
     scheduler: Mapping[str, Any] | None = None
-    sources: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("init_from", config.init_from, COMPONENTS),
-        ("vae_from", config.vae_from, ("vae",)),
-        ("text_encoder_from", config.text_encoder_from, tuple(config.model.text_encoders)),
-    )
-    for field, folder, wanted in sources:
-        if not folder:
-            continue
-        if config.task == "autoencoder":
-            wanted = ("vae",)
+    draws = config.draws
+    kind = METHODS[config.method.name]
+    for field, folder in _sources(config):
+        every = {"vae_from": ("vae",), "text_encoder_from": tuple(config.model.text_encoders)}
+        wanted = kind.networks(dict.fromkeys(every.get(field, NETWORKS)))
         path = TINY_VAE if field == "vae_from" and folder == "tiny" else folder
         loaded = read_any(path, components=wanted)
-        config, adopted = _adopt(config, loaded, wanted, whole=field == "init_from")
-        if adopted:
-            notes.append(f"{field}={folder} decides {adopted}")
-        if field == "init_from" and config.task == "text_to_image":
+        config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
+        if decided:
+            notes.append(f"{field}={folder} decides {decided}")
+        if field == "init_from" and draws:
             scheduler = loaded.scheduler
             if loaded.unsupported_sampler:
                 notes.append(
@@ -83,43 +79,71 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
                     f"{config.sample.sampler.name}. What the run writes keeps the scheduler"
                 )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
-        for name in ENCODERS:
-            tokenizer = getattr(loaded, TOKENIZERS[name])
-            if tokenizer is not None:
-                tokenizers[TOKENS[name]] = tokenizer
-    if config.task == "autoencoder" or not with_tokenizer:
+        tokenizers |= loaded.tokenizers
+    if not (draws and with_tokenizer):
         return Assembled(config, params, {}, tuple(notes), scheduler)
+    fields = {name: part.tokens for name, part in config.model.parts.items() if part.tokens}
     for name in config.model.text_encoders:
-        if TOKENS[name] not in tokenizers:
-            tokenizers[TOKENS[name]] = _tokenizer(config, name)
-    wanted_fields = [TOKENS[name] for name in config.model.text_encoders]
-    tokenizers = {field: tokenizers[field] for field in wanted_fields}
+        if fields[name] not in tokenizers:
+            tokenizers[fields[name]] = _tokenizer(config, name)
+    tokenizers = {fields[name]: tokenizers[fields[name]] for name in config.model.text_encoders}
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler)
 
 
-def bundle(
+def _sources(config: Config) -> Iterator[tuple[str, str]]:
+    """(field, folder) of each folder that brings networks, in the order in which they decide."""
+    for field in ("init_from", "vae_from", "text_encoder_from"):
+        if folder := getattr(config, field):
+            yield field, folder
+
+
+def model_of_run(
     config: Config,
-    tokenizers: Mapping[str, Tokenizer],
-    params: Mapping[str, np.ndarray],
+    tokenizers: Mapping[str, Tokenize],
+    params: Mapping[str, np.ndarray] | None = None,
     scheduler: Mapping[str, Any] | None = None,
-) -> Pretrained:
-    """A text-to-image run as a pipeline with these parameters."""
-    model = config.model
-    return Pretrained(
-        unet=model.unet,
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        text_encoder_2=model.text_encoder_2,
+) -> Model:
+    """Return the model that a run trains, with these parameters.
+
+    Args:
+        tokenizers: by the field of a batch that each fills; stand-ins where only shapes matter.
+    """
+    names = METHODS[config.method.name].networks(config.model.networks)
+    return model_of(
+        config.model,
+        names,
         schedule=config.schedule,
         prediction_type=config.objective.prediction_type,
         sampler=config.sample.sampler,
         scheduler=scheduler,
-        params=params,
-        tokenizer=tokenizers.get("tokens"),
-        tokenizer_2=tokenizers.get("tokens_2"),
-        zero_empty_prompt=model.zero_empty_prompt,
+        tokenizers=tokenizers,
+        params=params or {},
     )
+
+
+def method_of_run(config: Config, tokenizers: Mapping[str, Tokenize]) -> Method:
+    """Return the method of a run, bound to its networks.
+
+    Raises:
+        UserError: the networks do not belong together, or do not suit the method.
+    """
+    setup = Setup(
+        config=config.method,
+        model=model_of_run(config, tokenizers),
+        objective=config.objective,
+        data=config.data,
+        sample=config.sample,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        adopted=bool(config.vae_from or config.init_from),
+    )
+    return METHODS[config.method.name].make(setup)
+
+
+def blank_method(config: Config) -> Method:
+    """Return the method of a run where only shapes matter: no tokenizer is read or made."""
+    return method_of_run(config, blank_tokenizers(model_of(config.model)))
 
 
 def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
@@ -142,17 +166,13 @@ def _components(params: Mapping[str, Any]) -> set[str]:
 
 
 def _adopt(
-    config: Config, loaded: Pretrained, wanted: tuple[str, ...], *, whole: bool
+    config: Config, loaded: Model, wanted: tuple[str, ...], *, whole: bool
 ) -> tuple[Config, str]:
     """The configuration with the loaded networks' own settings, and what these change in it."""
     before = to_dict(config)
-    changes: dict[str, Any] = {n: getattr(loaded, n) for n in wanted if n in loaded.networks}
-    if whole and any(name in changes for name in ENCODERS):
-        # A refiner's folder has one encoder, whatever the recipe has.
-        changes |= {name: getattr(loaded, name) for name in ENCODERS}
-        changes["zero_empty_prompt"] = loaded.zero_empty_prompt
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-    if whole and config.task == "text_to_image" and loaded.schedule is not None:
+    whole = whole and config.draws
+    config = dataclasses.replace(config, model=adopted(config.model, loaded, wanted, whole=whole))
+    if whole and loaded.schedule is not None:
         config = dataclasses.replace(
             config,
             schedule=loaded.schedule,
@@ -182,17 +202,17 @@ def _changes(
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, new value) of each field that differs."""
     for name, value in after.items():
-        if isinstance(value, dict) and isinstance(before[name], dict):
+        if isinstance(value, dict) and isinstance(before.get(name), dict):
             yield from _changes(before[name], value, (*where, name))
-        elif value != before[name]:
+        elif value != before.get(name):
             yield (*where, name), value
 
 
 def _tokenizer(config: Config, name: str) -> Tokenizer:
-    """Of a text encoder whose folder brought none."""
+    """The tokenizer of a text encoder that no folder brought one for."""
     length = config.model.text_encoders[name].max_position_embeddings
     path = config.tokenizer.path
-    if name == "text_encoder_2":
+    if config.model.parts[name].tokenizer != next(iter(TOKENIZERS.values())):
         path = config.tokenizer.path_2 or path
     if path:
         return Tokenizer.load(path, context_length=length)
@@ -209,7 +229,7 @@ def _fit_vocabularies(
     """A text encoder that is trained from nothing takes its tokenizer's vocabulary."""
     fitted: dict[str, Any] = {}
     for name, encoder in config.model.text_encoders.items():
-        tokenizer = tokenizers[TOKENS[name]]
+        tokenizer = tokenizers[config.model.parts[name].tokens]
         if name not in loaded:
             fitted[name] = dataclasses.replace(
                 encoder,

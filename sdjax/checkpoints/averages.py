@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sdjax.checkpoints.bundle import TOKENIZERS, Pretrained, PretrainedError
 from sdjax.checkpoints.checkpoint import all_steps
+from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.workdir import FROZEN_FILE
 from sdjax.config_changes import MISSING, compare_configs
+from sdjax.families.family import Model
+from sdjax.families.registry import NETWORKS, TOKENIZERS
 from sdjax.models.weights import read_header
 from sdjax.optim import ema
 from sdjax.system import paths
@@ -41,12 +43,12 @@ def members(source: paths.PathLike | None, names: Sequence[str]) -> list[Member]
     """What `--average` names: steps of the run `source`, its `last:N`, or folders and files.
 
     Raises:
-        PretrainedError: they are of both kinds, too few, twice the same, or not there.
+        ModelError: they are of both kinds, too few, twice the same, or not there.
     """
     steps = [name for name in names if is_number(name) or _LAST.fullmatch(name)]
     if not steps:
         if source is not None:
-            raise PretrainedError(
+            raise ModelError(
                 f"--average={' '.join(names)} names the models to average: leave out "
                 f"--input={source}, and name it among them if it is one"
             )
@@ -54,17 +56,17 @@ def members(source: paths.PathLike | None, names: Sequence[str]) -> list[Member]
     else:
         if len(steps) < len(names):
             other = next(name for name in names if name not in steps)
-            raise PretrainedError(
+            raise ModelError(
                 f"--average={' '.join(names)}: {steps[0]} is a step and {other} is none; give "
                 "steps (or last:N) of --input, or folders (./100 is a folder)"
             )
         if source is None:
-            raise PretrainedError(f"--average={' '.join(names)} takes the run as --input=WORKDIR")
+            raise ModelError(f"--average={' '.join(names)} takes the run as --input=WORKDIR")
         found = [Member(paths.to_path(source), s) for s in _steps(paths.to_path(source), names)]
     if len(set(found)) < len(found):
-        raise PretrainedError(f"--average={' '.join(names)} names a model twice; use weights")
+        raise ModelError(f"--average={' '.join(names)} names a model twice; use weights")
     if len(found) < 2:
-        raise PretrainedError(f"--average={' '.join(names)}: expected two models or more")
+        raise ModelError(f"--average={' '.join(names)}: expected two models or more")
     return found
 
 
@@ -75,14 +77,14 @@ def _steps(workdir: paths.Path, names: Sequence[str]) -> list[int]:
     for name in names:
         last = _LAST.fullmatch(name)
         if last and not 1 < int(last[1]) <= len(there):
-            raise PretrainedError(
+            raise ModelError(
                 f"--average={name}: {workdir} has {len(there)} checkpoints, of steps "
                 f"{_listed(there)}; expected last:N with N from 2 to their number. A run keeps "
                 "more of them with train.keep_last and train.keep_every"
             )
         wanted += there[-int(last[1]) :] if last else [int(name)]
     if absent := [step for step in wanted if step not in there]:
-        raise PretrainedError(
+        raise ModelError(
             f"--average: {workdir} has no checkpoint of step {absent[0]}; it has those of steps "
             f"{_listed(there)}"
         )
@@ -97,24 +99,24 @@ def shares(count: int, weights: Sequence[float] | None) -> list[float]:
     """Weights of `count` models, summing to 1; equal ones by default.
 
     Raises:
-        PretrainedError: there are not as many, one is not finite, or they add up to nothing.
+        ModelError: there are not as many, one is not finite, or they add up to nothing.
     """
     if weights is None:
         return [1 / count] * count
     text = f"--average_weights={' '.join(f'{w:g}' for w in weights)}"
     if len(weights) != count:
-        raise PretrainedError(f"{text}: {len(weights)} weights for {count} models; give one each")
+        raise ModelError(f"{text}: {len(weights)} weights for {count} models; give one each")
     total = math.fsum(weights)
     if not all(math.isfinite(w) for w in weights) or not total > 0:
-        raise PretrainedError(f"{text}: expected finite numbers with a sum above 0")
+        raise ModelError(f"{text}: expected finite numbers with a sum above 0")
     return [w / total for w in weights]
 
 
 def average(
     found: Sequence[Member],
-    read: Callable[[Member], Pretrained],
+    read: Callable[[Member], Model],
     weights: Sequence[float] | None = None,
-) -> Pretrained:
+) -> Model:
     """The weighted mean of models, summed in float64; all else is that of the first.
 
     Two models are in memory at once, and the sum, which takes twice the space of one.
@@ -124,7 +126,7 @@ def average(
         weights: one each, of any sum above 0; equal by default.
 
     Raises:
-        PretrainedError: configs, tokenizers, paths or shapes differ, naming what.
+        ModelError: configs, tokenizers, paths or shapes differ, naming what.
     """
     parts = shares(len(found), weights)
     first = read(found[0])
@@ -132,7 +134,7 @@ def average(
     for member, share in zip(found[1:], parts[1:], strict=True):
         model = read(member)
         if problems := differences(first, model):
-            raise PretrainedError(
+            raise ModelError(
                 f"{found[0]} and {member} are different models and have no average:\n  "
                 + "\n  ".join(problems)
             )
@@ -142,26 +144,27 @@ def average(
     return dataclasses.replace(first, params=params)
 
 
-def differences(a: Pretrained, b: Pretrained) -> list[str]:
+def differences(a: Model, b: Model) -> list[str]:
     """What forbids to average two models, as lines: at most ten, and a count."""
     lines = []
-    fields = ("unet", "vae", "text_encoder", "text_encoder_2", "schedule")
-    for field in fields:
-        one, other = getattr(a, field), getattr(b, field)
+    pairs = {name: (a.networks.get(name), b.networks.get(name)) for name in NETWORKS}
+    for field, (one, other) in {**pairs, "schedule": (a.schedule, b.schedule)}.items():
         if one is None or other is None:
             if (one is None) != (other is None):
                 lines.append(f"{field}: only one of them has it")
             continue
         found = compare_configs(dataclasses.asdict(one), dataclasses.asdict(other))
         lines += [f"{field}.{d.field}: {_value(d.saved)} and {_value(d.current)}" for d in found]
-    for field in ("prediction_type", "zero_empty_prompt"):
-        if getattr(a, field) != getattr(b, field):
-            lines.append(f"{field}: {getattr(a, field)} and {getattr(b, field)}")
-    for field in TOKENIZERS.values():
-        one, other = getattr(a, field), getattr(b, field)
-        if one is not None and other is not None and one.identity != other.identity:
+    if a.prediction_type != b.prediction_type:
+        lines.append(f"prediction_type: {a.prediction_type} and {b.prediction_type}")
+    for field in sorted(a.settings.keys() & b.settings.keys()):
+        if a.settings[field] != b.settings[field]:
+            lines.append(f"{field}: {a.settings[field]} and {b.settings[field]}")
+    for field in sorted(a.tokenizers.keys() & b.tokenizers.keys()):
+        one, other = a.tokenizers[field], b.tokenizers[field]
+        if one.identity != other.identity:
             lines.append(
-                f"{field}: another vocabulary or length ({_tokens(one)}, {_tokens(other)})"
+                f"{TOKENIZERS[field]}: another vocabulary or length ({_tokens(one)}, {_tokens(other)})"
             )
     for path in sorted(a.params.keys() | b.params.keys()):
         if path not in a.params or path not in b.params:
@@ -180,8 +183,8 @@ def _tokens(tokenizer: object) -> str:
 
 
 def with_ema_length(
-    model: Pretrained, workdir: paths.PathLike, length: float, step: int | None = None
-) -> tuple[Pretrained, int]:
+    model: Model, workdir: paths.PathLike, length: float, step: int | None = None
+) -> tuple[Model, int]:
     """A run's model with its average of relative width `length`, made of its EMA snapshots.
 
     Args:
@@ -198,10 +201,10 @@ def with_ema_length(
     try:
         ema.gamma_from_sigma_rel(length)
     except ValueError as error:
-        raise PretrainedError(f"--ema_length={length:g}: {error}") from error
+        raise ModelError(f"--ema_length={length:g}: {error}") from error
     snapshots = ema.list_snapshots(workdir)
     if not snapshots:
-        raise PretrainedError(
+        raise ModelError(
             f"--ema_length={length:g} takes the EMA snapshots of a run, and {workdir} has none in "
             f"{ema.snapshot_folder(workdir).name}/: train with "
             "--config.ema.profiles=\"('power-0.05','power-0.1')\" and --config.ema.snapshot_every=N"
@@ -212,12 +215,12 @@ def with_ema_length(
 
 
 def with_averages(
-    model: Pretrained, workdir: paths.PathLike, averages: Mapping[str, np.ndarray]
+    model: Model, workdir: paths.PathLike, averages: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """A run's parameters with the averages of its snapshots in place of all that it trained.
 
     Raises:
-        PretrainedError: the snapshots are of another model, or of a part of what was trained.
+        ModelError: the snapshots are of another model, or of a part of what was trained.
     """
     strange = [
         path
@@ -225,7 +228,7 @@ def with_averages(
         if path not in model.params or leaf.shape != model.params[path].shape
     ]
     if strange:
-        raise PretrainedError(
+        raise ModelError(
             f"{ema.snapshot_folder(workdir)}: the snapshots are of another model than the "
             f"checkpoint, which has no {strange[0]} of that shape; were they copied here?"
         )
@@ -233,7 +236,7 @@ def with_averages(
     if (file := paths.to_path(workdir) / FROZEN_FILE).is_file():
         trained -= set(read_header(file)[0])
     if missing := sorted(trained - set(averages)):
-        raise PretrainedError(
+        raise ModelError(
             f"{ema.snapshot_folder(workdir)}: the snapshots lack {len(missing)} of the "
             f"{len(trained)} parameters that the run trains, as {missing[0]}, and a mixture is no "
             "model; restore them from a copy, or convert the checkpoint itself"

@@ -4,8 +4,7 @@ A scheduler file says three things at once: the noise schedule a network was tra
 network predicts, and how to sample from it. What sdjax cannot do of the first two is an error. What
 it cannot do of the third is kept for whoever draws with that very sampler.
 
-The pipelines of Stable Diffusion 1 and 2 correct old files when they load them (`corrected`); those
-of SDXL take them as they are.
+Some pipelines correct old files when they load them (`Family.scheduler_changes`).
 """
 
 from __future__ import annotations
@@ -39,12 +38,15 @@ class Scheduler:
 
 
 def scheduler_from_diffusers(
-    config: Mapping[str, Any], where: str = "scheduler_config.json", *, pipeline: str = ""
+    config: Mapping[str, Any],
+    where: str = "scheduler_config.json",
+    *,
+    changes: Mapping[str, Any] | None = None,
 ) -> Scheduler:
     """Reads a scheduler file.
 
-    config: the parsed JSON; where: its name, for messages; pipeline: the class in the folder's
-    model_index.json, which may correct the file.
+    config: the parsed JSON; where: its name, for messages; changes: what the pipeline
+    corrects in the file.
     Raises ValueError naming every field that is unknown or that asks for a noise schedule or a
     prediction that sdjax does not have.
     """
@@ -55,7 +57,7 @@ def scheduler_from_diffusers(
             f"{where}: _class_name is {brief(name)}; expected one of "
             + ", ".join(CLASSES | FLOW_CLASSES)
         )
-    config = corrected(config, pipeline)
+    config = {**config, **(changes or {})}
     _check_fields(name, cls, config, where)
     own = {field: value for field, value in config.items() if field in cls.defaults}
     fields = {**cls.defaults, **own}
@@ -79,21 +81,6 @@ def scheduler_from_diffusers(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return Scheduler(schedule, fields["prediction_type"], sampler, unsupported)
-
-
-def corrected(config: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
-    """A scheduler file as a pipeline of diffusers reads it.
-
-    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all of
-    them set steps_offset to 1, those that do not inpaint clip_sample to False, the one that does
-    skip_prk_steps to True.
-    """
-    changes: dict[str, Any] = {}
-    if pipeline in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
-        changes = {"steps_offset": 1, "clip_sample": False}
-    elif pipeline == "StableDiffusionInpaintPipeline":
-        changes = {"steps_offset": 1, "skip_prk_steps": True}
-    return {**config, **changes}
 
 
 def _sampler(cls: SchedulerClass, fields: Mapping[str, Any]) -> SamplerConfig:

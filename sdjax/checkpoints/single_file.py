@@ -1,9 +1,9 @@
 """Single-file checkpoints: the `.safetensors` that AUTOMATIC1111 and ComfyUI read.
 
-All networks of a pipeline under the names of the original code (`sdjax.checkpoints.ldm_names`), each
+All networks of a pipeline under the names of the original code (`sdjax.families.ldm_names`), each
 family with prefixes of its own; or an autoencoder alone, without a prefix. There is no tokenizer in
 them, no noise schedule, no config. What sdjax writes has configs and schedule in the file's
-header; of other files, shapes decide the architecture (`sdjax.checkpoints.ldm_configs`), the rest is
+header; of other files, shapes decide the architecture (`sdjax.families.ldm_configs`), the rest is
 that of the release the family is named after, and what even that leaves open is asked for.
 """
 
@@ -17,17 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.checkpoints import ldm_configs, ldm_names
-from sdjax.checkpoints.bundle import (
-    NETWORKS,
-    TOKENIZERS,
-    Pretrained,
-    PretrainedError,
-    check_components,
-)
+from sdjax.checkpoints.folders import ModelError, check_components
 from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
 from sdjax.checkpoints.single_file_layout import (
-    ENCODERS,
     counted,
     is_open_clip,
     layout,
@@ -38,18 +30,21 @@ from sdjax.checkpoints.single_file_layout import (
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.families import ldm_configs, ldm_names, sd, sdxl
+from sdjax.families.bind import abstract_params
+from sdjax.families.family import Family, Model, Part, SingleFile
+from sdjax.families.registry import FAMILIES, NETWORKS
 from sdjax.models.config import read_config
 from sdjax.models.weight_checks import quantised
 from sdjax.models.weights import (
     WeightsError,
-    abstract,
     from_diffusers,
     load_file,
     read_header,
     weight_name,
 )
 from sdjax.system import paths
-from sdjax.system.untrusted import brief, check_depth, damage, explained, why
+from sdjax.system.untrusted import brief, check_depth, damage, explained, plain, why
 
 # The name of our entry in the file's header.
 METADATA = "sdjax"
@@ -57,7 +52,8 @@ METADATA = "sdjax"
 _SAID = {
     **dict.fromkeys((*NETWORKS, "schedule", "scheduler"), dict),
     "prediction_type": str,
-    "zero_empty_prompt": bool,
+    "settings": dict,
+    "family": str,
 }
 
 
@@ -74,16 +70,16 @@ class Hints:
     tokenizer: str = ""
     prediction_type: str = ""
     scaling_factor: float | None = None
-    like: Pretrained | None = None
+    like: Model | None = None
 
 
 def read_single_file(
     file: paths.PathLike,
     *,
-    components: Sequence[str] = tuple(NETWORKS),
+    components: Sequence[str] = NETWORKS,
     weights: str = "ema",
     hints: Hints,
-) -> Pretrained:
+) -> Model:
     """Reads the networks of a single-file checkpoint.
 
     Args:
@@ -94,56 +90,55 @@ def read_single_file(
         hints: what the file does not say.
 
     Raises:
-        PretrainedError: with everything that is missing, unused, mis-shaped, or not said; or of
+        ModelError: with everything that is missing, unused, mis-shaped, or not said; or of
             which the average is not whole, values are NaN or Inf, or weights are quantised.
     """
     file = paths.to_path(file)
     check_components(components)
     if weights not in ("ema", "raw"):
-        raise PretrainedError(f"weights is {weights!r}; a single file has ema and raw")
-    with explained(file, "a single-file checkpoint", error=PretrainedError):
+        raise ModelError(f"weights is {weights!r}; a single file has ema and raw")
+    with explained(file, "a single-file checkpoint", error=ModelError):
         return _read(file, components, weights, hints)
 
 
-def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hints) -> Pretrained:
+def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hints) -> Model:
     """See `read_single_file`."""
     shapes, metadata = read_header(file)
-    family, prefixes = layout(file, shapes)
+    family, release, prefixes = layout(file, shapes)
     _refuse_quantised(file, shapes, prefixes, components)
     contents = sort_out(file, shapes, prefixes)
     ignored, averages = list(contents.ignored), contents.averages
     said = _said(file, metadata)
-    schedule = _schedule(file, shapes, family, said, hints) if "unet" in prefixes else None
-    parts: dict[str, Any] = {"params": {}}
-    for name, prefix in prefixes.items():
-        if name not in components:
-            continue
+    schedule = _schedule(file, shapes, release, said, hints) if "unet" in prefixes else None
+    family = family or (hints.like.family if hints.like else sd.SD)
+    networks: dict[str, Any] = {}
+    params: dict[str, np.ndarray] = {}
+    for name in [name for name in family.parts if name in prefixes and name in components]:
+        prefix = prefixes[name]
         origin = _origin(file, name, prefix, contents.weights)
         own = {key: shapes[full] for key, full in origin.items()}
         prediction = schedule[1] if schedule else ""
-        config = _config(file, name, own, family, prediction, said, hints)
+        config = _config(file, family.parts[name], name, own, release, prediction, said, hints)
         if weights == "ema" and (name == "unet" or not prefix):
             if taken := whole_average(file, name, origin, averages):
                 origin, averages = taken, ()
                 who = "UNet" if name == "unet" else "VAE"
                 what = f"the {who}'s parameters: the file has their average, which was taken"
                 ignored.append(what)
-        params, unused = _read_network(file, name, prefix, config, origin)
+        read, unused = _read_network(file, family.parts[name], name, prefix, config, origin)
         ignored += unused
-        parts[name] = config
-        parts["params"] |= {f"{name}.{path}": value for path, value in params.items()}
-    encoders = [name for name in TOKENIZERS if name in parts]
-    parts |= _tokenizers(file, family, encoders, parts, hints)
+        networks[name] = config
+        params |= {f"{name}.{path}": value for path, value in read.items()}
+    fields: dict[str, Any] = {"tokenizers": _tokenizers(file, family, release, networks, hints)}
     ignored += counted("model_ema.*" for _ in averages)
-    if "unet" in parts:
+    if "unet" in networks:
         assert schedule
-        parts["schedule"], parts["prediction_type"] = schedule
-        parts |= _scheduler(file, family, said, hints)
-    if encoders:
-        # As in Stability's model_index.json of SDXL; that of the refiner says False.
-        default = hints.like.zero_empty_prompt if hints.like else family == "sdxl"
-        parts["zero_empty_prompt"] = said.get("zero_empty_prompt", default)
-    return Pretrained(**parts, ignored=tuple(ignored))
+        fields["schedule"], fields["prediction_type"] = schedule
+        fields |= _scheduler(file, family, said, hints)
+    if fields["tokenizers"]:
+        default = hints.like.settings if hints.like else release.settings if release else {}
+        fields["settings"] = {**default, **said.get("settings", {})}
+    return Model(family, networks, params=params, ignored=tuple(ignored), **fields)
 
 
 def _refuse_quantised(
@@ -170,52 +165,56 @@ def _said(file: paths.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         if "schedule" in said:
             said["schedule"] = read_config(ScheduleConfig, said["schedule"], where="schedule")[0]
             check_prediction(said["prediction_type"])
+        _check_settings(said)
     except damage() as error:
-        raise PretrainedError(
+        raise ModelError(
             f"{file}: the header has a part of sdjax's that this version cannot read "
             f"({why(error)}); use the version that wrote it, or write it again"
         ) from error
     return said
 
 
+def _check_settings(said: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the settings are not those of a family."""
+    family = FAMILIES.get(said.get("family", ""))
+    defaults = family.presets["base"].settings if family else {}
+    for name, value in said.get("settings", {}).items():
+        if name not in defaults or type(value) is not type(defaults[name]):
+            raise ValueError(f"settings.{plain(name)} is {brief(value)}")
+
+
 def _config(
     file: paths.Path,
+    part: Part,
     name: str,
     shapes: Mapping[str, Sequence[int]],
-    family: str,
+    release: SingleFile | None,
     prediction_type: str,
     said: Mapping[str, Any],
     hints: Hints,
 ) -> Any:
     """The config of a network: the one pointed to, the header's, or what the shapes say."""
-    if hints.like is not None and getattr(hints.like, name) is not None:
-        return getattr(hints.like, name)
+    if hints.like is not None and name in hints.like.networks:
+        return hints.like.networks[name]
     if name in said:
-        return NETWORKS[name][1].from_json(said[name], where=f"{file}, header, {name}")[0]
-    xl = family in ("sdxl", "refiner")
-    v2 = family == "sd2" and prediction_type == "v_prediction"
-    if name == "unet":
-        return ldm_configs.unet_config(
-            shapes, sample_size=128 if xl else 96 if v2 else 64, upcast=v2
+        return part.config.from_json(said[name], where=f"{file}, header, {name}")[0]
+    if name != "vae":
+        configure = release.configure if release else sd.SD.single_files[-1].configure
+        return configure(name, shapes, prediction_type)
+    factor = hints.scaling_factor
+    if release is not None:
+        config = release.configure(name, shapes, prediction_type)
+        return config if factor is None else dataclasses.replace(config, scaling_factor=factor)
+    if factor is None:
+        raise ModelError(
+            f"{file}: an autoencoder alone does not say how its latents are scaled; give "
+            f"--scaling_factor, {sd.SCALING_FACTOR} for SD1 and SD2, {sdxl.SCALING_FACTOR} for SDXL"
         )
-    if name == "vae":
-        factor = hints.scaling_factor
-        if factor is None and not family:
-            raise PretrainedError(
-                f"{file}: an autoencoder alone does not say how its latents are scaled; give "
-                f"--scaling_factor, {ldm_configs.SD_SCALING} for SD1 and SD2, "
-                f"{ldm_configs.SDXL_SCALING} for SDXL"
-            )
-        own = ldm_configs.SDXL_SCALING if xl else ldm_configs.SD_SCALING
-        size = 1024 if xl else 768 if v2 else 512
-        return ldm_configs.vae_config(shapes, scaling_factor=factor or own, sample_size=size)
-    if is_open_clip(ENCODERS[family][name]):
-        return ldm_configs.open_clip_config(shapes, penultimate=family == "sd2")
-    return ldm_configs.clip_config(shapes)
+    return ldm_configs.vae_config(shapes, scaling_factor=factor, sample_size=512)
 
 
 def _read_network(
-    file: paths.Path, name: str, prefix: str, config: Any, origin: dict[str, str]
+    file: paths.Path, part: Part, name: str, prefix: str, config: Any, origin: dict[str, str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """(float32 parameters of one network without its name; lines about what it does not use).
 
@@ -228,7 +227,7 @@ def _read_network(
     found = load_file(file, wanted=set(chosen.values()).__contains__)
     tensors = {key: found[full] for key, full in chosen.items()}
     rename = ldm_names.renamer(config, open_clip=open_clip)
-    _, expected = abstract(NETWORKS[name][0], config, param_dtype=jnp.float32)
+    expected = abstract_params(part, config)
     originals = {new: rename(new) for new in map(weight_name, expected)}
 
     def spell(key: str) -> str:
@@ -264,7 +263,7 @@ def _origin(file: paths.Path, name: str, prefix: str, shapes: Iterable[str]) -> 
     for full in shapes:
         if within(full, prefix):
             key = full[len(prefix) :]
-            key = key.removeprefix("text_model.") if name in TOKENIZERS else key
+            key = key if name in ("unet", "vae") else key.removeprefix("text_model.")
             if key in origin:
                 raise WeightsError(f"{file}: {origin[key]} and {full} are the same weight")
             origin[key] = full
@@ -274,7 +273,7 @@ def _origin(file: paths.Path, name: str, prefix: str, shapes: Iterable[str]) -> 
 def _schedule(
     file: paths.Path,
     shapes: Mapping[str, Any],
-    family: str,
+    release: SingleFile | None,
     said: Mapping[str, Any],
     hints: Hints,
 ) -> tuple[ScheduleConfig, str]:
@@ -287,8 +286,9 @@ def _schedule(
         # A mark that ComfyUI and A1111 look for; the rest is every release's.
         schedule = ScheduleConfig(zero_terminal_snr="ztsnr" in shapes)
         prediction = "v_prediction" if "v_pred" in shapes else "epsilon"
-        if family == "sd2" and "v_pred" not in shapes and not hints.prediction_type:
-            raise PretrainedError(
+        asks = release is not None and not release.tells_prediction
+        if asks and "v_pred" not in shapes and not hints.prediction_type:
+            raise ModelError(
                 f"{file}: a Stable Diffusion 2 file does not say what its UNet predicts; give "
                 "--prediction_type, epsilon for the 512 px models (2-base, 2.1-base), v_prediction "
                 "for the 768 px ones"
@@ -306,7 +306,7 @@ def _schedule(
             # Ends of SD's table: 0.0047, or 0 for a zero terminal SNR.
             if table.shape == expected.shape and np.allclose(table, expected, relative, 1e-3):
                 return (candidate if zero else schedule), prediction
-        raise PretrainedError(
+        raise ModelError(
             f"{file}: its alphas_cumprod (from {table.flat[0]:.4g} to {table.flat[-1]:.4g}) is not "
             "the noise schedule of Stable Diffusion; point --config_from at a diffusers folder or "
             "workdir that has the right one"
@@ -315,7 +315,7 @@ def _schedule(
 
 
 def _scheduler(
-    file: paths.Path, family: str, said: Mapping[str, Any], hints: Hints
+    file: paths.Path, family: Family, said: Mapping[str, Any], hints: Hints
 ) -> dict[str, Any]:
     """How to sample, from where the user says or from the header; otherwise nothing."""
     like = hints.like
@@ -324,9 +324,8 @@ def _scheduler(
         return {name: getattr(like, name) for name in names}
     if "scheduler" not in said:
         return {}
-    xl = "XL" if family in ("sdxl", "refiner") else ""
-    pipeline = f"StableDiffusion{xl}Pipeline"
-    read = scheduler_from_diffusers(said["scheduler"], where=f"{file}, header", pipeline=pipeline)
+    changes = family.scheduler_changes(family.pipelines[0])
+    read = scheduler_from_diffusers(said["scheduler"], where=f"{file}, header", changes=changes)
     return {
         "sampler": read.sampler,
         "unsupported_sampler": read.unsupported,
@@ -336,26 +335,32 @@ def _scheduler(
 
 def _tokenizers(
     file: paths.Path,
-    family: str,
-    encoders: Sequence[str],
-    configs: Mapping[str, Any],
+    family: Family,
+    release: SingleFile | None,
+    networks: Mapping[str, Any],
     hints: Hints,
 ) -> dict[str, Tokenizer]:
-    """{tokenizer: the one of its text encoder}, from where the user says."""
+    """{field: tokenizer} of the text encoders, from where the user says."""
     found: dict[str, Tokenizer] = {}
-    for encoder in encoders:
-        name, length = TOKENIZERS[encoder], configs[encoder].max_position_embeddings
-        own = getattr(hints.like, name) if hints.like is not None else None
+    for encoder, part in family.encoders.items():
+        if encoder not in networks:
+            continue
+        config = networks[encoder]
+        own = hints.like.tokenizers.get(part.tokens) if hints.like is not None else None
         if own is None and not hints.tokenizer:
-            raise PretrainedError(
+            raise ModelError(
                 f"{file}: single files have no tokenizer. Convert it with python -m sdjax.convert, "
                 "giving --tokenizer, a folder with CLIP's vocab.json and merges.txt (as the "
                 "tokenizer/ of any Stable Diffusion), or --config_from, a whole pipeline"
             )
         if own is None:
             # OpenCLIP pads with zeros, and "!" is token 0 (open_clip/tokenizer.py).
-            pad = "!" if is_open_clip(ENCODERS[family][encoder]) else None
-            own = Tokenizer.load(hints.tokenizer, context_length=length, pad_token=pad)
-        own.check_vocabulary(configs[encoder].vocab_size, f"{file}: {encoder}")
-        found[name] = own
+            prefix = release.prefixes[encoder] if release else ""
+            own = Tokenizer.load(
+                hints.tokenizer,
+                context_length=config.max_position_embeddings,
+                pad_token="!" if is_open_clip(prefix) else None,
+            )
+        own.check_vocabulary(config.vocab_size, f"{file}: {encoder}")
+        found[part.tokens] = own
     return found

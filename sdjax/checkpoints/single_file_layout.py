@@ -11,7 +11,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from sdjax.checkpoints.bundle import TOKENIZERS, PretrainedError
+from sdjax.checkpoints.folders import ModelError
+from sdjax.families.family import Family, SingleFile
+from sdjax.families.registry import FAMILIES
 from sdjax.system import paths
 from sdjax.system.untrusted import plain
 
@@ -19,16 +21,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "transformer.", "model."
-# {family: {text encoder: its prefix}}, from the most to the least particular.
-ENCODERS: dict[str, dict[str, str]] = {
-    "sdxl": {
-        "text_encoder": f"conditioner.embedders.0.{_CLIP}",
-        "text_encoder_2": f"conditioner.embedders.1.{_OPEN_CLIP}",
-    },
-    "refiner": {"text_encoder_2": f"conditioner.embedders.0.{_OPEN_CLIP}"},
-    "sd2": {"text_encoder": f"cond_stage_model.{_OPEN_CLIP}"},
-    "sd1": {"text_encoder": f"cond_stage_model.{_CLIP}"},
-}
+# Layouts of all families, from the most to the least particular: those with most text encoders first.
+LAYOUTS = sorted(
+    ((family, layout) for family in FAMILIES.values() for layout in family.single_files),
+    key=lambda pair: -len(pair[1].prefixes),
+)
 _VAE_PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 _EMA = "model_ema."
 _SHOWN = 20  # groups of names that an error shows
@@ -57,36 +54,38 @@ class Contents:
     ignored: tuple[str, ...]
 
 
-def layout(file: paths.Path, shapes: Shapes) -> tuple[str, dict[str, str]]:
-    """(family, {network: prefix}) of a file; the family of an autoencoder alone is "".
+def layout(
+    file: paths.Path, shapes: Shapes
+) -> tuple[Family | None, SingleFile | None, dict[str, str]]:
+    """Return (family, layout, {network: prefix}) of a file; no family of an autoencoder alone.
 
     Raises:
-        PretrainedError: it has no network of Stable Diffusion.
+        ModelError: it has no network of Stable Diffusion.
     """
     has = lambda prefix: any(name.startswith(prefix) for name in shapes)  # noqa: E731
     if "encoder.conv_in.weight" in shapes:
-        return "", {"vae": ""}
+        return None, None, {"vae": ""}
     prefixes = {name: p for name, p in (("unet", UNET), ("vae", VAE)) if has(p)}
-    for family, encoders in ENCODERS.items():
-        found = {name: prefix for name, prefix in encoders.items() if has(prefix)}
-        if len(found) == len(encoders):
-            return family, prefixes | found
+    for family, release in LAYOUTS:
+        if all(has(prefix) for prefix in release.prefixes.values()):
+            return family, release, prefixes | dict(release.prefixes)
     if not prefixes:
         some = ", ".join(map(plain, sorted(shapes)[:4])) or "nothing"
-        raise PretrainedError(
+        raise ModelError(
             f"{file}: no Stable Diffusion checkpoint; expected names that begin with {UNET}, {VAE} "
             f"or encoder., found {some}"
         )
     context = shapes.get(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))
-    families = {768: "sd1", 1024: "sd2", 1280: "refiner", 2048: "sdxl"}
-    return families.get(context[-1] if context else 0, ""), prefixes
+    width = context[-1] if context else 0
+    fitting = [(family, release) for family, release in LAYOUTS if release.width == width]
+    return *(fitting[0] if fitting else (None, None)), prefixes
 
 
 def sort_out(file: paths.Path, shapes: Shapes, prefixes: Mapping[str, str]) -> Contents:
     """Sorts the tensors of a file.
 
     Raises:
-        PretrainedError: naming tensors that belong to no network and may matter.
+        ModelError: naming tensors that belong to no network and may matter.
     """
     harmless, under = _harmless(prefixes)
     weights: dict[str, Sequence[int]] = {}
@@ -107,7 +106,7 @@ def sort_out(file: paths.Path, shapes: Shapes, prefixes: Mapping[str, str]) -> C
         else:
             unknown.append(name)
     if unknown:
-        raise PretrainedError(
+        raise ModelError(
             f"{file}: sdjax does not know {_named(unknown)}, which may belong to another kind of "
             "model; nothing was read. Remove these if they do not matter"
         )
@@ -117,8 +116,9 @@ def sort_out(file: paths.Path, shapes: Shapes, prefixes: Mapping[str, str]) -> C
 def _harmless(prefixes: Mapping[str, str]) -> tuple[set[str], tuple[str, ...]]:
     """(exact names, prefixes) of what the networks under `prefixes` do not read."""
     names = set(_HARMLESS)
-    for encoder in TOKENIZERS:
-        prefix = prefixes.get(encoder, "")
+    for encoder, prefix in prefixes.items():
+        if encoder in ("unet", "vae"):
+            continue
         if is_open_clip(prefix):
             names.add(f"{prefix}attn_mask")
         elif prefix:
@@ -166,7 +166,7 @@ def whole_average(
         averages: of `Contents`.
 
     Raises:
-        PretrainedError: the average covers a part of the network, or more than it.
+        ModelError: the average covers a part of the network, or more than it.
     """
     start = _EMA + ("diffusion_model" if network == "unet" else "")
     # The average of an autoencoder is also one of its losses.
@@ -177,7 +177,7 @@ def whole_average(
         missing = sorted(set(flat) - found)
         lacks = f", without {missing[0]}" if missing else ""
         more = f", and {len(strange)} that are none of them, as {strange[0]}" if strange else ""
-        raise PretrainedError(
+        raise ModelError(
             f"{file}: its average (model_ema.*) has {len(found) - len(strange)} of the {len(flat)} "
             f"weights of the {network}{lacks}{more}; a mixture of both is no model. Take the "
             "weights themselves: sdjax.convert --weights=raw"

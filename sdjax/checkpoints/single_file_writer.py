@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.bundle import TOKENIZERS, Pretrained, PretrainedError
-from sdjax.checkpoints.ldm_names import renamer, to_ldm
+from sdjax.checkpoints.folders import ModelError, scheduler_file
 from sdjax.checkpoints.single_file import METADATA
-from sdjax.checkpoints.single_file_layout import ENCODERS, UNET, VAE, is_open_clip
+from sdjax.checkpoints.single_file_layout import UNET, VAE, is_open_clip
 from sdjax.checkpoints.weight_files import cast
+from sdjax.families.family import Model, SingleFile
+from sdjax.families.ldm_names import renamer, to_ldm
 from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name
 from sdjax.system import paths
 
@@ -20,13 +21,13 @@ CLIP_VOCABULARY = 49408  # OpenAI CLIP, clip/simple_tokenizer.py
 
 
 def write_single_file(
-    file: paths.PathLike, pretrained: Pretrained, *, dtype: str = "float32", overwrite: bool = False
+    file: paths.PathLike, model: Model, *, dtype: str = "float32", overwrite: bool = False
 ) -> list[str]:
     """Writes a pipeline, or an autoencoder alone, as one `.safetensors`.
 
     Args:
         file: to write; appears under its name only once it is complete.
-        pretrained: all networks of a pipeline with its schedule; or a VAE.
+        model: all networks of a pipeline with its schedule; or a VAE.
         dtype: of the weights: float32, bfloat16 or float16.
         overwrite: replace a file that is there.
 
@@ -34,102 +35,109 @@ def write_single_file(
         What readers of the file will not know, as lines for the user.
 
     Raises:
-        PretrainedError: something is missing, has no place in such a file, or overflows in `dtype`.
+        ModelError: something is missing, has no place in such a file, or overflows in `dtype`.
         OSError: the disk's own error; nothing is left behind.
     """
     file = paths.to_path(file)
     _check_target(file, overwrite)
-    prefixes = _prefixes(file, pretrained)
+    prefixes = _prefixes(file, model)
     tensors: dict[str, np.ndarray] = {}
     try:
-        for name, config in pretrained.networks.items():
+        for name, config in model.networks.items():
             prefix = prefixes[name]
             own: dict[str, np.ndarray] = {}
-            for path, value in pretrained.component(name).items():
+            for path, value in model.component(name).items():
                 where = f"{name}: {weight_name(path)}"
                 own |= to_diffusers({path: cast(where, value, dtype)})
-            clip = name in TOKENIZERS
+            clip = bool(model.family.parts[name].tokens)
             rename = renamer(config, open_clip=clip and is_open_clip(prefix))
             # transformers 4, which A1111 has, keeps CLIP-L under this name.
             prefix += "text_model." if clip and not is_open_clip(prefix) else ""
             tensors |= {prefix + key: value for key, value in to_ldm(own, rename).items()}
     except WeightsError as error:
-        raise PretrainedError(f"{file}: {error}") from error
-    if pretrained.text_encoder_2 is not None:
+        raise ModelError(f"{file}: {error}") from error
+    release = _release(model)
+    if release is not None and release.marks:
         # ComfyUI (supported_models.py, SDXL.model_type) and A1111 ask whether these are there.
         marks = {
-            "v_pred": pretrained.prediction_type == "v_prediction",
-            "ztsnr": bool(pretrained.schedule and pretrained.schedule.zero_terminal_snr),
+            "v_pred": model.prediction_type == "v_prediction",
+            "ztsnr": bool(model.schedule and model.schedule.zero_terminal_snr),
         }
         tensors |= {name: np.zeros(0, np.float32) for name, set_ in marks.items() if set_}
-    save_file(tensors, file, metadata={METADATA: json.dumps(_header(pretrained))})
-    return _warnings(pretrained)
+    save_file(tensors, file, metadata={METADATA: json.dumps(_header(model))})
+    return _warnings(model)
 
 
 def _check_target(file: paths.Path, overwrite: bool) -> None:
     if paths.exists(file) and (file.is_dir() or not overwrite):
-        raise PretrainedError(
+        raise ModelError(
             f"{file} is there already; choose another name"
             + ("" if file.is_dir() else ", or --force to replace it")
         )
     if file.suffix != ".safetensors":
-        raise PretrainedError(f"{file}: expected a name that ends in .safetensors")
+        raise ModelError(f"{file}: expected a name that ends in .safetensors")
     paths.make_folder(file.parent)
 
 
-def _prefixes(file: paths.Path, pretrained: Pretrained) -> dict[str, str]:
+def _prefixes(file: paths.Path, model: Model) -> dict[str, str]:
     """{network: prefix} in the layout of the family that these networks are."""
-    networks = pretrained.networks
+    networks = model.networks
     if list(networks) == ["vae"]:
         return {"vae": ""}
-    if missing := pretrained.missing():
-        raise PretrainedError(
+    if missing := model.missing():
+        raise ModelError(
             f"{file}: a single file holds a VAE or a whole pipeline; {', '.join(missing)} missing"
         )
-    if pretrained.prediction_type not in ("epsilon", "v_prediction"):
-        raise PretrainedError(
-            f"{file}: prediction_type is {pretrained.prediction_type!r}; who reads single files "
+    if model.prediction_type not in ("epsilon", "v_prediction"):
+        raise ModelError(
+            f"{file}: prediction_type is {model.prediction_type!r}; who reads single files "
             "takes a UNet to predict epsilon or v. Write a diffusers folder instead"
         )
-    if pretrained.text_encoder_2 is not None:
-        family = "sdxl" if pretrained.text_encoder is not None else "refiner"
-    else:
-        assert pretrained.text_encoder
-        family = "sd1" if pretrained.text_encoder.hidden_act == "quick_gelu" else "sd2"
-    return {"unet": UNET, "vae": VAE, **ENCODERS[family]}
+    release = _release(model)
+    assert release is not None
+    return {"unet": UNET, "vae": VAE, **release.prefixes}
 
 
-def _header(pretrained: Pretrained) -> dict[str, Any]:
+def _release(model: Model) -> SingleFile | None:
+    """The layout that a whole model is written in; None of a VAE alone."""
+    if not model.text_encoders:
+        return None
+    name = model.family.single_file(model)
+    return next(release for release in model.family.single_files if release.name == name)
+
+
+def _header(model: Model) -> dict[str, Any]:
     """What `read_single_file` needs to be exact: configs, and the schedule."""
-    header: dict[str, Any] = {n: config.to_json() for n, config in pretrained.networks.items()}
-    if pretrained.schedule is not None:
-        header["schedule"] = dataclasses.asdict(pretrained.schedule)
-        header["prediction_type"] = pretrained.prediction_type
-        header["zero_empty_prompt"] = pretrained.zero_empty_prompt
-        if pretrained.schedule.snr_scale == 1.0:  # which no scheduler file says
-            header["scheduler"] = pretrained.scheduler_file()
+    header: dict[str, Any] = {n: config.to_json() for n, config in model.networks.items()}
+    if model.schedule is not None:
+        header["schedule"] = dataclasses.asdict(model.schedule)
+        header["prediction_type"] = model.prediction_type
+        header["family"] = model.family.name
+        header["settings"] = dict(model.settings)
+        if model.schedule.snr_scale == 1.0:  # which no scheduler file says
+            header["scheduler"] = scheduler_file(model)
     return header
 
 
-def _warnings(pretrained: Pretrained) -> list[str]:
+def _warnings(model: Model) -> list[str]:
     """What sets these networks apart from all that readers of single files expect."""
     lines = []
-    for name in TOKENIZERS:
-        config = getattr(pretrained, name)
-        if config is not None and config.vocab_size != CLIP_VOCABULARY:
+    for name, config in model.text_encoders.items():
+        if config.vocab_size != CLIP_VOCABULARY:
             lines.append(
                 f"{name} has {config.vocab_size:,} tokens: A1111 and ComfyUI tokenise with CLIP's "
                 f"{CLIP_VOCABULARY:,} and cannot draw with it; sdjax can"
             )
-    if pretrained.schedule is not None:
-        default = type(pretrained.schedule)()
-        marked = pretrained.text_encoder_2 is not None
-        own = dataclasses.replace(pretrained.schedule, zero_terminal_snr=False)
-        if own != default or (pretrained.schedule.zero_terminal_snr and not marked):
+    if model.schedule is not None:
+        default = type(model.schedule)()
+        release = _release(model)
+        marked = release is not None and release.marks
+        own = dataclasses.replace(model.schedule, zero_terminal_snr=False)
+        if own != default or (model.schedule.zero_terminal_snr and not marked):
             lines.append(
                 "the noise schedule is not Stable Diffusion's, which A1111 and ComfyUI assume"
             )
-        if pretrained.prediction_type != "epsilon" and not marked:
+        if model.prediction_type != "epsilon" and not marked:
             lines.append(
                 "v-prediction: A1111 wants a .yaml of the same name beside the file that says so; "
                 "ComfyUI a ModelSamplingDiscrete node"

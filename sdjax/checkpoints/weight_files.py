@@ -23,7 +23,6 @@ import numpy as np
 from sdjax.models.weights import WeightsError, save_file, to_diffusers
 from sdjax.system import paths
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -101,6 +100,8 @@ def write_weights(
     params: Mapping[str, np.ndarray],
     *,
     name: str,
+    text: bool,
+    prefix: str,
     dtype: str = "float32",
     max_shard_size: int,
 ) -> None:
@@ -111,7 +112,9 @@ def write_weights(
     Args:
         folder: of the network; exists.
         params: `{path: array}` of the network.
-        name: of the network, as "unet".
+        name: of the network, as "unet", for messages.
+        text: whether it is a text encoder, whose files are those of transformers.
+        prefix: put before the name of each weight.
         dtype: of the weights in the files.
         max_shard_size: bytes; the weights are spread over files of at most this, except that a
             larger weight has a file of its own.
@@ -120,11 +123,10 @@ def write_weights(
         WeightsError: a weight overflows in `dtype`.
         OSError: the disk's own error.
     """
-    stem = STEMS[1 if name in TEXT_ENCODERS else 0]
+    stem = STEMS[1 if text else 0]
     shards = _shards(params, jnp.dtype(dtype).itemsize, max_shard_size)
     weight_map: dict[str, str] = {}
     # transformers 4 insists on this prefix, and 5 takes it off where it is; a head has none.
-    prefix = "text_model." if name in TEXT_ENCODERS else ""
     for number, paths_of_file in enumerate(shards, 1):
         file = f"{stem}.safetensors"
         if len(shards) > 1:
@@ -139,8 +141,8 @@ def write_weights(
     if len(shards) > 1:
         total = sum(v.size for v in params.values()) * jnp.dtype(dtype).itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        paths.write_text(folder / f"{stem}.safetensors.index.json", text)
+        listed = json.dumps(index, indent=2) + "\n"
+        paths.write_text(folder / f"{stem}.safetensors.index.json", listed)
 
 
 def _shards(params: Mapping[str, Any], itemsize: int, limit: int) -> list[list[str]]:

@@ -16,22 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.bundle import (
-    NETWORKS,
-    TOKENIZERS,
-    Pretrained,
-    PretrainedError,
+from sdjax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, latest_step, restore_params
+from sdjax.checkpoints.folders import (
+    ModelError,
     check_components,
     read_json,
     replaced_folder,
     write_json,
 )
-from sdjax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, latest_step, restore_params
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.families.bind import bind
+from sdjax.families.family import Model
+from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
 from sdjax.machine_settings import of_model
+from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
-from sdjax.models.weights import WeightsError, abstract, check_finite, load_file
+from sdjax.models.weights import WeightsError, check_finite, load_file
 from sdjax.system import paths, progress
 from sdjax.system.untrusted import explained
 
@@ -42,11 +43,11 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 def read_workdir(
     workdir: paths.PathLike,
     *,
-    components: Sequence[str] = tuple(NETWORKS),
+    components: Sequence[str] = NETWORKS,
     weights: str = "ema",
     step: int | None = None,
     with_weights: bool = True,
-) -> Pretrained:
+) -> Model:
     """Reads the networks of a training run.
 
     Args:
@@ -58,7 +59,7 @@ def read_workdir(
         with_weights: False leaves `params` empty and the checkpoints alone.
 
     Raises:
-        PretrainedError: the workdir's files do not make whole networks, hold NaN or Inf, or
+        ModelError: the workdir's files do not make whole networks, hold NaN or Inf, or
             `weights` is none.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
@@ -74,39 +75,45 @@ def _read(
     weights: str,
     step: int | None,
     with_weights: bool,
-) -> Pretrained:
+) -> Model:
     """See `read_workdir`."""
     file = folder / CONFIG_FILE
     try:
         config = of_model(resolve(read_json(file)))
     except ConfigError as error:
-        raise PretrainedError(f"{file}: {error}") from error
-    latent = config.task == "text_to_image"
-    networks = {
-        name: getattr(config.model, name)
-        for name in NETWORKS
-        if name in components and (latent or name == "vae")
-    }
-    networks = {name: network for name, network in networks.items() if network is not None}
-    parts: dict[str, Any] = dict(networks)
+        raise ModelError(f"{file}: {error}") from error
+    own = METHODS[config.method.name].networks(config.model.networks)
+    model = model_of(config.model, [name for name in own if name in components])
+    fields: dict[str, Any] = {}
     if with_weights:
         trained, frozen = _restore(folder, config, weights, step)
-        parts["params"] = _complete(folder, networks, trained, frozen, step)
-    if latent and "unet" in networks:
-        parts["schedule"] = config.schedule
-        parts["prediction_type"] = config.objective.prediction_type
-        parts["sampler"] = config.sample.sampler
-        parts["scheduler"] = read_scheduler(folder)
-    for name, tokenizer in TOKENIZERS.items():
-        if name in networks:
-            length = networks[name].max_position_embeddings
-            try:
-                parts[tokenizer] = Tokenizer.load(folder / tokenizer, context_length=length)
-                parts[tokenizer].check_vocabulary(networks[name].vocab_size, folder / tokenizer)
-            except TokenizerError as error:
-                raise PretrainedError(str(error)) from error
-            parts["zero_empty_prompt"] = config.model.zero_empty_prompt
-    return Pretrained(**parts)
+        fields["params"] = _complete(folder, model, trained, frozen, step)
+    if model.family.denoiser in model.networks:
+        fields["schedule"] = config.schedule
+        fields["prediction_type"] = config.objective.prediction_type
+        fields["sampler"] = config.sample.sampler
+        fields["scheduler"] = read_scheduler(folder)
+    try:
+        fields["tokenizers"] = read_tokenizers(folder, model)
+    except TokenizerError as error:
+        raise ModelError(str(error)) from error
+    return dataclasses.replace(model, **fields)
+
+
+def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, Tokenizer]:
+    """Return {field: tokenizer} of the text encoders that a model has.
+
+    Raises:
+        TokenizerError: a tokenizer cannot be read, or has more tokens than its encoder.
+    """
+    found: dict[str, Tokenizer] = {}
+    for name, config in model.text_encoders.items():
+        part = model.family.parts[name]
+        own = folder / part.tokenizer
+        tokenizer = Tokenizer.load(own, context_length=config.max_position_embeddings)
+        tokenizer.check_vocabulary(config.vocab_size, own)
+        found[part.tokens] = tokenizer
+    return found
 
 
 def read_scheduler(folder: paths.Path) -> dict[str, Any] | None:
@@ -128,11 +135,11 @@ def _restore(
     """(trained parameters of a run, as `weights` asks; those that it did not train)."""
     profiles = config.ema.profiles
     if weights not in ("ema", "raw", *profiles):
-        raise PretrainedError(
+        raise ModelError(
             f"weights is {weights!r}; the run in {folder} has: ema, raw, {', '.join(profiles)}"
         )
     if weights == "ema" and not profiles and config.optim.name == "schedule_free":
-        raise PretrainedError(
+        raise ModelError(
             f"{folder}: the run's average is in the state of its optimizer, schedule_free, where "
             f"it cannot be read alone. Use what the run wrote at its end ({folder / 'diffusers'}), "
             "weights 'raw' for where gradients were taken, or train with an EMA profile"
@@ -144,54 +151,49 @@ def _restore(
         try:
             frozen = load_file(folder / FROZEN_FILE)
         except WeightsError as error:
-            raise PretrainedError(str(error)) from error
+            raise ModelError(str(error)) from error
     return trained, frozen
 
 
 def _complete(
     folder: paths.Path,
-    networks: Mapping[str, Any],
+    model: Model,
     trained: Mapping[str, Any],
     frozen: Mapping[str, Any],
     step: int | None,
 ) -> dict[str, np.ndarray]:
-    """The parameters of `networks`, float32, after a look that all are there and finite."""
+    """The parameters of the networks, float32, after a look that all are there and finite."""
     params = {**frozen, **trained}
     chosen, problems = {}, []
-    for name, config in networks.items():
-        _, shapes = abstract(NETWORKS[name][0], config)
-        for path, want in shapes.items():
-            path = f"{name}.{path}"
-            if path not in params:
-                problems.append(f"missing: {path}")
-            elif np.shape(params[path]) != want.shape:
-                have = np.shape(params[path])
-                problems.append(f"mis-shaped: {path} is {have}, the model has {want.shape}")
-            else:
-                chosen[path] = np.asarray(params[path], np.float32)
+    for path, want in bind(model).abstract.items():
+        if path not in params:
+            problems.append(f"missing: {path}")
+        elif np.shape(params[path]) != want.shape:
+            have = np.shape(params[path])
+            problems.append(f"mis-shaped: {path} is {have}, the model has {want.shape}")
+        else:
+            chosen[path] = np.asarray(params[path], np.float32)
     if problems:
-        raise PretrainedError(
+        raise ModelError(
             f"{folder}: the parameters are not those of its {CONFIG_FILE}:\n  "
             + "\n  ".join(problems)
         )
     try:
         check_finite({path: value for path, value in chosen.items() if path not in trained})
     except WeightsError as error:
-        raise PretrainedError(f"{folder / FROZEN_FILE}: {error}") from error
+        raise ModelError(f"{folder / FROZEN_FILE}: {error}") from error
     try:
         check_finite({path: value for path, value in chosen.items() if path in trained})
     except WeightsError as error:
         step = latest_step(folder) if step is None else step
-        raise PretrainedError(
+        raise ModelError(
             f"{checkpoint_folder(folder) / str(step)}: {error}\n"
             f"An earlier checkpoint ({folder / 'checkpoints' / 'STEP'}) or other --weights may do"
         ) from error
     return chosen
 
 
-def save_workdir(
-    folder: paths.PathLike, pretrained: Pretrained, *, overwrite: bool = False
-) -> paths.Path:
+def save_workdir(folder: paths.PathLike, model: Model, *, overwrite: bool = False) -> paths.Path:
     """Writes networks as a workdir with one checkpoint, of step 0 and without moments.
 
     It can be drawn from, converted back and started from (`init_from`, `vae_from`); it is not a run
@@ -199,24 +201,22 @@ def save_workdir(
 
     Args:
         folder: to write; appears under its name only once it is complete.
-        pretrained: a VAE, or all networks of a pipeline with tokenizers and schedule.
+        model: a VAE, or all networks of a pipeline with tokenizers and schedule.
         overwrite: replace a folder of networks that is there.
 
     Raises:
-        PretrainedError: something is missing, or `folder` is not empty.
+        ModelError: something is missing, or `folder` is not empty.
         CheckpointError, OSError: the disk's own error; nothing is left behind.
     """
     folder = paths.to_path(folder)
-    config = _config_of(folder, pretrained)
+    config = _config_of(folder, model)
     with replaced_folder(folder, overwrite=overwrite) as partial:
-        for name in TOKENIZERS.values():
-            tokenizer = getattr(pretrained, name)
-            if tokenizer is not None:
-                tokenizer.save(partial / name)
-        if pretrained.scheduler is not None:
-            write_scheduler(partial, pretrained.scheduler)
-        state = {"params": dict(pretrained.params), "step": np.zeros((), np.int32)}
-        size = sum(value.nbytes for value in pretrained.params.values())
+        for field, tokenizer in model.tokenizers.items():
+            tokenizer.save(partial / TOKENIZERS[field])
+        if model.scheduler is not None:
+            write_scheduler(partial, model.scheduler)
+        state = {"params": dict(model.params), "step": np.zeros((), np.int32)}
+        size = sum(value.nbytes for value in model.params.values())
         shown = progress.work(f"writing {folder}", size, poll=progress.bytes_written())
         with shown, Checkpoints(partial) as checkpoints:
             checkpoints.save(0, state, {}, to_dict(config))
@@ -224,37 +224,32 @@ def save_workdir(
     return folder
 
 
-def _config_of(folder: paths.Path, pretrained: Pretrained) -> Config:
+def _config_of(folder: paths.Path, model: Model) -> Config:
     """The configuration of a run that would have ended with these networks."""
-    networks = pretrained.networks
-    whole = set(networks) != {"vae"}
-    if whole and (missing := pretrained.missing()):
-        raise PretrainedError(
+    whole = set(model.networks) != {"vae"}
+    if whole and (missing := model.missing()):
+        raise ModelError(
             f"{folder}: a workdir holds a VAE or a whole pipeline; {', '.join(missing)} missing"
         )
     default = Config()
     replace = dataclasses.replace
-    changes: dict[str, Any] = {}
-    if whole:
-        # A pipeline has the encoders it has, whatever the defaults are.
-        changes = {name: None for name in TOKENIZERS if name not in networks}
-        changes["zero_empty_prompt"] = pretrained.zero_empty_prompt
+    group = adopted(default.model, model, model.networks, whole=whole)
     config = replace(
         default,
-        task="text_to_image" if whole else "autoencoder",
-        model=replace(default.model, **networks, **changes),
+        method=METHODS["denoise" if whole else "autoencoder"].config(),
+        model=group,
         ema=replace(default.ema, profiles=()),
     )
-    if pretrained.schedule is None:
+    if model.schedule is None:
         return config
-    objective = replace(default.objective, prediction_type=pretrained.prediction_type)
-    sampler = pretrained.sampler or default.sample.sampler
+    objective = replace(default.objective, prediction_type=model.prediction_type)
+    sampler = model.sampler or default.sample.sampler
     try:
         return replace(
             config,
-            schedule=pretrained.schedule,
+            schedule=model.schedule,
             objective=objective,
             sample=replace(default.sample, sampler=sampler),
         )
     except ValueError as error:
-        raise PretrainedError(f"{folder}: {error}") from error
+        raise ModelError(f"{folder}: {error}") from error

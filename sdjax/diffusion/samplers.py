@@ -15,7 +15,12 @@ from sdjax.diffusion.schedules import Schedule
 from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
 
-__all__ = ["SAMPLERS", "SPACINGS", "SamplerConfig", "sample", "sample_seen"]
+__all__ = ["SAMPLERS", "SPACINGS", "SamplerConfig", "sample"]
+
+
+def keep(state: Any, i: jax.Array, x0: jax.Array) -> Any:
+    """The callback that sees nothing."""
+    return state
 
 
 def sample(
@@ -27,47 +32,20 @@ def sample(
     sampler: SamplerConfig,
     keys: jax.Array | None = None,
     noise_fn: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """Turns standard normal latents [B,h,w,c] into x0 [B,h,w,c], float32. Jittable.
+    callback: Callable[[Any, jax.Array, jax.Array], Any] = keep,
+    state: Any = (),
+) -> tuple[jax.Array, Any]:
+    """Turn standard normal latents [B,h,w,c] into x0 [B,h,w,c], float32. Jittable.
 
     denoise_fn: (xt [B,h,w,c] float32, timesteps [B] float32) -> prediction; traced once.
     keys: [B], one per example, for the samplers that add noise (ddpm, euler_ancestral, ddim with
     eta > 0). noise_fn(i), instead of keys, gives the standard normal noise [B,h,w,c] of step i.
+    callback(state, i, x0) -> state: called after evaluation i (int32 scalar) of the network with
+    the x0 [B,h,w,c] that it estimates; traced once, right after denoise_fn and in the same trace.
+    state: any pytree of arrays, as it is before the first evaluation.
+    Returns (x0 [B,h,w,c], the last state).
     Raises ValueError when sampler, schedule and prediction_type do not go together, and when noise
     is needed but neither keys nor noise_fn is given.
-    """
-    x0, _ = sample_seen(
-        denoise_fn,
-        latents,
-        schedule=schedule,
-        prediction_type=prediction_type,
-        sampler=sampler,
-        see=lambda state, i, x0: state,
-        state=(),
-        keys=keys,
-        noise_fn=noise_fn,
-    )
-    return x0
-
-
-def sample_seen(
-    denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
-    latents: jax.Array,
-    *,
-    schedule: Schedule,
-    prediction_type: str,
-    sampler: SamplerConfig,
-    see: Callable[[Any, jax.Array, jax.Array], Any],
-    state: Any,
-    keys: jax.Array | None = None,
-    noise_fn: Callable[[jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, Any]:
-    """`sample` with an onlooker.
-
-    see(state, i, x0) -> state: called after evaluation i (int32 scalar) of the network with the x0
-    [B,h,w,c] that it estimates; traced once, right after denoise_fn and in the same trace. state:
-    any pytree of arrays, as it is before the first evaluation.
-    Returns (x0 [B,h,w,c], the last state).
     """
     check_prediction(prediction_type)
     if prediction_type == "epsilon" and (schedule.continuous or schedule.alpha64[-1] == 0.0):
@@ -106,7 +84,7 @@ def sample_seen(
             m0, more = jnp.clip(unclipped, -plan.clip, plan.clip), (unclipped,)
         terms = (x, base, m0, m1, m2, fresh_noise(i), *more)
         solver = (_combine(to_x, terms), _combine(to_base, terms), m0, m1)
-        return (solver, outputs[:outputs_kept], see(seen, i, m0)), None
+        return (solver, outputs[:outputs_kept], callback(seen, i, m0)), None
 
     tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base, plan.mix)
     evaluations, at_base = jnp.arange(len(plan.timesteps)), jnp.asarray(plan.at_base)

@@ -33,7 +33,6 @@ from sdjax.encoding.encoder import (
     write_records,
 )
 from sdjax.errors import UserError
-from sdjax.families.conditioning import TOKENS
 from sdjax.models.params import component
 from sdjax.system import locks, paths, progress
 
@@ -79,9 +78,9 @@ def encode_dataset(
         UserError: the configuration cannot be encoded, networks are missing, or the folder holds
             something else.
     """
-    if config.task != "text_to_image" or config.data.mixture or is_encoded(config.data):
+    if not config.draws or config.data.mixture or is_encoded(config.data):
         raise UserError(
-            "only task = 'text_to_image' with one dataset of pictures can be encoded; for a "
+            "only a method that draws from prompts, with one dataset of pictures can be encoded; for a "
             "mixture encode each part, and mix what comes out"
         )
     assembled = assemble(config)
@@ -207,13 +206,14 @@ def check_encoded(config: Config, assembled: Assembled | None, trained: Collecti
     """
     if not is_encoded(config.data):
         return
-    if config.task != "text_to_image":
+    if not config.draws:
         raise UserError(
-            f"data.name is 'encoded', but task is {config.task!r}, which trains on pictures: give "
+            f"data.name is 'encoded', but method.name is {config.method.name!r}, which trains on pictures: give "
             "it those"
         )
     with_text = config.data.text_embeddings
-    if with_text and any(path.startswith("text_encoder") for path in trained):
+    encoders = config.model.text_encoders
+    if with_text and any(path.split(".")[0] in encoders for path in trained):
         raise UserError(
             "data.text_embeddings is True, but a text encoder is trained, which the stored "
             "embeddings cannot follow: freeze it in optim.groups, or train on captions"
@@ -244,9 +244,9 @@ def fingerprint(assembled: Assembled, name: str) -> str:
         settings = {k: v for k, v in to_dict(model.vae).items() if k in VAE_SETTINGS}
     else:
         settings = {
-            **to_dict(getattr(model, name)),
-            "zero_empty_prompt": model.zero_empty_prompt,
-            "tokenizer": assembled.tokenizers[TOKENS[name]].identity,
+            **to_dict(model.networks[name]),
+            **model.settings,
+            "tokenizer": assembled.tokenizers[model.parts[name].tokens].identity,
         }
         del settings["attention_dropout"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

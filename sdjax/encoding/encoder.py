@@ -18,10 +18,9 @@ from sdjax.data import encoded, transforms
 from sdjax.data.config import DataError
 from sdjax.data.encoded import Encoding
 from sdjax.data.sources import Source
+from sdjax.families.bind import bind
 from sdjax.families.conditioning import encode_text, make_conditioner
-from sdjax.models import weights
-from sdjax.models.params import component
-from sdjax.models.vae import VAE
+from sdjax.families.registry import model_of
 from sdjax.system import paths
 
 Example = dict[str, Any]
@@ -32,25 +31,22 @@ def make_vae_encoder(config: Config, params: Mapping[str, Any], batch: int) -> C
 
     It runs on all devices of this host, and compiles once for each H, W.
     """
-    graph, _ = weights.abstract(VAE, config.model.vae, dtype=jnp.dtype(config.model.dtype))
+    networks = bind(model_of(config.model), ("vae",), dtype=config.model.dtype)
 
     def encode(vae: Any, images: jax.Array) -> jax.Array:
-        return weights.merge(graph, vae).encode(images).astype(jnp.float32)
+        return networks.module("vae", vae).encode(images).astype(jnp.float32)
 
-    return _on_this_host(encode, component(params, "vae"), batch)
+    return _on_this_host(encode, {path: params[path] for path in networks.abstract}, batch)
 
 
 def make_text_encoder(
     config: Config, params: Mapping[str, Any], tokenizers: Mapping[str, Any], batch: int
 ) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
-    """A function n texts -> {"context": float32 [n, L, D], for SDXL also "pooled": [n, P]}."""
-    conditioner = make_conditioner(config.model, tokenizers)
-
-    def embed(encoders: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        made = conditioner.embed(encoders, tokens)
-        return made if isinstance(made, dict) else {"context": made}
-
-    run = _on_this_host(embed, {path: params[path] for path in conditioner.params}, batch)
+    """Return a function n texts -> {"context": float32 [n, L, D], ...}, the family's features."""
+    model = model_of(config.model)
+    conditioner = make_conditioner(model, tokenizers, dtype=config.model.dtype)
+    own = {path: params[path] for path in conditioner.networks.abstract}
+    run = _on_this_host(conditioner.embed, own, batch)
 
     def texts_to_embeddings(texts: Sequence[str]) -> dict[str, np.ndarray]:
         parts = [
@@ -196,7 +192,7 @@ def _add_text(examples: list[Example], embed: Callable) -> None:
 def _packed(example: Example, encoding: Encoding) -> Example:
     """As `encoded.features` has it."""
     packed: Example = {"shape": np.asarray(example["moments"].shape, np.int32)}
-    if encoding.has_text:  # SD1 and SD2 have no pooled caption
+    if encoding.has_text:  # some families have no pooled caption
         packed |= {"pooled": b"", "pooled_shape": np.zeros(2, np.int32)}
     for name, value in example.items():
         if name.startswith("moments") or name in encoded.TEXT_FIELDS:

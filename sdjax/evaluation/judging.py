@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sdjax.checkpoints.assemble import bundle
+from sdjax.checkpoints.assemble import model_of_run
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
@@ -44,7 +44,7 @@ class PictureJudge:
                 clip=validation.clip,
                 features=validation.features,
             )
-            networks = bundle(config, tokenizers, {})
+            networks = model_of_run(config, tokenizers)
             loaded = Loaded(networks, folder, config, data=config.data)
             self._session = open_session(request, loaded, self._folder)
         except UserError as error:

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.bundle import TOKENIZERS, Pretrained, read_json
+from sdjax.checkpoints.assemble import method_of_run
 from sdjax.checkpoints.checkpoint import latest_step
-from sdjax.checkpoints.pretrained import folder_kind, read_any
+from sdjax.checkpoints.folders import read_json
+from sdjax.checkpoints.reading import folder_kind, read_any
 from sdjax.checkpoints.workdir import CONFIG_FILE
 from sdjax.config import Config, resolve
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError
 from sdjax.data.raw import formats
 from sdjax.errors import UserError
-from sdjax.families.conditioning import TOKENS
+from sdjax.families.family import Model
 from sdjax.machine_settings import asks_for, data_of_model, of_model
-from sdjax.methods.task import make_task
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 from sdjax.train.validation import Validator
@@ -37,7 +37,7 @@ class Loaded:
     data: that the run was trained on, with folders and names as they were there.
     """
 
-    found: Pretrained
+    found: Model
     workdir: paths.Path | None = None
     config: Config | None = None
     step: int | None = None
@@ -48,7 +48,7 @@ def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None
     """A workdir, one of its checkpoints, a diffusers folder or a single file.
 
     Raises:
-        PretrainedError, CheckpointError: it cannot be read, or has no such weights or step.
+        ModelError, CheckpointError: it cannot be read, or has no such weights or step.
     """
     folder = paths.to_path(model)
     if folder_kind(folder) != "workdir":
@@ -59,10 +59,10 @@ def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))
-    if config.task != "text_to_image":
+    if not config.draws:
         raise UserError(
-            f"{model} is a run of config.task = {config.task!r}, which draws nothing from prompts; "
-            "expected 'text_to_image'"
+            f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
+            "from prompts"
         )
     found = read_any(folder, weights=weights, step=step)
     return Loaded(found, folder, of_model(config), step, data_of_model(config))
@@ -120,7 +120,7 @@ def _kind(path: str) -> str:
 
 
 def make_validate(
-    config: Config, found: Pretrained, mesh: Mesh, *, split: str, count: int
+    config: Config, found: Model, mesh: Mesh, *, split: str, count: int
 ) -> Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
     """Parameters -> losses [N, n] of `count` examples of a split at n timesteps, and these [n].
 
@@ -129,13 +129,8 @@ def make_validate(
 
     @functools.cache
     def validator() -> Validator:
-        tokenizers = {
-            TOKENS[name]: getattr(found, TOKENIZERS[name])
-            for name in TOKENS
-            if getattr(found, name) is not None
-        }
-        task = make_task(config, tokenizers)
-        return Validator(config, task, tokenizers, mesh, split=split, count=count)
+        method = method_of_run(config, found.tokenizers)
+        return Validator(config, method, found.tokenizers, mesh, split=split, count=count)
 
     def validate(params: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return validator().losses(params), validator().timesteps

@@ -18,7 +18,7 @@ from sdjax.evaluation.evaluation import METRICS, check_names
 from sdjax.evaluation.features import ClipTower, clip_tower, inception_tower
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
-from sdjax.sampling.drawing import Prompts, native_size
+from sdjax.sampling.drawing import Prompts
 from sdjax.system import paths
 
 SAMPLES = 1000  # pictures, unless the user says how many
@@ -89,7 +89,7 @@ def picture_size(request: Request, loaded: Loaded, data: DataConfig | None) -> t
         return request.size
     if loaded.config is not None and data is not None:
         return data.resolution, data.resolution
-    return native_size(loaded.found)
+    return loaded.found.native_size
 
 
 def needs_pictures(request: Request) -> bool:

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.bundle import choose_sampler, sampler_note
 from sdjax.config import SampleConfig
 from sdjax.data.config import DataConfig
 from sdjax.data.pictures import Folder, open_folder, stretches
@@ -39,8 +38,9 @@ from sdjax.evaluation.request import (
     open_towers,
     picture_size,
 )
+from sdjax.families.sampler import choose_sampler, sampler_note
 from sdjax.parallel.mesh import MeshConfig, make_mesh
-from sdjax.sampling.drawing import Painter, Prompts, draw_folder, make_painter, on_mesh
+from sdjax.sampling.drawing import Artist, Prompts, draw_folder, make_artist, on_mesh
 from sdjax.sampling.generate import Drawing
 from sdjax.system import paths, progress
 
@@ -109,10 +109,10 @@ class Session:
         return config.sample.negative_prompt if config else ""
 
     @functools.cached_property
-    def painter(self) -> Painter:
+    def artist(self) -> Artist:
         """The model, ready to draw."""
         assert self.loaded is not None
-        return make_painter(
+        return make_artist(
             self.loaded.found,
             drawing=self.drawing,
             mesh=self.mesh,
@@ -143,7 +143,7 @@ class Session:
             "sampler": drawing.pop("sampler"),
             **drawing,
             "negative_prompt": self.negative_prompt,
-            "size": list(self.painter.size),
+            "size": list(self.artist.size),
             "dtype": self.request.dtype,
         }
 
@@ -161,11 +161,11 @@ class Session:
             params: in the place of the model's own.
         """
         assert self.loaded is not None
-        painter = self.painter
+        artist = self.artist
         if params is not None:
-            painter = dataclasses.replace(painter, params=on_mesh(params, self.mesh))
+            artist = dataclasses.replace(artist, params=on_mesh(params, self.mesh))
         return draw_folder(
-            painter,
+            artist,
             prompts,
             folder,
             count=count,

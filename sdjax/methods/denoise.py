@@ -1,16 +1,16 @@
-"""Latent diffusion: frozen VAE, text encoders (trained or frozen), UNet; and how it is judged."""
+"""Latent diffusion: the denoiser is trained, the text encoders may be, the VAE is frozen."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.config import Config
+from sdjax.data.config import is_encoded
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
     ObjectiveConfig,
@@ -19,67 +19,87 @@ from sdjax.diffusion.losses import (
     normal_like,
 )
 from sdjax.diffusion.prediction import add_noise
-from sdjax.diffusion.schedules import Schedule, schedule_at
-from sdjax.families.conditioning import Conditioner, Context
-from sdjax.models import capture, weights
-from sdjax.models.params import component
-from sdjax.models.unet import UNet
+from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
+from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.conditioning import Conditioner, encode_text, make_conditioner
+from sdjax.families.family import Context, Networks
+from sdjax.methods.method import (
+    Aux,
+    Averages,
+    Batch,
+    Draw,
+    Examples,
+    Kind,
+    Method,
+    MethodConfig,
+    Phase,
+    Pictures,
+    Setup,
+)
+from sdjax.models import capture
+from sdjax.models.params import Params, component
 from sdjax.models.vae import sample_moments, scale_latents
+from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
 LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
 
-Params = Mapping[str, jax.Array]
-Batch = Mapping[str, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
+class DenoiseConfig(MethodConfig):
+    """Training of the denoiser, whole; the group `objective` says by which loss."""
+
+    name: str = "denoise"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
-    """The networks of a configuration. Parameters are those of all networks together.
+    """The losses of a model. Parameters are those of all its networks together."""
 
-    graphs: of the UNet and the VAE, by name.
-    """
-
-    config: Config
-    graphs: Mapping[str, Any]
+    setup: Setup
+    networks: Networks
     conditioner: Conditioner
     schedule: Schedule
 
-    def loss(self, params, frozen, batch, *, key, keys, positions, batch_size):
-        """See `sdjax.train.step.LossFn`."""
-        every = {**frozen, **params}
+    def loss(
+        self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
+    ) -> tuple[jax.Array, Aux]:
+        """See `LossFn`."""
+        every = {**frozen, **trained}
+        key, keys, positions, batch_size = draw
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        unet = weights.merge(self.graphs["unet"], component(every, "unet"))
+        denoiser = self._denoiser(every)
         x0 = self._latents(every, batch, keys)
-        rate = self.config.objective.caption_dropout
+        rate = self.setup.objective.caption_dropout
         captions = self.conditioner.drop(every, batch, keys, rate)
         context = self._context(
             every, {**batch, **captions}, x0, key=jax.random.fold_in(dropout, 0)
         )
         return denoising_loss(
-            lambda xt, t: unet(xt, t, context, key=jax.random.fold_in(dropout, 1)),
+            lambda xt, t: denoiser(xt, t, context, key=jax.random.fold_in(dropout, 1)),
             jax.lax.stop_gradient(x0),
             keys=keys,
             positions=positions,
             batch_size=batch_size,
             batch_key=key,
             schedule=self.schedule,
-            objective=self.config.objective,
+            objective=self.setup.objective,
         )
 
     def validate(
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> jax.Array:
-        """Losses [b, n] at n timesteps, of the plain objective; see `Task.validate`."""
-        unet = weights.merge(self.graphs["unet"], component(every, "unet"))
+        """Losses [b, n] at n timesteps, of the plain objective; see `Method.validate`."""
+        denoiser = self._denoiser(every)
         x0 = self._latents(every, batch, keys)
         context = self._context(every, self._captions(every, batch, keys), x0)
-        plain = plain_objective(self.config.objective)
+        plain = plain_objective(self.setup.objective)
 
         def at(stratum):
             number, t = stratum
             per_example, _ = denoising_loss(
-                lambda xt, t: unet(xt, t, context),
+                lambda xt, t: denoiser(xt, t, context),
                 x0,
                 keys=fold_keys(keys, STRATA + number),
                 positions=jnp.zeros(len(x0), jnp.int32),
@@ -96,18 +116,22 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """{path: scalar}, see `sdjax.models.capture.maxima`; example i at timestep i modulo n."""
-        model = self.config.model
-        graph = weights.abstract(UNet, model.unet, dtype=jnp.dtype(model.dtype))[0]
+        model = self.setup.model
+        name = model.family.denoiser
+        plain = bind(model, (name,), dtype=self.setup.dtype)  # rematerialised blocks show nothing
         x0 = self._latents(every, batch, keys)
         t = jnp.asarray(np.resize(timesteps, len(x0)))
         eps = normal_like(fold_keys(keys, STRATA), x0)
         xt = add_noise(x0, eps, *schedule_at(self.schedule, t))
         context = self._context(every, self._captions(every, batch, keys), x0)
-        return capture.maxima(graph, component(every, "unet"), xt, t, context)
+        return capture.maxima(plain.graphs[name], component(every, name), xt, t, context)
+
+    def _denoiser(self, every: Params):
+        return self.networks.module(self.setup.model.family.denoiser, every)
 
     def _latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
-        vae_config = self.config.model.vae
-        vae = weights.merge(self.graphs["vae"], component(every, "vae"))
+        vae_config = self.setup.model.vae
+        vae = self.networks.module("vae", every)
         moments = vae.encode(batch["image"]) if "image" in batch else batch["moments"]
         noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
         return scale_latents(sample_moments(moments, noise), vae_config)
@@ -116,21 +140,21 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, x0: jax.Array, key: jax.Array | None = None
     ) -> Context:
         """For pictures of the latents x0 [b, h, w, c]."""
-        factor = self.config.model.vae.downscale
+        factor = self.setup.model.vae.downscale
         target = x0.shape[1] * factor, x0.shape[2] * factor
         return self.conditioner(every, batch, target=target, key=key)
 
     def _captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
         """As they are, but for a model that has never seen one."""
-        if self.config.objective.caption_dropout < 1.0:
+        if self.setup.objective.caption_dropout < 1.0:
             return batch
         return {**batch, **self.conditioner.drop(every, batch, keys, 1.0)}
 
     def timesteps(self, count: int) -> np.ndarray:
-        """See `Task.timesteps`; whole ones, as a table schedule has them."""
-        objective = self.config.objective
+        """See `Method.timesteps`; whole ones, as a table schedule has them."""
+        objective = self.setup.objective
         low = objective.timestep_min
-        high = objective.timestep_max or self.config.schedule.num_train_timesteps
+        high = objective.timestep_max or self.schedule.num_train_timesteps
         return np.floor(low + (np.arange(count) + 0.5) * (high - low) / count).astype(np.float32)
 
 
@@ -139,3 +163,94 @@ def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
     return dataclasses.replace(
         objective, weighting="uniform", loss="l2", offset_noise=0.0, input_perturbation=0.0
     )
+
+
+def make(setup: Setup) -> Method:
+    """Bind the method to the networks of a model; see `LatentDiffusion`.
+
+    Raises:
+        UserError: the networks do not belong together, or the denoiser takes more than latents.
+    """
+    model, data = setup.model, setup.data
+    _check_channels(setup)
+    conditioner = make_conditioner(model, model.tokenizers, dtype=setup.dtype, remat=setup.remat)
+    networks = bind(model, dtype=setup.dtype, remat=setup.remat)
+    assert model.schedule is not None
+    diffusion = LatentDiffusion(setup, networks, conditioner, make_schedule(model.schedule))
+    side = data.resolution
+    example = {"image": jax.ShapeDtypeStruct((side, side, 3), jnp.float32)}
+    if is_encoded(data):
+        side //= model.vae.downscale
+        moments = (side, side, 2 * model.vae.latent_channels)
+        example = {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+    if data.text_embeddings:
+        example |= conditioner.embedding()
+    else:
+        for field, tokens in conditioner.null.items():
+            example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+    for field, shape in model.family.numbers.items():
+        example[field] = jax.ShapeDtypeStruct(shape, jnp.int32)
+    trained = (model.family.denoiser, *model.text_encoders)
+    return Method(
+        abstract=networks.abstract,
+        init=networks.init,
+        phases=(Phase("main", diffusion.loss, lambda path: path.split(".")[0] in trained),),
+        example=example,
+        validate=diffusion.validate,
+        maxima=diffusion.maxima,
+        timesteps=diffusion.timesteps,
+        pictures=_pictures(setup),
+    )
+
+
+def _check_channels(setup: Setup) -> None:
+    model = setup.model
+    if model.denoiser.in_channels == model.vae.latent_channels:
+        return
+    hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
+    name = model.family.denoiser
+    raise UserError(
+        f"model.{name}.in_channels is {model.denoiser.in_channels} and model.vae.latent_channels is "
+        f"{model.vae.latent_channels}: training takes equal numbers (an inpainting UNet of 9 can be "
+        f"loaded and converted, not trained){hint}"
+    )
+
+
+def _pictures(setup: Setup) -> Pictures:
+    """Drawing of captions, as `config.sample` says."""
+    sample, model, side = setup.sample, setup.model, setup.data.resolution
+
+    @functools.cache
+    def generator(guided: bool):
+        guidance = sample.guidance if guided else 1.0
+        drawing = Drawing(sample.sampler, guidance, sample.guidance_rescale)
+        return make_generator(model, drawing, dtype=setup.dtype)
+
+    generator(True)  # a sampler that does not fit is an error now
+    shape = latent_shape(model, side, side)
+    tokens = encode_text(model.tokenizers, [sample.negative_prompt])
+    negative = {field: rows[0] for field, rows in tokens.items()}
+
+    def pictures(
+        params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
+    ) -> np.ndarray:
+        images, _ = draw(
+            generator(guided),
+            params,
+            examples.tokens,
+            negative,
+            shape=shape,
+            seed=seed,
+            batch_size=64,
+        )
+        return images
+
+    return pictures
+
+
+DENOISE = Kind(
+    config=DenoiseConfig,
+    make=make,
+    networks=tuple,
+    draws=True,
+)

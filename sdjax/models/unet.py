@@ -229,7 +229,7 @@ class UNet(nnx.Module):
 
         Args:
             timesteps: [B].
-            added: of "text_time", "pooled" [B, P] and "time_ids" [B, N].
+            added: of "text_time", "pooled" [B, P] and "numbers" [B, N].
         """
         waves = self._waves(timesteps, self.config.block_out_channels[0])
         temb = self.time_embedding(activation(waves.astype(self.dtype)))
@@ -237,9 +237,9 @@ class UNet(nnx.Module):
             if added is None:
                 raise ValueError(
                     "this UNet's addition_embed_type is 'text_time': expected a context of "
-                    "{'context', 'pooled', 'time_ids'}, got an array"
+                    "{'context', 'pooled', 'numbers'}, got an array"
                 )
-            ids = added["time_ids"]
+            ids = added["numbers"]
             waves = self._waves(ids.reshape(-1), self.config.addition_time_embed_dim or 0)
             waves = waves.reshape(ids.shape[0], -1)  # [B, N addition_time_embed_dim]
             both = jnp.concatenate([added["pooled"].astype(jnp.float32), waves], axis=-1)
@@ -269,7 +269,7 @@ class UNet(nnx.Module):
             xt: noisy latents [B, H, W, in_channels], any H and W.
             timesteps: [B], in steps (0 to 999 for Stable Diffusion), fractions allowed.
             context: text features [B, L, cross_attention_dim]; for "text_time" (SDXL) a mapping of
-                "context", these features, "pooled" [B, P] and "time_ids" [B, N].
+                "context", these features, "pooled" [B, P] and "numbers" [B, N].
             key: dropout key, None for no dropout. Fold the training step into it.
 
         Returns:

@@ -90,11 +90,13 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    # SDXL: "text_time" adds an embedding of the pooled caption, and of numbers about the picture
-    # ("time ids": its sizes and its crop), to that of the timestep.
+    # "text_time" adds an embedding of the pooled caption, and of numbers about the picture (its sizes
+    # and its crop, for instance), to that of the timestep.
     addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None  # width of the sinusoids of each time id
-    projection_class_embeddings_input_dim: int | None = None  # of the pooled caption and all ids
+    addition_time_embed_dim: int | None = None  # width of the sinusoids of each number
+    projection_class_embeddings_input_dim: int | None = (
+        None  # of the pooled caption and all numbers
+    )
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -157,30 +159,9 @@ class UNetConfig:
             check(width > sinusoids, "projection_class_embeddings_input_dim", width, expected)
 
     @property
-    def is_xl(self) -> bool:
-        """Whether it wants pooled text and time ids besides the context."""
+    def takes_numbers(self) -> bool:
+        """Whether it wants a pooled caption and numbers about the picture besides the context."""
         return self.addition_embed_type == "text_time"
-
-    def time_ids(self, pooled: int) -> int:
-        """How many numbers describe the picture, beside a pooled caption of `pooled` channels.
-
-        6 for SDXL (original size, corner of the crop, target size), 5 for its refiner (the last two
-        give way to an aesthetic score).
-
-        Raises:
-            ValueError: the widths leave room for neither.
-        """
-        width, sinusoids = self.projection_class_embeddings_input_dim, self.addition_time_embed_dim
-        if not (width and sinusoids):
-            return 0
-        count, rest = divmod(width - pooled, sinusoids)
-        check(
-            rest == 0 and count in (5, 6),
-            "projection_class_embeddings_input_dim",
-            width,
-            f"pooled text of {pooled} + 5 or 6 times addition_time_embed_dim = {sinusoids}",
-        )
-        return count
 
     def heads(self, level: int) -> int:
         """Attention heads at `level`, 0 being the finest."""

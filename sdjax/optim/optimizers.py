@@ -326,8 +326,9 @@ def eval_params(opt_state: optax.OptState, params: Params) -> dict[str, jax.Arra
              if _is_schedule_free(s)]  # fmt: skip
     if not found:
         return dict(params)
-    trained = {p: params[p] for p in found[0].z}
-    averaged = contrib.schedule_free_eval_params(found[0], trained)
+    averaged: dict[str, jax.Array] = {}
+    for state in found:
+        averaged |= contrib.schedule_free_eval_params(state, {p: params[p] for p in state.z})
     return {p: jnp.asarray(averaged.get(p, leaf), leaf.dtype) for p, leaf in params.items()}
 
 

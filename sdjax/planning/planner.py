@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdjax.checkpoints.assemble import blank_method
 from sdjax.config import Config, to_dict
-from sdjax.families.conditioning import blank_tokenizers
-from sdjax.methods.task import make_task
+from sdjax.families.registry import model_of
 from sdjax.parallel.chips import Chip
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.xla import compiler_options
@@ -24,7 +24,7 @@ from sdjax.planning.topologies import Topology
 from sdjax.sampling.generate import latent_shape
 from sdjax.train.announce import memory_classes
 from sdjax.train.compilation import Outcome, compile_lowered
-from sdjax.train.monitoring.model_flops import count_flops, train_flops, unet_flops
+from sdjax.train.monitoring.model_flops import count_flops, denoiser_flops, train_flops
 from sdjax.train.program import Program, build
 
 SCHEMA = 3  # of the result; raise it when its meaning changes
@@ -69,8 +69,8 @@ class Planner:
         Raises:
             UserError: the mesh or the batch does not fit them.
         """
-        task = make_task(config, blank_tokenizers(config.model))
-        return build(config, task, make_mesh(config.mesh, self.devices))
+        method = blank_method(config)
+        return build(config, method, make_mesh(config.mesh, self.devices))
 
     def plan(self, config: Config) -> Plan:
         """The plan of a step of `config`; see docs/planning.md for the fields.
@@ -223,7 +223,7 @@ def _performance(
         "intensity": flops / traffic if traffic else None,
         "balance": chip.flops / chip.hbm_bandwidth,
         "model_flops_per_image": model,
-        "unet_flops_per_image": _unet(config),
+        "denoiser_flops_per_image": _unet(config),
         "time": {
             **dataclasses.asdict(took),
             "optimal_seconds": optimal if chip.is_tpu else None,
@@ -240,10 +240,10 @@ def _performance(
 
 
 def _unet(config: Config) -> float | None:
-    if config.task != "text_to_image":
+    if not config.draws:
         return None
-    side, model = config.data.resolution, config.model
-    return unet_flops(config, latent_shape(model.unet, model.vae, side, side))
+    side = config.data.resolution
+    return denoiser_flops(config, latent_shape(model_of(config.model), side, side))
 
 
 def warnings(

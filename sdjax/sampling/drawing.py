@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.bundle import TOKENIZERS, Pretrained
-from sdjax.config import ModelConfig
 from sdjax.data.pictures import METADATA, Folder, open_folder
-from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
-from sdjax.families.conditioning import TOKENS, encode_text
+from sdjax.families.conditioning import encode_text
+from sdjax.families.family import Model
 from sdjax.parallel.sharding import placed, state_shardings
-from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
+from sdjax.sampling.generate import Drawing, Generate, draw, latent_shape, make_generator
 from sdjax.sampling.grids import save_png
 from sdjax.system import paths, progress
 
@@ -44,26 +42,24 @@ class Prompts:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Painter:
+class Artist:
     """A model that draws.
 
-    generate: see `make_generator`; params: what it takes, on the devices of `mesh`.
-    tokenizers: by the field that each fills; negative: {field: tokens [L]}.
+    params: what `generate` takes, on the devices of `mesh`.
+    negative: {field: tokens [L]}.
     size: (height, width) in pixels; shape: (h, w, C) of the latents.
-    with_size: whether it is told of the picture's size (SDXL).
     """
 
-    generate: Callable[..., jax.Array]
+    model: Model
+    generate: Generate
     params: Mapping[str, jax.Array]
     mesh: Mesh
-    tokenizers: Mapping[str, Tokenizer]
     negative: Mapping[str, np.ndarray]
     size: tuple[int, int]
     shape: tuple[int, int, int]
-    with_size: bool
 
     def draw(self, texts: Sequence[str], numbers: np.ndarray, *, seed: int) -> np.ndarray:
-        """Pictures with these prompts and numbers [B], B a multiple of the devices.
+        """Draw pictures with these prompts and numbers [B], B a multiple of the devices.
 
         On several hosts all must call it, and all get the pictures.
 
@@ -73,10 +69,10 @@ class Painter:
         Raises:
             FloatingPointError: a picture has NaN pixels.
         """
-        batch = encode_text(self.tokenizers, texts)
-        if self.with_size:
+        batch = encode_text(self.model.tokenizers, texts)
+        if "size" in self.model.family.numbers:
             batch["size"] = np.tile(np.array([*self.size, 0, 0], np.int32), (len(texts), 1))
-        return draw(
+        images, _ = draw(
             self.generate,
             self.params,
             batch,
@@ -87,70 +83,42 @@ class Painter:
             positions=numbers,
             texts=texts,
         )
+        return images
 
 
-def make_painter(
-    found: Pretrained,
+def make_artist(
+    model: Model,
     *,
     drawing: Drawing,
     mesh: Mesh,
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
     dtype: str = "float32",
-) -> Painter:
-    """Of the networks of a folder.
+) -> Artist:
+    """Return the artist that a model is.
 
     Args:
-        size: (height, width); by default what the UNet was made for.
+        size: (height, width); by default what the denoiser was made for.
 
     Raises:
         UserError: networks are missing, or sampler or size do not fit.
     """
-    if missing := found.missing():
+    if missing := model.missing():
         raise UserError(
-            f"the model has {', '.join(found.networks) or 'no network'} only; drawing takes "
+            f"the model has {', '.join(model.networks) or 'no network'} only; drawing takes "
             f"{', '.join(missing)} too"
         )
-    assert found.unet and found.vae and found.schedule  # for the type checker: none is missing
-    model = ModelConfig(
-        unet=found.unet,
-        vae=found.vae,
-        text_encoder=found.text_encoder,
-        text_encoder_2=found.text_encoder_2,
-        zero_empty_prompt=found.zero_empty_prompt,
-        dtype=dtype,
-    )
-    tokenizers = {
-        TOKENS[name]: getattr(found, TOKENIZERS[name])
-        for name in TOKENS
-        if getattr(found, name) is not None
-    }
-    size = size or native_size(found)
-    negative = encode_text(tokenizers, [negative_prompt])
-    return Painter(
-        generate=make_generator(
-            model=model,
-            tokenizers=tokenizers,
-            schedule=found.schedule,
-            prediction_type=found.prediction_type,
-            drawing=drawing,
-        ),
-        params=on_mesh(found.params, mesh),
+    size = size or model.native_size
+    negative = encode_text(model.tokenizers, [negative_prompt])
+    return Artist(
+        model=model,
+        generate=make_generator(model, drawing, dtype=dtype),
+        params=on_mesh(model.params, mesh),
         mesh=mesh,
-        tokenizers=tokenizers,
         negative={field: rows[0] for field, rows in negative.items()},
         size=size,
-        shape=latent_shape(found.unet, found.vae, *size),
-        with_size=found.unet.is_xl,
+        shape=latent_shape(model, *size),
     )
-
-
-def native_size(found: Pretrained) -> tuple[int, int]:
-    """Height and width of the pictures that the UNet was made for."""
-    assert found.unet and found.vae
-    side = found.unet.sample_size
-    rows, columns = side if isinstance(side, tuple) else (side, side)
-    return rows * found.vae.downscale, columns * found.vae.downscale
 
 
 def on_mesh(params: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
@@ -166,7 +134,7 @@ def on_mesh(params: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def draw_folder(
-    painter: Painter,
+    artist: Artist,
     prompts: Prompts,
     folder: paths.PathLike,
     *,
@@ -186,7 +154,7 @@ def draw_folder(
         FloatingPointError: a picture has NaN pixels.
     """
     folder = paths.to_path(folder)
-    ways = painter.mesh.shape["data"] * painter.mesh.shape["fsdp"]
+    ways = artist.mesh.shape["data"] * artist.mesh.shape["fsdp"]
     batch_size = -(-batch_size // ways) * ways
     settings = {**settings, "seed": seed, "batch_size": batch_size}
     first = jax.process_index() == 0
@@ -199,14 +167,14 @@ def draw_folder(
         for start in starts:
             numbers = np.arange(start, start + batch_size, dtype=np.int32)
             texts = [prompts.text(int(number)) for number in numbers]
-            images = painter.draw(texts, numbers, seed=seed)
+            images = artist.draw(texts, numbers, seed=seed)
             for number, text, image in zip(numbers[: count - start], texts, images, strict=False):
                 if first:
                     about = {"prompt": text, "number": int(number), "seed": seed}
                     save_png(folder / file_name(int(number)), image, about)
             work.advance(min(batch_size, count - start))
     multihost_utils.sync_global_devices("pictures are written")
-    return open_folder(folder, size=painter.size, count=count)
+    return open_folder(folder, size=artist.size, count=count)
 
 
 def file_name(number: int) -> str:

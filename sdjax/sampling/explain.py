@@ -24,7 +24,7 @@ from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
 from sdjax.sampling.grids import grid, save_png
-from sdjax.sampling.order import Order
+from sdjax.sampling.request import SamplingRequest
 from sdjax.system import paths
 
 PARTS = ("down", "mid", "up")
@@ -36,7 +36,7 @@ State = tuple[jax.Array, dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class HeatMaps:
-    """An onlooker (`generate.Onlooker`) that adds up cross-attention.
+    """A `Callback` that adds up cross-attention.
 
     Its state is (number of maps added [B], {level: their sum [B, h, w, L]}), float32.
 
@@ -76,7 +76,7 @@ class HeatMaps:
         return path.endswith(".attn2") and path.split("_")[0] in self.layers
 
     def start(self, shape: tuple[int, ...], length: int) -> State:
-        """Nothing seen yet; see `generate.Onlooker`."""
+        """Nothing seen yet; see `Callback`."""
         batch, height, width, _ = shape
         sums = {}
         for level in range(len(self.unet.block_out_channels)):
@@ -105,7 +105,7 @@ class HeatMaps:
 
 
 def parse_layers(names: Sequence[str]) -> tuple[str, ...]:
-    """Parts of the network in order, without repetition; "all" is all of them."""
+    """Parts of the network in request, without repetition; "all" is all of them."""
     return tuple(part for part in PARTS if part in names or "all" in names)
 
 
@@ -238,8 +238,8 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (image * (1 - strength) + colours * strength).round().astype(np.uint8)
 
 
-class Look:
-    """`sample --explain`: whom to let look on, and what to write of it.
+class Explanation:
+    """`sample --explain`: which callback to draw with, and what to write of it.
 
     Args:
         layers: of PARTS or "all"; None for down and up, as in the paper.
@@ -249,11 +249,11 @@ class Look:
         UserError: an option or a prompt is not to be explained.
     """
 
-    def __init__(self, order: Order, layers: Sequence[str] | None, steps: str | None):
-        first, last = parse_steps(steps or "0:1", len(order.plan.timesteps))
+    def __init__(self, request: SamplingRequest, layers: Sequence[str] | None, steps: str | None):
+        first, last = parse_steps(steps or "0:1", len(request.plan.timesteps))
         layers = parse_layers(layers or ("down", "up"))
-        self.onlooker = HeatMaps(order.model.unet, layers, first, last)
-        self.words = check_words(order.texts, list(order.tokenizers.values()))
+        self.callback = HeatMaps(request.model.denoiser, layers, first, last)
+        self.words = check_words(request.texts, list(request.model.tokenizers.values()))
 
     def write(
         self,

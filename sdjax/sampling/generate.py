@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,18 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax.config import ModelConfig
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.losses import example_keys
-from sdjax.diffusion.samplers import SamplerConfig, sample_seen
-from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.diffusion.samplers import SamplerConfig, sample
+from sdjax.diffusion.schedules import make_schedule
 from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
-from sdjax.families.conditioning import Encoder, make_conditioner
-from sdjax.models import capture, weights
-from sdjax.models.params import component
-from sdjax.models.unet import UNet, UNetConfig
-from sdjax.models.vae import VAE, VAEConfig, unscale_latents
+from sdjax.families.bind import bind
+from sdjax.families.conditioning import make_conditioner
+from sdjax.families.family import Model
+from sdjax.models import capture
+from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
 from sdjax.system import progress
@@ -39,75 +38,66 @@ class Drawing:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
-class Onlooker(Protocol):
+class Callback(Protocol):
     """Sees pictures being drawn, within the jitted loop, and keeps what it wants of them."""
 
     def wants(self, path: str) -> bool:
         """Whether the attention layer at this path is to be seen; see `models.capture`."""
 
     def start(self, shape: tuple[int, ...], length: int) -> Any:
-        """The state before the first step, arrays [B, ...], for latents of `shape` [B, h, w, C] and
-        a context of `length` tokens."""
+        """Return the state before the first step, arrays [B, ...], for latents of `shape`
+        [B, h, w, C] and a context of `length` tokens."""
 
     def see(
         self, state: Any, i: jax.Array, x0: jax.Array, probabilities: Mapping[str, jax.Array]
     ) -> Any:
-        """The state after evaluation i of the network, which estimates x0 [B, h, w, C] with the
-        attention {path: [B, heads, L, M]}, of the prompts and not of the negative ones."""
+        """Return the state after evaluation i of the network, which estimates x0 [B, h, w, C] with
+        the attention {path: [B, heads, L, M]}, of the prompts and not of the negative ones."""
+
+
+class Generate(Protocol):
+    """Draws a batch of pictures."""
+
+    def __call__(
+        self,
+        params: Mapping[str, jax.Array],
+        prompts: Mapping[str, jax.Array],
+        negative: Mapping[str, jax.Array],
+        latents: jax.Array,
+        keys: jax.Array,
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Return float32 images [B, H, W, 3] in [0, 1], and the last state of each callback.
+
+        Args:
+            params: {path: array} of all networks of the model.
+            prompts: {field: [B, ...]}, the tokens of each text encoder and, where the family takes
+                them, its numbers.
+            negative: {field: [B, L]}, tokens.
+            latents: standard normal [B, h, w, C] float32.
+            keys: [B], for the samplers that add noise.
+        """
 
 
 def make_generator(
-    *,
-    model: ModelConfig,
-    tokenizers: Mapping[str, Encoder],
-    schedule: ScheduleConfig,
-    prediction_type: str,
-    drawing: Drawing,
-) -> Callable[..., jax.Array]:
-    """Build `generate(params, prompts, negative, latents, keys) -> images`, jitted.
+    model: Model, drawing: Drawing, *, dtype: str = "float32", callbacks: Sequence[Callback] = ()
+) -> Generate:
+    """Return a jitted `Generate`.
 
-    The function takes flat parameters of all networks of `model`; prompts {field: [B, ...]}, the
-    tokens of each text encoder and, if SDXL is to be told of another original than the picture
-    itself, "size"; negative {field: [B, L]}, tokens; standard normal latents `[B, h, w, C]` float32
-    and keys `[B]` for the samplers that add noise. It gives float32 images `[B, H, W, 3]` in
-    [0, 1].
+    Args:
+        model: with schedule, prediction type and tokenizers.
+        dtype: of products and convolutions.
+
+    Raises:
+        UserError: the sampler does not fit the schedule, or the networks one another.
     """
-    generate = _generator(model, tokenizers, schedule, prediction_type, drawing, ())
-    return jax.jit(lambda *args: generate(*args)[0])
-
-
-def make_seen_generator(
-    *,
-    model: ModelConfig,
-    tokenizers: Mapping[str, Encoder],
-    schedule: ScheduleConfig,
-    prediction_type: str,
-    drawing: Drawing,
-    onlookers: Sequence[Onlooker],
-) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-    """`make_generator` with onlookers: gives (images, the last state of each onlooker)."""
-    return jax.jit(
-        _generator(model, tokenizers, schedule, prediction_type, drawing, tuple(onlookers))
-    )
-
-
-def _generator(
-    model: ModelConfig,
-    tokenizers: Mapping[str, Encoder],
-    schedule: ScheduleConfig,
-    prediction_type: str,
-    drawing: Drawing,
-    onlookers: tuple[Onlooker, ...],
-) -> Callable[..., tuple[jax.Array, tuple[Any, ...]]]:
-    dtype, vae = jnp.dtype(model.dtype), model.vae
-    graphs = {
-        "unet": weights.abstract(UNet, model.unet, dtype=dtype)[0],
-        "vae": weights.abstract(VAE, vae, dtype=dtype)[0],
-    }
-    conditioner = make_conditioner(model, tokenizers)
+    schedule, family = model.schedule, model.family
+    assert schedule is not None
+    networks = bind(model, (family.denoiser, "vae"), dtype=dtype)
+    conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
     tables = make_schedule(schedule)
     make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
 
+    @jax.jit
     def generate(
         params: Mapping[str, jax.Array],
         prompts: Mapping[str, jax.Array],
@@ -115,12 +105,12 @@ def _generator(
         latents: jax.Array,
         keys: jax.Array,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        net = {name: weights.merge(g, component(params, name)) for name, g in graphs.items()}
-        target = latents.shape[1] * vae.downscale, latents.shape[2] * vae.downscale
+        denoiser, vae = (networks.module(name, params) for name in (family.denoiser, "vae"))
+        target = latents.shape[1] * model.vae.downscale, latents.shape[2] * model.vae.downscale
         context = conditioner(params, prompts, target=target)
         length = (context["context"] if isinstance(context, dict) else context).shape[1]
         denoise = guided(
-            lambda xt, t, context: net["unet"](xt, t, context),
+            lambda xt, t, context: denoiser(xt, t, context),
             context,
             conditioner(params, {**prompts, **negative}, target=target, negative=True),
             scale=drawing.guidance,
@@ -128,26 +118,26 @@ def _generator(
             interval=drawing.guidance_interval,
             num_train_timesteps=schedule.num_train_timesteps,
         )
-        wanted = lambda path: any(each.wants(path) for each in onlookers)  # noqa: E731
-        with capture.capturing(net["unet"], probabilities=wanted) as found:
+        wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
+        with capture.capturing(denoiser, probabilities=wanted) as found:
 
             def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
                 # Guidance runs the prompts before the negative ones.
                 attention = {path: p[: len(x0)] for path, p in found.take().items()}
-                pairs = zip(onlookers, states, strict=True)
+                pairs = zip(callbacks, states, strict=True)
                 return tuple(each.see(state, i, x0, attention) for each, state in pairs)
 
-            x0, seen = sample_seen(
+            x0, seen = sample(
                 denoise,
                 latents,
                 schedule=tables,
-                prediction_type=prediction_type,
+                prediction_type=model.prediction_type,
                 sampler=drawing.sampler,
-                see=see,
-                state=tuple(each.start(latents.shape, length) for each in onlookers),
+                callback=see,
+                state=tuple(each.start(latents.shape, length) for each in callbacks),
                 keys=keys,
             )
-        return to_images(net["vae"], x0), seen
+        return to_images(vae, x0), seen
 
     return generate
 
@@ -169,23 +159,23 @@ def _sampler_keys(seed: int, positions: jax.Array) -> jax.Array:
     return example_keys(jax.random.key(seed), positions)
 
 
-def latent_shape(unet: UNetConfig, vae: VAEConfig, height: int, width: int) -> tuple[int, int, int]:
-    """(h, w, C) of the latents of a picture.
+def latent_shape(model: Model, height: int, width: int) -> tuple[int, int, int]:
+    """Return (h, w, C) of the latents of a picture.
 
     Raises:
         UserError: the size is not a multiple of the VAE's downsampling factor.
     """
-    factor = vae.downscale
+    factor = model.vae.downscale
     for name, size in (("height", height), ("width", width)):
         if size < factor or size % factor:
             raise UserError(
                 f"{name} is {size}; expected a multiple of {factor}, the VAE's downsampling factor"
             )
-    return height // factor, width // factor, unet.out_channels
+    return height // factor, width // factor, model.denoiser.out_channels
 
 
 def draw(
-    generate: Callable[..., jax.Array],
+    generate: Generate,
     params: Mapping[str, jax.Array],
     prompts: Mapping[str, np.ndarray],
     negative: Mapping[str, np.ndarray],
@@ -196,54 +186,25 @@ def draw(
     latents: np.ndarray | None = None,
     positions: np.ndarray | None = None,
     texts: Sequence[str] = (),
-) -> np.ndarray:
+) -> tuple[np.ndarray, tuple[Any, ...]]:
     """Draw any number of pictures in batches of one shape (one compilation).
 
     Where the parameters lie on a mesh the batches are spread over it; on several hosts all must
     call it, with the same arguments, and all get every picture.
 
     Args:
-        prompts: {field: [N, ...]}, see `make_generator`; negative: {field: [...]}, of one prompt.
-            Instead of tokens either may have what `Conditioner.embed` makes of them.
+        prompts: {field: [N, ...]}, see `Generate`; negative: {field: [...]}, of one prompt. Instead
+            of tokens either may have what `Conditioner.embed` makes of them.
         shape: (h, w, C) of the latents; latents: [N, h, w, C] to start from instead of `seed`.
         positions: [N] numbers of the pictures, which decide their noise; 0 to N - 1 by default.
         texts: what the tokens say, for the message of an error.
 
     Returns:
-        uint8 images [N, H, W, 3].
+        uint8 images [N, H, W, 3], and the last state of each callback, [N, ...] as NumPy.
 
     Raises:
         FloatingPointError: a picture has NaN pixels, and would be black.
     """
-    images, _ = draw_seen(
-        lambda *arrays: (generate(*arrays), ()),
-        params,
-        prompts,
-        negative,
-        shape=shape,
-        seed=seed,
-        batch_size=batch_size,
-        latents=latents,
-        positions=positions,
-        texts=texts,
-    )
-    return images
-
-
-def draw_seen(
-    generate: Callable[..., tuple[jax.Array, Any]],
-    params: Mapping[str, jax.Array],
-    prompts: Mapping[str, np.ndarray],
-    negative: Mapping[str, np.ndarray],
-    *,
-    shape: tuple[int, int, int],
-    seed: int,
-    batch_size: int,
-    latents: np.ndarray | None = None,
-    positions: np.ndarray | None = None,
-    texts: Sequence[str] = (),
-) -> tuple[np.ndarray, Any]:
-    """`draw` by a `make_seen_generator`: (images, the onlookers' states [N, ...] as NumPy)."""
     parts: list[tuple[np.ndarray, Any]] = []
     total = len(next(iter(prompts.values())))
     mesh = _mesh_of(params)

@@ -13,7 +13,7 @@ from sdjax.errors import UserError
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.sampling.animation import animated, save_animation
 from sdjax.sampling.grids import grid, save_png
-from sdjax.sampling.order import Order
+from sdjax.sampling.request import SamplingRequest
 from sdjax.system import paths
 
 
@@ -47,14 +47,14 @@ class Between:
     weight: float
 
 
-def plan_ways(order: Order, count: int, other_seed: int | None) -> list[list[Between]]:
+def plan_ways(request: SamplingRequest, count: int, other_seed: int | None) -> list[list[Between]]:
     """`count` pictures on each way: from each picture of the order to the next, or, given another
     seed, from each picture to the same with that seed.
 
     Raises:
         UserError: there is no way, or the sampler's own noise would tear it.
     """
-    pictures = len(order.texts)
+    pictures = len(request.texts)
     if count < 1:
         raise UserError(f"--interpolate={count}; expected 1 or more pictures on each way")
     if other_seed is None and pictures < 2:
@@ -62,15 +62,15 @@ def plan_ways(order: Order, count: int, other_seed: int | None) -> list[list[Bet
             "--interpolate goes from prompt to prompt and there is one alone; give another, or "
             "--interpolate_seeds=SEED2 to go from seed to seed"
         )
-    if other_seed is not None and (order.latents is not None or other_seed < 0):
+    if other_seed is not None and (request.latents is not None or other_seed < 0):
         raise UserError(
             f"--interpolate_seeds={other_seed}; expected a seed of 0 or more, and no --latents"
         )
-    same = other_seed is None and len(set(order.positions.tolist())) == 1
-    if order.plan.stochastic and not same:
+    same = other_seed is None and len(set(request.positions.tolist())) == 1
+    if request.plan.stochastic and not same:
         remedy = "" if other_seed is not None else ", or --same_noise"
         raise UserError(
-            f"sampler {order.drawing.sampler.name!r} adds noise at every step, which does not "
+            f"sampler {request.drawing.sampler.name!r} adds noise at every step, which does not "
             f"change from one picture to the next by degrees; for --interpolate take another "
             f"--sampler, as ddim with --eta=0 or dpmpp_2m{remedy}"
         )
@@ -80,7 +80,7 @@ def plan_ways(order: Order, count: int, other_seed: int | None) -> list[list[Bet
 
 
 def draw_between(
-    order: Order, ways: Sequence[Sequence[Between]], other_seed: int | None
+    request: SamplingRequest, ways: Sequence[Sequence[Between]], other_seed: int | None
 ) -> np.ndarray:
     """The pictures on all ways, uint8 [ways * count, H, W, 3].
 
@@ -88,30 +88,30 @@ def draw_between(
     """
     steps = [step for way in ways for step in way]
     first = np.array([step.first for step in steps])
-    prompts = {field: rows[first] for field, rows in order.prompts.items()}
-    negative = dict(order.negative)
-    start = end = order.noise()
+    prompts = {field: rows[first] for field, rows in request.prompts.items()}
+    negative = dict(request.negative)
+    start = end = request.noise()
     if other_seed is not None:
-        end = dataclasses.replace(order, seed=other_seed).noise()
+        end = dataclasses.replace(request, seed=other_seed).noise()
     else:
         negative = {}
-        conditioner = make_conditioner(order.model, order.tokenizers)
+        conditioner = make_conditioner(request.model, request.model.tokenizers, dtype=request.dtype)
         tokens = {
-            field: np.concatenate([order.prompts[field], order.negative[field][None]])
-            for field in order.tokenizers
+            field: np.concatenate([request.prompts[field], request.negative[field][None]])
+            for field in request.model.tokenizers
         }
         prompts = {field: rows for field, rows in prompts.items() if field not in tokens}
-        for field, x in embed(conditioner, order.params, tokens, order.batch_size).items():
+        for field, x in embed(conditioner, request.params, tokens, request.batch_size).items():
             negative[field] = x[-1]
             mixed = [(1 - s.weight) * x[s.first] + s.weight * x[s.last] for s in steps]
             prompts[field] = np.stack(mixed)
     between = dataclasses.replace(
-        order,
-        texts=[order.texts[i] for i in first],
+        request,
+        texts=[request.texts[i] for i in first],
         prompts=prompts,
         negative=negative,
         latents=np.stack([slerp(start[s.first], end[s.last], s.weight) for s in steps]),
-        positions=order.positions[first],
+        positions=request.positions[first],
     )
     return between.draw()[0]
 
@@ -122,12 +122,11 @@ def embed(
     tokens: Mapping[str, np.ndarray],
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """Texts as the network is told of them: "context" [N, L, D] and for SDXL "pooled" [N, P]."""
+    """Return texts as the network is told of them: "context" [N, L, D], ..."""
     encode = jax.jit(conditioner.embed)
     parts = []
     for i in range(0, len(next(iter(tokens.values()))), batch_size):
         text = encode(params, {field: rows[i : i + batch_size] for field, rows in tokens.items()})
-        text = text if isinstance(text, dict) else {"context": text}
         parts.append({field: np.asarray(x, np.float32) for field, x in text.items()})
     return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
 
@@ -168,7 +167,7 @@ def write_ways(
 
 def draw_ways(
     folder: paths.Path,
-    order: Order,
+    request: SamplingRequest,
     ways: Sequence[Sequence[Between]],
     images: np.ndarray,
     other_seed: int | None,
@@ -182,11 +181,11 @@ def draw_ways(
     """
     ends = images
     if other_seed is not None:
-        ends = dataclasses.replace(order, seed=other_seed).draw()[0]
-        for number, (image, text) in enumerate(zip(ends, order.texts, strict=True)):
+        ends = dataclasses.replace(request, seed=other_seed).draw()[0]
+        for number, (image, text) in enumerate(zip(ends, request.texts, strict=True)):
             about = {"prompt": text, "number": number, **settings, "seed": other_seed}
             save_png(folder / f"{number:05d}-seed-{other_seed}.png", image, about)
-    between = draw_between(order, ways, other_seed)
+    between = draw_between(request, ways, other_seed)
     about = dict(settings)
     if other_seed is not None:
         about["to_seed"] = other_seed

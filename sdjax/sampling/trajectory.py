@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.models import weights
-from sdjax.models.params import component
-from sdjax.models.vae import VAE, VAEConfig
+from sdjax.families.bind import bind
+from sdjax.families.family import Model
 from sdjax.sampling.animation import animated, save_animation
 from sdjax.sampling.generate import to_images, to_uint8
 from sdjax.sampling.grids import grid, save_png
-from sdjax.sampling.order import Order
+from sdjax.sampling.request import SamplingRequest
 from sdjax.system import paths
 
 DEFAULT_FRAMES = 8
@@ -25,7 +24,7 @@ DEFAULT_FRAMES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """An onlooker (`generate.Onlooker`) that keeps x0 as the network estimates it.
+    """A `Callback` that keeps x0 as the network estimates it.
 
     Its state is [B, F, h, w, C] float32, one for each of the F evaluations in `kept`.
     """
@@ -38,7 +37,7 @@ class Trajectory:
         return False
 
     def start(self, shape: tuple[int, ...], length: int) -> jax.Array:
-        """Nothing seen yet; see `generate.Onlooker`."""
+        """Nothing seen yet; see `Callback`."""
         return jnp.zeros((shape[0], len(self.kept), *shape[1:]))
 
     def see(
@@ -72,24 +71,24 @@ def choose_frames(count: int | None, evaluations: int) -> Trajectory:
     return Trajectory(tuple(int(i) for i in spread[:-1]), evaluations)
 
 
-def make_decoder(vae: VAEConfig, dtype: Any) -> Callable[..., np.ndarray]:
-    """`decode(params, latents [N, h, w, C]) -> uint8 [N, H, W, 3]`, one at a time to spare memory;
-    params are flat, of all networks."""
-    graph = weights.abstract(VAE, vae, dtype=dtype)[0]
+def make_decoder(model: Model, dtype: str) -> Callable[..., np.ndarray]:
+    """Return `decode(params, latents [N, h, w, C]) -> uint8 [N, H, W, 3]`, one at a time to spare
+    memory; params are flat, of all networks."""
+    networks = bind(model, ("vae",), dtype=dtype)
 
     @jax.jit
     def one(params: Mapping[str, jax.Array], latents: jax.Array) -> jax.Array:
-        return to_images(weights.merge(graph, params), latents[None])[0]
+        return to_images(networks.module("vae", params), latents[None])[0]
 
     def decode(params: Mapping[str, jax.Array], latents: np.ndarray) -> np.ndarray:
-        own = component(params, "vae")
+        own = {path: params[path] for path in networks.abstract}
         return np.stack([to_uint8(np.asarray(one(own, x))) for x in latents])
 
     return decode
 
 
-class Look:
-    """`sample --trajectory`: whom to let look on, and what to write of it.
+class Steps:
+    """`sample --trajectory`: which callback to draw with, and what to write of it.
 
     Args:
         count: of frames; None for the default.
@@ -99,11 +98,11 @@ class Look:
         UserError: the sampler has not so many steps.
     """
 
-    def __init__(self, order: Order, count: int | None, animation: str):
-        self.onlooker = choose_frames(count, len(order.plan.timesteps))
-        self.timesteps = order.plan.timesteps[list(self.onlooker.kept)]
-        self.decode = make_decoder(order.model.vae, jnp.dtype(order.model.dtype))
-        self.params, self.animation = order.params, animation
+    def __init__(self, request: SamplingRequest, count: int | None, animation: str):
+        self.callback = choose_frames(count, len(request.plan.timesteps))
+        self.timesteps = request.plan.timesteps[list(self.callback.kept)]
+        self.decode = make_decoder(request.model, request.dtype)
+        self.params, self.animation = request.params, animation
 
     def write(
         self,

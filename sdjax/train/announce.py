@@ -14,11 +14,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from sdjax.checkpoints.assemble import Assembled, assemble
+from sdjax.checkpoints.assemble import Assembled, assemble, blank_method
 from sdjax.config import Config, to_dict
 from sdjax.data.summary import Summary
-from sdjax.families.conditioning import blank_tokenizers
-from sdjax.methods.task import make_task
 from sdjax.parallel import xla
 from sdjax.parallel.batches import shares
 from sdjax.parallel.sharding import param_spec
@@ -42,7 +40,8 @@ def announce(
     batch, share = config.data.batch_size, shares(mesh)[jax.process_index()]
     parts = config.train.accumulation
     lines = [
-        f"{config.task} in {folder}, " + (f"resumed at step {start}" if start else "from step 0"),
+        f"{config.method.name} in {folder}, "
+        + (f"resumed at step {start}" if start else "from step 0"),
         f"mesh {_axes(mesh)}: {mesh.size} x {jax.devices()[0].device_kind}, "
         f"{jax.process_count()} host(s)",
         f"{_millions(split.trained)} parameters trained, {_millions(split.frozen)} frozen; "
@@ -104,15 +103,15 @@ def describe(config: Config, mesh: Mesh) -> int:
     if config.init_from or config.vae_from or config.text_encoder_from:
         assembled = assemble(config, with_tokenizer=False)
         config, notes = assembled.config, assembled.notes
-    task = make_task(config, blank_tokenizers(config.model))
-    program = build(config, task, mesh)
+    method = blank_method(config)
+    program = build(config, method, mesh)
     if jax.process_index() != 0:
         return 0
     console = Console(width=None if Console().is_terminal else 120)
     console.print(json.dumps(to_dict(config), indent=2), markup=False, highlight=False)
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    console.print(_counts(task.abstract, program.split))
+    console.print(_counts(method.abstract, program.split))
     console.print(_memory(program))
     console.print(_shardings(program.split, mesh))
     return 0

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.checkpoints.assemble import Assembled, bundle
-from sdjax.checkpoints.pretrained import Pretrained, write_diffusers
+from sdjax.checkpoints.assemble import Assembled, model_of_run
+from sdjax.checkpoints.diffusers_folder import write_diffusers
 from sdjax.config import Config
 from sdjax.data.builders.shape_reader import score
-from sdjax.methods.task import Task
-from sdjax.models import weights
-from sdjax.models.params import Params, component
-from sdjax.models.vae import VAE, sample_moments
+from sdjax.families.bind import bind
+from sdjax.families.registry import model_of
+from sdjax.methods.method import Method
+from sdjax.models.params import Params
+from sdjax.models.vae import sample_moments
 from sdjax.parallel.sharding import to_host
 from sdjax.system import paths
 from sdjax.train.gallery import read_examples
@@ -34,7 +35,7 @@ from sdjax.train.weight_sets import evaluated_params
 
 def finish(
     config: Config,
-    task: Task,
+    method: Method,
     assembled: Assembled,
     state: State,
     frozen: Params,
@@ -49,13 +50,13 @@ def finish(
     score_line, finite = "", picture is not None
     try:
         if finite:
-            score_line = _fidelity(config, task, assembled, params, telemetry, step)
+            score_line = _fidelity(config, method, assembled, params, telemetry, step)
     except FloatingPointError as error:
         telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
         finite = False
     exported = None
     # Of a VAE the export takes the scale of its latents, which would be NaN too.
-    if config.train.export and (finite or config.task != "autoencoder"):
+    if config.train.export and (finite or config.draws):
         exported = export(config, assembled, params, folder)
     looks.report(telemetry)
     telemetry.close()
@@ -66,7 +67,7 @@ def finish(
 
 def _fidelity(
     config: Config,
-    task: Task,
+    method: Method,
     assembled: Assembled,
     params: Params,
     telemetry: Telemetry,
@@ -76,7 +77,7 @@ def _fidelity(
     if not config.sample.fidelity:
         return ""
     examples = read_examples(config, assembled.tokenizers, config.sample.fidelity)
-    images = task.pictures(params, examples, config.seed + 1)
+    images = method.pictures(params, examples, config.seed + 1)
     shares = score(examples.captions, images)
     shares.pop("samples")
     telemetry.scalars(step, {"fidelity": shares})
@@ -87,18 +88,14 @@ def _fidelity(
 def export(config: Config, assembled: Assembled, params: Params, folder: paths.Path) -> paths.Path:
     """Write DIR/diffusers: a pipeline, or the one folder of a VAE."""
     path = folder / "diffusers"
-    model = config.model
     host = _on_first(params)
-    if config.task == "autoencoder":
-        scale = _scaling(config, params)
-        model = dataclasses.replace(model, vae=dataclasses.replace(model.vae, scaling_factor=scale))
-        # Who names this workdir in `vae_from` needs the factor too.
-        write_config(folder, dataclasses.replace(config, model=model))
-        found = Pretrained(vae=model.vae, params=host)
-    else:
-        found = bundle(config, assembled.tokenizers, host, assembled.scheduler)
+    if not config.draws:
+        vae = dataclasses.replace(config.model.vae, scaling_factor=_scaling(config, params))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae))
+        write_config(folder, config)  # who names this workdir in `vae_from` needs the factor too
+    model = model_of_run(config, assembled.tokenizers, host, assembled.scheduler)
     if jax.process_index() == 0:
-        write_diffusers(path, found, overwrite=True)
+        write_diffusers(path, model, overwrite=True)
     return path
 
 
@@ -114,12 +111,12 @@ def _on_first(params: Params) -> dict[str, np.ndarray]:
 
 def _scaling(config: Config, params: Params) -> float:
     """1 / standard deviation of the latents of the evaluation split (LDM, appendix G)."""
-    graph, _ = weights.abstract(VAE, config.model.vae)
+    networks = bind(model_of(config.model), ("vae",))
     examples = read_examples(config, {}, 256)
 
     @jax.jit
     def latents(params: Params, images: jax.Array) -> jax.Array:
-        moments = weights.merge(graph, component(params, "vae")).encode(images)
+        moments = networks.module("vae", params).encode(images)
         noise = jax.random.normal(jax.random.key(0), jnp.split(moments, 2, axis=-1)[0].shape)
         return sample_moments(moments, noise)
 
@@ -155,7 +152,7 @@ def last_screen(
         rows.append(("best", f"{best}  ({selection.metric} {selection.value:.4f})"))
     if exported is not None:
         rows.append(("diffusers", exported))
-    if config.task == "text_to_image":
+    if config.draws:
         prompt = "a large red circle above a small blue square"
         if config.data.name != "captioned_shapes":
             prompt = "..."

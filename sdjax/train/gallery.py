@@ -12,7 +12,7 @@ from sdjax.config import Config
 from sdjax.data import pipeline, transforms
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.families.conditioning import encode_text
-from sdjax.methods.task import Examples, Task
+from sdjax.methods.method import Examples, Method
 from sdjax.models.params import Params
 from sdjax.sampling.grids import grid, save_png
 from sdjax.sampling.strips import append_column
@@ -53,13 +53,13 @@ class Gallery:
     def __init__(
         self,
         config: Config,
-        task: Task,
+        method: Method,
         tokenizers: Mapping[str, Tokenizer],
         folder: paths.Path,
     ):
-        self._config, self._task, self._tokenizers = config, task, tokenizers
+        self._config, self._method, self._tokenizers = config, method, tokenizers
         self._folder = folder / "samples"
-        drawn = config.task == "text_to_image"
+        drawn = config.draws
         self._blind = drawn and config.objective.caption_dropout == 1.0
         self._guidance = (True, False) if drawn and not self._blind else (False,)
         self._examples = self._get_examples()  # now: a wrong split is no news for step 1000
@@ -82,7 +82,7 @@ class Gallery:
         sets = weight_sets(state)
         for weights, guided in self._variants():
             params = {**frozen, **sets[weights]()}
-            images = self._task.pictures(params, self._examples, self._config.seed, guided=guided)
+            images = self._method.pictures(params, self._examples, self._config.seed, guided=guided)
             words = [weights, "guided" if guided else "unguided"][: len(self._guidance)]
             variant = "" if (weights, guided) == main else "-" + "-".join(words)
             if jax.process_index() == 0:

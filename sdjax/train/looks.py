@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from sdjax.config import Config
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.methods.task import Task
+from sdjax.methods.method import Method
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
@@ -35,14 +35,14 @@ class Looks:
     def __init__(
         self,
         config: Config,
-        task: Task,
+        method: Method,
         tokenizers: Mapping[str, Tokenizer],
         mesh: Mesh,
         folder: paths.Path,
         hooks: Hooks,
     ):
         self._config, self._mesh, self._folder = config, mesh, folder
-        self.gallery = Gallery(config, task, tokenizers, folder)
+        self.gallery = Gallery(config, method, tokenizers, folder)
         own = evaluated_set(config.ema.profiles)
         self._own_loss = f"validation/{own}/loss"
         self.selection = Selection(config.validation, config.validation.metric or self._own_loss)
@@ -52,7 +52,7 @@ class Looks:
             "validation_train": (data.split, validation.examples and validation.train_examples),
         }
         self._validators = {
-            name: Validator(config, task, tokenizers, mesh, split=split, count=count)
+            name: Validator(config, method, tokenizers, mesh, split=split, count=count)
             for name, (split, count) in wanted.items()
             if count
         }

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sdjax.checkpoints.assemble import method_of_run
 from sdjax.checkpoints.checkpoint import Checkpoints, latest_step
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import BatchIterator, make_iterator
 from sdjax.encoding.dataset import check_encoded
-from sdjax.methods.task import make_task
 from sdjax.optim.optimizers import make_lr_schedule
 from sdjax.parallel.batches import global_batch, shares
 from sdjax.parallel.mesh import make_mesh
@@ -94,15 +94,15 @@ class _Training:
             stages.check_begun(saved, self.whole, newest or 0)
         self.stage = stages.segment_at(self.whole, newest or 0)
         self.config = self.stage.config
-        self.task = make_task(self.config, self.assembled.tokenizers)
-        self.program = build(self.config, self.task, mesh)
+        self.method = method_of_run(self.config, self.assembled.tokenizers)
+        self.program = build(self.config, self.method, mesh)
         loaded = None if self.resumed else self.assembled
         check_encoded(self.config, loaded, self.program.split.trained)
 
         # 2. Data, and what looks at the run, whose own data may not be there.
         went_back = rollback.read(folder)
         self.data = self._open_data(went_back)
-        self.looks = Looks(self.config, self.task, self.assembled.tokenizers, mesh, folder, hooks)
+        self.looks = Looks(self.config, self.method, self.assembled.tokenizers, mesh, folder, hooks)
 
         # 3. The state: shapes and shardings, then arrays, each straight to where it belongs.
         keep_last, keep_every = self.config.train.keep_last, self.config.train.keep_every
@@ -144,7 +144,7 @@ class _Training:
         data = make_iterator(
             self.config.data,
             self.assembled.tokenizers,
-            with_size="size" in self.task.example,
+            with_size="size" in self.method.example,
             split=self.config.data.split,
             seed=self.stage.seed,
             process_index=share.index,
@@ -156,7 +156,7 @@ class _Training:
 
     def _first_state(self) -> State:
         program, split = self.program, self.program.split
-        params = startup.initial_params(self.config, self.task, self.assembled, split, self.mesh)
+        params = startup.initial_params(self.config, self.method, self.assembled, split, self.mesh)
         return jax.jit(program.fresh, out_shardings=program.state_shardings)(params)
 
     def _make_telemetry(self) -> Telemetry:
@@ -198,7 +198,7 @@ class _Training:
                     return None
                 # Pictures, a diffusers folder, and where it all is.
                 finite = finish(
-                    self.config, self.task, self.assembled, self.state, self.frozen, self.looks,
+                    self.config, self.method, self.assembled, self.state, self.frozen, self.looks,
                     self.telemetry, self.folder,
                 )  # fmt: skip
                 return DONE if finite else DIVERGED

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.config import Config
-from sdjax.methods.task import Task, trainable_networks
+from sdjax.families.registry import FAMILIES
+from sdjax.methods.method import Method
 from sdjax.models import placement
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
@@ -29,7 +29,7 @@ from sdjax.parallel.activations import Activations, kernels_of
 from sdjax.parallel.batches import batch_sharding, check_batch, positions
 from sdjax.parallel.sharding import placed, state_shardings, train_shardings
 from sdjax.parallel.xla import as_config_error, compiler_options
-from sdjax.train.state import State, init_state
+from sdjax.train.state import Optimization, State, init_state
 from sdjax.train.step import make_train_step
 
 
@@ -52,7 +52,7 @@ class Program:
 
     mesh: Mesh
     split: Split
-    optimizer: optax.GradientTransformation
+    optimizations: tuple[Optimization, ...]
     fresh: Callable[[Params], State]
     state: State
     frozen: dict[str, jax.ShapeDtypeStruct]
@@ -65,7 +65,7 @@ class Program:
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
 
-def build(config: Config, task: Task, mesh: Mesh) -> Program:
+def build(config: Config, method: Method, mesh: Mesh) -> Program:
     """Everything about the step that is known without an array.
 
     Raises:
@@ -73,25 +73,22 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
     """
     check_batch(config.data.batch_size, config.train.accumulation, mesh)
     check_shapes(config)
-    split = split_trainable(config, task.abstract, trainable_networks(config))
-    optimizer = make_optimizer(trained_groups(config.optim), config.train.steps, split.trained)
+    split = split_trainable(config, method)
+    optimizations = _optimizations(config, method, split)
 
     def fresh(params: Params) -> State:
-        return init_state(params, optimizer, config.ema)
+        return init_state(params, optimizations, config.ema)
 
     abstract = jax.eval_shape(fresh, split.trained)
     shardings, update = train_shardings(abstract, split.trained, mesh, config.mesh)
     train_step = make_train_step(
-        task.loss,
-        optimizer,
+        optimizations,
         positions=positions(mesh, config.data.batch_size),
         seed=config.seed,
         accumulation=config.train.accumulation,
         buckets=config.train.timestep_buckets,
         num_timesteps=config.schedule.num_train_timesteps,
-        spread=functools.partial(jax.lax.with_sharding_constraint, shardings=update)
-        if update
-        else None,
+        spread=functools.partial(_constrained, update) if update else None,
     )
 
     kernels = kernels_of(mesh.devices.flat[0])
@@ -105,7 +102,7 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
     return Program(
         mesh=mesh,
         split=split,
-        optimizer=optimizer,
+        optimizations=optimizations,
         fresh=fresh,
         state=placed(abstract, shardings),
         frozen=placed(split.frozen, state_shardings(split.frozen, split.frozen, mesh)),
@@ -113,21 +110,38 @@ def build(config: Config, task: Task, mesh: Mesh) -> Program:
             name: jax.ShapeDtypeStruct(
                 (config.data.batch_size, *one.shape), one.dtype, sharding=batch_sharding(mesh)
             )
-            for name, one in task.example.items()
+            for name, one in method.example.items()
         },
         step=step,
     )
 
 
-def split_trainable(
-    config: Config, abstract: Mapping[str, jax.ShapeDtypeStruct], trainable: tuple[str, ...]
-) -> Split:
-    """Trained: of the `trainable` networks, all whose group has a learning rate above 0.
+def _constrained(shardings: Mapping[str, NamedSharding], params: Params) -> Params:
+    """Some parameters, or gradients, where the update of them is computed."""
+    own = {path: shardings[path] for path in params}
+    return jax.lax.with_sharding_constraint(params, own)
+
+
+def _optimizations(config: Config, method: Method, split: Split) -> tuple[Optimization, ...]:
+    """The phases of a method that have something to train, with their optimizers."""
+    found = []
+    for phase in method.phases:
+        own = {path: value for path, value in split.trained.items() if phase.trains(path)}
+        if own:
+            optim = trained_groups(phase.optim or config.optim)
+            optimizer = make_optimizer(optim, config.train.steps, own, all_paths=split.trained)
+            found.append(Optimization(phase, optimizer, frozenset(own)))
+    return tuple(found)
+
+
+def split_trainable(config: Config, method: Method) -> Split:
+    """Trained: of what the method trains, all whose group has a learning rate above 0.
 
     Raises:
         ConfigError: nothing is left to train.
     """
-    candidates = [p for p in abstract if p.split(".")[0] in trainable]
+    abstract = method.abstract
+    candidates = [path for path in abstract if method.trainable(path)]
     chosen = trainable_paths(config.optim, candidates)
     trained = {p: abstract[p] for p in candidates if p in chosen}
     if not trained:
@@ -161,8 +175,8 @@ def check_shapes(config: Config) -> None:
         UserError: naming the field of the side that cannot, and what it has to be a multiple of.
     """
     levels = len(config.model.vae.block_out_channels) - 1
-    if config.task == "text_to_image":
-        levels += len(config.model.unet.block_out_channels) - 1
+    if config.draws:
+        levels += FAMILIES[config.model.family].halvings(config.model.networks)
     sides = {"data.buckets.step": config.data.buckets.step}
     sides |= {
         f"data.mixture[{i}].resolution": p.resolution for i, p in enumerate(config.data.mixture)

@@ -14,16 +14,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from sdjax.checkpoints.assemble import Assembled, assemble, check_complete
-from sdjax.checkpoints.bundle import TOKENIZERS
+from sdjax.checkpoints.assemble import Assembled, assemble, check_complete, model_of_run
 from sdjax.checkpoints.checkpoint import latest_step
-from sdjax.checkpoints.workdir import CONFIG_FILE, FROZEN_FILE, read_scheduler, write_scheduler
+from sdjax.checkpoints.workdir import (
+    CONFIG_FILE,
+    FROZEN_FILE,
+    read_scheduler,
+    read_tokenizers,
+    write_scheduler,
+)
 from sdjax.config import Config, resolve, to_dict
 from sdjax.config_changes import compare_configs
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
-from sdjax.families.conditioning import TOKENS
-from sdjax.methods.task import Task
+from sdjax.families.registry import TOKENIZERS, adopted, model_of
+from sdjax.methods.method import Method
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
 from sdjax.parallel.sharding import param_spec, placed
@@ -111,38 +116,36 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
             f"  {lines}\nuse the same values, or another --workdir"
         )
     notes = [f"changed since the last start: {d}" for d in differences]
-    tokenizers = {}
-    if config.task == "text_to_image":
-        for name, encoder in config.model.text_encoders.items():
-            own, length = folder / TOKENIZERS[name], encoder.max_position_embeddings
-            try:
-                tokenizers[TOKENS[name]] = Tokenizer.load(own, context_length=length)
-            except (TokenizerError, OSError) as error:
-                raise ConfigError(
-                    f"{folder} holds a run whose tokenizer cannot be read: {error}\nRestore "
-                    f"{own} from a copy, or start in another --workdir"
-                ) from error
+    model = model_of_run(config, {})
+    try:
+        tokenizers = read_tokenizers(folder, model)
+    except (TokenizerError, OSError) as error:
+        own = [model.family.parts[name].tokenizer for name in model.text_encoders]
+        raise ConfigError(
+            f"{folder} holds a run whose tokenizer cannot be read: {error}\nRestore "
+            f"{' and '.join(str(folder / name) for name in own)} from a copy, or start in another "
+            "--workdir"
+        ) from error
     return Assembled(config, {}, tokenizers, tuple(notes), read_scheduler(folder))
 
 
 def _decided_then(config: Config, saved: Config) -> Config:
     """What loaded folders, the tokenizer and the end of a VAE's run decided still holds."""
     replace = dataclasses.replace
-    model = config.model
+    before = model_of(saved.model)
     if saved.init_from:
         objective = replace(config.objective, prediction_type=saved.objective.prediction_type)
         config = replace(config, schedule=saved.schedule, objective=objective)
-        model = replace(
-            model, unet=saved.model.unet, zero_empty_prompt=saved.model.zero_empty_prompt
-        )
-    if saved.init_from or saved.vae_from:
-        model = replace(model, vae=saved.model.vae)
-    elif saved.task == "autoencoder":
-        model = replace(
-            model, vae=replace(model.vae, scaling_factor=saved.model.vae.scaling_factor)
-        )
-    for name, encoder in saved.model.text_encoders.items():
-        given = getattr(model, name)
+        model = adopted(config.model, before, before.networks, whole=True)
+    else:
+        encoders = tuple(before.text_encoders) if saved.text_encoder_from else ()
+        taken = (*encoders, *(("vae",) if saved.vae_from else ()))
+        model = adopted(config.model, before, taken, whole=False)
+    if not (saved.init_from or saved.vae_from or saved.draws):
+        vae = replace(model.vae, scaling_factor=saved.model.vae.scaling_factor)
+        model = replace(model, vae=vae)
+    for name, encoder in before.text_encoders.items():
+        given = model.networks.get(name)
         if saved.init_from or saved.text_encoder_from or given is None:
             continue
         vocabulary = {
@@ -150,12 +153,6 @@ def _decided_then(config: Config, saved: Config) -> Config:
             for field in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
         }
         model = replace(model, **{name: replace(given, **vocabulary)})
-    if saved.init_from or saved.text_encoder_from:
-        model = replace(
-            model,
-            text_encoder=saved.model.text_encoder,
-            text_encoder_2=saved.model.text_encoder_2,
-        )
     return replace(config, model=model)
 
 
@@ -169,9 +166,8 @@ def write_workdir(
     """What a workdir needs besides checkpoints to be read by itself; the config comes last."""
     if jax.process_index() != 0:
         return
-    for name, field in TOKENS.items():
-        if field in tokenizers:
-            tokenizers[field].save(folder / TOKENIZERS[name])
+    for field, tokenizer in tokenizers.items():
+        tokenizer.save(folder / TOKENIZERS[field])
     if scheduler is not None:
         write_scheduler(folder, scheduler)
     if frozen:
@@ -209,7 +205,7 @@ def place_frozen(
 
 
 def initial_params(
-    config: Config, task: Task, assembled: Assembled, split: Split, mesh: Mesh
+    config: Config, method: Method, assembled: Assembled, split: Split, mesh: Mesh
 ) -> Params:
     """Trained parameters before the first step: loaded, or drawn from the seed where not."""
     loaded = {p: v for p, v in assembled.params.items() if p in split.trained}
@@ -220,7 +216,7 @@ def initial_params(
         shardings = {p: _sharding(p, split.trained[p].shape, mesh) for p in missing}
 
         def draw(key: jax.Array) -> Params:
-            every = task.init(key)
+            every = method.init(key)
             return {p: every[p] for p in missing}
 
         # It runs once: LLVM's optimisations take longer than they save.

@@ -1,7 +1,7 @@
 """Train state: one plain dict of arrays, so that jit, optax and Orbax see nothing but a pytree.
 
     params     {path: array}, what is trained, float32
-    opt_state  optax's
+    opt_state  {phase: optax's}
     ema        {profile: {path: array}}, float32
     step       int32 [], optimizer steps done (skipped ones included)
     health     {"skipped": int32 [], "in_a_row": int32 []}, steps with a NaN or Inf
@@ -12,24 +12,42 @@ of paths; it is an argument of the step and never part of a checkpoint's moments
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
+from sdjax.methods.method import Phase
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
 
 State = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Optimization:
+    """A phase of a method with its optimizer.
+
+    paths: of what it trains.
+    """
+
+    phase: Phase
+    optimizer: optax.GradientTransformation
+    paths: frozenset[str]
+
+
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, ema: ema_lib.EMAConfig
+    params: Params, optimizations: Sequence[Optimization], ema: ema_lib.EMAConfig
 ) -> State:
-    """The state at step 0 (jittable; under `jax.eval_shape` it costs no memory)."""
+    """Return the state at step 0 (jittable; under `jax.eval_shape` it costs no memory)."""
     return {
         "params": params,
-        "opt_state": optimizer.init(params),
+        "opt_state": {
+            one.phase.name: one.optimizer.init({p: params[p] for p in params if p in one.paths})
+            for one in optimizations
+        },
         "ema": ema_lib.init(ema, params),
         "step": jnp.zeros((), jnp.int32),
         "health": {"skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},

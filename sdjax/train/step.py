@@ -7,7 +7,8 @@ resumed run repeats an unbroken one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,34 +17,34 @@ import numpy as np
 import optax
 
 from sdjax.diffusion.losses import example_keys
+from sdjax.methods.method import Aux, Averages, Batch, Draw
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
 from sdjax.train.monitoring.telemetry import bucket_means, group_norms
-from sdjax.train.state import State
+from sdjax.train.state import Optimization, State
 
-# loss_fn(params, frozen, batch, key=, keys=[b], positions=[b], batch_size=)
-#   -> per-example loss [b] float32, aux {name: [b] float32}
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+TrainStep = Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]
+Spread = Callable[[Params], Params]
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizations: Sequence[Optimization],
     *,
     positions: np.ndarray,
     seed: int,
     accumulation: int,
     buckets: int,
     num_timesteps: int,
-    spread: Callable[[Params], Params] | None = None,
-) -> Callable[[State, Params, dict[str, jax.Array]], tuple[State, dict[str, Any]]]:
+    spread: Spread | None = None,
+) -> TrainStep:
     """Build `train_step(state, frozen, batch) -> (state, metrics)`.
 
     Args:
-        loss_fn: see `LossFn`; its mean over the global batch is minimised.
+        optimizations: run in this order within a step; each sees what those before it have trained,
+            and the mean of its loss over the global batch is minimised.
         positions: int32 [B], for each row of the batch its place in the stream of examples.
         accumulation: micro-batches computed one after the other; the result is that of the whole
-        batch.
+            batch.
         buckets: the loss is reported for so many ranges of the timestep.
         spread: splits gradients, and parameters, over the devices that share the update (see
             `sdjax.parallel.sharding.train_shardings`); the caller's output shardings join the new
@@ -51,84 +52,156 @@ def make_train_step(
 
     Metrics are scalars on the device: loss, norms of gradients and parameters, in all and per
     module group, the ratio of update to weights per module group, loss per timestep bucket, and
-    `finite`. A step whose loss or gradient has a NaN or Inf changes
-    nothing but the counters.
+    `finite`. With several phases each has its own under `phases`, and the loss is the first's. A
+    phase whose loss or gradient has a NaN or Inf changes nothing but the counters.
     """
 
-    def train_step(
-        state: State, frozen: Params, batch: dict[str, jax.Array]
-    ) -> tuple[State, dict[str, Any]]:
+    def train_step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        batch_size = len(positions)
-
-        def mean_loss(params: Params, part: dict[str, jax.Array], positions: jax.Array):
-            per_example, aux = loss_fn(
-                params,
-                frozen,
-                part,
-                key=key,
-                keys=example_keys(key, positions),
-                positions=positions,
-                batch_size=batch_size,
+        params, opt_state = state["params"], dict(state["opt_state"])
+        moved = params  # as `params`, but with the NaN and Inf of phases that are undone
+        found: dict[str, dict[str, Any]] = {}
+        for i, one in enumerate(optimizations):
+            own = jax.random.fold_in(key, i) if i else key
+            gradients = _gradients(one, frozen, state["ema"], own, positions, accumulation, spread)
+            phase_step = functools.partial(_advance, one, gradients, batch, spread=spread)
+            name = one.phase.name
+            new, params, opt_state[name], found[name] = _every(
+                one.phase.every, state["step"], phase_step, params, opt_state[name]
             )
-            return jnp.mean(per_example), aux
-
-        def value_and_grad(*args: Any):
-            loss_and_aux, grads = jax.value_and_grad(mean_loss, has_aux=True)(*args)
-            return loss_and_aux, spread(grads) if spread else grads
-
-        if accumulation == 1:
-            (loss, aux), grads = value_and_grad(state["params"], batch, jnp.asarray(positions))
-        else:
-            loss, aux, grads = _accumulate(
-                value_and_grad, state["params"], batch, jnp.asarray(positions), accumulation
-            )
-
-        old = state | {"params": spread(state["params"])} if spread else state
-        new_state, metrics = _advance(old, loss, grads, optimizer)
-        metrics |= {
-            "loss": loss,
-            "grad_norms": group_norms(grads),
-            **_relative(metrics.pop("update_norms"), group_norms(new_state["params"])),
-            "aux": {name: jnp.mean(value) for name, value in aux.items() if name != "timesteps"},
-        }
-        if "timesteps" in aux:
-            metrics["buckets"] = bucket_means(aux["loss"], aux["timesteps"], buckets, num_timesteps)
-        return new_state, metrics
+            moved = moved | new
+        finite = functools.reduce(jnp.logical_and, [part["finite"] for part in found.values()])
+        new_state = _finish(state, moved, params, opt_state, finite)
+        return new_state, _metrics(found, new_state, buckets, num_timesteps)
 
     return train_step
 
 
+def _gradients(
+    one: Optimization,
+    frozen: Params,
+    averages: Averages,
+    key: jax.Array,
+    positions: np.ndarray,
+    accumulation: int,
+    spread: Spread | None,
+) -> Callable[[Params, Params, Batch], tuple[jax.Array, Aux, Params]]:
+    """(what the phase trains, what other phases train, batch) -> loss, aux, gradients."""
+    batch_size = len(positions)
+
+    def mean_loss(
+        trained: Params, others: Params, part: Batch, positions: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        draw = Draw(key, example_keys(key, positions), positions, batch_size)
+        per_example, aux = one.phase.loss({**others, **trained}, frozen, averages, part, draw)
+        return jnp.mean(per_example), aux
+
+    def value_and_grad(*args: Any) -> tuple[tuple[jax.Array, Aux], Params]:
+        loss_and_aux, grads = jax.value_and_grad(mean_loss, has_aux=True)(*args)
+        return loss_and_aux, spread(grads) if spread else grads
+
+    def gradients(trained: Params, others: Params, batch: Batch) -> tuple[jax.Array, Aux, Params]:
+        if accumulation == 1:
+            (loss, aux), grads = value_and_grad(trained, others, batch, jnp.asarray(positions))
+            return loss, aux, grads
+        return _accumulate(
+            value_and_grad, trained, others, batch, jnp.asarray(positions), accumulation
+        )
+
+    return gradients
+
+
 def _advance(
-    state: State, loss: jax.Array, grads: Params, optimizer: optax.GradientTransformation
-) -> tuple[State, dict[str, Any]]:
-    """The next state, which a NaN or Inf leaves as it was but for the counters; and its metrics."""
+    one: Optimization,
+    gradients: Callable[[Params, Params, Batch], tuple[jax.Array, Aux, Params]],
+    batch: Batch,
+    params: Params,
+    opt_state: Any,
+    *,
+    spread: Spread | None,
+) -> tuple[Params, Params, Any, dict[str, Any]]:
+    """What the phase trains, all parameters and the optimizer's state after it, and its metrics.
+
+    A NaN or Inf leaves the second and the third as they were.
+    """
+    own = {path: value for path, value in params.items() if path in one.paths}
+    others = {path: value for path, value in params.items() if path not in one.paths}
+    loss, aux, grads = gradients(own, others, batch)
+    own = spread(own) if spread else own
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    updates, new_opt_state = one.optimizer.update(grads, opt_state, own)
+    new = optax.apply_updates(own, updates)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates_done = state["step"] - state["health"]["skipped"]
-    done = {
-        "params": params,
-        "opt_state": opt_state,
-        "ema": ema_lib.update(state["ema"], params, updates_done + 1),
-    }
-    kept = {name: state[name] for name in done}
-    new_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), done, kept)
-    skipped = 1 - finite.astype(jnp.int32)
-    new_state["step"] = state["step"] + 1
-    new_state["health"] = {
-        "skipped": state["health"]["skipped"] + skipped,
-        "in_a_row": (state["health"]["in_a_row"] + 1) * skipped,
-    }
+    kept = jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), (new, new_opt_state), (own, opt_state)
+    )
     metrics = {
         "finite": finite,
+        "loss": loss,
+        "aux": aux,
         "grad_norm": grad_norm,
+        "grad_norms": group_norms(grads),
         "update_norm": optax.tree.norm(updates),
-        "update_norms": group_norms(updates),
-        "health": new_state["health"],
+        **_relative(group_norms(updates), group_norms(kept[0])),
     }
-    return new_state, metrics
+    return new, {**others, **kept[0]}, kept[1], metrics
+
+
+def _every(
+    every: int, step: jax.Array, phase_step: Callable, params: Params, opt_state: Any
+) -> tuple[Params, Params, Any, dict[str, Any]]:
+    """A phase at the multiples of `every` steps; at others its metrics are NaN, and finite."""
+    if every == 1:
+        return phase_step(params, opt_state)
+    new, _, _, metrics = jax.eval_shape(phase_step, params, opt_state)
+
+    def rest(params: Params, opt_state: Any) -> tuple[Params, Params, Any, dict[str, Any]]:
+        blank = {name: value for name, value in metrics.items() if name != "finite"}
+        blank = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), blank)
+        own = {path: params[path] for path in new}
+        return own, params, opt_state, blank | {"finite": jnp.asarray(True)}
+
+    return jax.lax.cond(step % every == 0, phase_step, rest, params, opt_state)
+
+
+def _finish(
+    state: State, moved: Params, params: Params, opt_state: Any, finite: jax.Array
+) -> State:
+    """The next state; averages follow only steps in which every phase was finite."""
+    updates_done = state["step"] - state["health"]["skipped"]
+    averages = ema_lib.update(state["ema"], moved, updates_done + 1)
+    skipped = 1 - finite.astype(jnp.int32)
+    return {
+        "params": params,
+        "opt_state": opt_state,
+        "ema": jax.tree.map(lambda a, b: jnp.where(finite, a, b), averages, state["ema"]),
+        "step": state["step"] + 1,
+        "health": {
+            "skipped": state["health"]["skipped"] + skipped,
+            "in_a_row": (state["health"]["in_a_row"] + 1) * skipped,
+        },
+    }
+
+
+def _metrics(
+    found: dict[str, dict[str, Any]], state: State, buckets: int, num_timesteps: int
+) -> dict[str, Any]:
+    """The metrics of a step from those of its phases."""
+    first = next(iter(found.values()))
+    aux = first["aux"]
+    metrics = {**first, "aux": _means(aux), "health": state["health"]}
+    metrics["finite"] = state["health"]["in_a_row"] == 0
+    if "timesteps" in aux:
+        metrics["buckets"] = bucket_means(aux["loss"], aux["timesteps"], buckets, num_timesteps)
+    if len(found) > 1:
+        metrics["phases"] = {
+            name: {**part, "aux": _means(part["aux"])} for name, part in found.items()
+        }
+    return metrics
+
+
+def _means(aux: Aux) -> dict[str, jax.Array]:
+    return {name: jnp.mean(value) for name, value in aux.items() if name != "timesteps"}
 
 
 def _relative(
@@ -142,7 +215,8 @@ def _relative(
 def _accumulate(
     value_and_grad: Callable,
     params: Params,
-    batch: dict[str, jax.Array],
+    others: Params,
+    batch: Batch,
     positions: jax.Array,
     parts: int,
 ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
@@ -156,7 +230,7 @@ def _accumulate(
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     def body(carry, part):
-        (loss, aux), grads = value_and_grad(params, *part)
+        (loss, aux), grads = value_and_grad(params, others, *part)
         return jax.tree.map(jnp.add, carry, (loss, grads)), aux
 
     zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))

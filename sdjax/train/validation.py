@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax.config import Config
 from sdjax.data.fixed import FixedExamples, Group
 from sdjax.data.pipeline import CaptionTokenizer
-from sdjax.methods.task import Task
+from sdjax.methods.method import Method
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
 from sdjax.parallel.mesh import AXES
@@ -44,21 +44,21 @@ class Validator:
     def __init__(
         self,
         config: Config,
-        task: Task,
+        method: Method,
         tokenizers: Mapping[str, CaptionTokenizer],
         mesh: Mesh,
         *,
         split: str,
         count: int,
     ):
-        self.timesteps = task.timesteps(config.validation.strata)
+        self.timesteps = method.timesteps(config.validation.strata)
         self.examples = FixedExamples(
             config.data,
             tokenizers,
             split=split,
             count=count,
             rows=config.validation.rows,
-            with_size="size" in task.example,
+            with_size="size" in method.example,
         )
         if not len(self.examples):
             raise ConfigError(
@@ -66,12 +66,12 @@ class Validator:
                 "data.validation_share or config.validation.examples = 0"
             )
         self._mesh, self._threads = mesh, max(1, config.data.threads)
-        self._program = _make_program(task, mesh, self.timesteps)
+        self._program = _make_program(method, mesh, self.timesteps)
 
         @jax.jit
         def largest(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            assert task.maxima is not None, "the configuration refuses maxima for this task"
-            return task.maxima(params, _fields(batch), _keys(batch["name"]), self.timesteps)
+            assert method.maxima is not None, "the configuration refuses maxima for this method"
+            return method.maxima(params, _fields(batch), _keys(batch["name"]), self.timesteps)
 
         self._maxima = largest
 
@@ -106,7 +106,7 @@ class Validator:
         return np.concatenate(found)
 
     def maxima(self, params: Params) -> dict[str, float]:
-        """{path: value} of the first group of examples, see `Task.maxima`. All hosts call it."""
+        """{path: value} of the first group of examples, see `Method.maxima`. All hosts call it."""
         with ThreadPoolExecutor(self._threads) as executor:
             batch = self.examples.read(self.examples.groups[0], executor)
         whole = NamedSharding(self._mesh, P())
@@ -141,12 +141,12 @@ def _in_rounds(groups: list[Group], size: int) -> Iterator[list[Group]]:
 
 
 def _make_program(
-    task: Task, mesh: Mesh, timesteps: np.ndarray
+    method: Method, mesh: Mesh, timesteps: np.ndarray
 ) -> Callable[[Params, dict[str, jax.Array]], jax.Array]:
     """(whole parameters, batch over all axes) -> losses over all axes; jitted."""
 
     def on_device(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        return task.validate(params, _fields(batch), _keys(batch["name"]), timesteps)
+        return method.validate(params, _fields(batch), _keys(batch["name"]), timesteps)
 
     return jax.jit(
         jax.shard_map(

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from sdjax.checkpoints import averages
 from sdjax.checkpoints.checkpoint import Checkpoints
-from sdjax.checkpoints.pretrained import PretrainedError, read_diffusers
+from sdjax.checkpoints.diffusers_folder import read_diffusers
+from sdjax.checkpoints.folders import ModelError
 from sdjax.config import Config, to_dict
 from sdjax.convert import convert, main
 from sdjax.errors import UserError
@@ -33,7 +34,7 @@ def run(pipeline_folder, tmp_path_factory):
     )
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    read.tokenizer.save(folder / "tokenizer")
+    read.tokenizers["tokens"].save(folder / "tokenizer")
     from sdjax.models import weights
 
     trained = {k: v for k, v in read.params.items() if k.startswith("unet.")}
@@ -146,7 +147,7 @@ def test_snapshots_of_a_part_of_the_model_or_with_nan_are_refused(run, tmp_path)
         params = load_file(file)
         dropped = params.pop("unet.conv_in.bias")
         save_file(params, file)
-    with pytest.raises(PretrainedError, match=r"lack 1 of the \d+ .*as unet.conv_in.bias"):
+    with pytest.raises(ModelError, match=r"lack 1 of the \d+ .*as unet.conv_in.bias"):
         convert(folder, out, ema_length=0.07)
     save_file({**params, "unet.conv_in.bias": dropped}, files[-1])
     with pytest.raises(UserError, match="different models: unet.conv_in.bias is not in the one"):
@@ -177,13 +178,13 @@ def test_impossible_means_are_explained(run, exported, tmp_path):
         (None, None, {}, "--input is missing"),
     ]
     for source, average, more, message in cases:
-        with pytest.raises(PretrainedError, match=message):
+        with pytest.raises(ModelError, match=message):
             convert(source, out, average=average, **more)
     assert not out.exists()
 
 
 def test_what_differs_is_named(exported, xl_folder, tmp_path):
-    with pytest.raises(PretrainedError, match=r"unet\.block_out_channels: (?s:.)*and \d+ more"):
+    with pytest.raises(ModelError, match=r"unet\.block_out_channels: (?s:.)*and \d+ more"):
         convert(None, tmp_path / "out", average=[str(exported[10]), str(xl_folder)])
     a = read_diffusers(exported[10])
     short = dict(a.params)

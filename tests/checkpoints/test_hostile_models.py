@@ -9,9 +9,9 @@ from jax.sharding import SingleDeviceSharding
 
 from sdjax import convert
 from sdjax.checkpoints import saved_state
-from sdjax.checkpoints.bundle import PretrainedError
 from sdjax.checkpoints.checkpoint import CheckpointError, all_steps, restore_params
-from sdjax.checkpoints.pretrained import read_any
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.reading import read_any
 from sdjax.errors import UserError
 from sdjax.models.weights import save_file
 from sdjax.system import paths
@@ -46,9 +46,7 @@ def test_good_models_of_the_fuzzing_are_read(tmp_path, model, workdir):
 def test_a_token_beyond_the_text_encoders_vocabulary_is_refused(model, workdir):
     for folder in (model / "tokenizer", workdir / "tokenizer"):
         change(folder / "vocab.json", far=100_000)
-        with pytest.raises(
-            PretrainedError, match="tokenizer: the tokenizer's ids go up to 100,000"
-        ):
+        with pytest.raises(ModelError, match="tokenizer: the tokenizer's ids go up to 100,000"):
             read_any(folder.parent, with_weights=False)
 
 
@@ -85,7 +83,7 @@ def test_settings_of_another_type_or_size_are_refused_with_file_and_field(model,
         change(model / name, **fields)
         try:
             read = read_any(model, with_weights=False)
-        except PretrainedError as error:
+        except ModelError as error:
             assert str(model) in str(error) and len(str(error)) < 2500
             field = next(iter(fields))
             assert field[:50] in str(error) or name == "model_index.json", (fields, str(error))
@@ -164,6 +162,6 @@ def test_single_files_whose_header_says_nonsense_are_refused(tmp_path):
         header["__metadata__"]["sdjax"] = change
         new = json.dumps(header).encode()
         file.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
-        with pytest.raises(PretrainedError, match="model.safetensors") as seen:
+        with pytest.raises(ModelError, match="model.safetensors") as seen:
             read_any(file)
         assert "no tokenizer" not in str(seen.value) and len(str(seen.value)) < 1500

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 from sdjax.checkpoints import assemble
-from sdjax.checkpoints.bundle import Pretrained
 from sdjax.config import Config, to_dict
+from sdjax.families.family import Model
+from sdjax.families.sd import SD
+from sdjax.families.sdxl import SDXL
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,18 @@ def test_the_tiny_vae_is_told_in_one_line(recipe):
 
 def test_a_pipeline_is_told_in_one_line_with_the_values_that_are_few(recipe, monkeypatch):
     config = dataclasses.replace(recipe, init_from="DIR", vae_from="")
-    whole = Pretrained(
-        unet=dataclasses.replace(config.model.unet, sample_size=99, layers_per_block=3),
-        vae=config.model.vae,
-        text_encoder=config.model.text_encoder,
-        text_encoder_2=config.model.text_encoder,
+    networks = {
+        "unet": dataclasses.replace(config.model.unet, sample_size=99, layers_per_block=3),
+        "text_encoder": config.model.text_encoder,
+        "text_encoder_2": config.model.text_encoder,
+        "vae": config.model.vae,
+    }
+    whole = Model(
+        SDXL,
+        networks,
+        {"zero_empty_prompt": True},
         schedule=dataclasses.replace(config.schedule, beta_start=0.001),
         prediction_type="v_prediction",
-        zero_empty_prompt=True,
     )
     loaded(monkeypatch, whole)
     assembled = assemble.assemble(config, with_tokenizer=False)
@@ -51,7 +57,7 @@ def test_a_pipeline_is_told_in_one_line_with_the_values_that_are_few(recipe, mon
 
 def test_a_folder_that_agrees_with_the_recipe_is_not_mentioned(recipe, monkeypatch):
     config = dataclasses.replace(recipe, vae_from="DIR")
-    loaded(monkeypatch, Pretrained(vae=config.model.vae))
+    loaded(monkeypatch, Model(SD, {"vae": config.model.vae}))
     assert assemble.assemble(config, with_tokenizer=False).notes == ()
 
 
@@ -60,6 +66,6 @@ def test_many_fields_of_a_network_are_counted(recipe, monkeypatch):
     vae = config.model.vae
     changes = {"sample_size": 96, "layers_per_block": 3, "norm_num_groups": 4, "latent_channels": 8,
                "scaling_factor": 0.5, "block_out_channels": (8, 8, 8, 8)}  # fmt: skip
-    loaded(monkeypatch, Pretrained(vae=dataclasses.replace(vae, **changes)))
+    loaded(monkeypatch, Model(SD, {"vae": dataclasses.replace(vae, **changes)}))
     (note,) = assemble.assemble(config, with_tokenizer=False).notes
     assert note.endswith("and 1 more)") and note.count(",") == 4

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.pretrained import PretrainedError, read_any, read_diffusers, write_diffusers
+from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.reading import read_any
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.samplers import SamplerConfig, sample
 from sdjax.diffusion.schedules import make_schedule
@@ -76,14 +78,14 @@ def edit_json(file, **changes):
 def test_pipeline_is_read_to_the_bit(read, torch_pipeline):
     assert_same_bits(as_torch(read), torch_params(torch_pipeline))
     assert all(value.dtype == np.float32 for value in read.params.values())
-    assert read.unet.block_out_channels == (16, 32) and read.vae.sample_size == 16
-    assert read.text_encoder.hidden_act == "quick_gelu"
+    assert read.denoiser.block_out_channels == (16, 32) and read.vae.sample_size == 16
+    assert read.networks["text_encoder"].hidden_act == "quick_gelu"
     assert read.schedule.kind == "scaled_linear" and read.prediction_type == "epsilon"
     assert read.sampler.name == "ddim" and read.sampler.steps_offset == 1
     tokens = torch_pipeline.tokenizer(
         PROMPTS, padding="max_length", truncation=True, return_tensors="np"
     )["input_ids"]
-    np.testing.assert_array_equal(read.tokenizer.encode(PROMPTS), tokens)
+    np.testing.assert_array_equal(read.tokenizers["tokens"].encode(PROMPTS), tokens)
     assert any("force_upcast" in name for name in read.ignored)
 
 
@@ -95,7 +97,7 @@ def test_written_pipeline_loads_in_torch_to_the_bit(read, torch_pipeline, tmp_pa
     assert_same_bits(torch_params(pipeline), torch_params(torch_pipeline))
     assert type(pipeline.tokenizer).__name__ == "CLIPTokenizer"
     np.testing.assert_array_equal(
-        read.tokenizer.encode(PROMPTS),
+        read.tokenizers["tokens"].encode(PROMPTS),
         pipeline.tokenizer(PROMPTS, padding="max_length", return_tensors="np")["input_ids"],
     )
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
@@ -112,7 +114,7 @@ def test_clip_weights_are_written_with_the_prefix_that_transformers_4_needs(read
     assert config["architectures"] == ["CLIPTextModel"]
     assert config["model_type"] == "clip_text_model"
     again = read_diffusers(tmp_path / "out")
-    assert again.text_encoder == read.text_encoder
+    assert again.text_encoders == read.text_encoders
     assert_same_bits(again.params, read.params)
 
 
@@ -141,7 +143,7 @@ def test_float16_overflow_is_an_error(read, tmp_path):
     params = dict(read.params)
     params["unet.conv_in.bias"] = params["unet.conv_in.bias"] + 7e4
     big = type(read)(**{**vars(read), "params": params})
-    with pytest.raises(PretrainedError, match=r"unet: conv_in.bias reaches 7e\+04.*bfloat16"):
+    with pytest.raises(ModelError, match=r"unet: conv_in.bias reaches 7e\+04.*bfloat16"):
         write_diffusers(tmp_path / "out", big, dtype="float16")
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +175,7 @@ def test_shards_are_written_as_torch_writes_them(torch_pipeline, read, tmp_path)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert_same_bits(torch_params(pipeline), torch_params(torch_pipeline))
     assert_same_bits(read_diffusers(tmp_path / "ours").params, read.params)
-    with pytest.raises(PretrainedError, match="max_shard_size is '5 apples'; expected a size as"):
+    with pytest.raises(ModelError, match="max_shard_size is '5 apples'; expected a size as"):
         write_diffusers(tmp_path / "out", read, max_shard_size="5 apples")
 
 
@@ -182,9 +184,9 @@ def test_variants_are_chosen_not_guessed(folder, read):
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.non_ema.safetensors"))
     assert_same_bits(read_diffusers(folder).params, read.params)
     plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(PretrainedError, match="several variants and none without: fp16, non_ema"):
+    with pytest.raises(ModelError, match="several variants and none without: fp16, non_ema"):
         read_diffusers(folder)
-    with pytest.raises(PretrainedError, match="no weights of variant 'bf16'.*'fp16', 'non_ema'"):
+    with pytest.raises(ModelError, match="no weights of variant 'bf16'.*'fp16', 'non_ema'"):
         read_diffusers(folder, components=("vae",), variant="bf16")
     found = read_diffusers(folder, components=("vae",), variant="fp16")
     assert_same_bits(found.params, {k: v for k, v in read.params.items() if k[:4] == "vae."})
@@ -193,32 +195,32 @@ def test_variants_are_chosen_not_guessed(folder, read):
 def test_one_network_alone(pipeline_folder, read, tmp_path):
     for name in ("unet", "vae", "text_encoder"):
         one = read_any(pipeline_folder / name)
-        assert list(one.networks) == [name] and one.schedule is None and one.tokenizer is None
+        assert list(one.networks) == [name] and one.schedule is None and not one.tokenizers
         write_diffusers(tmp_path / name, one)
         assert sorted(file.name for file in (tmp_path / name).iterdir())[0] == "config.json"
         assert_same_bits(read_any(tmp_path / name).params, one.params)
     part = read_any(pipeline_folder, components=("vae",))
     assert list(part.networks) == ["vae"] and part.tokenizer is None
-    with pytest.raises(PretrainedError, match="holds a vae; expected unet"):
+    with pytest.raises(ModelError, match="holds a vae; expected unet"):
         read_any(pipeline_folder / "vae", components=("unet",))
 
 
 def test_incomplete_pipeline_is_not_written(read, tmp_path):
     part = type(read)(**{**vars(read), "tokenizer": None, "vae": None})
-    with pytest.raises(PretrainedError, match="needs vae, tokenizer as well"):
+    with pytest.raises(ModelError, match="needs vae, tokenizer as well"):
         write_diffusers(tmp_path / "out", part)
 
 
 def test_only_folders_of_networks_are_replaced(read, tmp_path):
     write_diffusers(tmp_path / "out", read)
-    with pytest.raises(PretrainedError, match="not empty"):
+    with pytest.raises(ModelError, match="not empty"):
         write_diffusers(tmp_path / "out", read)
     (tmp_path / "out" / "extra").touch()
     write_diffusers(tmp_path / "out", read, overwrite=True)
     assert not (tmp_path / "out" / "extra").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(PretrainedError, match="is not replaced"):
+    with pytest.raises(ModelError, match="is not replaced"):
         write_diffusers(tmp_path / "mine", read, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
 
@@ -239,7 +241,7 @@ def test_failed_write_leaves_the_earlier_folder(read, tmp_path, monkeypatch):
 def test_inpainting_unet_makes_an_inpainting_pipeline(read, tmp_path):
     import dataclasses
 
-    unet = dataclasses.replace(read.unet, in_channels=9)
+    unet = dataclasses.replace(read.denoiser, in_channels=9)
     fresh = weights.init(UNet, unet, jax.random.key(0))
     params = {k: v for k, v in read.params.items() if not k.startswith("unet.")}
     params |= {f"unet.{path}": np.asarray(value) for path, value in fresh.items()}
@@ -263,7 +265,7 @@ def test_all_problems_of_all_networks_are_reported_at_once(folder):
     edit_json(folder / "text_encoder" / "config.json", hidden_act="relu", frobnicate=1)
     edit_json(folder / "scheduler" / "scheduler_config.json", beta_schedule="mystery")
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_diffusers(folder)
     message = str(caught.value)
     for part in (
@@ -283,14 +285,14 @@ def test_all_problems_of_all_networks_are_reported_at_once(folder):
 def test_pickles_are_refused_with_a_remedy(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.bin"))
-    with pytest.raises(PretrainedError, match="diffusion_pytorch_model.bin.*save_pretrained"):
+    with pytest.raises(ModelError, match="diffusion_pytorch_model.bin.*save_pretrained"):
         read_diffusers(folder)
 
 
 def test_missing_parts_are_named(folder):
     shutil.rmtree(folder / "vae")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_diffusers(folder)
     assert "vae/config.json: cannot be read" in str(caught.value)
     assert "unet: no weights; expected diffusion_pytorch_model.safetensors" in str(caught.value)
@@ -302,7 +304,7 @@ def test_other_pipelines_are_refused(folder):
         _class_name="StableDiffusion3Pipeline",
         text_encoder_3=["transformers", "T5EncoderModel"],
     )
-    with pytest.raises(PretrainedError, match="StableDiffusion3Pipeline with text_encoder_3"):
+    with pytest.raises(ModelError, match="StableDiffusion3Pipeline with text_encoder_3"):
         read_diffusers(folder)
 
 
@@ -341,7 +343,7 @@ def test_text_encoder_in_the_file_of_a_whole_clip_is_read_as_transformers_does(f
     listed = {"text_projection.weight", "logit_scale", "vision_model.* (2 tensors)"}
     assert {f"text_encoder: {name}" for name in listed} <= set(found.ignored)
     weights.save_file({**tensors, "text_projection.bias": np.ones(3, np.float32)}, file)
-    with pytest.raises(PretrainedError, match=r"unused: text_projection.bias \(3,\)"):
+    with pytest.raises(ModelError, match=r"unused: text_projection.bias \(3,\)"):
         read_diffusers(folder)
 
 
@@ -364,17 +366,17 @@ def test_quantised_folders_are_refused(folder):
     shape = tensors["time_embedding.linear_1.weight"].shape
     tensors["time_embedding.linear_1.weight"] = np.ones(shape, np.int8)
     weights.save_file(tensors, unet)
-    with pytest.raises(PretrainedError, match="no floats: time_embedding.linear_1.weight is int8"):
+    with pytest.raises(ModelError, match="no floats: time_embedding.linear_1.weight is int8"):
         read_diffusers(folder)
     scale = {"time_embedding.linear_1.SCB": np.ones(shape[0], np.float32)}
     weights.save_file({**tensors, **scale}, unet)
     words = rf"{re.escape(str(unet))}: its weights are quantised .*linear_1.SCB"
-    with pytest.raises(PretrainedError, match=words):
+    with pytest.raises(ModelError, match=words):
         read_diffusers(folder)
     settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     edit_json(folder / "unet" / "config.json", quantization_config=settings)
     edit_json(folder / "text_encoder" / "config.json", quantization_config=settings)
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_diffusers(folder)
     for part in ("unet", "text_encoder"):
         where = f"{folder / part / 'config.json'}: quantization_config (bitsandbytes): its weights"
@@ -390,7 +392,7 @@ def test_weights_that_are_not_finite_are_named_with_their_file(folder):
         name = name or next(iter(tensors))
         tensors[name] = np.full_like(tensors[name], np.inf if part == "unet" else np.nan)
         weights.save_file(tensors, folder / part / file)
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_diffusers(folder)
     message = str(caught.value)
     assert f"{folder / 'unet' / 'diffusion_pytorch_model.safetensors'}: 1 of " in message
@@ -400,15 +402,15 @@ def test_weights_that_are_not_finite_are_named_with_their_file(folder):
 
 
 def test_folders_of_neither_kind_are_explained(tmp_path):
-    with pytest.raises(PretrainedError, match="no such folder"):
+    with pytest.raises(ModelError, match="no such folder"):
         read_any(tmp_path / "nowhere")
     (tmp_path / "picture.png").touch()
-    with pytest.raises(PretrainedError, match="neither a diffusers folder.*picture.png"):
+    with pytest.raises(ModelError, match="neither a diffusers folder.*picture.png"):
         read_any(tmp_path)
-    with pytest.raises(PretrainedError, match="is a file"):
+    with pytest.raises(ModelError, match="is a file"):
         read_any(tmp_path / "picture.png")
     (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel"}')
-    with pytest.raises(PretrainedError, match="ControlNetModel"):
+    with pytest.raises(ModelError, match="ControlNetModel"):
         read_any(tmp_path)
 
 
@@ -436,8 +438,8 @@ def test_pipeline_draws_the_picture_that_torch_draws(torch_pipeline, read, negat
     )
     denoise = guided(
         unet,
-        clip(jnp.asarray(read.tokenizer.encode(PROMPTS))),
-        clip(jnp.asarray(read.tokenizer.encode([negative] * len(PROMPTS)))),
+        clip(jnp.asarray(read.tokenizers["tokens"].encode(PROMPTS))),
+        clip(jnp.asarray(read.tokenizers["tokens"].encode([negative] * len(PROMPTS)))),
         scale=7.5,
     )
     x0 = sample(

@@ -9,8 +9,10 @@ import pytest
 
 from sdjax import sample
 from sdjax.checkpoints.assemble import assemble, bundle
-from sdjax.checkpoints.bundle import choose_sampler
-from sdjax.checkpoints.pretrained import Hints, read_any, read_diffusers, write_diffusers
+from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.checkpoints.folders import choose_sampler
+from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.single_file import Hints
 from sdjax.config import Config, resolve
 from sdjax.convert import convert
 from sdjax.diffusion.grids import SamplerConfig

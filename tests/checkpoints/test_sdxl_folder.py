@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.pretrained import PretrainedError, read_any, read_diffusers, write_diffusers
+from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import save_workdir
-from sdjax.config import ModelConfig
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.families.conditioning import encode_text
 from sdjax.models import weights
@@ -39,7 +40,7 @@ def written(read, tmp_path_factory):
 def refiner(read):
     """The second encoder alone, and five time ids."""
     unet = dataclasses.replace(
-        read.unet, cross_attention_dim=32, projection_class_embeddings_input_dim=20 + 5 * 8
+        read.denoiser, cross_attention_dim=32, projection_class_embeddings_input_dim=20 + 5 * 8
     )
     rng = np.random.default_rng(0)
     fresh = weights.abstract(UNet, unet)[1]
@@ -79,15 +80,15 @@ def test_there_and_back_by_way_of_a_workdir(read, written, torch_xl_pipeline):
         ours, theirs = getattr(pipeline, name), getattr(torch_xl_pipeline, name)
         assert ours(PROMPTS, padding="max_length") == theirs(PROMPTS, padding="max_length")
     again = read_diffusers(written)
-    assert again.networks == read.networks and again.zero_empty_prompt
+    assert again.networks == read.networks and again.settings["zero_empty_prompt"]
     assert_same_bits(again.params, read.params)
 
 
 def test_second_tokenizer_pads_with_its_own_token(read, torch_xl_pipeline):
-    tokens = read.tokenizer_2.encode(PROMPTS)
+    tokens = read.tokenizers["tokens_2"].encode(PROMPTS)
     theirs = torch_xl_pipeline.tokenizer_2(PROMPTS, padding="max_length", return_tensors="np")
     np.testing.assert_array_equal(tokens, theirs["input_ids"])
-    assert tokens[0, -1] == 0 != read.tokenizer.encode(PROMPTS)[0, -1]
+    assert tokens[0, -1] == 0 != read.tokenizers["tokens"].encode(PROMPTS)[0, -1]
 
 
 @pytest.mark.parametrize(
@@ -120,17 +121,13 @@ def test_the_folder_draws_the_same_picture_in_torch_and_here(written, zeros, cli
         ).images
 
     read = read_diffusers(folder)
-    assert read.zero_empty_prompt is zeros
-    tokenizers = {"tokens": read.tokenizer, "tokens_2": read.tokenizer_2}
+    assert read.settings == {"zero_empty_prompt": zeros}
+    tokenizers = read.tokenizers
     generate = make_generator(
-        model=ModelConfig(**read.networks, zero_empty_prompt=zeros),
-        tokenizers=tokenizers,
-        schedule=read.schedule,
-        prediction_type=read.prediction_type,
-        drawing=Drawing(SamplerConfig(**{**vars(read.sampler), "steps": 4}), guidance=5.0),
+        read, Drawing(SamplerConfig(**{**vars(read.sampler), "steps": 4}), guidance=5.0)
     )
     with jax.default_matmul_precision("highest"):
-        ours = generate(
+        ours, _ = generate(
             read.params,
             encode_text(tokenizers, PROMPTS),
             encode_text(tokenizers, [""] * 2),
@@ -153,7 +150,7 @@ def test_refiner_there_and_back(refiner, tmp_path):
     assert pipeline.config.requires_aesthetics_score is True
     assert pipeline.config.force_zeros_for_empty_prompt is False
     again = read_diffusers(tmp_path / "out")
-    assert again.text_encoder is None and again.unet == refiner.unet
+    assert "text_encoder" not in again.networks and again.denoiser == refiner.denoiser
     assert_same_bits(again.params, refiner.params)
     picture = np.full((1, 16, 16, 3), 0.5, np.float32)
     images = pipeline(
@@ -171,14 +168,17 @@ def test_base_loads_as_img2img(written):
 
 def test_incomplete_xl_is_not_written(read, tmp_path):
     part = dataclasses.replace(read, tokenizer_2=None)
-    with pytest.raises(PretrainedError, match="needs tokenizer_2 as well"):
+    with pytest.raises(ModelError, match="needs tokenizer_2 as well"):
         write_diffusers(tmp_path / "out", part)
-    with pytest.raises(PretrainedError, match="tokenizer_2 missing"):
+    with pytest.raises(ModelError, match="tokenizer_2 missing"):
         save_workdir(tmp_path / "workdir", part)
 
 
 def test_second_encoder_alone(xl_folder, tmp_path):
     one = read_any(xl_folder / "text_encoder_2")
-    assert list(one.networks) == ["text_encoder_2"] and one.text_encoder_2.projection_dim == 20
+    assert (
+        list(one.networks) == ["text_encoder_2"]
+        and one.networks["text_encoder_2"].projection_dim == 20
+    )
     write_diffusers(tmp_path / "out", one)
     assert_same_bits(read_any(tmp_path / "out").params, one.params)

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.pretrained import Hints, PretrainedError, read_any, read_diffusers
-from sdjax.checkpoints.single_file import read_single_file
+from sdjax.checkpoints.diffusers_folder import read_diffusers
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.single_file import Hints, read_single_file
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.convert import convert
@@ -138,10 +140,10 @@ def test_there_and_back_gives_the_same_bits(name, request, pipeline_folder, tmp_
     assert again.networks == pretrained.networks
     assert again.schedule == pretrained.schedule
     assert again.prediction_type == pretrained.prediction_type
-    assert again.zero_empty_prompt == pretrained.zero_empty_prompt
+    assert again.settings == pretrained.settings
     assert_same_bits(again.params, pretrained.params)
     if name != "sd1":  # OpenCLIP pads with token 0
-        tokenizer = again.tokenizer_2 if name == "sdxl" else again.tokenizer
+        tokenizer = again.tokenizers["tokens_2" if name == "sdxl" else "tokens"]
         assert tokenizer.encode(["a red circle"])[0, -1] == 0
 
 
@@ -154,7 +156,7 @@ def test_refiner_there_and_back(sdxl, tmp_path):
     write_single_file(file, refiner)
     assert "conditioner.embedders.0.model.text_projection" in weights.read_header(file)[0]
     again = read_single_file(file, hints=Hints(like=refiner))
-    assert again.text_encoder is None and again.zero_empty_prompt is False
+    assert "text_encoder" not in again.networks and again.settings["zero_empty_prompt"] is False
     assert_same_bits(again.params, refiner.params)
 
 
@@ -176,7 +178,7 @@ def test_autoencoder_alone(sd1, tmp_path):
     assert "encoder.mid.attn_1.q.weight" in weights.read_header(file)[0]
     assert_same_bits(read_any(file, components=("vae",)).params, vae)
     hollow(file, {"loss.logvar": np.zeros((), np.float32)})
-    with pytest.raises(PretrainedError, match="--scaling_factor, 0.18215 for SD1.*0.13025"):
+    with pytest.raises(ModelError, match="--scaling_factor, 0.18215 for SD1.*0.13025"):
         read_any(file, components=("vae",))
     like = read_any(file, hints=Hints(like=alone))
     assert_same_bits(like.params, vae)
@@ -207,7 +209,7 @@ def test_averages_are_taken_unless_raw_is_asked_for(file, sd1):
     assert {"betas", "alphas_cumprod", "model_ema.decay"} <= set(read.ignored)
     assert f"model_ema.* ({len(averages)} tensors)" in plain.ignored
     assert not any("model_ema.*" in line for line in read.ignored)
-    with pytest.raises(PretrainedError, match="weights is '0.9'; a single file has ema and raw"):
+    with pytest.raises(ModelError, match="weights is '0.9'; a single file has ema and raw"):
         read_single_file(file, weights="0.9", hints=Hints(like=sd1))
 
 
@@ -243,7 +245,7 @@ def test_zero_terminal_snr_is_seen_in_the_files_own_table(file, sd1, pipeline_fo
     hollow(file, {"alphas_cumprod": make_schedule(schedule).alphas_cumprod.astype(np.float32)})
     assert read_single_file(file, hints=hints).schedule == schedule
     hollow(file, {"alphas_cumprod": np.linspace(1, 0, 1000, dtype=np.float32)})
-    with pytest.raises(PretrainedError, match="alphas_cumprod .* is not the noise schedule"):
+    with pytest.raises(ModelError, match="alphas_cumprod .* is not the noise schedule"):
         read_single_file(file, hints=hints)
 
 
@@ -251,12 +253,12 @@ def test_zero_terminal_snr_is_seen_in_the_files_own_table(file, sd1, pipeline_fo
 
 
 def test_what_a_file_does_not_say_is_asked_for(file, sd2, tmp_path):
-    with pytest.raises(PretrainedError, match="no tokenizer. Convert it .*--tokenizer"):
+    with pytest.raises(ModelError, match="no tokenizer. Convert it .*--tokenizer"):
         read_any(file)
     two = tmp_path / "two.safetensors"
     write_single_file(two, sd2)
     hollow(two)
-    with pytest.raises(PretrainedError, match="2 file does not say .*--prediction_type, epsilon"):
+    with pytest.raises(ModelError, match="2 file does not say .*--prediction_type, epsilon"):
         read_any(two)
 
 
@@ -264,7 +266,7 @@ def test_misfits_are_named_with_the_file(file, sd1):
     name = "model.diffusion_model.out.2.bias"
     hollow(file, {name: np.ones(3, np.float32), "model.diffusion_model.odd": np.ones(1)},
            drop=["first_stage_model.quant_conv.bias"])  # fmt: skip
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_single_file(file, hints=Hints(like=sd1))
     message = str(caught.value)
     assert f"{file}: unet: " in message
@@ -283,42 +285,42 @@ def test_misfits_are_named_with_the_file(file, sd1):
 )  # fmt: skip
 def test_other_kinds_of_models_are_refused(file, sd1, extra, message):
     hollow(file, dict.fromkeys(extra, np.ones(1, np.float32)))
-    with pytest.raises(PretrainedError, match=message):
+    with pytest.raises(ModelError, match=message):
         read_single_file(file, hints=Hints(like=sd1))
 
 
 @pytest.mark.parametrize("header", ["{", '{"schedule": {"kind": "linear", "newer": 1}}'])
 def test_header_of_another_version_is_named(file, sd1, header):
     weights.save_file(weights.load_file(file), file, metadata={"sdjax": header})
-    with pytest.raises(PretrainedError, match="sd1.safetensors: the header has a part of sdjax"):
+    with pytest.raises(ModelError, match="sd1.safetensors: the header has a part of sdjax"):
         read_single_file(file, hints=Hints(like=sd1))
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     file = tmp_path / "lora.safetensors"
     weights.save_file({"lora_unet_down.weight": np.ones(1)}, file)
-    with pytest.raises(PretrainedError, match="no Stable Diffusion checkpoint.*lora_unet_down"):
+    with pytest.raises(ModelError, match="no Stable Diffusion checkpoint.*lora_unet_down"):
         read_any(file)
     file.write_bytes(b"half")
-    with pytest.raises(PretrainedError, match="cannot be read as a whole safetensors file"):
+    with pytest.raises(ModelError, match="cannot be read as a whole safetensors file"):
         read_any(file)
     (tmp_path / "model.ckpt").touch()
-    with pytest.raises(PretrainedError, match="a pickle, which can run code"):
+    with pytest.raises(ModelError, match="a pickle, which can run code"):
         read_any(tmp_path / "model.ckpt")
 
 
 def test_what_has_no_place_in_a_single_file_is_refused(file, sd1, tmp_path):
     other = tmp_path / "other.safetensors"
-    with pytest.raises(PretrainedError, match="sd1.safetensors is there already.*--force"):
+    with pytest.raises(ModelError, match="sd1.safetensors is there already.*--force"):
         write_single_file(file, sd1)
-    with pytest.raises(PretrainedError, match="prediction_type is 'flow'"):
+    with pytest.raises(ModelError, match="prediction_type is 'flow'"):
         write_single_file(other, dataclasses.replace(sd1, prediction_type="flow"))
-    with pytest.raises(PretrainedError, match="a VAE or a whole pipeline; schedule missing"):
+    with pytest.raises(ModelError, match="a VAE or a whole pipeline; schedule missing"):
         write_single_file(other, dataclasses.replace(sd1, schedule=None))
-    with pytest.raises(PretrainedError, match="ends in .safetensors"):
+    with pytest.raises(ModelError, match="ends in .safetensors"):
         write_single_file(tmp_path / "model.ckpt", sd1)
     big = {**sd1.params, "unet.conv_in.bias": sd1.params["unet.conv_in.bias"] + 7e4}
-    with pytest.raises(PretrainedError, match=r"unet: conv_in.bias reaches 7e\+04.*bfloat16"):
+    with pytest.raises(ModelError, match=r"unet: conv_in.bias reaches 7e\+04.*bfloat16"):
         write_single_file(other, dataclasses.replace(sd1, params=big), dtype="float16")
     assert list(tmp_path.iterdir()) == [file]
 
@@ -346,11 +348,11 @@ def test_options_for_another_kind_are_refused(file, pipeline_folder, tmp_path):
         ({"max_shard_size": "5GB"}, "--max_shard_size=5GB is for a diffusers folder to write"),
         ({"to": "single_file"}, "expected a name that ends in .safetensors"),
     ):
-        with pytest.raises(PretrainedError, match=message):
+        with pytest.raises(ModelError, match=message):
             convert(pipeline_folder, tmp_path / "out", **options)
-    with pytest.raises(PretrainedError, match="--variant=fp16 is for a diffusers"):
+    with pytest.raises(ModelError, match="--variant=fp16 is for a diffusers"):
         convert(file, tmp_path / "out", variant="fp16")
-    with pytest.raises(PretrainedError, match="is the name of a file, but a workdir is a folder"):
+    with pytest.raises(ModelError, match="is the name of a file, but a workdir is a folder"):
         convert(pipeline_folder, tmp_path / "out.safetensors", to="workdir")
     assert list(tmp_path.iterdir()) == [file]
 
@@ -368,7 +370,9 @@ def test_the_command(file, pipeline_folder, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["task"] == "text_to_image"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["method"] == {
+        "name": "denoise"
+    }
 
 
 def test_a_release_is_recognised_by_its_shapes(tmp_path):
@@ -386,13 +390,16 @@ def test_a_release_is_recognised_by_its_shapes(tmp_path):
         for name, (cls, config) in configs.items()
         for path, leaf in weights.abstract(cls, config)[1].items()
     }
-    from sdjax.checkpoints.bundle import Pretrained
     from sdjax.data.tokenizer import Tokenizer
+    from sdjax.families.family import Model
+    from sdjax.families.sd import SD
 
     tokenizer = Tokenizer.train(["a red circle"], 560)
     tokenizer.save(tmp_path / "tokenizer")
     networks = {name: config for name, (_, config) in configs.items()}
-    whole = Pretrained(**networks, schedule=ScheduleConfig(), params=params, tokenizer=tokenizer)
+    whole = Model(
+        SD, networks, schedule=ScheduleConfig(), params=params, tokenizers={"tokens": tokenizer}
+    )
     write_single_file(tmp_path / "m.safetensors", whole)
     hollow(tmp_path / "m.safetensors")
     read = read_single_file(

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.pretrained import Hints, PretrainedError, read_diffusers
-from sdjax.checkpoints.single_file import read_single_file
+from sdjax.checkpoints.diffusers_folder import read_diffusers
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.single_file import Hints, read_single_file
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.convert import main
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
@@ -74,7 +75,7 @@ def only(network, pretrained):
 def test_average_of_half_of_the_unet_is_refused_and_raw_goes_on(tensors, averages, read, sd1):
     kept = dict(list(averages.items())[: len(averages) // 2])
     message = rf"has {len(kept)} of the {len(averages)} weights of the unet, without model_ema\."
-    with pytest.raises(PretrainedError, match=message + r"\w+; .*--weights=raw"):
+    with pytest.raises(ModelError, match=message + r"\w+; .*--weights=raw"):
         read({**tensors, **kept, **COUNTERS})
     raw = read({**tensors, **kept, **COUNTERS}, weights="raw", components=("unet",))
     assert_same_bits(raw.params, only("unet", sd1))
@@ -85,7 +86,7 @@ def test_average_of_half_of_the_unet_is_refused_and_raw_goes_on(tensors, average
 def test_average_with_weights_of_another_model_is_refused(tensors, averages, read):
     other = {**averages, "model_ema.diffusion_modelinput_blocks990weight": np.ones(2, np.float32)}
     count = len(averages)
-    with pytest.raises(PretrainedError, match=rf"has {count} of the {count} .*and 1 that are none"):
+    with pytest.raises(ModelError, match=rf"has {count} of the {count} .*and 1 that are none"):
         read({**tensors, **other})
 
 
@@ -108,7 +109,7 @@ def test_average_of_an_autoencoder_alone_is_taken_whole_or_not_at_all(tensors, r
     raw = read({**own, **loss, **flat}, weights="raw", **read_vae)
     assert_same_bits(raw.params, only("vae", sd1))
     flat.pop("model_ema.encoderconv_inweight")
-    with pytest.raises(PretrainedError, match="weights of the vae, without model_ema.encoderconv"):
+    with pytest.raises(ModelError, match="weights of the vae, without model_ema.encoderconv"):
         read({**own, **flat}, **read_vae)
     lost = read({**own, "model_ema.losslogvar": loss["loss.logvar"]}, **read_vae)
     assert_same_bits(lost.params, raw.params)
@@ -133,7 +134,7 @@ def test_harmless_leftovers_are_ignored_and_listed_by_their_names(tensors, read,
 
 @pytest.mark.parametrize("name", ["epochs", "betas.0", "cond_stage_model.logit_scale.x", "loss.a"])
 def test_name_like_that_of_a_leftover_is_refused(name, tensors, read):
-    with pytest.raises(PretrainedError, match=f"sdjax does not know {name}, which may belong"):
+    with pytest.raises(ModelError, match=f"sdjax does not know {name}, which may belong"):
         read({**tensors, name: np.ones(1, np.float32)})
 
 
@@ -162,7 +163,7 @@ def test_heads_of_sdxl_are_told_apart(xl_folder, read, tmp_path):
     assert_same_bits(found.params, only("text_encoder", sdxl) | only("text_encoder_2", sdxl))
     assert set(found.ignored) == set(extra)
     own.pop(f"{second}model.text_projection")
-    with pytest.raises(PretrainedError, match=rf"missing: {second}model.text_projection"):
+    with pytest.raises(ModelError, match=rf"missing: {second}model.text_projection"):
         read({**own, **extra}, components=encoders, hints=Hints(like=sdxl))
 
 
@@ -188,17 +189,17 @@ def test_scaled_float8_is_refused_where_it_is_to_be_read(tensors, read, sd1):
         f"{UNET}scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn),
     }
     message = r"model.safetensors: its weights are quantised .*out.2.scale_weight, .*float16"
-    with pytest.raises(PretrainedError, match=message):
+    with pytest.raises(ModelError, match=message):
         read(scaled)
     vae = read(scaled, components=("vae",)).params
     assert_same_bits(vae, only("vae", sd1))
-    with pytest.raises(PretrainedError, match=r"quantised .* beside them \(scaled_fp8\); sdjax"):
+    with pytest.raises(ModelError, match=r"quantised .* beside them \(scaled_fp8\); sdjax"):
         read({**tensors, "scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)})
 
 
 def test_integers_are_refused(tensors, read):
     name = f"{VAE}quant_conv.weight"
-    with pytest.raises(PretrainedError, match=f"vae: (?s:.)*no floats: {name} is int8; sdjax"):
+    with pytest.raises(ModelError, match=f"vae: (?s:.)*no floats: {name} is int8; sdjax"):
         read({**tensors, name: np.ones(tensors[name].shape, np.int8)}, components=("vae",))
 
 
@@ -214,7 +215,7 @@ def test_weight_that_is_not_finite_is_named_as_in_the_file(network, name, value,
     bad = tensors[name].copy()
     bad.flat[3] = value
     found = f"1 {'NaN' if np.isnan(value) else 'Inf'} among {bad.size:,} values"
-    with pytest.raises(PretrainedError) as caught:
+    with pytest.raises(ModelError) as caught:
         read({**tensors, name: bad}, components=(network,))
     assert f"model.safetensors: {network}: 1 of " in str(caught.value)
     assert str(caught.value).splitlines()[1:] == [f"  {name}: {found}"]
@@ -223,7 +224,7 @@ def test_weight_that_is_not_finite_is_named_as_in_the_file(network, name, value,
 def test_average_that_is_not_finite_is_named_and_raw_goes_on(tensors, averages, read, sd1):
     name = "model_ema.diffusion_modelout2bias"
     bad = {**averages, name: np.full_like(averages[name], np.inf)}
-    with pytest.raises(PretrainedError, match=rf"\n  {name}: 4 Inf among 4 values"):
+    with pytest.raises(ModelError, match=rf"\n  {name}: 4 Inf among 4 values"):
         read({**tensors, **bad}, components=("unet",))
     raw = read({**tensors, **bad}, weights="raw", components=("unet",))
     assert_same_bits(raw.params, only("unet", sd1))
@@ -237,7 +238,7 @@ def test_parts_of_a_fused_weight_are_named_as_the_whole(sd1, file):
     sd2 = dataclasses.replace(sd1, text_encoder=encoder, params=params)
     write_single_file(file, sd2)
     name = f"{CLIP}model.transformer.resblocks.0.attn.in_proj_bias"
-    with pytest.raises(PretrainedError, match=rf"\n  {name}: 1 NaN among 24 values"):
+    with pytest.raises(ModelError, match=rf"\n  {name}: 1 NaN among 24 values"):
         read_single_file(file, components=("text_encoder",), hints=Hints(like=sd2))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sdjax.diffusion.grids import SAMPLERS, SamplerConfig, make_grid
 from sdjax.diffusion.prediction import convert
-from sdjax.diffusion.samplers import sample, sample_seen
+from sdjax.diffusion.samplers import sample
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule, schedule_at
 from sdjax.diffusion.solvers import M0, NOISE, X, make_plan
 
@@ -40,10 +40,14 @@ def gaussian_denoiser(schedule, prediction, mean=MEAN, std=STD):
     return denoise_fn
 
 
+def _x0(*args, **options):
+    return sample(*args, **options)[0]
+
+
 def run(name, steps, denoise_fn, schedule=None, prediction="sample", latents=LATENTS, **fields):
     schedule = schedule or schedule_for(name)
     config = SamplerConfig(name=name, steps=steps, **fields)
-    return sample(
+    return _x0(
         denoise_fn,
         latents,
         schedule=schedule,
@@ -200,7 +204,7 @@ def test_network_is_traced_once_and_jit_changes_nothing(name):
 def test_noise_of_an_example_depends_on_its_key_alone():
     @jax.jit
     def draw(latents, keys):
-        return sample(
+        return _x0(
             gaussian_denoiser(SD, "sample"),
             latents,
             schedule=SD,
@@ -244,7 +248,7 @@ def test_combinations_that_make_no_sense_are_refused(schedule, name, prediction,
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
-def test_an_onlooker_sees_every_evaluation_and_changes_nothing(name):
+def test_a_callback_sees_every_evaluation_and_changes_nothing(name):
     denoise_fn, config = gaussian_denoiser(SD, "epsilon"), SamplerConfig(name=name, steps=4)
     options = dict(schedule=SD, prediction_type="epsilon", sampler=config)
     count = len(make_plan(SD, config).timesteps)
@@ -261,8 +265,8 @@ def test_an_onlooker_sees_every_evaluation_and_changes_nothing(name):
         own = (xt - sigma * denoise_fn(xt, t)) / alpha
         return state[0].at[i].set(jnp.abs(x0 - own)), state[1].at[i].set(t)
 
-    x0, (errors, timesteps) = sample_seen(noting, LATENTS, **options, see=see, state=blank)
-    assert np.array_equal(x0, sample(denoise_fn, LATENTS, **options))
+    x0, (errors, timesteps) = sample(noting, LATENTS, **options, callback=see, state=blank)
+    assert np.array_equal(x0, sample(denoise_fn, LATENTS, **options)[0])
     assert np.array_equal(timesteps[:, 0], np.float32(make_plan(SD, config).timesteps))
     assert errors.max() < 1e-4  # alpha is 0.07 at first
 

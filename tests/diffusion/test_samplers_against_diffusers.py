@@ -75,7 +75,7 @@ def run_sdjax(schedule, prediction, config, noise_fn=lambda i: jnp.asarray(NOISE
             prediction_type=prediction,
             sampler=config,
             noise_fn=noise_fn,
-        )
+        )[0]
     )
     return np.asarray(run(LATENTS))
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sdjax import encode
-from sdjax.checkpoints.assemble import assemble
+from sdjax.checkpoints.assemble import assemble, method_of_run
 from sdjax.config import resolve
 from sdjax.data import encoded, image_files, sources, transforms
 from sdjax.data.config import DataError
@@ -27,7 +27,8 @@ from sdjax.encoding import encoder
 from sdjax.encoding.dataset import Options, check_encoded, encode_dataset
 from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text, make_conditioner
-from sdjax.methods.task import make_task
+from sdjax.families.registry import model_of
+from sdjax.methods.method import Draw
 from sdjax.train import loop
 from tests.odd_names import ODD
 from tests.train.test_loop import assert_same_run
@@ -145,14 +146,14 @@ def losses(config):
     """Of each example of the first two batches: float32 [2, 8]."""
     config = resolve(config)
     assembled = assemble(config)
-    task = make_task(assembled.config, assembled.tokenizers)
-    params = {path: jnp.asarray(assembled.params[path]) for path in task.abstract}
+    method = method_of_run(assembled.config, assembled.tokenizers)
+    params = {path: jnp.asarray(assembled.params[path]) for path in method.abstract}
 
     def loss(batch, start):
         positions = start + jnp.arange(8)
         keys = example_keys(jax.random.key(1), positions)
-        return task.loss(params, {}, batch, key=jax.random.key(1), keys=keys, positions=positions,
-                         batch_size=8)[0]  # fmt: skip
+        draw = Draw(jax.random.key(1), keys, positions, 8)
+        return method.phases[0].loss(params, {}, {}, batch, draw)[0]
 
     # It runs twice: optimisations take longer than they save.
     step = jax.jit(loss, compiler_options={"xla_backend_optimization_level": 0})
@@ -206,13 +207,12 @@ def test_a_run_on_moments_resumes_to_the_bit(tiny_config, tmp_path):
 def test_sdxl_is_told_the_same(snaps, xl_folder, tmp_path):
     """Both encoders' states, the pooled caption, sizes and corners; dropped captions too."""
     snaps.init_from = str(xl_folder)
-    snaps.model.zero_empty_prompt = True
     snaps.data.update(flip=True, crop="random")
     encoded_once(snaps, tmp_path / "data", text=True, flipped=True)
     ahead = on(snaps, tmp_path / "data", **{"data.text_embeddings": True})
     assembled = assemble(resolve(ahead))
-    model, params = assembled.config.model, assembled.params
-    conditioner = make_conditioner(model, assembled.tokenizers)
+    params = assembled.params
+    conditioner = make_conditioner(model_of(assembled.config.model), assembled.tokenizers)
     data = make_iterator(
         assembled.config.data, assembled.tokenizers, seed=3, with_size=True, split="train",
         shuffle=False,
@@ -405,7 +405,7 @@ REFUSED = {
     "data.buckets.step": (4, "data.buckets is"),
     "data.validation_share": (0.2, "data.validation_share is 0.2"),
     "vae_from": ("tiny", "the vae is"),
-    "task": ("autoencoder", "trains on pictures"),
+    "method": ({"name": "autoencoder"}, "trains on pictures"),
     "optim.groups": ((), "a text encoder is trained"),
 }
 

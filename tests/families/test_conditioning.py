@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.pretrained import read_diffusers
-from sdjax.config import ModelConfig
+from sdjax.checkpoints.diffusers_folder import read_diffusers
 from sdjax.errors import UserError
-from sdjax.families.conditioning import blank_tokenizers, check_text, encode_text, make_conditioner
-from sdjax.models import presets
+from sdjax.families import sd, sdxl
+from sdjax.families.conditioning import blank_tokenizers, encode_text, make_conditioner
+from sdjax.families.registry import model_of
+from sdjax.families.sd import SDConfig
+from sdjax.families.sdxl import SDXLConfig, count_time_ids
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
-SDXL = ModelConfig(unet=presets.UNET_SDXL, text_encoder_2=presets.CLIP_BIGG)
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,11 @@ def read(xl_folder):
 
 @pytest.fixture(scope="module")
 def tokenizers(read):
-    return {"tokens": read.tokenizer, "tokens_2": read.tokenizer_2}
+    return read.tokenizers
 
 
 def conditioner_of(read, tokenizers, *, zeros):
-    model = ModelConfig(
-        unet=read.unet,
-        text_encoder=read.text_encoder,
-        text_encoder_2=read.text_encoder_2,
-        zero_empty_prompt=zeros,
-    )
+    model = dataclasses.replace(read, settings={"zero_empty_prompt": zeros})
     return make_conditioner(model, tokenizers)
 
 
@@ -56,7 +52,7 @@ def test_context_is_that_of_the_pipeline(read, tokenizers, torch_xl_pipeline, ne
         text, null_text, pooled, null_pooled = (x.numpy() for x in wanted)
         ids = torch_xl_pipeline._get_add_time_ids(
             (500, 300), (12, 34), (24, 16), dtype=torch.float32,
-            text_encoder_projection_dim=read.text_encoder_2.projection_dim,
+            text_encoder_projection_dim=read.networks["text_encoder_2"].projection_dim,
         ).numpy()  # fmt: skip
     conditioner = conditioner_of(read, tokenizers, zeros=True)
     size = np.array([[500, 300, 12, 34]] * 2, np.int32)
@@ -73,9 +69,9 @@ def test_context_is_that_of_the_pipeline(read, tokenizers, torch_xl_pipeline, ne
     assert_close(null["pooled"], null_pooled)
     assert np.any(null_text) == (negative is not None)
     for found in (ours, null):
-        np.testing.assert_array_equal(found["time_ids"], np.tile(ids, (2, 1)))
+        np.testing.assert_array_equal(found["numbers"], np.tile(ids, (2, 1)))
     whole = conditioner(read.params, encode_text(tokenizers, PROMPTS), target=(24, 16))
-    np.testing.assert_array_equal(whole["time_ids"], [[24, 16, 0, 0, 24, 16]] * 2)
+    np.testing.assert_array_equal(whole["numbers"], [[24, 16, 0, 0, 24, 16]] * 2)
 
 
 def test_without_zeros_an_empty_caption_is_encoded(read, tokenizers):
@@ -94,9 +90,12 @@ def test_a_refiner_is_told_a_score_in_place_of_the_target(read, tokenizers):
     import torch
 
     unet = dataclasses.replace(
-        read.unet, cross_attention_dim=32, projection_class_embeddings_input_dim=20 + 5 * 8
+        read.denoiser, cross_attention_dim=32, projection_class_embeddings_input_dim=20 + 5 * 8
     )
-    model = ModelConfig(unet=unet, text_encoder=None, text_encoder_2=read.text_encoder_2)
+    second_encoder = read.networks["text_encoder_2"]
+    model = dataclasses.replace(
+        read, networks={"unet": unet, "text_encoder_2": second_encoder}, settings={}
+    )
     second = {"tokens_2": tokenizers["tokens_2"]}
     tokens = encode_text(second, PROMPTS)
     size = np.array([[500, 300, 12, 34]] * 2, np.int32)
@@ -117,8 +116,8 @@ def test_a_refiner_is_told_a_score_in_place_of_the_target(read, tokenizers):
         fake, (500, 300), (12, 34), (24, 16), 6.0, 2.5, (500, 300), (12, 34), (24, 16),
         dtype=torch.float32, text_encoder_projection_dim=20,
     )  # fmt: skip
-    np.testing.assert_array_equal(good["time_ids"], np.tile(ids.numpy(), (2, 1)))
-    np.testing.assert_array_equal(bad["time_ids"], np.tile(negative_ids.numpy(), (2, 1)))
+    np.testing.assert_array_equal(good["numbers"], np.tile(ids.numpy(), (2, 1)))
+    np.testing.assert_array_equal(bad["numbers"], np.tile(negative_ids.numpy(), (2, 1)))
     assert good["context"].shape == (2, 16, 32) and good["pooled"].shape == (2, 20)
 
 
@@ -133,18 +132,20 @@ def test_both_encoders_are_trained_through_the_context(read, tokenizers):
         return jnp.sum(text["context"] ** 3) + jnp.sum(text["pooled"] ** 3)
 
     gradients = jax.jit(jax.grad(total))(params)
-    last = read.text_encoder.num_hidden_layers - 1
+    last = read.networks["text_encoder"].num_hidden_layers - 1
     unused = (f"text_encoder.encoder.layers.{last}.", "text_encoder.final_layer_norm.")
     for path, gradient in gradients.items():
         assert np.any(gradient) != path.startswith(unused), path
 
 
 def test_published_networks_fit_together():
-    assert check_text(ModelConfig()) == 0
-    assert check_text(SDXL) == 6
-    refiner = dataclasses.replace(SDXL, unet=presets.UNET_SDXL_REFINER, text_encoder=None)
-    assert check_text(refiner) == 5
-    assert list(blank_tokenizers(SDXL)) == ["tokens", "tokens_2"]
+    for group in (SDConfig(), *sd.SD.presets.values(), *sdxl.SDXL.presets.values()):
+        model = model_of(group)
+        model.family.check(model)
+    assert count_time_ids(sdxl.UNET_SDXL, 1280) == 6
+    assert count_time_ids(sdxl.UNET_SDXL_REFINER, 1280) == 5
+    refiner = model_of(sdxl.SDXL.presets["refiner"])
+    assert list(blank_tokenizers(model_of(SDXLConfig()))) == ["tokens", "tokens_2"]
     assert list(blank_tokenizers(refiner)) == ["tokens_2"]
 
 
@@ -152,25 +153,34 @@ def test_published_networks_fit_together():
     ("changes", "words"),
     [
         ({"text_encoder": None}, "cross_attention_dim is 2048, but .*text_encoder_2.* is 1280"),
-        ({"text_encoder": None, "text_encoder_2": None}, "both None"),
         ({"text_encoder_2": None}, "expected a model.text_encoder_2 with a projection_dim"),
-        ({"text_encoder_2": presets.CLIP_H}, "with a projection_dim"),
+        ({"text_encoder_2": sd.CLIP_H}, "with a projection_dim"),
         (
-            {"text_encoder_2": dataclasses.replace(presets.CLIP_BIGG, projection_dim=1000)},
+            {"text_encoder_2": dataclasses.replace(sdxl.CLIP_BIGG, projection_dim=1000)},
             "projection_class_embeddings_input_dim = 2816.*pooled text of 1000",
         ),
         (
-            {"text_encoder_2": dataclasses.replace(presets.CLIP_BIGG, max_position_embeddings=64)},
+            {"text_encoder_2": dataclasses.replace(sdxl.CLIP_BIGG, max_position_embeddings=64)},
             "max_position_embeddings .* differ",
         ),
-        ({"unet": presets.UNET_SD2}, "are SDXL's"),
+        ({"unet": sd.UNET_SD2}, "is of the family 'sd', but model.family is 'sdxl'"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(changes, words):
+    model = model_of(dataclasses.replace(SDXLConfig(), **changes))
     with pytest.raises(UserError, match=words):
-        check_text(dataclasses.replace(SDXL, **changes))
+        model.family.check(model)
 
 
-def test_zeros_for_empty_captions_are_for_sdxl():
-    with pytest.raises(UserError, match="zero_empty_prompt .*SDXL"):
-        check_text(dataclasses.replace(ModelConfig(), zero_empty_prompt=True))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"unet": sd.UNET_SD2}, "cross_attention_dim is 1024, but .*hidden_size is 768"),
+        ({"unet": sdxl.UNET_SDXL}, "is of the family 'sdxl', but model.family is 'sd'"),
+        ({"text_encoder": None}, "model.text_encoder is missing"),
+    ],
+)
+def test_networks_of_sd_that_do_not_fit_are_refused(changes, words):
+    model = model_of(dataclasses.replace(SDConfig(), **changes))
+    with pytest.raises(UserError, match=words):
+        model.family.check(model)

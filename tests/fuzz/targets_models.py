@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from sdjax.checkpoints.bundle import NETWORKS, Pretrained
-from sdjax.checkpoints.pretrained import Hints, read_any, write_diffusers
+from sdjax.checkpoints.diffusers_folder import write_diffusers
+from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.single_file import Hints
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import Config
@@ -27,11 +28,14 @@ from sdjax.evaluation import reference
 from sdjax.evaluation.audit import read_audit
 from sdjax.evaluation.preprocess import ClipPreprocess
 from sdjax.evaluation.torch_file import read_tensors
+from sdjax.families.bind import abstract_params
+from sdjax.families.family import Model
+from sdjax.families.sd import SD
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_vision import read_clip_config
 from sdjax.models.unet import UNetConfig
 from sdjax.models.vae import VAEConfig
-from sdjax.models.weights import abstract, load_file, read_header, save_file
+from sdjax.models.weights import load_file, read_header, save_file
 from sdjax.sample import read_latents
 from sdjax.sweeps.space import read_space
 from sdjax.system import paths
@@ -77,7 +81,7 @@ def _other_header(rng: np.random.Generator, data: bytes) -> bytes:
 
 
 @functools.cache
-def _tiny() -> Pretrained:
+def _tiny() -> Model:
     """A pipeline of the smallest networks, with random weights."""
     rng = np.random.default_rng(0)
     tokenizer = Tokenizer.train(_WORDS, 530, context_length=8)
@@ -99,12 +103,11 @@ def _tiny() -> Pretrained:
     params = {
         f"{name}.{path}": rng.standard_normal(want.shape).astype(np.float32)
         for name, config in configs.items()
-        for path, want in abstract(NETWORKS[name][0], config)[1].items()
+        for path, want in abstract_params(SD.parts[name], config).items()
     }
-    return Pretrained(
-        **configs, params=params, tokenizer=tokenizer, schedule=ScheduleConfig(),
-        prediction_type="epsilon",
-    )  # fmt: skip
+    return Model(
+        SD, configs, params=params, tokenizers={"tokens": tokenizer}, schedule=ScheduleConfig()
+    )
 
 
 @functools.cache
@@ -118,9 +121,9 @@ def _good(kind: str) -> dict[str, bytes]:
             save_workdir(folder, _tiny())
         elif kind == "single":
             write_single_file(folder / "model.safetensors", _tiny())
-            _tiny().tokenizer.save(folder / "tokenizer")
+            _tiny().tokenizers["tokens"].save(folder / "tokenizer")
         else:
-            _tiny().tokenizer.save(folder)
+            _tiny().tokenizers["tokens"].save(folder)
         return {str(file.relative_to(folder)): file.read_bytes() for file in _files(folder)}
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sdjax.models import presets, weights
+from sdjax.families import sd, sdxl
+from sdjax.models import weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.config import ConfigError
 
@@ -215,9 +216,9 @@ def test_defaults_are_those_of_sd1():
 
 
 def test_presets_are_the_published_configs():
-    assert CLIPTextConfig.from_json(SD2)[0] == presets.CLIP_H
-    assert CLIPTextConfig.from_json(BIGG)[0] == presets.CLIP_BIGG
-    assert CLIPTextConfig.from_json(presets.CLIP_BIGG.to_json())[0] == presets.CLIP_BIGG
+    assert CLIPTextConfig.from_json(SD2)[0] == sd.CLIP_H
+    assert CLIPTextConfig.from_json(BIGG)[0] == sdxl.CLIP_BIGG
+    assert CLIPTextConfig.from_json(sdxl.CLIP_BIGG.to_json())[0] == sdxl.CLIP_BIGG
 
 
 def test_fields_left_out_are_transformers_defaults():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.assemble import TINY_VAE
-from sdjax.checkpoints.pretrained import read_any
+from sdjax.checkpoints.reading import read_any
 from sdjax.data.builders import shapes
 from sdjax.evaluation.fidelity import verdicts
 from sdjax.models import weights

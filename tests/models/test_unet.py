@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models import blocks, presets, weights
+from sdjax.families import sdxl
+from sdjax.models import blocks, weights
 from sdjax.models.config import ConfigError
 from sdjax.models.unet import UNet, UNetConfig
 
@@ -198,7 +199,7 @@ def inputs(reference, config, size=(8, 8), batch=2):
     """(latents, timesteps, context) as numpy; the context of SDXL is a mapping."""
     latents = reference.normal(1, batch, *size, config.in_channels)
     context = reference.normal(2, batch, 5, config.cross_attention_dim)
-    if config.is_xl:
+    if config.takes_numbers:
         rng = np.random.default_rng(4)
         time_ids = rng.integers(0, 1500, (batch, config.time_ids(10))).astype(np.float32)
         pooled = reference.normal(5, batch, 10)
@@ -230,7 +231,7 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
     xt, timesteps, context = inputs(reference, config, size)
     cotangent = reference.normal(3, 2, *size, config.out_channels)
     text, extra = context, {}
-    if config.is_xl:
+    if config.takes_numbers:
         text = context["context"]
         extra = {"text_embeds": context["pooled"], "time_ids": context["time_ids"]}
         extra = {"added_cond_kwargs": {k: reference.to_torch(v) for k, v in extra.items()}}
@@ -285,8 +286,8 @@ def test_parameters_of_published_models_are_those_of_diffusers(published, count)
 
 
 def test_presets_are_the_published_configs():
-    assert UNetConfig.from_json(SDXL)[0] == presets.UNET_SDXL
-    assert UNetConfig.from_json(REFINER)[0] == presets.UNET_SDXL_REFINER
+    assert UNetConfig.from_json(SDXL)[0] == sdxl.UNET_SDXL
+    assert UNetConfig.from_json(REFINER)[0] == sdxl.UNET_SDXL_REFINER
 
 
 def test_bfloat16_stays_close_to_float32(reference):
@@ -468,11 +469,11 @@ def test_added_embeddings_need_both_of_their_widths(widths):
 
 
 def test_time_ids_are_what_the_pooled_text_leaves_room_for():
-    assert presets.UNET_SDXL.time_ids(1280) == 6
-    assert presets.UNET_SDXL_REFINER.time_ids(1280) == 5
+    assert sdxl.UNET_SDXL.time_ids(1280) == 6
+    assert sdxl.UNET_SDXL_REFINER.time_ids(1280) == 5
     assert UNetConfig().time_ids(1280) == 0
     with pytest.raises(ValueError, match="projection_class_embeddings_input_dim = 2816.*1000"):
-        presets.UNET_SDXL.time_ids(1000)
+        sdxl.UNET_SDXL.time_ids(1000)
 
 
 def test_context_without_time_ids_is_refused(reference):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models import presets, weights
+from sdjax.families import sdxl
+from sdjax.models import weights
 from sdjax.models.config import ConfigError
 from sdjax.models.vae import VAE, VAEConfig, sample_moments, scale_latents, unscale_latents
 
@@ -126,7 +127,7 @@ def test_the_preset_of_sdxl_is_the_published_config():
     """stabilityai/stable-diffusion-xl-base-1.0, vae/config.json: that of SD1 but for these."""
     published = SD15 | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
     config, ignored = VAEConfig.from_json(published)
-    assert config == presets.VAE_SDXL and "force_upcast" in ignored
+    assert config == sdxl.VAE_SDXL and "force_upcast" in ignored
     z = np.full((1, 1, 1, 4), 2.0, np.float32)
     np.testing.assert_allclose(scale_latents(z, config), 0.2605, rtol=1e-6)
     np.testing.assert_allclose(unscale_latents(scale_latents(z, config), config), z, rtol=1e-6)

@@ -445,15 +445,15 @@ def test_gradients_cost_a_product_for_each_side_and_nothing_that_is_computed_aga
 )
 def test_flops_of_the_unets(preset, side, teraflops):
     from sdjax.config import to_dict
-    from sdjax.models import presets
+    from sdjax.families import sd, sdxl
 
     c = default()
     if preset == "SD2":
-        c.model.unet.update(to_dict(presets.UNET_SD2))
-        c.model.text_encoder.update(to_dict(presets.CLIP_H))
+        c.model.unet.update(to_dict(sd.UNET_SD2))
+        c.model.text_encoder.update(to_dict(sd.CLIP_H))
     if preset == "SDXL":
-        c.model.unet.update(to_dict(presets.UNET_SDXL))
-        c.model.text_encoder_2 = to_dict(presets.CLIP_BIGG)
+        c.model.unet.update(to_dict(sdxl.UNET_SDXL))
+        c.model.text_encoder_2 = to_dict(sdxl.CLIP_BIGG)
     counted = unet_flops(resolve_without_data(c), (side, side, 4))
     assert counted / 1e12 == pytest.approx(teraflops, abs=6e-4)
 

@@ -13,9 +13,11 @@ from sdjax import sample
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
+from sdjax.families.family import Model
+from sdjax.families.sd import SD
 from sdjax.sampling.generate import Drawing, initial_latents
 from sdjax.sampling.interpolate import Between, plan_ways, slerp
-from sdjax.sampling.order import Order
+from sdjax.sampling.request import SamplingRequest
 from sdjax.train.startup import enable_compilation_cache
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
@@ -138,28 +140,28 @@ def test_a_way_between_equal_prompts_with_the_same_noise_goes_nowhere(pipeline_f
     assert (tmp_path / "00000-way-animated.png").exists()
 
 
-def test_noise_of_every_step_tears_a_way_unless_it_is_the_same(tiny_order):
+def test_noise_of_every_step_tears_a_way_unless_it_is_the_same(tiny_request):
     for prompts_differ_alone, seed in ((True, None), (False, None), (True, 3)):
-        order = tiny_order("ddpm", np.zeros(2) if prompts_differ_alone else np.arange(2))
+        request = tiny_request("ddpm", np.zeros(2) if prompts_differ_alone else np.arange(2))
         if prompts_differ_alone and seed is None:
-            assert [len(way) for way in plan_ways(order, 4, seed)] == [4]
+            assert [len(way) for way in plan_ways(request, 4, seed)] == [4]
         else:
             with pytest.raises(UserError, match="ddpm.*adds noise"):
-                plan_ways(order, 4, seed)
-    ways = plan_ways(tiny_order("ddim", np.arange(2)), 1, 3)
+                plan_ways(request, 4, seed)
+    ways = plan_ways(tiny_request("ddim", np.arange(2)), 1, 3)
     assert ways == [[Between(0, 0, 0.5)], [Between(1, 1, 0.5)]]
 
 
 @pytest.fixture
-def tiny_order():
-    """Makes an order of two pictures with nothing in it that draws."""
-    blank = {f.name: None for f in dataclasses.fields(Order)}
+def tiny_request():
+    """Makes a request for two pictures with nothing in it that draws."""
+    blank = {f.name: None for f in dataclasses.fields(SamplingRequest)}
 
     def make(sampler, positions):
         drawing = Drawing(SamplerConfig(sampler, steps=3))
-        given = dict(texts=PROMPTS, drawing=drawing, positions=positions, seed=0,
-                     schedule=ScheduleConfig())  # fmt: skip
-        return Order(**{**blank, **given})
+        model = Model(SD, {}, schedule=ScheduleConfig())
+        given = dict(texts=PROMPTS, drawing=drawing, positions=positions, seed=0, model=model)
+        return SamplingRequest(**{**blank, **given})
 
     return make
 

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from sdjax import convert, errors, prepare, report
-from sdjax.checkpoints.bundle import replaced_folder
+from sdjax.checkpoints.folders import replaced_folder
 from sdjax.config import Config, resolve
 from sdjax.data import encoded
 from sdjax.data.config import DataError

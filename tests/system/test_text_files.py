@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.checkpoints.bundle import PretrainedError
-from sdjax.checkpoints.bundle import read_json as read_bundle_json
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.folders import read_json as read_bundle_json
 from sdjax.data import image_files, pictures, transforms
 from sdjax.data.config import DataError
 from sdjax.data.raw import formats
@@ -232,7 +232,7 @@ def openers(file, folder):
         "header": (WeightsError, lambda: weights.read_header(file)),
         "torch": (WeightsError, lambda: torch_file.read_tensors(file)),
         "index": (WeightsError, lambda: weights.load_file(folder / "a.safetensors.index.json")),
-        "config": (PretrainedError, lambda: read_bundle_json(file)),
+        "config": (ModelError, lambda: read_bundle_json(file)),
         "tokenizer": (TokenizerError, lambda: Tokenizer.load(folder)),
         "picture": (UserError, lambda: pictures.open_folder(folder)),
         "statistics": (UserError, lambda: reference.read(file)),

@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax.checkpoints.assemble import assemble
+from sdjax.checkpoints.assemble import assemble, method_of_run
 from sdjax.config import resolve
 from sdjax.data.pipeline import make_iterator
 from sdjax.families.conditioning import make_conditioner
-from sdjax.methods.task import make_task
+from sdjax.families.registry import model_of
 from sdjax.models.attention import attention
 from sdjax.models.kernels.flash import flash_attention
 from sdjax.models.kernels.short_keys import short_attention
@@ -67,8 +67,8 @@ def left_whole(tree, ways: int) -> list[str]:
 def run(config, assembled, sizes):
     count = int(np.prod(sizes))
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
-    task = make_task(config, assembled.tokenizers)
-    built = program.build(config, task, mesh)
+    method = method_of_run(config, assembled.tokenizers)
+    built = program.build(config, method, mesh)
     step = program.compile_step(built, config).step
     place = lambda host, abstract: jax.device_put(host, abstract.sharding)  # noqa: E731
     key = jax.random.key(config.seed)
@@ -82,12 +82,12 @@ def run(config, assembled, sizes):
     valid = None
     if sizes in VALIDATED:
         params = {**state["params"], **frozen}
-        validator = Validator(config, task, assembled.tokenizers, mesh, split="train", count=7)
+        validator = Validator(config, method, assembled.tokenizers, mesh, split="train", count=7)
         valid = validator.losses(params).tolist()
     sizes_of = {name: bytes_per_device(state[name]) for name in ("params", "opt_state", "ema")}
     whole = left_whole([state["params"], state["opt_state"], state["ema"]], sizes[1])
     redrawn = jax.jit(
-        lambda k: {p: v for p, v in task.init(k).items() if p in drawn},
+        lambda k: {p: v for p, v in method.init(k).items() if p in drawn},
         out_shardings={p: built.state["params"][p].sharding for p in drawn},
     )(key) if sizes == (2, 2, 2) else drawn  # fmt: skip
     data = make_iterator(config.data, assembled.tokenizers, split="train", seed=config.seed)
@@ -144,14 +144,16 @@ def exchanges_for_one_caption(config, tokenizers) -> list[str]:
     """Collectives of the text encoder on a single caption, which 8 devices cannot share."""
     mesh = make_mesh(MeshConfig(8, 1, 1))
     everywhere = NamedSharding(mesh, P())
-    conditioner = make_conditioner(config.model, tokenizers)
+    conditioner = make_conditioner(model_of(config.model), tokenizers)
     tokens = {name: null[None] for name, null in conditioner.null.items()}
 
     def embed(params):
         with placed(Activations(mesh, kernels="")):
             return conditioner.embed(params, tokens)
 
-    compiled = jax.jit(embed, in_shardings=everywhere).lower(conditioner.params).compile()
+    compiled = (
+        jax.jit(embed, in_shardings=everywhere).lower(conditioner.networks.abstract).compile()
+    )
     return [one.kind for one in hlo.read(compiled.as_text(), 8).collectives]
 
 
@@ -160,8 +162,8 @@ def main():
     config = resolve(json.loads(open(sys.argv[1]).read()))
     assembled = assemble(config)
     config = assembled.config
-    task = make_task(config, assembled.tokenizers)
-    run.drawn = {p: np.asarray(v) for p, v in jax.jit(task.init)(jax.random.key(0)).items()}
+    method = method_of_run(config, assembled.tokenizers)
+    run.drawn = {p: np.asarray(v) for p, v in jax.jit(method.init)(jax.random.key(0)).items()}
     results, params = [], {}
     for sizes in MESHES:
         begin = time.monotonic()

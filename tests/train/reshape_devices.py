@@ -14,10 +14,10 @@ import numpy as np
 import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sdjax.checkpoints.assemble import method_of_run
 from sdjax.checkpoints.checkpoint import Checkpoints
 from sdjax.config import resolve
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.methods.task import make_task
 from sdjax.parallel import sharding
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.train import loop, program
@@ -33,7 +33,7 @@ def abstract(workdir, sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     length = config.model.text_encoder.max_position_embeddings
     tokenizer = Tokenizer.load(workdir / "tokenizer", context_length=length)
-    return program.build(config, make_task(config, {"tokens": tokenizer}), mesh)
+    return program.build(config, method_of_run(config, {"tokens": tokenizer}), mesh)
 
 
 def restore(workdir, sizes, step):

@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from sdjax.checkpoints import checkpoint
+from sdjax.checkpoints.assemble import blank_method
 from sdjax.config import Config, resolve
 from sdjax.data.tfds.tfds_on_cpu import tfds
-from sdjax.families.conditioning import blank_tokenizers
-from sdjax.methods.task import make_task
 from sdjax.models.config import ConfigError
 from sdjax.parallel.mesh import make_mesh
 from sdjax.train import loop, program
@@ -70,7 +69,7 @@ def config(tiny_vae, shapes_dir, tmp_path_factory):
 def whole(config, tmp_path_factory):
     """A run that nothing happens to: (workdir, {shape: compiled step}, shapes traced)."""
     compiled, traced = {}, []
-    compile_step, made = program.compile_step, loop.make_task
+    compile_step, made = program.compile_step, loop.method_of_run
 
     def counted(built, config):
         shape = built.batch["image"].shape[1:]
@@ -79,18 +78,20 @@ def whole(config, tmp_path_factory):
         return compiled[shape]
 
     def watched(*args):
-        task = made(*args)
+        method = made(*args)
 
-        def loss(params, frozen, batch, **rest):
+        (phase,) = method.phases
+
+        def loss(trained, frozen, averages, batch, draw):
             traced.append(batch["image"].shape[1:])
-            return task.loss(params, frozen, batch, **rest)
+            return phase.loss(trained, frozen, averages, batch, draw)
 
-        return dataclasses.replace(task, loss=loss)
+        return dataclasses.replace(method, phases=(dataclasses.replace(phase, loss=loss),))
 
     workdir = tmp_path_factory.mktemp("run") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "compile_step", counted)
-        patch.setattr(loop, "make_task", watched)
+        patch.setattr(loop, "method_of_run", watched)
         assert loop.run(resolve(config), str(workdir)) == loop.DONE
     return workdir, compiled, traced
 
@@ -151,8 +152,8 @@ def test_hosts_agree_on_the_shape_of_every_step(config, whole, tmp_path):
 def test_text_to_image_takes_rectangles(tiny_config):
     """The same loss and state come of any shape, for one that is traced and not compiled."""
     config = resolve(tiny_config)
-    task = make_task(config, blank_tokenizers(config.model))
-    built = program.build(config, task, make_mesh(config.mesh, jax.devices()[:1]))
+    method = blank_method(config)
+    built = program.build(config, method, make_mesh(config.mesh, jax.devices()[:1]))
     batch = program.with_pictures(built.batch, (12, 20), 4)
     assert batch["image"].shape == (8, 12, 20, 3)
     state, metrics = built.step.eval_shape(built.state, built.frozen, batch)

@@ -19,7 +19,7 @@ HARMLESS = (
     "objective.timestep_*", "objective.stratified", "objective.logit_*", "objective.mode_scale",
     "objective.weighting", "objective.min_snr_gamma", "objective.p2_*", "objective.sigma_data",
     "objective.loss", "objective.huber_*", "objective.offset_noise",
-    "objective.input_perturbation", "objective.caption_dropout", "autoencoder.*",
+    "objective.input_perturbation", "objective.caption_dropout", "method.*",
     "model.aesthetic_score", "model.negative_aesthetic_score",
     # How it is computed, and where.
     "model.dtype", "model.remat", "model.attention", "mesh.*", "compilation_cache",

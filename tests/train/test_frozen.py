@@ -1,7 +1,5 @@
 """What a workdir needs besides checkpoints: read in parts, and missed with a message."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -64,7 +62,7 @@ def test_what_is_wrong_is_named(file):
 
 
 def test_a_workdir_without_its_tokenizer_or_config(tmp_path):
-    config = dataclasses.replace(Config(), task="text_to_image")
+    config = Config()
     folder = paths.to_path(tmp_path)
     with pytest.raises(UserError, match="tokenizer cannot be read: .*no vocab.json"):
         startup.load(config, folder, config)

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from sdjax.config import resolve, to_dict
-from sdjax.models import presets, weights
+from sdjax.families import sd
+from sdjax.models import weights
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.parallel import sharding as sharding_lib
 from sdjax.parallel.mesh import AXES
@@ -80,7 +81,7 @@ def test_nothing_depends_on_the_mesh(eight):
             assert tensor == 1 or held[0] / whole < 0.95 / fsdp, (mesh, kind, held[0] / whole)
 
 
-@pytest.mark.parametrize("preset", [UNetConfig(), presets.UNET_SD2], ids=["sd15", "sd21"])
+@pytest.mark.parametrize("preset", [UNetConfig(), sd.UNET_SD2], ids=["sd15", "sd21"])
 @pytest.mark.parametrize("fsdp,tensor", [(8, 1), (64, 1), (8, 2)])
 def test_no_large_array_of_a_real_unet_stays_whole(preset, fsdp, tensor):
     mesh = AbstractMesh((1, fsdp, tensor), AXES)

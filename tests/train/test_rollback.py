@@ -21,18 +21,19 @@ WARMUP = 5
 @pytest.fixture
 def spiking(tiny_config, monkeypatch):
     """Batch 7 (of step 8) has a loss that stands out: its pictures are marked, and weigh more."""
-    make, make_task = loop.make_iterator, loop.make_task
+    make, make_method = loop.make_iterator, loop.method_of_run
 
     def marked(*args):
-        task = make_task(*args)
+        method = make_method(*args)
+        (phase,) = method.phases
 
-        def loss(params, frozen, batch, **kwargs):
-            per_example, aux = task.loss(params, frozen, batch, **kwargs)
+        def loss(trained, frozen, averages, batch, draw):
+            per_example, aux = phase.loss(trained, frozen, averages, batch, draw)
             return per_example * jnp.where(jnp.max(batch["image"]) > 2, 100.0, 1.0), aux
 
-        return dataclasses.replace(task, loss=loss)
+        return dataclasses.replace(method, phases=(dataclasses.replace(phase, loss=loss),))
 
-    monkeypatch.setattr(loop, "make_task", marked)
+    monkeypatch.setattr(loop, "method_of_run", marked)
 
     def spoiled(*args, **kwargs):
         data = make(*args, **kwargs)

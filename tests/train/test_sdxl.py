@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.assemble import assemble
+from sdjax.checkpoints.assemble import assemble, method_of_run
 from sdjax.config import resolve, to_dict
 from sdjax.config_changes import compare_configs
 from sdjax.diffusion.losses import example_keys
 from sdjax.families.conditioning import encode_text
-from sdjax.methods.task import make_task
+from sdjax.methods.method import Draw
 from sdjax.train import loop
 from tests.train.test_loop import assert_same_run, rows
 
@@ -118,20 +118,19 @@ def losses(tiny_vae, shapes_dir):
     def step(rate):
         config.objective.caption_dropout = rate
         full = dataclasses.replace(resolve(config), model=assembled.config.model)
-        task = make_task(full, assembled.tokenizers)
+        method = method_of_run(full, assembled.tokenizers)
         if not params:
             params.update(
                 {
                     path: jnp.asarray(rng.normal(size=v.shape, scale=0.2), jnp.float32)
-                    for path, v in task.abstract.items()
+                    for path, v in method.abstract.items()
                 }
             )
         key = jax.random.key(1)
         positions = jnp.arange(4)
         keys = example_keys(key, positions)
-        loss = lambda params, batch: task.loss(  # noqa: E731
-            params, {}, batch, key=key, keys=keys, positions=positions, batch_size=4
-        )[0]
+        draw = Draw(key, keys, positions, 4)
+        loss = lambda params, batch: method.phases[0].loss(params, {}, {}, batch, draw)[0]  # noqa: E731
         # It runs a few times: optimisations take longer than they save.
         return jax.jit(loss, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -87,16 +87,15 @@ def test_a_run_goes_through_its_stages(staged, unbroken, monkeypatch):
 
 def test_the_first_step_of_a_stage_is_that_of_its_own_configuration(staged, unbroken):
     """Its loss, from the checkpoint before it and the stream of a run with that configuration."""
-    from sdjax.checkpoints.assemble import assemble
+    from sdjax.checkpoints.assemble import assemble, method_of_run
     from sdjax.checkpoints.checkpoint import Checkpoints
-    from sdjax.methods.task import make_task
     from sdjax.train.startup import place_frozen
 
     assembled = assemble(resolve(staged))
     segment = stages.segments(assembled.config)[1]
     config, mesh = segment.config, make_mesh(segment.config.mesh)
-    task = make_task(config, assembled.tokenizers)
-    built = program.build(config, task, mesh)
+    method = method_of_run(config, assembled.tokenizers)
+    built = program.build(config, method, mesh)
     with Checkpoints(unbroken) as checkpoints:
         step, state, _, _ = checkpoints.restore(built.state, 3)
     frozen = place_frozen(config, unbroken, assembled, built.split, mesh, resumed=True)

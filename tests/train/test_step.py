@@ -9,32 +9,33 @@ import numpy as np
 import optax
 import pytest
 
-from sdjax.checkpoints.assemble import assemble
+from sdjax.checkpoints.assemble import assemble, method_of_run
 from sdjax.config import resolve
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.losses import example_keys
-from sdjax.methods.task import make_task
+from sdjax.methods.method import Draw, Phase
 from sdjax.optim.ema import EMAConfig
-from sdjax.train.state import init_state
+from sdjax.train.state import Optimization, init_state
 from sdjax.train.step import make_train_step
 
 EMA = EMAConfig(profiles=("0.5",))
 
 
-def quadratic(params, frozen, batch, *, key, keys, positions, batch_size):
+def quadratic(params, frozen, averages, batch, draw):
     """A loss with noise of its own: |w x + b + noise|^2 per example."""
-    noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
+    noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(draw.keys)
     out = batch["x"] @ params["m.w.kernel"] * frozen["scale"] + params["m.b.bias"] + noise
     loss = jnp.sum(out**2, axis=-1)
-    t = positions.astype(jnp.float32) * 100
+    t = draw.positions.astype(jnp.float32) * 100
     return loss, {"loss": loss, "timesteps": t}
 
 
 def setup(accumulation=1, seed=0, loss=quadratic):
     optimizer = optax.adam(0.1)
+    phase = Phase("main", loss, lambda path: True)
+    optimizations = (Optimization(phase, optimizer, frozenset(("m.w.kernel", "m.b.bias"))),)
     step = make_train_step(
-        loss,
-        optimizer,
+        optimizations,
         positions=np.arange(8, dtype=np.int32),
         seed=seed,
         accumulation=accumulation,
@@ -43,7 +44,7 @@ def setup(accumulation=1, seed=0, loss=quadratic):
     )
     params = {"m.w.kernel": jnp.ones((4, 3)), "m.b.bias": jnp.zeros(3)}
     batch = {"x": jax.random.normal(jax.random.key(9), (8, 4))}
-    return jax.jit(step), init_state(params, optimizer, EMA), {"scale": jnp.float32(2.0)}, batch
+    return jax.jit(step), init_state(params, optimizations, EMA), {"scale": jnp.float32(2.0)}, batch
 
 
 def test_accumulation_equals_the_big_batch():
@@ -64,9 +65,8 @@ def test_the_update_is_optax_on_the_mean_gradient():
     key = jax.random.fold_in(jax.random.key(0), 0)
     positions = jnp.arange(8)
     mean = lambda p: jnp.mean(  # noqa: E731
-        quadratic(p, frozen, batch, key=key, keys=example_keys(key, positions),
-                  positions=positions, batch_size=8)[0]
-    )  # fmt: skip
+        quadratic(p, frozen, {}, batch, Draw(key, example_keys(key, positions), positions, 8))[0]
+    )
     loss, grads = jax.value_and_grad(mean)(state["params"])
     optimizer = optax.adam(0.1)
     updates, _ = optimizer.update(grads, optimizer.init(state["params"]))
@@ -131,7 +131,7 @@ def losses(text_to_image):
     """A function (caption dropout, batch) -> losses [4], of networks in which nothing is zero."""
     config, assembled = text_to_image
     rng = np.random.default_rng(3)
-    abstract = make_task(config, assembled.tokenizers).abstract
+    abstract = method_of_run(config, assembled.tokenizers).abstract
     params = {p: rng.normal(size=v.shape, scale=0.2) for p, v in abstract.items()}
     params = {p: jnp.asarray(v, jnp.float32) for p, v in params.items()} | assembled.params
     key, positions = jax.random.key(1), jnp.arange(4)
@@ -140,11 +140,10 @@ def losses(text_to_image):
     def step(rate):
         objective = dataclasses.replace(config.objective, caption_dropout=rate)
         own = dataclasses.replace(config, objective=objective)
-        task = make_task(own, assembled.tokenizers)
+        method = method_of_run(own, assembled.tokenizers)
         keys = example_keys(key, positions)
-        loss = lambda params, batch: task.loss(  # noqa: E731
-            params, {}, batch, key=key, keys=keys, positions=positions, batch_size=4
-        )[0]
+        draw = Draw(key, keys, positions, 4)
+        loss = lambda params, batch: method.phases[0].loss(params, {}, {}, batch, draw)[0]  # noqa: E731
         return jax.jit(loss, compiler_options={"xla_backend_optimization_level": 0})
 
     return lambda rate, batch: np.asarray(step(rate)(params, batch))
@@ -166,4 +165,4 @@ def test_networks_that_do_not_fit_together_are_refused(text_to_image):
         unet = dataclasses.replace(config.model.unet, **{field: value})
         bad = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
         with pytest.raises(ValueError, match=field):
-            make_task(bad, assembled.tokenizers)
+            method_of_run(bad, assembled.tokenizers)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints import checkpoint
-from sdjax.checkpoints.assemble import assemble
+from sdjax.checkpoints.assemble import assemble, method_of_run
 from sdjax.config import resolve
 from sdjax.data.fixed import FixedExamples
-from sdjax.methods.task import make_task
+from sdjax.families.registry import model_of
 from sdjax.models.config import ConfigError
 from sdjax.parallel.mesh import make_mesh
 from sdjax.train import loop
@@ -47,11 +47,11 @@ def assembled(tiny_vae, shapes_dir):
 @pytest.fixture(scope="module")
 def validator(assembled):
     config = assembled.config
-    task = make_task(config, assembled.tokenizers)
+    method = method_of_run(config, assembled.tokenizers)
     mesh = make_mesh(config.mesh)
-    params = {**jax.jit(task.init)(jax.random.key(3)), **assembled.params}
-    made = Validator(config, task, assembled.tokenizers, mesh, split="test", count=6)
-    return made, task, params, assembled
+    params = {**jax.jit(method.init)(jax.random.key(3)), **assembled.params}
+    made = Validator(config, method, assembled.tokenizers, mesh, split="test", count=6)
+    return made, method, params, assembled
 
 
 def test_losses_are_those_of_the_training_objective(validator):
@@ -77,7 +77,7 @@ def test_losses_are_those_of_the_training_objective(validator):
     names = made.examples.names()
     vae = weights.merge(weights.abstract(VAE, config.model.vae)[0], component(params, "vae"))
     unet = weights.merge(weights.abstract(UNet, config.model.unet)[0], component(params, "unet"))
-    conditioner = make_conditioner(config.model, assembled.tokenizers)
+    conditioner = make_conditioner(model_of(config.model), assembled.tokenizers)
     tables = make_schedule(config.schedule)
     for row, stratum in ((0, 0), (1, 3), (5, 7)):
         example = source[int(names[row, 1])]
@@ -100,9 +100,9 @@ def test_losses_are_those_of_the_training_objective(validator):
 
 
 def test_an_examples_loss_does_not_depend_on_how_many_there_are(validator):
-    made, task, params, assembled = validator
+    made, method, params, assembled = validator
     fewer = Validator(
-        assembled.config, task, assembled.tokenizers, make_mesh(assembled.config.mesh),
+        assembled.config, method, assembled.tokenizers, make_mesh(assembled.config.mesh),
         split="test", count=3,
     )  # fmt: skip
     np.testing.assert_array_equal(fewer.examples.names(), made.examples.names()[:3])
@@ -130,7 +130,7 @@ def test_an_unknown_split_is_an_error_at_the_start(validating, tmp_path):
 
 
 def test_maxima_are_those_of_the_captured_network(validator):
-    made, task, params, _ = validator
+    made, method, params, _ = validator
     found = made.maxima(params)
     logits = {path for path in found if path.endswith(("attn1", "attn2"))}
     assert logits and any(path.endswith("resnets.0") for path in found)

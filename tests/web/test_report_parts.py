@@ -326,7 +326,7 @@ CODE = "x = 1\n    __import__('os').system('touch ran')  #"
 @pytest.mark.parametrize(
     "config",
     [{CODE: 1}, {"seed": 1, "a b": {}}, {"data": {CODE: 1, "path": CODE}}, {"__class__": 1},
-     {"model": {CODE: {"unet": 1}, "unet": {CODE: 1}}}, {"task": {CODE: CODE}},
+     {"model": {CODE: {"unet": 1}, "unet": {CODE: 1}}}, {"method": {CODE: CODE}},
      {"\ud800": "\ud800"},
      {"model": {"text_encoder_2": {CODE: [CODE, float("inf")]}}}, {"lambda": 0, "": 1, "a.b": 2}],
 )  # fmt: skip
@@ -412,7 +412,9 @@ def test_a_converted_workdir_has_no_counts_but_its_networks(tmp_path):
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, {"params": {"unet.b": np.zeros(5, np.float32)}}, {}, {})
-    (tmp_path / "config.json").write_text('{"task": "text_to_image", "model": {"unet": {"a": 1}}}')
+    (tmp_path / "config.json").write_text(
+        '{"method": {"name": "denoise"}, "model": {"unet": {"a": 1}}}'
+    )
     run = read_run(tmp_path)
     assert run.sizes.trained == {} and ("Networks", "unet") in summary(run, parse(b""))
     assert "parameters trained" not in write_report(tmp_path).read_text().lower()

@@ -9,6 +9,7 @@ well: a product costs once more for each of its two sides that a gradient flows 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from sdjax.checkpoints.assemble import blank_method, model_of_run
 from sdjax.config import Config
-from sdjax.families.conditioning import blank_tokenizers, check_text
-from sdjax.methods.task import make_task, trainable_networks
-from sdjax.models import weights
-from sdjax.models.unet import UNet
+from sdjax.families.bind import bind
+from sdjax.families.conditioning import blank_tokenizers, make_conditioner
+from sdjax.families.registry import model_of
+from sdjax.methods.method import Draw
 from sdjax.parallel.chips import peak_flops
 from sdjax.train.program import split_trainable
 
@@ -55,42 +57,42 @@ def mfu_flops(config: Config) -> float | None:
 def train_flops(config: Config) -> float:
     """FLOPs to train on one image: frozen networks forward, gradients, nothing computed twice."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    task = make_task(config, blank_tokenizers(config.model))
-    split = split_trainable(config, task.abstract, trainable_networks(config))
+    method = blank_method(config)
+    split = split_trainable(config, method)
     batch = {
-        name: jax.ShapeDtypeStruct((1, *one.shape), one.dtype) for name, one in task.example.items()
+        name: jax.ShapeDtypeStruct((1, *one.shape), one.dtype)
+        for name, one in method.example.items()
     }
 
     def loss(params: Any, frozen: Any, batch: Any, positions: jax.Array) -> jax.Array:
         key = jax.random.key(0)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
-        return jnp.mean(
-            task.loss(params, frozen, batch, key=key, keys=keys, positions=positions, batch_size=1)[
-                0
-            ]
-        )
+        draw = Draw(key, keys, positions, 1)
+        each = [phase.loss(params, frozen, {}, batch, draw)[0] / phase.every for phase in phases]
+        return jnp.mean(sum(each))
 
-    positions = jax.ShapeDtypeStruct((1,), jnp.int32)
+    positions, phases = jax.ShapeDtypeStruct((1,), jnp.int32), method.phases
     return gradient_flops(loss, split.trained, split.frozen, batch, positions)
 
 
-def unet_flops(config: Config, latent: tuple[int, int, int]) -> float:
-    """FLOPs of the UNet forward on one latent (h, w, C), as MLPerf counts them (it takes 3 x)."""
-    model = config.model
-    graph, params = weights.abstract(UNet, model.unet, dtype=jnp.dtype(model.dtype))
-    tokens = max(encoder.max_position_embeddings for encoder in model.text_encoders.values())
-    context: Any = jax.ShapeDtypeStruct((1, tokens, model.unet.cross_attention_dim), jnp.float32)
-    time_ids = check_text(model)
-    if time_ids:
-        assert model.text_encoder_2 is not None
-        context = {
-            "context": context,
-            "pooled": jax.ShapeDtypeStruct((1, model.text_encoder_2.projection_dim), jnp.float32),
-            "time_ids": jax.ShapeDtypeStruct((1, time_ids), jnp.float32),
-        }
+def denoiser_flops(config: Config, latent: tuple[int, int, int]) -> float:
+    """FLOPs of the denoiser forward on one latent (h, w, C); MLPerf takes 3 x for a step."""
+    model = model_of_run(config, blank_tokenizers(model_of(config.model)))
+    name, dtype = model.family.denoiser, config.model.dtype
+    conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
+    networks = bind(model, (name,), dtype=dtype)
+    factor = model.vae.downscale
+    tokens = {
+        f: jax.ShapeDtypeStruct((1, *t.shape), jnp.int32) for f, t in conditioner.null.items()
+    }
+    context = jax.eval_shape(
+        functools.partial(conditioner, target=(latent[0] * factor, latent[1] * factor)),
+        conditioner.networks.abstract,
+        tokens,
+    )
     return count_flops(
-        lambda params, xt, t, context: weights.merge(graph, params)(xt, t, context),
-        params,
+        lambda params, xt, t, context: networks.module(name, params)(xt, t, context),
+        networks.abstract,
         jax.ShapeDtypeStruct((1, *latent), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
         context,

@@ -107,7 +107,7 @@ class Contents:
             weights, _, guided = kind.rpartition("-")
             return f"{weights} weights, {guided}" if weights else f"{kind} weights"
         weights = (self.run.field("ema.profiles") or ["raw"])[0]
-        guided = self.run.field("task") == "text_to_image"
+        guided = self.run.field("method.name") != "autoencoder"
         guided = guided and self.run.field("objective.caption_dropout") != 1
         return f"{weights} weights" + (", guided" if guided else "")
 

@@ -139,7 +139,7 @@ def count(number: int) -> str:
 def summary(run: Run, metrics: Metrics) -> list[tuple[str, str]]:
     """Return what was trained and on what, as (name, text), as far as it is known."""
     rows = [
-        ("Task", str(run.field("task", "")).replace("_", " ")),
+        ("Method", str(run.field("method.name", ""))),
         ("Networks", _networks(run)),
         ("Started from", _origin(run)),
         ("Data", _data(run, metrics)),
@@ -168,10 +168,13 @@ def _networks(run: Run) -> str:
         found.append(f"{name} ({', '.join(parts)})")
     if found or not run.config:
         return ", ".join(found)
-    names = ["unet", "vae", "text_encoder", "text_encoder_2"]
-    if run.field("task") == "autoencoder":
-        names = ["vae"]
-    return ", ".join(name for name in names if run.field(f"model.{name}"))
+    groups = {name for name, value in run.field("model", {}).items() if isinstance(value, Mapping)}
+    names = ["vae"] if _is_autoencoder(run) else sorted(groups)
+    return ", ".join(name for name in names if name in groups)
+
+
+def _is_autoencoder(run: Run) -> bool:
+    return run.field("method.name") == "autoencoder"
 
 
 def _origin(run: Run) -> str:
@@ -217,8 +220,8 @@ def _progress(run: Run, metrics: Metrics) -> str:
 
 
 def _objective(run: Run) -> str:
-    if run.field("task") == "autoencoder":
-        return f"{run.field('autoencoder.loss')} + {run.field('autoencoder.kl_weight')} KL"
+    if _is_autoencoder(run):
+        return f"{run.field('method.loss')} + {run.field('method.kl_weight')} KL"
     zero = ", zero terminal SNR" if run.field("schedule.zero_terminal_snr") else ""
     return (
         f"{run.field('objective.prediction_type')}, weighting {run.field('objective.weighting')}, "

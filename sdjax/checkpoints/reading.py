@@ -8,37 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdjax.checkpoints.bundle import INCOMPLETE, NETWORKS, Pretrained, PretrainedError, read_json
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.checkpoints.diffusers_folder import read_diffusers
+from sdjax.checkpoints.folders import INCOMPLETE, ModelError, read_json
 from sdjax.checkpoints.single_file import Hints, read_single_file
 from sdjax.checkpoints.workdir import read_workdir
+from sdjax.families.family import Model
+from sdjax.families.registry import NETWORKS
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
-
-__all__ = [
-    "NETWORKS",
-    "Hints",
-    "Pretrained",
-    "PretrainedError",
-    "folder_kind",
-    "read_any",
-    "read_diffusers",
-    "read_single_file",
-    "read_workdir",
-    "write_diffusers",
-]
 
 
 def read_any(
     path: paths.PathLike,
     *,
-    components: Sequence[str] = tuple(NETWORKS),
+    components: Sequence[str] = NETWORKS,
     weights: str = "ema",
     step: int | None = None,
     variant: str = "",
     hints: Hints | None = None,
     with_weights: bool = True,
-) -> Pretrained:
+) -> Model:
     """Networks from a diffusers pipeline or network, an sdjax workdir, or a single file.
 
     Args:
@@ -50,7 +39,7 @@ def read_any(
         with_weights: False, of a folder, reads configs, schedule and tokenizers alone.
 
     Raises:
-        PretrainedError: the folder is neither, or all that is wrong with it.
+        ModelError: the folder is neither, or all that is wrong with it.
         CheckpointError: a workdir's checkpoint is missing or damaged.
     """
     path = paths.to_path(path)
@@ -71,19 +60,19 @@ def read_any(
 
 
 def folder_kind(path: paths.Path) -> str:
-    """ "diffusers", "workdir" or "single_file". PretrainedError, with the reason, if none."""
+    """ "diffusers", "workdir" or "single_file". ModelError, with the reason, if none."""
     if not paths.exists(path):
-        raise PretrainedError(f"{path}: no such folder or file")
+        raise ModelError(f"{path}: no such folder or file")
     if not path.is_dir():
         if path.suffix == ".safetensors":
             return "single_file"
-        raise PretrainedError(
+        raise ModelError(
             f"{path} is a file; expected a diffusers folder (model_index.json, unet/, ...), an "
             "sdjax workdir, or a single .safetensors file. A .ckpt is a pickle, which can run code "
             "and is not read: save it as safetensors where torch is installed"
         )
     if (path / INCOMPLETE).exists():
-        raise PretrainedError(
+        raise ModelError(
             f"{path} is incomplete: whatever wrote it was interrupted (it holds {INCOMPLETE}); "
             "write it again"
         )
@@ -95,12 +84,12 @@ def folder_kind(path: paths.Path) -> str:
         return "workdir"
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
-        if "task" in config:
+        if "method" in config:
             return "workdir"
         if "_class_name" in config or "model_type" in config or "architectures" in config:
             return "diffusers"
     has = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-    raise PretrainedError(
+    raise ModelError(
         f"{path} is neither a diffusers folder (no model_index.json, no network's config.json) nor "
         f"an sdjax workdir (no checkpoints/). It has: {has}"
     )

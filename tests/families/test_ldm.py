@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from sdjax.checkpoints import ldm_configs
-from sdjax.checkpoints.ldm_names import from_ldm, renamer, to_ldm
-from sdjax.models import presets, weights
+from sdjax.families import ldm_configs, sd, sdxl
+from sdjax.families.ldm_names import from_ldm, renamer, to_ldm
+from sdjax.models import weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.config import ConfigError
 from sdjax.models.unet import UNet
@@ -18,9 +18,9 @@ single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")
 
 UNETS = {
     "sd1": UNetConfig(),
-    "sd2_v": presets.UNET_SD2_V,
-    "sdxl": presets.UNET_SDXL,
-    "refiner": presets.UNET_SDXL_REFINER,
+    "sd2_v": sd.UNET_SD2_V,
+    "sdxl": sdxl.UNET_SDXL,
+    "refiner": sdxl.UNET_SDXL_REFINER,
 }
 TINY_CLIP = CLIPTextConfig(
     vocab_size=60,
@@ -102,7 +102,7 @@ def test_diffusers_maps_our_vae_back_to_its_own():
     assert_same(from_ldm(ours, tensors, renamer(config)), tensors)
 
 
-@pytest.mark.parametrize("config", [VAEConfig(), presets.VAE_SDXL])
+@pytest.mark.parametrize("config", [VAEConfig(), sdxl.VAE_SDXL])
 def test_the_vaes_shape_is_found(config):
     found = ldm_configs.vae_config(
         ldm_shapes(VAE, config),
@@ -135,15 +135,15 @@ def test_diffusers_maps_our_open_clip_back_to_its_own():
 
 def test_the_encoders_shapes_are_found():
     found = ldm_configs.open_clip_config(
-        ldm_shapes(CLIPText, presets.CLIP_BIGG, open_clip=True), penultimate=False
+        ldm_shapes(CLIPText, sdxl.CLIP_BIGG, open_clip=True), penultimate=False
     )
-    assert found == presets.CLIP_BIGG
-    h = ldm_shapes(CLIPText, presets.CLIP_H, open_clip=True)
-    assert ldm_configs.open_clip_config(h, penultimate=True) == presets.CLIP_H
+    assert found == sdxl.CLIP_BIGG
+    h = ldm_shapes(CLIPText, sd.CLIP_H, open_clip=True)
+    assert ldm_configs.open_clip_config(h, penultimate=True) == sd.CLIP_H
     # Stability's own files have the layer that is not used, and the projection.
     last = {n.replace(".22.", ".23."): s for n, s in h.items() if ".22." in n}
     whole = {**h, **last, "text_projection": (1024, 1024)}
-    assert ldm_configs.open_clip_config(whole, penultimate=True) == presets.CLIP_H
+    assert ldm_configs.open_clip_config(whole, penultimate=True) == sd.CLIP_H
     assert ldm_configs.clip_config(shapes(CLIPText, CLIPTextConfig())) == CLIPTextConfig()
 
 

@@ -1,0 +1,47 @@
+"""The one place that builds networks: graphs and abstract parameters of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.families.family import Model, Networks, Part
+from sdjax.models import weights
+from sdjax.models.params import prefixed
+
+
+def bind(
+    model: Model,
+    names: Sequence[str] | None = None,
+    *,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> Networks:
+    """Build networks of a model, without arrays.
+
+    Args:
+        names: which networks, in the family's order; by default all that the model has.
+        dtype: of products and convolutions; parameters are float32.
+        remat: see `ModelConfig.remat`.
+    """
+    chosen = {n: c for n, c in _in_order(model).items() if names is None or n in names}
+    graphs: dict[str, Any] = {}
+    abstract: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, config in chosen.items():
+        network = model.family.parts[name].network
+        graphs[name], own = weights.abstract(network, config, dtype=jnp.dtype(dtype), remat=remat)
+        abstract |= prefixed(own, name)
+    return Networks(model.family, chosen, model.family.parts, model.settings, graphs, abstract)
+
+
+def abstract_params(part: Part, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return {path: float32 ShapeDtypeStruct} of one network, without its prefix."""
+    return weights.abstract(part.network, config, param_dtype=jnp.float32)[1]
+
+
+def _in_order(model: Model) -> dict[str, Any]:
+    """{name: config} in the family's order, whatever the order they were read in."""
+    return {name: model.networks[name] for name in model.family.parts if name in model.networks}

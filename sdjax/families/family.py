@@ -1,0 +1,263 @@
+"""The three records: a family, a model of it, and networks that are ready to be given parameters.
+
+A `Family` is facts and a few pure functions, in a file of its own. Everything that belongs to one
+family and to no other stands there. The rest of the house asks the record: which networks there
+are, how words become features, what the denoiser gets, how the family's folders and files look.
+
+A `Model` is what is read from a folder, what is written to one, and what a run trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from sdjax.data.tokenizer import Tokenizer
+from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.schedules import ScheduleConfig
+from sdjax.models import weights
+from sdjax.models.params import Params, component, prefixed
+
+Context = jax.Array | dict[str, jax.Array]
+Features = dict[str, jax.Array]
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A network of a family; its name is a folder of the diffusers layout.
+
+    network: the nnx module.
+    config: the dataclass of its config, with `from_json` and `to_json`.
+    kind: the `_class_name` or `model_type` in its config.json.
+    owns: whether a config.json of this kind is this part's, and not another family's.
+    tokens, tokenizer: of a text encoder, the field of a batch that it reads and the folder of its
+        tokenizer; "" for other networks.
+    prefix: of its weights in a file of transformers.
+    """
+
+    network: type
+    config: Any
+    kind: str
+    owns: Callable[[Mapping[str, Any]], bool] = lambda data: True
+    tokens: str = ""
+    tokenizer: str = ""
+    prefix: str = ""
+
+
+class Embed(Protocol):
+    """Turns the tokens of captions into features, which may be kept for later."""
+
+    def __call__(
+        self,
+        networks: Networks,
+        params: Mapping[str, jax.Array],
+        tokens: Mapping[str, jax.Array],
+        *,
+        empty: Callable[[], jax.Array],
+        key: jax.Array | None,
+    ) -> Features:
+        """Return {"context": [B, L, D], ...} float32.
+
+        Args:
+            tokens: int32 [B, L] by the field of each text encoder.
+            empty: gives bool [B], the captions that are "".
+            key: of dropout in the encoders; None switches it off.
+        """
+
+
+class MakeContext(Protocol):
+    """Turns features and numbers into what the denoiser is told besides the noisy latents."""
+
+    def __call__(
+        self,
+        networks: Networks,
+        features: Features,
+        batch: Mapping[str, jax.Array],
+        *,
+        target: tuple[int, int],
+        negative: bool,
+    ) -> Context:
+        """Return the denoiser's context.
+
+        Args:
+            batch: may have the family's `numbers`; those that are missing take defaults.
+            target: height and width of the picture, in pixels.
+            negative: whether guidance leads away from it.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleFile:
+    """One layout of the checkpoints that hold all networks in one file.
+
+    name: of the release, as "sd1".
+    prefixes: {network: prefix of its weights}, of the text encoders.
+    width: channels of the denoiser's cross attention, which tell releases apart where a file has no
+        text encoder.
+    configure: (network, shapes of its weights by name without prefix, prediction type) -> config.
+    scaling_factor: of the latents.
+    settings: the family's settings, where the file does not say them.
+    tells_prediction: whether the release has one prediction type, or marks in the file say it.
+    marks: whether readers look for empty tensors named after the prediction and the schedule.
+    """
+
+    name: str
+    prefixes: Mapping[str, str]
+    width: int
+    configure: Callable[[str, Shapes, str], Any]
+    scaling_factor: float
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tells_prediction: bool = True
+    marks: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    name: in recipes and in config.json.
+    title: in messages.
+    config: the dataclass of a recipe's group `model`, a `ModelConfig`.
+    parts: its networks, in the order in which they are initialised.
+    denoiser: the name of the one that predicts.
+    halvings: how often the denoiser halves latents, from the configs of the networks.
+    check: raises a UserError, naming the fields, if the networks do not belong together.
+    embed, context: see `Embed` and `MakeContext`.
+    features: names of what `embed` makes; "context" [B, L, D] is one.
+    numbers: {field of a batch: its shape for one example} that an example carries besides pictures
+        and captions.
+    pipelines: classes of diffusers whose folders are read, the plain one first.
+    pipeline_class: the one that draws with a model.
+    index: entries of model_index.json besides the class and the parts.
+    settings_of_index: the family's settings that a model_index.json says.
+    scheduler_changes: what a pipeline class changes in the scheduler file that it reads.
+    single_files: layouts of single files, from the most to the least particular.
+    single_file: the name of the layout that a model is written in.
+    presets: published shapes by name; "base" is the one that a recipe begins with.
+    """
+
+    name: str
+    title: str
+    config: type
+    parts: Mapping[str, Part]
+    denoiser: str
+    halvings: Callable[[Mapping[str, Any]], int]
+    check: Callable[[Model], None]
+    embed: Embed
+    context: MakeContext
+    features: tuple[str, ...]
+    numbers: Mapping[str, tuple[int, ...]]
+    pipelines: tuple[str, ...]
+    pipeline_class: Callable[[Model], str]
+    index: Callable[[Model], dict[str, Any]]
+    settings_of_index: Callable[[Mapping[str, Any]], dict[str, Any]]
+    scheduler_changes: Callable[[str], dict[str, Any]]
+    single_files: tuple[SingleFile, ...]
+    single_file: Callable[[Model], str]
+    presets: Mapping[str, Any]
+
+    @property
+    def encoders(self) -> dict[str, Part]:
+        """The text encoders among the parts."""
+        return {name: part for name, part in self.parts.items() if part.tokens}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """Networks of a family and what they were trained with; what a folder lacks is not there.
+
+    networks: {name: config}.
+    settings: the family's own, as `ModelConfig.settings`; may lack some.
+    schedule: None if there is no denoiser.
+    sampler: how the folder says to sample; the nearest to it where `unsupported_sampler` says
+        something.
+    unsupported_sampler: the sampler that the folder asks for and sdjax does not have, or "".
+    scheduler: the folder's scheduler_config.json, for a folder that is written of these.
+    tokenizers: {field of a batch: the tokenizer that fills it}, one for each text encoder.
+    params: {path: float32 array}, paths start with the network, as in `unet.conv_in.bias`.
+    ignored: fields and parts of the folder that were not used, for the log.
+    """
+
+    family: Family
+    networks: Mapping[str, Any]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: ScheduleConfig | None = None
+    prediction_type: str = "epsilon"
+    sampler: SamplerConfig | None = None
+    unsupported_sampler: str = ""
+    scheduler: Mapping[str, Any] | None = None
+    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)
+    params: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def denoiser(self) -> Any:
+        """The config of the network that predicts."""
+        return self.networks[self.family.denoiser]
+
+    @property
+    def vae(self) -> Any:
+        """The config of the autoencoder."""
+        return self.networks["vae"]
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """{name: config} of the text encoders that are there."""
+        encoders = self.family.encoders
+        return {name: config for name, config in self.networks.items() if name in encoders}
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the pictures that the denoiser was made for."""
+        side = self.denoiser.sample_size
+        rows, columns = side if isinstance(side, tuple) else (side, side)
+        return rows * self.vae.downscale, columns * self.vae.downscale
+
+    def component(self, name: str) -> dict[str, np.ndarray]:
+        """The parameters of one network, without its prefix."""
+        return component(self.params, name)
+
+    def missing(self) -> list[str]:
+        """The parts of a pipeline that are not there: each encoder comes with its tokenizer."""
+        every = self.family.encoders
+        encoders = {name: every[name] for name in self.text_encoders}
+        wanted = [self.family.denoiser, "vae", *(encoders or [next(iter(every))])]
+        absent = [name for name in wanted if name not in self.networks]
+        absent += ["schedule"] if self.schedule is None else []
+        for part in encoders.values() or [next(iter(every.values()))]:
+            absent += [part.tokenizer] if part.tokens not in self.tokenizers else []
+        return absent
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Networks:
+    """Some networks of a model, ready to be given parameters.
+
+    configs, parts, graphs: by name.
+    settings: the family's own.
+    abstract: {path: ShapeDtypeStruct} of all of them; paths start with the network's name.
+    """
+
+    family: Family
+    configs: Mapping[str, Any]
+    parts: Mapping[str, Part]
+    settings: Mapping[str, Any]
+    graphs: Mapping[str, Any]
+    abstract: dict[str, jax.ShapeDtypeStruct]
+
+    def module(self, name: str, params: Mapping[str, Any]) -> Any:
+        """Return a network with its parameters, which may be among those of others."""
+        return weights.merge(self.graphs[name], component(params, name))
+
+    def init(self, key: jax.Array) -> Params:
+        """Return parameters drawn anew, {path: float32} (jittable)."""
+        params: Params = {}
+        for i, (name, config) in enumerate(self.configs.items()):
+            own = weights.init(self.parts[name].network, config, jax.random.fold_in(key, i))
+            params |= prefixed(own, name)
+        return params

@@ -1,0 +1,222 @@
+"""Stable Diffusion 1 and 2: one UNet, one VAE, one CLIP text encoder.
+
+The UNet is told the normed last state of the text encoder (SD2's encoder comes without its last
+layer, so that this is the last but one; Stability's v2-inference.yaml, layer: penultimate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from sdjax.errors import UserError
+from sdjax.families import ldm_configs
+from sdjax.families.config import ModelConfig
+from sdjax.families.family import (
+    Context,
+    Family,
+    Features,
+    Model,
+    Networks,
+    Part,
+    Shapes,
+    SingleFile,
+)
+from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
+from sdjax.models.unet import UNet, UNetConfig
+from sdjax.models.vae import VAE, VAEConfig
+
+SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
+PARTS = {
+    "unet": Part(UNet, UNetConfig, "UNet2DConditionModel", lambda data: not takes_numbers(data)),
+    "text_encoder": Part(
+        CLIPText, CLIPTextConfig, "clip_text_model", lambda data: not has_projection(data),
+        tokens="tokens", tokenizer="tokenizer", prefix="text_model.",
+    ),
+    "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
+}  # fmt: skip
+
+
+def takes_numbers(data: Mapping[str, Any]) -> bool:
+    """Whether the config.json of a UNet is of one that takes numbers about the picture."""
+    return data.get("addition_embed_type") == "text_time"
+
+
+@dataclasses.dataclass(frozen=True)
+class SDConfig(ModelConfig):
+    """The networks of Stable Diffusion 1 and 2; the defaults are SD1.5's."""
+
+    parts = PARTS
+
+    family: str = "sd"
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    text_encoder: CLIPTextConfig = CLIPTextConfig()
+
+
+# stabilityai/stable-diffusion-2-1-base, unet/config.json
+UNET_SD2 = UNetConfig(
+    attention_head_dim=(5, 10, 20, 20),  # heads per level, each of 64 channels
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+)
+# stabilityai/stable-diffusion-2-1: 768 px
+UNET_SD2_V = UNetConfig(
+    attention_head_dim=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    sample_size=96,
+    upcast_attention=True,
+    use_linear_projection=True,
+)
+# text_encoder/config.json of both: OpenCLIP ViT-H/14 without its last layer
+CLIP_H = CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+
+
+def halvings(networks: Mapping[str, Any]) -> int:
+    """Return how often the UNet halves latents."""
+    return len(networks["unet"].block_out_channels) - 1
+
+
+def check(model: Model) -> None:
+    """Check that text encoder and UNet belong together.
+
+    Raises:
+        UserError: naming the fields that do not.
+    """
+    unet, encoder = model.networks["unet"], model.networks.get("text_encoder")
+    if encoder is None:
+        raise UserError(
+            "model.text_encoder is missing: text-to-image training and drawing take one"
+        )
+    if unet.addition_embed_type is not None:
+        raise UserError(
+            f"model.unet.addition_embed_type is {unet.addition_embed_type!r}, which is of the family "
+            "'sdxl', but model.family is 'sd'; expected None"
+        )
+    if unet.cross_attention_dim != encoder.hidden_size:
+        raise UserError(
+            f"model.unet.cross_attention_dim is {unet.cross_attention_dim}, but "
+            f"model.text_encoder.hidden_size is {encoder.hidden_size}"
+        )
+
+
+def embed(
+    networks: Networks,
+    params: Mapping[str, jax.Array],
+    tokens: Mapping[str, jax.Array],
+    *,
+    empty: Callable[[], jax.Array],
+    key: jax.Array | None,
+) -> Features:
+    """Return the normed last state of the text encoder; see `Embed`."""
+    encoder = networks.module("text_encoder", params)
+    return {"context": encoder(tokens["tokens"], key=key)}
+
+
+def context(
+    networks: Networks,
+    features: Features,
+    batch: Mapping[str, jax.Array],
+    *,
+    target: tuple[int, int],
+    negative: bool,
+) -> Context:
+    """Return the text, which is all that the UNet is told; see `MakeContext`."""
+    return features["context"]
+
+
+def pipeline_class(model: Model) -> str:
+    """Return the class of diffusers that draws with a model."""
+    return f"StableDiffusion{'Inpaint' if inpaints(model) else ''}Pipeline"
+
+
+def inpaints(model: Model) -> bool:
+    """Whether the UNet takes latents, a mask and masked latents."""
+    unet = model.networks["unet"]
+    return unet.in_channels == 2 * unet.out_channels + 1
+
+
+def index(model: Model) -> dict[str, Any]:
+    """Return entries of model_index.json: no safety checker."""
+    return {
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    }
+
+
+def scheduler_changes(pipeline: str) -> dict[str, Any]:
+    """Return what a pipeline of diffusers corrects in a scheduler file that it reads.
+
+    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all of
+    them set steps_offset to 1, those that do not inpaint clip_sample to False, the one that does
+    skip_prk_steps to True.
+    """
+    if pipeline == "StableDiffusionInpaintPipeline":
+        return {"steps_offset": 1, "skip_prk_steps": True}
+    return {"steps_offset": 1, "clip_sample": False}
+
+
+def _configure_sd1(name: str, shapes: Shapes, prediction: str) -> Any:
+    if name == "text_encoder":
+        return ldm_configs.clip_config(shapes)
+    if name == "vae":
+        return ldm_configs.vae_config(shapes, scaling_factor=SCALING_FACTOR, sample_size=512)
+    return ldm_configs.unet_config(shapes, sample_size=64)
+
+
+def _configure_sd2(name: str, shapes: Shapes, prediction: str) -> Any:
+    large = prediction == "v_prediction"  # the 768 px models
+    if name == "text_encoder":
+        return ldm_configs.open_clip_config(shapes, penultimate=True)
+    if name == "vae":
+        size = 768 if large else 512
+        return ldm_configs.vae_config(shapes, scaling_factor=SCALING_FACTOR, sample_size=size)
+    return ldm_configs.unet_config(shapes, sample_size=96 if large else 64, upcast=large)
+
+
+SD = Family(
+    name="sd",
+    title="SD1 and SD2",
+    config=SDConfig,
+    parts=PARTS,
+    denoiser="unet",
+    halvings=halvings,
+    check=check,
+    embed=embed,
+    context=context,
+    features=("context",),
+    numbers={},
+    pipelines=tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
+    pipeline_class=pipeline_class,
+    index=index,
+    settings_of_index=lambda index: {},
+    scheduler_changes=scheduler_changes,
+    single_files=(
+        SingleFile(
+            "sd2", {"text_encoder": "cond_stage_model.model."}, 1024, _configure_sd2,
+            SCALING_FACTOR, tells_prediction=False,
+        ),
+        SingleFile(
+            "sd1", {"text_encoder": "cond_stage_model.transformer."}, 768, _configure_sd1,
+            SCALING_FACTOR,
+        ),
+    ),
+    single_file=lambda model: (
+        "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
+    ),
+    presets={
+        "base": SDConfig(),
+        "sd2": SDConfig(unet=UNET_SD2, text_encoder=CLIP_H),
+        "sd2_v": SDConfig(unet=UNET_SD2_V, text_encoder=CLIP_H),
+    },
+)  # fmt: skip

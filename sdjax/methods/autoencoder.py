@@ -1,0 +1,106 @@
+"""The VAE: reconstruction and KL divergence (LDM `LPIPSWithDiscriminator` without its two networks)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.diffusion.losses import fold_keys, normal_like
+from sdjax.families.bind import bind
+from sdjax.methods.denoise import LATENTS
+from sdjax.methods.method import (
+    Aux,
+    Averages,
+    Batch,
+    Draw,
+    Examples,
+    Kind,
+    Method,
+    MethodConfig,
+    Phase,
+    Setup,
+)
+from sdjax.models.params import Params
+from sdjax.models.vae import sample_moments
+from sdjax.parallel.sharding import to_host
+from sdjax.sampling.generate import check_finite, to_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(MethodConfig):
+    """Training of the VAE."""
+
+    name: str = "autoencoder"
+    loss: str = "l1"  # "l1" or "l2", mean over pixels
+    kl_weight: float = 1e-6  # times KL(q(z|x) || N(0, 1)), summed over the latent
+
+    def __post_init__(self):
+        if self.loss not in ("l1", "l2"):
+            raise ValueError(f"method.loss is {self.loss!r}; expected 'l1' or 'l2'")
+
+
+def make(setup: Setup) -> Method:
+    """Bind the method to the VAE of a model; the loss is the mean over examples."""
+    networks = bind(setup.model, ("vae",), dtype=setup.dtype, remat=setup.remat)
+    config: AutoencoderConfig = setup.config
+
+    def per_example(every: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Aux]:
+        vae = networks.module("vae", every)
+        images = batch["image"]
+        moments = vae.encode(images)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        z = sample_moments(moments, normal_like(fold_keys(keys, LATENTS), mean))
+        error = vae.decode(z) - images
+        error = jnp.abs(error) if config.loss == "l1" else jnp.square(error)
+        reconstruction = jnp.mean(error, axis=(1, 2, 3))
+        # KL(N(mean, var) || N(0, 1)), summed over the latent (LDM distributions.py).
+        kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
+        aux = {
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "latent_std": jnp.std(mean, axis=(1, 2, 3)),
+        }
+        return reconstruction + config.kl_weight * kl, aux
+
+    def loss(
+        trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
+    ) -> tuple[jax.Array, Aux]:
+        return per_example({**frozen, **trained}, batch, draw.keys)
+
+    def validate(every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray) -> jax.Array:
+        return per_example(every, batch, keys)[0][:, None]
+
+    @jax.jit
+    def reconstruct(params: Params, images: jax.Array) -> jax.Array:
+        vae = networks.module("vae", params)
+        mean, _ = jnp.split(vae.encode(images), 2, axis=-1)
+        return jnp.clip(vae.decode(mean) / 2 + 0.5, 0.0, 1.0)
+
+    def pictures(params: Params, examples: Examples, seed: int, guided: bool = False) -> np.ndarray:
+        """Return originals on the left, reconstructions on the right."""
+        made = to_host(reconstruct(params, examples.images))
+        check_finite(made)
+        return to_uint8(np.concatenate([examples.images / 2 + 0.5, made], axis=2))
+
+    side = setup.data.resolution
+    return Method(
+        abstract=networks.abstract,
+        init=networks.init,
+        phases=(Phase("main", loss, lambda path: path.startswith("vae.")),),
+        example={"image": jax.ShapeDtypeStruct((side, side, 3), jnp.float32)},
+        validate=validate,
+        maxima=None,
+        timesteps=lambda count: np.zeros(0, np.float32),
+        pictures=pictures,
+    )
+
+
+AUTOENCODER = Kind(
+    config=AutoencoderConfig,
+    make=make,
+    networks=lambda there: ("vae",),
+    draws=False,
+)

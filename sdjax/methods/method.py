@@ -1,0 +1,167 @@
+"""What a method is: what is trained, by which loss, and how the result is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from sdjax.data.config import DataConfig
+from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.families.family import Model
+from sdjax.models.params import Params
+from sdjax.optim.optimizers import OptimConfig
+from sdjax.sampling.settings import SampleConfig
+
+Batch = Mapping[str, jax.Array]
+Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
+Aux = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """The group `method` of a recipe; each method adds its own fields."""
+
+    name: str = ""
+
+
+class Draw(NamedTuple):
+    """The randomness of a step, and which of its examples are at hand.
+
+    key: the step's, the same for all of the batch.
+    keys: [b], one for each example at hand.
+    positions: int32 [b], their places in the global batch.
+    batch_size: of the global batch.
+    """
+
+    key: jax.Array
+    keys: jax.Array
+    positions: jax.Array
+    batch_size: int
+
+
+class LossFn(Protocol):
+    """The loss of one phase; the mean over the global batch is minimised."""
+
+    def __call__(
+        self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
+    ) -> tuple[jax.Array, Aux]:
+        """Return the loss of each example, float32 [b], and what is to be logged {name: [b]}.
+
+        Args:
+            trained: {path: array} of everything that the method trains; the gradient is taken with
+                respect to what the phase trains.
+            frozen: {path: array} of what no phase trains.
+            averages: see `Averages`; empty without EMA.
+            batch: of the examples at hand.
+        """
+
+
+class Pictures(Protocol):
+    """Draws, or reconstructs, pictures to look at while training."""
+
+    def __call__(
+        self, params: Params, examples: Examples, seed: int, guided: bool = True
+    ) -> np.ndarray:
+        """Return uint8 [N, H, W, 3] from the parameters of every network.
+
+        Raises:
+            FloatingPointError: a picture has NaN pixels.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Fixed examples to look at while training."""
+
+    captions: tuple[str, ...]
+    images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
+    tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Phase:
+    """One optimization among those of a method.
+
+    name: in the state and, where there are several, in metrics.
+    loss: see `LossFn`.
+    trains: whether a path of `Method.abstract` is trained here; the phases share nothing.
+    optim: the optimizer; None for the recipe's.
+    every: the phase takes a step at each multiple of so many steps.
+    """
+
+    name: str
+    loss: LossFn
+    trains: Callable[[str], bool]
+    optim: OptimConfig | None = None
+    every: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A method bound to the networks of a run.
+
+    abstract: {path: ShapeDtypeStruct} of every network; paths start with the network's name.
+    init: key -> parameters of every network, untrained (jittable).
+    phases: in the order in which they follow one another within a step.
+    example: {name: ShapeDtypeStruct} of one example of a batch.
+    validate: (params of every network, batch, keys [b], timesteps [n]) -> losses [b, n] float32, a
+        column for each timestep, of the plain objective: nothing is dropped, weighed or perturbed.
+        An autoencoder has no timesteps, and one column.
+    maxima: the same arguments -> {path: scalar}, the largest activations and attention logits of
+        what is trained; None where that is not offered.
+    timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
+    pictures: see `Pictures`.
+    """
+
+    abstract: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[jax.Array], Params]
+    phases: tuple[Phase, ...]
+    example: dict[str, jax.ShapeDtypeStruct]
+    validate: Callable[[Params, Batch, jax.Array, np.ndarray], jax.Array]
+    maxima: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None
+    timesteps: Callable[[int], np.ndarray]
+    pictures: Pictures
+
+    def trainable(self, path: str) -> bool:
+        """Whether a phase may train a path."""
+        return any(phase.trains(path) for phase in self.phases)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The parts of a run that a method is made of.
+
+    config: the method's own group.
+    model: with schedule, prediction type and tokenizers, or stand-ins where only shapes matter.
+    dtype, remat: see `ModelConfig`.
+    adopted: whether a folder decides networks, for hints in messages.
+    """
+
+    config: Any
+    model: Model
+    objective: ObjectiveConfig
+    data: DataConfig
+    sample: SampleConfig
+    dtype: str
+    remat: str
+    adopted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An entry of METHODS.
+
+    config: the dataclass of its group, a `MethodConfig`.
+    make: binds the method to networks; raises a UserError if they do not suit it.
+    networks: the names of the networks that it takes, of those that a model has.
+    draws: whether what it trains draws pictures from prompts.
+    """
+
+    config: type
+    make: Callable[[Setup], Method]
+    networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    draws: bool

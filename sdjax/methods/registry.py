@@ -1,0 +1,9 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.denoise import DENOISE
+from sdjax.methods.method import Kind
+
+METHODS: dict[str, Kind] = {"denoise": DENOISE, "autoencoder": AUTOENCODER}

@@ -1,0 +1,65 @@
+"""Pictures to draw, with all that they depend on in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdjax.diffusion.schedules import make_schedule
+from sdjax.diffusion.solvers import Plan, make_plan
+from sdjax.families.family import Model
+from sdjax.sampling.generate import Callback, Drawing, draw, initial_latents, make_generator
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SamplingRequest:
+    """The arguments of `make_generator` and `draw`; see there.
+
+    texts: the prompts, of which `prompts` has the tokens.
+    latents: [N, h, w, C] to start from, or None for the noise of `seed` and `positions` [N].
+    """
+
+    model: Model
+    dtype: str
+    drawing: Drawing
+    params: Mapping[str, jax.Array]
+    texts: Sequence[str]
+    prompts: Mapping[str, np.ndarray]
+    negative: Mapping[str, np.ndarray]
+    shape: tuple[int, int, int]
+    seed: int
+    batch_size: int
+    latents: np.ndarray | None
+    positions: np.ndarray
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The places where the sampler evaluates the network."""
+        assert self.model.schedule is not None
+        return make_plan(make_schedule(self.model.schedule), self.drawing.sampler)
+
+    def draw(self, callbacks: Sequence[Callback] = ()) -> tuple[np.ndarray, tuple[Any, ...]]:
+        """Return uint8 [N, H, W, 3] and the last state of each callback, [N, ...]."""
+        return draw(
+            make_generator(self.model, self.drawing, dtype=self.dtype, callbacks=callbacks),
+            self.params,
+            self.prompts,
+            self.negative,
+            shape=self.shape,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            latents=self.latents,
+            positions=self.positions,
+            texts=self.texts,
+        )
+
+    def noise(self) -> np.ndarray:
+        """Return what the pictures start from, [N, h, w, C]."""
+        if self.latents is not None:
+            return self.latents
+        return np.asarray(initial_latents(self.seed, self.positions, self.shape))  # type: ignore[arg-type]

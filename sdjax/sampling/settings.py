@@ -1,0 +1,25 @@
+"""The `sample` group of the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sdjax.diffusion.samplers import SamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The pictures made while training."""
+
+    prompts: tuple[str, ...] = ()  # () takes captions of the evaluation split
+    count: int = 16  # how many of those
+    compare: bool = False  # also with the raw weights, and without guidance, side by side
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
+    sampler: SamplerConfig = SamplerConfig()
+    fidelity: int = 0  # pictures the reader of captioned_shapes checks at the end (0: none)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"sample.count is {self.count}; expected at least 1")
