@@ -36,7 +36,7 @@ from sdjax.parallel.batches import check_batch
 from sdjax.parallel.chips import peak_flops
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.system.allocator import use_large_pages
-from sdjax.train.monitoring.model_flops import train_flops, unet_flops
+from sdjax.train.monitoring.model_flops import train_flops, denoiser_flops
 from sdjax.train.program import compile_step
 
 GIB = 2**30
@@ -210,7 +210,7 @@ def model_flops(size: str, resolution: int) -> tuple[float, float]:
     """
     config = make_config(Row(size, resolution, "float32", "none", "dense", 1, 1))
     latent = (resolution // 8, resolution // 8, config.model.unet.in_channels)
-    return train_flops(config), unet_flops(config, latent)
+    return train_flops(config), denoiser_flops(config, latent)
 
 
 def _timed(

@@ -14,12 +14,12 @@ from sdjax.families.registry import FAMILIES, NETWORKS
 # the data would no longer mean the same. Shell patterns on dotted names. What else changes the
 # structure of the state (say, a group of parameters that is no longer frozen) `restore` reports.
 BREAKING = (
-    "method.*",
+    "method.name",
     "seed",
     "*_from",
     "model.family",
     *(f"model.{name}*" for name in NETWORKS),
-    *(f"model.{name}" for family in FAMILIES.values() for name in family.presets["base"].settings),
+    *(f"model.{name}" for family in FAMILIES.values() for name in family.fixed),
     "tokenizer.*",
     "schedule.*",
     "objective.prediction_type",

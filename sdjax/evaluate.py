@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_request(args: argparse.Namespace) -> Request:
-    """The options as `sdjax.eval` takes them.
+    """The options as `sdjax.evaluation` takes them.
 
     Raises:
         UserError: one has a value that it cannot have.

@@ -70,7 +70,10 @@ def _without(group: T, defaults: Any, prefix: str, keep: tuple[str, ...]) -> T:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(group):  # type: ignore[arg-type]
         name, value = prefix + field.name, getattr(group, field.name)
-        default = getattr(defaults, field.name)
+        default = getattr(defaults, field.name, None)
+        kind: Any = type(value)
+        if dataclasses.is_dataclass(value) and type(default) is not kind:
+            default = kind()  # another variant of the group than by default
         if name not in keep and is_machine(name):
             changes[field.name] = default
         elif dataclasses.is_dataclass(value) and dataclasses.is_dataclass(default):

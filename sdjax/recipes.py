@@ -7,8 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax.config import Config, to_dict
+from sdjax.config import VARIANTS, Config
+from sdjax.families.config import ModelConfig
+from sdjax.methods.method import MethodConfig
 from sdjax.system import untrusted
+from sdjax.typed_tree import to_dict
 
 
 def recipe(config: Mapping[str, Any], about: str) -> str:
@@ -20,8 +23,11 @@ def recipe(config: Mapping[str, Any], about: str) -> str:
         config: nested, as `to_dict` gives it or as config.json holds it.
         about: docstring of the file.
     """
-    defaults = json.loads(json.dumps(to_dict(Config())))  # tuples become lists, as in a file
+    variants = _variants(config)
+    own = to_dict(Config()) | {group: to_dict(cls()) for group, (_, _, cls) in variants.items()}
+    defaults = json.loads(json.dumps(own))  # tuples become lists, as in a file
     fields, unknown = differences(defaults, config)
+    chosen = ", ".join(f"{argument}={name!r}" for argument, name, _ in variants.values())
     lines = [f"    c.{name} = {_literal(value)}" for name, value in fields]
     if unknown:
         lines.insert(0, f"    # Left out, as there are no such fields: {untrusted.brief(unknown)}")
@@ -29,8 +35,21 @@ def recipe(config: Mapping[str, Any], about: str) -> str:
     return "\n".join([
         f'"""{quoted}"""', "",
         "from sdjax.config import default", "", "",
-        "def get_config():", "    c = default()", *lines, "    return c", "",
+        "def get_config():", f"    c = default({chosen})", *lines, "    return c", "",
     ])  # fmt: skip
+
+
+def _variants(config: Mapping[str, Any]) -> dict[str, tuple[str, str, type]]:
+    """{group: (argument of `default`, its value, dataclass)} where that is not the default's."""
+    found = {}
+    groups = (("model", "family", ModelConfig), ("method", "method", MethodConfig))
+    for group, argument, base in groups:
+        tag, known = VARIANTS[base]
+        values = config.get(group)
+        name = values.get(tag) if isinstance(values, Mapping) else None
+        if isinstance(name, str) and name in known and name != next(iter(known)):
+            found[group] = (argument, name, known[name])
+    return found
 
 
 def differences(

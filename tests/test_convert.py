@@ -119,7 +119,7 @@ def test_converted_workdir_is_a_workdir(pipeline_folder, workdir):
         np.testing.assert_array_equal(again.params[path], value)
     assert read_any(workdir / "checkpoints" / "0").denoiser == read.denoiser
     vae = read_any(workdir, components=("vae",))
-    assert list(vae.networks) == ["vae"] and vae.tokenizer is None and vae.schedule is None
+    assert list(vae.networks) == ["vae"] and not vae.tokenizers and vae.schedule is None
     assert all(path.startswith("vae.") for path in vae.params)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdjax.config import Config, Stage, TrainConfig, resolve, to_dict
+from sdjax.config import VARIANTS, Config, Stage, TrainConfig, resolve, to_dict
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.mixture import Part
 from sdjax.evaluation.loading import choose_data, load
@@ -19,8 +19,8 @@ from sdjax.train.agreement import OWN
 
 # Every other field, so that whoever adds one decides whose it is.
 MODEL = """
-method.name seed tokenizer.vocab_size
-model.unet.* model.vae.* model.text_encoder.* model.family
+method.* seed tokenizer.vocab_size
+model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family model.zero_empty_prompt
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
 schedule.zero_terminal_snr schedule.snr_scale schedule.shift
@@ -61,7 +61,9 @@ def fields(cls=Config, prefix=""):
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         groups = [option for option in options if dataclasses.is_dataclass(option)]
         if groups:
-            yield from fields(groups[0], f"{name}.")
+            variants = VARIANTS[groups[0]][1].values() if groups[0] in VARIANTS else groups[:1]
+            found = {own: kind for group in variants for own, kind in fields(group, f"{name}.")}
+            yield from found.items()
         else:
             yield name, hint
 

@@ -27,7 +27,7 @@ from sdjax.checkpoints.weight_files import MAX_SHARD_SIZE, find_weights, parse_s
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Family, Model, Part
-from sdjax.families.registry import FAMILIES, NETWORKS
+from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS
 from sdjax.models.config import ConfigError
 from sdjax.models.weight_checks import quantised_config
 from sdjax.models.weights import (
@@ -123,8 +123,8 @@ def _parts(
     """(family, names of the parts) of a pipeline, from its model_index.json."""
     cls = index.get("_class_name")
     family = PIPELINES.get(cls) if isinstance(cls, str) else None
-    tokenizers = [part.tokenizer for part in family.encoders.values()] if family else []
-    known = (*(family.parts if family else ()), "scheduler", *tokenizers, *_IGNORED_PARTS)
+    own = family.parts if family else NETWORKS
+    known = (*own, "scheduler", *TOKENIZERS.values(), *_IGNORED_PARTS)
     listed = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
     # As in diffusers, names that begin so are somebody's own notes (configuration_utils.py).
     private = [name for name in listed if name.startswith("_")]

@@ -125,6 +125,7 @@ class Family:
     config: the dataclass of a recipe's group `model`, a `ModelConfig`.
     parts: its networks, in the order in which they are initialised.
     denoiser: the name of the one that predicts.
+    fixed: the settings that a run cannot change half-way.
     halvings: how often the denoiser halves latents, from the configs of the networks.
     check: raises a UserError, naming the fields, if the networks do not belong together.
     embed, context: see `Embed` and `MakeContext`.
@@ -146,6 +147,7 @@ class Family:
     config: type
     parts: Mapping[str, Part]
     denoiser: str
+    fixed: tuple[str, ...]
     halvings: Callable[[Mapping[str, Any]], int]
     check: Callable[[Model], None]
     embed: Embed

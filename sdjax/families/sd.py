@@ -190,6 +190,7 @@ SD = Family(
     config=SDConfig,
     parts=PARTS,
     denoiser="unet",
+    fixed=(),
     halvings=halvings,
     check=check,
     embed=embed,

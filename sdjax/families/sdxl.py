@@ -256,6 +256,7 @@ SDXL = Family(
     config=SDXLConfig,
     parts=PARTS,
     denoiser="unet",
+    fixed=("zero_empty_prompt",),
     halvings=sd.halvings,
     check=check,
     embed=embed,

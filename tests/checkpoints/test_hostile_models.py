@@ -157,7 +157,9 @@ def test_single_files_whose_header_says_nonsense_are_refused(tmp_path):
         json.dumps(said | {"prediction_type": ["epsilon"]}),
         json.dumps(said | {"unet": [1]}), json.dumps(said | {"unet": {"layers_per_block": 10**9}}),
         json.dumps(said | {"scheduler": "DDIMScheduler"}), json.dumps(said | {"vae": 3}),
-        json.dumps(said | {"zero_empty_prompt": "no"}),
+        json.dumps(said | {"settings": {"zero_empty_prompt": True}}),
+        json.dumps(said | {"family": "sdxl", "settings": {"zero_empty_prompt": "no"}}),
+        json.dumps(said | {"family": ["sd"]}), json.dumps(said | {"settings": 3}),
     ):  # fmt: skip
         header["__metadata__"]["sdjax"] = change
         new = json.dumps(header).encode()

@@ -8,9 +8,8 @@ import diffusers
 import pytest
 
 from sdjax import sample
-from sdjax.checkpoints.assemble import assemble, bundle
+from sdjax.checkpoints.assemble import assemble, model_of_run
 from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
-from sdjax.checkpoints.folders import choose_sampler
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.single_file import Hints
 from sdjax.config import Config, resolve
@@ -18,6 +17,7 @@ from sdjax.convert import convert
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
+from sdjax.families.sampler import choose_sampler
 from sdjax.train import startup
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -145,5 +145,5 @@ def test_training_from_any_folder_says_what_draws_and_keeps_the_scheduler(
     startup.write_workdir(workdir, assembled.config, assembled.tokenizers, {}, assembled.scheduler)
     again = startup.load(config, workdir, assembled.config)
     assert again.scheduler == assembled.scheduler == {**SD, **LMS}
-    run = bundle(again.config, again.tokenizers, assembled.params, again.scheduler)
+    run = model_of_run(again.config, again.tokenizers, assembled.params, again.scheduler)
     assert scheduler_of(write_diffusers(tmp_path / "out", run)) == {**SD, **LMS}

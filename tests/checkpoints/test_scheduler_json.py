@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 
+from sdjax.checkpoints.diffusers_folder import PIPELINES as READ
 from sdjax.checkpoints.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS
 from sdjax.checkpoints.scheduler_json import (
     Scheduler,
@@ -119,8 +120,9 @@ def test_offset_and_clipping_are_as_the_file_or_its_class_says(cls):
     default = cls != "HeunDiscreteScheduler"
     assert scheduler_from_diffusers({"_class_name": cls}).sampler.clip_sample is default
     file = {"_class_name": cls, "clip_sample": True, "clip_sample_range": 2.5, "steps_offset": 3}
-    for pipeline in ("", "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"):
-        sampler = scheduler_from_diffusers(file, pipeline=pipeline).sampler
+    for pipeline in ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"):
+        changes = READ[pipeline].scheduler_changes(pipeline)
+        sampler = scheduler_from_diffusers(file, changes=changes).sampler
         assert (sampler.steps_offset, sampler.clip_sample_range) == (3, 2.5) and sampler.clip_sample
     no_clip = scheduler_from_diffusers({**file, "clip_sample": False}).sampler
     assert not no_clip.clip_sample
@@ -145,7 +147,8 @@ def test_a_file_means_what_the_pipeline_of_diffusers_makes_of_it(cls, pipeline):
         patch.setattr(constructor, "register_modules", lambda self, **modules: None)
         patch.setattr(constructor, "vae", None, raising=False)
         constructor(scheduler=scheduler, **given)
-    read = scheduler_from_diffusers(file, pipeline=pipeline)
+    changes = READ[pipeline].scheduler_changes(pipeline)
+    read = scheduler_from_diffusers(file, changes=changes)
     theirs = scheduler.config
     assert read.sampler.spacing == theirs.timestep_spacing
     assert read.sampler.steps_offset == theirs.steps_offset

@@ -47,9 +47,11 @@ def refiner(read):
     params = {f"unet.{p}": rng.normal(size=v.shape, scale=0.1) for p, v in fresh.items()}
     params = {path: value.astype(np.float32) for path, value in params.items()}
     kept = {k: v for k, v in read.params.items() if k.startswith(("vae.", "text_encoder_2."))}
+    networks = {name: config for name, config in read.networks.items() if name != "text_encoder"}
     return dataclasses.replace(
-        read, unet=unet, text_encoder=None, tokenizer=None, params=params | kept,
-        zero_empty_prompt=False,
+        read, networks={**networks, "unet": unet}, params=params | kept,
+        tokenizers={"tokens_2": read.tokenizers["tokens_2"]},
+        settings={"zero_empty_prompt": False},
     )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def test_base_loads_as_img2img(written):
 
 
 def test_incomplete_xl_is_not_written(read, tmp_path):
-    part = dataclasses.replace(read, tokenizer_2=None)
+    part = dataclasses.replace(read, tokenizers={"tokens": read.tokenizers["tokens"]})
     with pytest.raises(ModelError, match="needs tokenizer_2 as well"):
         write_diffusers(tmp_path / "out", part)
     with pytest.raises(ModelError, match="tokenizer_2 missing"):

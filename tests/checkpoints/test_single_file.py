@@ -16,6 +16,7 @@ from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.convert import convert
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.families.family import Model
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from tests.odd_names import ODD
@@ -61,13 +62,14 @@ def sd1(pipeline_folder):
 @pytest.fixture(scope="module")
 def sd2(sd1):
     """OpenCLIP, of which one layer more than is used can be in a file."""
-    config = dataclasses.replace(sd1.text_encoder, hidden_act="gelu")
+    config = dataclasses.replace(sd1.networks["text_encoder"], hidden_act="gelu")
     rng = np.random.default_rng(0)
     shapes = weights.abstract(CLIPText, config)[1]
     fresh = {f"text_encoder.{p}": rng.normal(size=v.shape) for p, v in shapes.items()}
     params = {**sd1.params, **{k: v.astype(np.float32) for k, v in fresh.items()}}
+    networks = {**sd1.networks, "text_encoder": config}
     return dataclasses.replace(
-        sd1, text_encoder=config, params=params, prediction_type="v_prediction"
+        sd1, networks=networks, params=params, prediction_type="v_prediction"
     )
 
 
@@ -150,7 +152,11 @@ def test_there_and_back_gives_the_same_bits(name, request, pipeline_folder, tmp_
 def test_refiner_there_and_back(sdxl, tmp_path):
     kept = {k: v for k, v in sdxl.params.items() if not k.startswith("text_encoder.")}
     refiner = dataclasses.replace(
-        sdxl, text_encoder=None, tokenizer=None, params=kept, zero_empty_prompt=False
+        sdxl,
+        networks={name: c for name, c in sdxl.networks.items() if name != "text_encoder"},
+        tokenizers={"tokens_2": sdxl.tokenizers["tokens_2"]},
+        params=kept,
+        settings={"zero_empty_prompt": False},
     )
     file = tmp_path / "refiner.safetensors"
     write_single_file(file, refiner)
@@ -172,7 +178,7 @@ def test_half_precision(sd1, tmp_path):
 
 def test_autoencoder_alone(sd1, tmp_path):
     vae = {k: v for k, v in sd1.params.items() if k.startswith("vae.")}
-    alone = type(sd1)(vae=sd1.vae, params=vae)
+    alone = Model(sd1.family, {"vae": sd1.vae}, params=vae)
     file = tmp_path / "vae.safetensors"
     write_single_file(file, alone)
     assert "encoder.mid.attn_1.q.weight" in weights.read_header(file)[0]
@@ -391,7 +397,6 @@ def test_a_release_is_recognised_by_its_shapes(tmp_path):
         for path, leaf in weights.abstract(cls, config)[1].items()
     }
     from sdjax.data.tokenizer import Tokenizer
-    from sdjax.families.family import Model
     from sdjax.families.sd import SD
 
     tokenizer = Tokenizer.train(["a red circle"], 560)

@@ -80,7 +80,7 @@ def test_average_of_half_of_the_unet_is_refused_and_raw_goes_on(tensors, average
     raw = read({**tensors, **kept, **COUNTERS}, weights="raw", components=("unet",))
     assert_same_bits(raw.params, only("unet", sd1))
     assert f"model_ema.* ({len(kept)} tensors)" in raw.ignored
-    assert read({**tensors, **kept}, components=("text_encoder",)).text_encoder
+    assert read({**tensors, **kept}, components=("text_encoder",)).text_encoders
 
 
 def test_average_with_weights_of_another_model_is_refused(tensors, averages, read):
@@ -232,10 +232,12 @@ def test_average_that_is_not_finite_is_named_and_raw_goes_on(tensors, averages, 
 
 def test_parts_of_a_fused_weight_are_named_as_the_whole(sd1, file):
     """OpenCLIP keeps query, key and value in one."""
-    encoder = dataclasses.replace(sd1.text_encoder, hidden_act="gelu")
+    encoder = dataclasses.replace(sd1.networks["text_encoder"], hidden_act="gelu")
     params = {path: value.copy() for path, value in sd1.params.items()}
     params["text_encoder.encoder.layers.0.self_attn.k_proj.bias"][2] = np.nan
-    sd2 = dataclasses.replace(sd1, text_encoder=encoder, params=params)
+    sd2 = dataclasses.replace(
+        sd1, networks={**sd1.networks, "text_encoder": encoder}, params=params
+    )
     write_single_file(file, sd2)
     name = f"{CLIP}model.transformer.resblocks.0.attn.in_proj_bias"
     with pytest.raises(ModelError, match=rf"\n  {name}: 1 NaN among 24 values"):

@@ -8,7 +8,12 @@ from jax.experimental import pallas as pl
 from sdjax.config import default, resolve
 from sdjax.planning import estimate, hlo, topologies
 from sdjax.planning.hlo_text import parse_arrays, replica_group
-from sdjax.train.monitoring.model_flops import count_flops, gradient_flops, train_flops, unet_flops
+from sdjax.train.monitoring.model_flops import (
+    count_flops,
+    denoiser_flops,
+    gradient_flops,
+    train_flops,
+)
 
 # A matrix product whose operand goes around a ring: a loop from 0 to 4 in steps of 2, the step
 # carried along as a constant of the state.
@@ -444,17 +449,9 @@ def test_gradients_cost_a_product_for_each_side_and_nothing_that_is_computed_aga
     ],
 )
 def test_flops_of_the_unets(preset, side, teraflops):
-    from sdjax.config import to_dict
-    from sdjax.families import sd, sdxl
-
-    c = default()
-    if preset == "SD2":
-        c.model.unet.update(to_dict(sd.UNET_SD2))
-        c.model.text_encoder.update(to_dict(sd.CLIP_H))
-    if preset == "SDXL":
-        c.model.unet.update(to_dict(sdxl.UNET_SDXL))
-        c.model.text_encoder_2 = to_dict(sdxl.CLIP_BIGG)
-    counted = unet_flops(resolve_without_data(c), (side, side, 4))
+    presets = {"SD2": {"preset": "sd2"}, "SDXL": {"family": "sdxl"}}
+    c = default(**presets.get(preset, {}))
+    counted = denoiser_flops(resolve_without_data(c), (side, side, 4))
     assert counted / 1e12 == pytest.approx(teraflops, abs=6e-4)
 
 
@@ -471,7 +468,7 @@ def test_training_costs_three_times_the_forward_whatever_is_recomputed(tiny_conf
     plain = train_flops(resolve(tiny_config))
     tiny_config.model.remat = "block"
     assert train_flops(resolve(tiny_config)) == plain
-    forward = unet_flops(resolve(tiny_config), (16, 16, 4))
+    forward = denoiser_flops(resolve(tiny_config), (16, 16, 4))
     assert 3 * forward * 0.9 < plain < 3 * forward * 2
 
 

@@ -17,7 +17,7 @@ from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.checkpoint import CheckpointError
 from sdjax.config import resolve, to_dict
 from sdjax.errors import UserError
-from sdjax.methods import task
+from sdjax.methods import autoencoder
 from sdjax.models.config import ConfigError
 from sdjax.train import loop
 from tests.conftest import small_autoencoder
@@ -297,7 +297,7 @@ def test_pictures_of_nan_end_in_exit_code_3_and_lose_nothing(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
     small_autoencoder(tiny_config)
-    monkeypatch.setattr(task, "to_host", lambda x: np.full(x.shape, np.nan))
+    monkeypatch.setattr(autoencoder, "to_host", lambda x: np.full(x.shape, np.nan))
     changes = {"train.steps": 2, "train.sample_every": 1, "train.export": True}
     assert run(tiny_config, tmp_path, **changes) == loop.DIVERGED
     words = capsys.readouterr().out
