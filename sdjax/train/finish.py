@@ -25,8 +25,8 @@ from sdjax.parallel.sharding import to_host
 from sdjax.system import paths
 from sdjax.train.gallery import read_examples
 from sdjax.train.hooks import REPORT_FILE
-from sdjax.train.looks import Looks
 from sdjax.train.monitoring.telemetry import Telemetry
+from sdjax.train.observers import Observers
 from sdjax.train.selection import Selection
 from sdjax.train.startup import write_config
 from sdjax.train.state import State
@@ -39,13 +39,13 @@ def finish(
     assembled: Assembled,
     state: State,
     frozen: Params,
-    looks: Looks,
+    observers: Observers,
     telemetry: Telemetry,
     folder: paths.Path,
 ) -> bool:
     """Last pictures, score, diffusers folder, and the last screen; whether pictures are finite."""
     step = int(state["step"])
-    picture = looks.draw(step, state, frozen, telemetry)
+    picture = observers.draw(step, state, frozen, telemetry)
     params = {**frozen, **evaluated_params(state)}
     score_line, finite = "", picture is not None
     try:
@@ -58,10 +58,10 @@ def finish(
     # Of a VAE the export takes the scale of its latents, which would be NaN too.
     if config.train.export and (finite or config.draws):
         exported = export(config, assembled, params, folder)
-    looks.report(telemetry)
+    observers.report(telemetry)
     telemetry.close()
     if jax.process_index() == 0:
-        print(last_screen(config, folder, picture, exported, score_line, step, looks.selection))
+        print(last_screen(config, folder, picture, exported, score_line, step, observers.selection))
     return finite
 
 

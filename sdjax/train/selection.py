@@ -11,7 +11,7 @@ from sdjax.validation_config import ValidationConfig
 
 
 class Selection:
-    """Looks at one number of every validation.
+    """Observers at one number of every validation.
 
     Its state is JSON-able and goes with the checkpoint, so that a resumed run stops where an
     unbroken one does.

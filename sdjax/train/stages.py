@@ -52,6 +52,22 @@ def segment_at(config: Config, step: int) -> Segment:
     return next((segment for segment in found if step < segment.end), found[-1])
 
 
+def begin(config: Config, saved: Config | None, step: int) -> Segment:
+    """Return the stage that a run goes on with.
+
+    Args:
+        saved: the configuration that the run had before, if it goes on.
+        step: steps done.
+
+    Raises:
+        UserError: data of a later stage is missing, or a stage that has begun was changed.
+    """
+    check_data(config, step)
+    if saved is not None:
+        check_begun(saved, config, step)
+    return segment_at(config, step)
+
+
 def images_seen(config: Config, step: int) -> int:
     """Pictures of the first `step` optimizer steps."""
     return sum(

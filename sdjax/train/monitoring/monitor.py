@@ -21,8 +21,8 @@ from sdjax.train.rollback import Spike
 _OF_LAST_STEP = ("grad_norms", "param_norms", "update_ratios")
 
 
-class Watch:
-    """Looks at the metrics of every step as they arrive from the device, two steps late.
+class Monitor:
+    """Observers at the metrics of every step as they arrive from the device, two steps late.
 
     It logs their means, tells of spikes, and stops a run whose steps are no longer finite.
 
@@ -89,7 +89,7 @@ class Watch:
         return self._newest is not None and not self._newest.is_ready()
 
     def push(self, done: int, batch: Mapping[str, jax.Array], metrics: Any) -> None:
-        """Step `done` was dispatched. Looks at earlier ones; raises Diverged and Spike."""
+        """Step `done` was dispatched. Observers at earlier ones; raises Diverged and Spike."""
         self._batches[done] = batch
         self._newest = metrics["finite"]
         if not self._logs(done):  # most numbers of a step then need not come from the device
@@ -189,6 +189,10 @@ class Interval:
             f"{name}_unweighted" if name == "loss" else name: _mean([m["aux"][name] for m in good])
             for name in last["aux"]
         }
+        if "phases" in last:
+            scalars["phases"] = {
+                name: _phase_means([m["phases"][name] for m in good]) for name in last["phases"]
+            }
         if "buckets" in last and good:
             total = {k: sum(m["buckets"][k] for m in good) for k in ("sum", "count")}
             scalars["loss_at"] = bucket_scalars(total, self._num_timesteps)
@@ -198,6 +202,18 @@ class Interval:
 
 def _mean(values: list) -> float:
     return float(np.mean(values)) if values else float("nan")
+
+
+def _phase_means(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps at which a phase took one; at others its metrics are NaN."""
+    found = {}
+    for name in ("loss", "grad_norm", "update_norm"):
+        values = [float(step[name]) for step in steps]
+        found[name] = _mean([value for value in values if value == value])
+    for name in steps[-1]["aux"] if steps else ():
+        values = [float(step["aux"][name]) for step in steps]
+        found[name if name != "loss" else "loss_unweighted"] = _mean([v for v in values if v == v])
+    return found
 
 
 def dump_batch(folder: paths.Path, step: int, batch: Mapping[str, jax.Array]) -> paths.Path:

@@ -1,4 +1,4 @@
-"""What is looked at while training, each at its own interval: pictures, validation, snapshots."""
+"""Observations while training, each at its own interval: pictures, validation, snapshots."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sdjax.train.validation import Validator, replicate, summary
 from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
 
 
-class Looks:
-    """Looks at the state at the steps that the configuration says; changes nothing of it.
+class Observers:
+    """Observe the state at the steps that the configuration says; changes nothing of it.
 
     gallery: draws.
     selection: which step is the best, and whether the run still gets better.
@@ -87,7 +87,7 @@ class Looks:
             self.selection.set_state(state["selection"])
 
     def wants_checkpoint(self, done: int, end: int) -> bool:
-        """After `look`: it is time for one, or step `done` is the last or the best so far."""
+        """After `observe`: it is time for one, or step `done` is the last or the best so far."""
         regular = done % self._config.train.checkpoint_every == 0
         return regular or done == end or self.selection.stops or done == self.selection.step
 
@@ -105,11 +105,11 @@ class Looks:
         return _every(done, self._config.validation.maxima_every)
 
     def due(self, done: int) -> bool:
-        """Whether there is anything to look at after step `done`."""
+        """Whether there is anything to observe after step `done`."""
         looks = (self._draws, self._validates, self._measures, self._keeps)
         return any(look(done) for look in looks)
 
-    def look(self, done: int, state: State, frozen: Params, telemetry: Telemetry) -> None:
+    def observe(self, done: int, state: State, frozen: Params, telemetry: Telemetry) -> None:
         """Look at the state after step `done`. All hosts call it.
 
         Raises:
