@@ -44,7 +44,9 @@ class TokenizerConfig:
     """Which tokenizer; one that comes with loaded weights wins over this."""
 
     path: str = ""  # a folder with vocab.json and merges.txt; "" trains one on the captions
-    path_2: str = ""  # the same for text_encoder_2, which pads otherwise; "" takes that of `path`
+    path_2: str = (
+        ""  # the same for a second text encoder, which may pad otherwise; "" takes that of `path`
+    )
     vocab_size: int = 1024  # upper bound, for a trained one
 
 

@@ -103,7 +103,7 @@ _BACKGROUND = flags.DEFINE_string(
 )
 _SCORES = flags.DEFINE_multi_string(
     "score", [],
-    "A number of each row that is stored with it, and its limits: aesthetic, aesthetic>=5, "
+    "A number of each row that is stored with it, and its limits: quality, quality>=5, "
     "nsfw<=0.3 or 4<=quality<=9. Give it once for each.",
     flag_values=FLAGS,
 )  # fmt: skip
@@ -130,7 +130,7 @@ def parse_score(text: str) -> ScoreRule:
             limits["low" if match[3] == ">=" else "high"] = float(match[4])
     except ValueError as error:
         raise UserError(
-            f"--score is {text!r}; expected a column such as aesthetic, aesthetic>=5, nsfw<=0.3 "
+            f"--score is {text!r}; expected a column such as quality, quality>=5, nsfw<=0.3 "
             "or 4<=quality<=9"
         ) from error
     return ScoreRule(match[2], **limits)

@@ -184,7 +184,7 @@ def _read_network(
     surplus: list[str] = []
 
     def wanted(key: str) -> bool:
-        label = _surplus(part, config, key)
+        label = part.surplus(config, key)
         surplus.extend([label] if label else [])
         return not label
 
@@ -193,16 +193,6 @@ def _read_network(
         return config, [*ignored, *counted(surplus)], from_diffusers(tensors, shapes)
     except WeightsError as error:
         raise WeightsError(f"{found}: {error}") from error
-
-
-def _surplus(part: Part, config: Any, key: str) -> str:
-    """The label of a weight of a whole CLIPModel that its text encoder alone lacks, or ""."""
-    if not part.tokens:
-        return ""
-    head = ("text_projection.weight",) if config.projection_dim is None else ()
-    if key in ("logit_scale", "visual_projection.weight", *head):
-        return key
-    return "vision_model.*" if key.startswith("vision_model.") else ""
 
 
 def _read_scheduler(folder: paths.Path, family: Family, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class DataConfig:
     test_share: float = 0.0  # the same for "test"
     fold: str = ""  # "2/5": the second fifth of `train` is "validation", and `train` is the rest
     split_key: str = ""  # the feature hashed; "" is file_name, or else the number of the record
-    score_key: str = ""  # a number feature, such as an aesthetic score ...
+    score_key: str = ""  # a number feature, such as one of quality ...
     min_score: float | None = None  # ... and the least value; other examples are left out
     captions: CaptionConfig = CaptionConfig()
     text_embeddings: bool = False  # encoded: train on stored embeddings in place of the captions

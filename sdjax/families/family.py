@@ -32,12 +32,15 @@ class Part:
     """A network of a family; its name is a folder of the diffusers layout.
 
     network: the nnx module.
-    config: the dataclass of its config, with `from_json` and `to_json`.
+    config: the dataclass of its config, with `from_json` and `to_json`; of a text encoder with
+        `architecture`, `vocab_size`, `max_position_embeddings` and the ids of special tokens.
     kind: the `_class_name` or `model_type` in its config.json.
     owns: whether a config.json of this kind is this part's, and not another family's.
     tokens, tokenizer: of a text encoder, the field of a batch that it reads and the folder of its
         tokenizer; "" for other networks.
     prefix: of its weights in a file of transformers.
+    surplus: (config, name of a weight in its file) -> a label for the log if the network does not
+        read it, else "".
     """
 
     network: type
@@ -47,6 +50,7 @@ class Part:
     tokens: str = ""
     tokenizer: str = ""
     prefix: str = ""
+    surplus: Callable[[Any, str], str] = lambda config, key: ""
 
 
 class Embed(Protocol):

@@ -30,19 +30,30 @@ from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
 
 SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
-PARTS = {
-    "unet": Part(UNet, UNetConfig, "UNet2DConditionModel", lambda data: not takes_numbers(data)),
-    "text_encoder": Part(
-        CLIPText, CLIPTextConfig, "clip_text_model", lambda data: not has_projection(data),
-        tokens="tokens", tokenizer="tokenizer", prefix="text_model.",
-    ),
-    "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
-}  # fmt: skip
 
 
 def takes_numbers(data: Mapping[str, Any]) -> bool:
     """Whether the config.json of a UNet is of one that takes numbers about the picture."""
     return data.get("addition_embed_type") == "text_time"
+
+
+def clip_surplus(config: CLIPTextConfig, key: str) -> str:
+    """Return the label of a weight of a whole CLIPModel that its text encoder lacks, or ""."""
+    head = ("text_projection.weight",) if config.projection_dim is None else ()
+    if key in ("logit_scale", "visual_projection.weight", *head):
+        return key
+    return "vision_model.*" if key.startswith("vision_model.") else ""
+
+
+PARTS = {
+    "unet": Part(UNet, UNetConfig, "UNet2DConditionModel", lambda data: not takes_numbers(data)),
+    "text_encoder": Part(
+        CLIPText, CLIPTextConfig, "clip_text_model", lambda data: not has_projection(data),
+        tokens="tokens", tokenizer="tokenizer", prefix="text_model.",
+        surplus=clip_surplus,
+    ),
+    "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

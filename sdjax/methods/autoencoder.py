@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 
 from sdjax.diffusion.losses import fold_keys, normal_like
 from sdjax.families.bind import bind
+from sdjax.families.config import ModelConfig
 from sdjax.methods.denoise import LATENTS
 from sdjax.methods.method import (
     Aux,
@@ -85,6 +87,23 @@ def make(setup: Setup) -> Method:
         check_finite(made)
         return to_uint8(np.concatenate([examples.images / 2 + 0.5, made], axis=2))
 
+    def adjust(
+        group: ModelConfig, params: Params, images: Callable[[int], np.ndarray]
+    ) -> ModelConfig:
+        """Set scaling_factor, 1 / standard deviation of the latents (LDM, appendix G)."""
+        found, shown = [], images(256)
+        for i in range(0, len(shown), 32):
+            found.append(to_host(latents(params, shown[i : i + 32])))
+        scale = float(f"{1 / np.std(np.concatenate(found)):.5g}")
+        vae = dataclasses.replace(group.vae, scaling_factor=scale)
+        return dataclasses.replace(group, vae=vae)
+
+    @jax.jit
+    def latents(params: Params, images: jax.Array) -> jax.Array:
+        moments = networks.module("vae", params).encode(images)
+        noise = jax.random.normal(jax.random.key(0), jnp.split(moments, 2, axis=-1)[0].shape)
+        return sample_moments(moments, noise)
+
     side = setup.data.resolution
     return Method(
         abstract=networks.abstract,
@@ -95,6 +114,7 @@ def make(setup: Setup) -> Method:
         maxima=None,
         timesteps=lambda count: np.zeros(0, np.float32),
         pictures=pictures,
+        adjust=adjust,
     )
 
 
@@ -103,4 +123,5 @@ AUTOENCODER = Kind(
     make=make,
     networks=lambda there: ("vae",),
     draws=False,
+    used_by="vae_from",
 )

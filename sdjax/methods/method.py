@@ -11,6 +11,7 @@ import numpy as np
 
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.families.config import ModelConfig
 from sdjax.families.family import Model
 from sdjax.models.params import Params
 from sdjax.optim.optimizers import OptimConfig
@@ -73,6 +74,20 @@ class Pictures(Protocol):
         """
 
 
+class Adjust(Protocol):
+    """Sets what follows from the trained weights, before they are written for others."""
+
+    def __call__(
+        self, group: ModelConfig, params: Params, images: Callable[[int], np.ndarray]
+    ) -> ModelConfig:
+        """Return the recipe's group `model` with, for instance, the factor that scales latents to 1.
+
+        Args:
+            params: of every network.
+            images: count -> so many of the evaluation split, [N, H, W, 3] float32 in [-1, 1].
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """Fixed examples to look at while training."""
@@ -115,6 +130,7 @@ class Method:
         what is trained; None where that is not offered.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
+    adjust: see `Adjust`; None where nothing follows from the trained weights.
     """
 
     abstract: dict[str, jax.ShapeDtypeStruct]
@@ -125,6 +141,7 @@ class Method:
     maxima: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None
     timesteps: Callable[[int], np.ndarray]
     pictures: Pictures
+    adjust: Adjust | None = None
 
     def trainable(self, path: str) -> bool:
         """Whether a phase may train a path."""
@@ -159,9 +176,11 @@ class Kind:
     make: binds the method to networks; raises a UserError if they do not suit it.
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
+    used_by: the field of a recipe that takes what a run has made; "" for none.
     """
 
     config: type
     make: Callable[[Setup], Method]
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
+    used_by: str = "init_from"

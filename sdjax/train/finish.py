@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sdjax.checkpoints.assemble import Assembled, model_of_run
 from sdjax.checkpoints.diffusers_folder import write_diffusers
 from sdjax.config import Config
 from sdjax.data.builders.shape_reader import score
-from sdjax.families.bind import bind
-from sdjax.families.registry import model_of
 from sdjax.methods.method import Method
+from sdjax.methods.registry import METHODS
 from sdjax.models.params import Params
-from sdjax.models.vae import sample_moments
 from sdjax.parallel.sharding import to_host
 from sdjax.system import paths
 from sdjax.train.gallery import read_examples
@@ -55,9 +52,9 @@ def finish(
         telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
         finite = False
     exported = None
-    # Of a VAE the export takes the scale of its latents, which would be NaN too.
-    if config.train.export and (finite or config.draws):
-        exported = export(config, assembled, params, folder)
+    # What follows from the weights, as the scale of latents, would be NaN too.
+    if config.train.export and (finite or method.adjust is None):
+        exported = export(config, method, assembled, params, folder)
     observers.report(telemetry)
     telemetry.close()
     if jax.process_index() == 0:
@@ -85,15 +82,22 @@ def _fidelity(
     return f"{len(images)} pictures of held-out prompts read back: {parts}"
 
 
-def export(config: Config, assembled: Assembled, params: Params, folder: paths.Path) -> paths.Path:
-    """Write DIR/diffusers: a pipeline, or the one folder of a VAE."""
+def export(
+    config: Config, method: Method, assembled: Assembled, params: Params, folder: paths.Path
+) -> paths.Path | None:
+    """Write DIR/diffusers: a pipeline, or the one folder of a network; None if there is none."""
     path = folder / "diffusers"
     host = _on_first(params)
-    if not config.draws:
-        vae = dataclasses.replace(config.model.vae, scaling_factor=_scaling(config, params))
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae))
-        write_config(folder, config)  # who names this workdir in `vae_from` needs the factor too
+    if method.adjust is not None:
+
+        def images(count: int) -> np.ndarray:
+            return read_examples(config, {}, count).images
+
+        config = dataclasses.replace(config, model=method.adjust(config.model, params, images))
+        write_config(folder, config)  # who starts from this workdir needs what was set too
     model = model_of_run(config, assembled.tokenizers, host, assembled.scheduler)
+    if not model.networks:
+        return None
     if jax.process_index() == 0:
         write_diffusers(path, model, overwrite=True)
     return path
@@ -107,24 +111,6 @@ def _on_first(params: Params) -> dict[str, np.ndarray]:
         if jax.process_index() == 0:
             kept[path] = whole
     return kept
-
-
-def _scaling(config: Config, params: Params) -> float:
-    """1 / standard deviation of the latents of the evaluation split (LDM, appendix G)."""
-    networks = bind(model_of(config.model), ("vae",))
-    examples = read_examples(config, {}, 256)
-
-    @jax.jit
-    def latents(params: Params, images: jax.Array) -> jax.Array:
-        moments = networks.module("vae", params).encode(images)
-        noise = jax.random.normal(jax.random.key(0), jnp.split(moments, 2, axis=-1)[0].shape)
-        return sample_moments(moments, noise)
-
-    parts = [
-        to_host(latents(params, examples.images[i : i + 32]))
-        for i in range(0, len(examples.images), 32)
-    ]
-    return float(f"{1 / np.std(np.concatenate(parts)):.5g}")
 
 
 def last_screen(
@@ -160,8 +146,8 @@ def last_screen(
         convert = [python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder"]
         rows.append(("draw", f'{draw} --prompts="{prompt}"'))
         rows.append(("convert", shlex.join(convert)))
-    else:
-        rows.append(("use it", shlex.quote(f"--config.vae_from={folder}")))
+    elif field := METHODS[config.method.name].used_by:
+        rows.append(("use it", shlex.quote(f"--config.{field}={folder}")))
     lines = [f"  {name:12} {value}" for name, value in rows]
     head = [f"\n{score_line}"] if score_line else []
     return "\n".join([*head, f"\ntrained to step {step}", *lines])
