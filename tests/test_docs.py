@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 from sdjax.__main__ import VERBS
-from sdjax.config import Config
+from sdjax.config import VARIANTS, Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -141,6 +141,8 @@ def has_field(cls, names):
 
 def held_by(hint):
     """The dataclasses in a type, such as both of `A | tuple[B, ...]`."""
+    if hint in VARIANTS:
+        return list(VARIANTS[hint][1].values())
     if dataclasses.is_dataclass(hint):
         return [hint]
     return [held for part in typing.get_args(hint) for held in held_by(part)]
