@@ -20,7 +20,8 @@ from sdjax.train.agreement import OWN
 # Every other field, so that whoever adds one decides whose it is.
 MODEL = """
 method.* seed tokenizer.vocab_size
-model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family model.zero_empty_prompt
+model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family
+model.zero_empty_prompt
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
 schedule.zero_terminal_snr schedule.snr_scale schedule.shift

@@ -435,3 +435,13 @@ def test_import_of_hostile_rows_keeps_the_good_ones(tmp_path):
     builder = prepare(config)
     assert sum(split.num_examples for split in builder.info.splits.values()) >= 2
     assert len(read_skipped(builder)) >= len(lines) - 4
+
+
+def test_long_name_is_not_said_whole(tmp_path):
+    folder(tmp_path / "f", "a", captions=False)
+    long = "bbbbbbbbb/" * 300 + "c.png"
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": long, "text": "b"}]
+    (tmp_path / "f" / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    names, skips = read(tmp_path / "f")
+    assert names == ["a.png"]
+    assert skips == {f"metadata.jsonl line 2 ({long[:200]})": "missing_file"}

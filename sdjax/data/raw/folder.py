@@ -43,6 +43,7 @@ FORMAT = "image_text_folder"
 METADATA = "metadata.jsonl"
 CSV = "metadata.csv"
 ROWS_PER_SHARD = 500  # small enough to distribute, large enough to be worth a file of its own
+_LONGEST_SHOWN = 200  # letters of a name in what is said of a row
 
 
 def survey(path: str, *, outside: bool) -> Survey:
@@ -328,10 +329,10 @@ def _rows(shard: Shard) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
             if bad.reason == "no_file_name" and not bad.detail:
                 keys = ", ".join(map(untrusted.brief, list(entry)[:8]))
                 bad.detail = f"the row has {keys or 'nothing'}"
-            named = f" ({shown(name[:200])})" if name and isinstance(name, str) else ""
+            named = f" ({shown(name[:_LONGEST_SHOWN])})" if name and isinstance(name, str) else ""
             yield f"{place}{named}", bad
             continue
-        yield f"{place} ({entry['file_name']})", entry
+        yield f"{place} ({entry['file_name'][:_LONGEST_SHOWN]})", entry
 
 
 def _parsed(shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
