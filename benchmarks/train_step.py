@@ -36,7 +36,7 @@ from sdjax.parallel.batches import check_batch
 from sdjax.parallel.chips import peak_flops
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.system.allocator import use_large_pages
-from sdjax.train.monitoring.model_flops import train_flops, denoiser_flops
+from sdjax.train.monitoring.model_flops import denoiser_flops, train_flops
 from sdjax.train.program import compile_step
 
 GIB = 2**30

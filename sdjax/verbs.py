@@ -24,8 +24,8 @@ from sdjax.system import paths, untrusted
 _VARIANTS = {"config.model.family": "family", "config.method.name": "method"}
 CONFIG_HELP = (
     "Recipe: the name of one, such as base, or a file; change its fields with "
-    "--config.FIELD=VALUE; method.name and model.family also decide which fields there are. A recipe "
-    "is a Python file and is run: take none from somebody you do not trust."
+    "--config.FIELD=VALUE; method.name and model.family also decide which fields there are. A "
+    "recipe is a Python file and is run: take none from somebody you do not trust."
 )
 
 

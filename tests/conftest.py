@@ -31,7 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The longest, of minutes each: begun last, they would leave a core idle at the end.
 FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "launch/test_launch.py",
-         "train/test_validation.py", "train/test_sdxl.py", "train/test_reshape.py", "planning/test_plan.py",
+         "train/test_validation.py", "train/test_sdxl.py", "train/test_reshape.py",
+         "planning/test_plan.py",
          "train/test_stages.py", "train/test_rollback.py", "encoding/test_encoded.py",
          "train/test_buckets.py", "models/test_unet.py")  # fmt: skip
 

@@ -164,7 +164,8 @@ def differences(a: Model, b: Model) -> list[str]:
         one, other = a.tokenizers[field], b.tokenizers[field]
         if one.identity != other.identity:
             lines.append(
-                f"{TOKENIZERS[field]}: another vocabulary or length ({_tokens(one)}, {_tokens(other)})"
+                f"{TOKENIZERS[field]}: another vocabulary or length "
+                f"({_tokens(one)}, {_tokens(other)})"
             )
     for path in sorted(a.params.keys() | b.params.keys()):
         if path not in a.params or path not in b.params:

@@ -21,7 +21,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "transformer.", "model."
-# Layouts of all families, from the most to the least particular: those with most text encoders first.
+# Layouts of all families, from the most to the least particular: most text encoders first.
 LAYOUTS = sorted(
     ((family, layout) for family in FAMILIES.values() for layout in family.single_files),
     key=lambda pair: -len(pair[1].prefixes),

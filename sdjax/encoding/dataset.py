@@ -80,8 +80,8 @@ def encode_dataset(
     """
     if not config.draws or config.data.mixture or is_encoded(config.data):
         raise UserError(
-            "only a method that draws from prompts, with one dataset of pictures can be encoded; for a "
-            "mixture encode each part, and mix what comes out"
+            "only a method that draws from prompts, with one dataset of pictures, can be encoded; "
+            "for a mixture encode each part, and mix what comes out"
         )
     assembled = assemble(config)
     config = assembled.config
@@ -208,8 +208,8 @@ def check_encoded(config: Config, assembled: Assembled | None, trained: Collecti
         return
     if not config.draws:
         raise UserError(
-            f"data.name is 'encoded', but method.name is {config.method.name!r}, which trains on pictures: give "
-            "it those"
+            f"data.name is 'encoded', but method.name is {config.method.name!r}, which trains "
+            "on pictures: give it those"
         )
     with_text = config.data.text_embeddings
     encoders = config.model.text_encoders

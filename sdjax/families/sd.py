@@ -110,8 +110,8 @@ def check(model: Model) -> None:
         )
     if unet.addition_embed_type is not None:
         raise UserError(
-            f"model.unet.addition_embed_type is {unet.addition_embed_type!r}, which is of the family "
-            "'sdxl', but model.family is 'sd'; expected None"
+            f"model.unet.addition_embed_type is {unet.addition_embed_type!r}, which is of the "
+            "family 'sdxl', but model.family is 'sd'; expected None"
         )
     if unet.cross_attention_dim != encoder.hidden_size:
         raise UserError(

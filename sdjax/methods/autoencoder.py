@@ -1,4 +1,4 @@
-"""The VAE: reconstruction and KL divergence (LDM `LPIPSWithDiscriminator` without its two networks)."""
+"""The VAE: reconstruction and KL divergence (LDM's `LPIPSWithDiscriminator`, without its networks)."""
 
 from __future__ import annotations
 

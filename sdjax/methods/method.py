@@ -80,7 +80,7 @@ class Adjust(Protocol):
     def __call__(
         self, group: ModelConfig, params: Params, images: Callable[[int], np.ndarray]
     ) -> ModelConfig:
-        """Return the recipe's group `model` with, for instance, the factor that scales latents to 1.
+        """Return the recipe's group `model` with, say, the factor that scales latents to 1.
 
         Args:
             params: of every network.

@@ -90,8 +90,8 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    # "text_time" adds an embedding of the pooled caption, and of numbers about the picture (its sizes
-    # and its crop, for instance), to that of the timestep.
+    # "text_time" adds an embedding of the pooled caption, and of numbers about the picture (its
+    # sizes and its crop, for instance), to that of the timestep.
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None  # width of the sinusoids of each number
     projection_class_embeddings_input_dim: int | None = (

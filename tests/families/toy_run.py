@@ -46,6 +46,13 @@ def recipe(vae: str, data: str):
     return c, resolve
 
 
+def same(a, b) -> bool:
+    """Whether two models have the same weights to the bit."""
+    return a.params.keys() == b.params.keys() and all(
+        np.array_equal(a.params[path], b.params[path]) for path in a.params
+    )
+
+
 def main(folder: Path, vae: str) -> None:
     with_one_line_more()
     from sdjax import convert, sample
@@ -73,12 +80,6 @@ def main(folder: Path, vae: str) -> None:
     from PIL import Image
 
     pictures = [np.asarray(Image.open(folder / name / "00000.png")) for name in "ab"]
-    same = lambda a, b: (
-        a.params.keys() == b.params.keys()
-        and all(  # noqa: E731
-            np.array_equal(a.params[path], b.params[path]) for path in a.params
-        )
-    )
     print(json.dumps({
         "networks": list(whole.networks),
         "settings": dict(back.settings),
