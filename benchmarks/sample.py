@@ -6,7 +6,8 @@
 
 From the tokens of a prompt to uint8 pictures on the host: text encoder, 20 steps of DDIM with
 guidance (two evaluations of the UNet a step, as one batch), VAE decoder, by
-`sdjax.sampling.generate` as `sdjax.sample` uses it. Compilation, once for each batch size, is timed apart.
+`sdjax.sampling.generate` as `sdjax.sample` uses it. Compilation, once for each batch size, is
+timed apart.
 
 The peer, on request, is the pipeline of torch diffusers on the same diffusers folder, from the same
 noise: in float32 its pictures have to be the same, or the script ends with exit code 1. On a GPU

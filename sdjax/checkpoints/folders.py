@@ -1,4 +1,4 @@
-"""What all folders and files of models share: their error, JSON, and how a folder is replaced."""
+"""The parts that all folders and files of models share: the error, JSON, replacing a folder."""
 
 from __future__ import annotations
 

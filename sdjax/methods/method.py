@@ -1,4 +1,4 @@
-"""What a method is: what is trained, by which loss, and how the result is looked at."""
+"""The contracts of a method: what is trained, by which loss, and how the result is looked at."""
 
 from __future__ import annotations
 

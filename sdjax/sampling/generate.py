@@ -20,7 +20,7 @@ from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import make_conditioner
-from sdjax.families.family import Model
+from sdjax.families.family import Context, Model
 from sdjax.models import capture
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
@@ -96,6 +96,7 @@ def make_generator(
     conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
     tables = make_schedule(schedule)
     make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
+    wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
 
     @jax.jit
     def generate(
@@ -108,7 +109,6 @@ def make_generator(
         denoiser, vae = (networks.module(name, params) for name in (family.denoiser, "vae"))
         target = latents.shape[1] * model.vae.downscale, latents.shape[2] * model.vae.downscale
         context = conditioner(params, prompts, target=target)
-        length = (context["context"] if isinstance(context, dict) else context).shape[1]
         denoise = guided(
             lambda xt, t, context: denoiser(xt, t, context),
             context,
@@ -118,7 +118,6 @@ def make_generator(
             interval=drawing.guidance_interval,
             num_train_timesteps=schedule.num_train_timesteps,
         )
-        wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
         with capture.capturing(denoiser, probabilities=wanted) as found:
 
             def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
@@ -134,12 +133,16 @@ def make_generator(
                 prediction_type=model.prediction_type,
                 sampler=drawing.sampler,
                 callback=see,
-                state=tuple(each.start(latents.shape, length) for each in callbacks),
+                state=tuple(each.start(latents.shape, _length(context)) for each in callbacks),
                 keys=keys,
             )
         return to_images(vae, x0), seen
 
     return generate
+
+
+def _length(context: Context) -> int:
+    return (context["context"] if isinstance(context, dict) else context).shape[1]
 
 
 def to_images(vae: VAE, x0: jax.Array) -> jax.Array:
@@ -215,11 +218,6 @@ def draw(
             # The last batch is filled up with its last example, which is then dropped.
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             numbers = _spread(rows if positions is None else positions[rows], mesh)
-            noise = (
-                initial_latents(seed, numbers, shape)
-                if latents is None
-                else _spread(latents[rows], mesh)
-            )
             out, seen = generate(
                 params,
                 {field: _spread(values[rows], mesh) for field, values in prompts.items()},
@@ -227,7 +225,9 @@ def draw(
                     field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
                     for field, row in negative.items()
                 },
-                noise,
+                initial_latents(seed, numbers, shape)
+                if latents is None
+                else _spread(latents[rows], mesh),
                 _sampler_keys(seed + 1, numbers),
             )
             found, kept = _first(total - start, (out, seen))

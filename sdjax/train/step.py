@@ -120,7 +120,7 @@ def _advance(
     *,
     spread: Spread | None,
 ) -> tuple[Params, Params, Any, dict[str, Any]]:
-    """What the phase trains, all parameters and the optimizer's state after it, and its metrics.
+    """Return what the phase trains, all parameters, the optimizer's state, and metrics, after it.
 
     A NaN or Inf leaves the second and the third as they were.
     """
