@@ -84,8 +84,7 @@ def make_generator(
     """Return a jitted `Generate`.
 
     Args:
-        model: with schedule, prediction type and tokenizers.
-        dtype: of products and convolutions.
+        model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.

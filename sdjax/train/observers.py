@@ -61,7 +61,7 @@ class Observers:
         self._check_metric()
 
     def _check_metric(self) -> None:
-        """Check that a validation gives the number that tells the best: better now than in a day."""
+        """Check that a validation gives the number that tells the best, before a day has gone."""
         metric, metrics = self.selection.metric, self._config.validation.metrics
         known = {
             f"{group}/{weights}/{name}"
