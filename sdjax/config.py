@@ -86,12 +86,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From step `start` on the run goes on with these; what is 0, None or () stays as it was."""
+    """From step `start` on the run goes on with these; what is None stays as it was."""
 
     start: int = 0  # optimizer steps done before it
-    resolution: int = 0  # data.resolution
-    batch_size: int = 0  # data.batch_size
-    mixture: tuple[Part, ...] = ()  # data.mixture, its own steps counted from `start`
+    resolution: int | None = None  # data.resolution
+    batch_size: int | None = None  # data.batch_size
+    mixture: tuple[Part, ...] | None = None  # data.mixture, its own steps counted from `start`
     timestep_min: int | None = None  # objective.timestep_min
     timestep_max: int | None = None  # objective.timestep_max
     learning_rate: float | None = None  # optim.learning_rate, the peak of the one schedule
@@ -162,8 +162,7 @@ class Config:
         for stage in begun:
             for group, names in _STAGED.items():
                 changed = {name: getattr(stage, name) for name in names}
-                groups[group] |= {k: v for k, v in changed.items() if v not in (None, ())
-                                  and (v or group != "data")}  # fmt: skip
+                groups[group] |= {k: v for k, v in changed.items() if v is not None}
         replaced = {
             group: dataclasses.replace(getattr(self, group), **fields)
             for group, fields in groups.items()

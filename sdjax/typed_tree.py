@@ -120,9 +120,12 @@ def _field(hint: Any, value: Any, where: str, errors: list[str], variants: Varia
 
 
 def _group_in_tuple(hint: Any) -> Any:
-    """The dataclass of `tuple[Dataclass, ...]`, else None."""
-    first, *_ = typing.get_args(hint) or (None,)
-    return first if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(first) else None
+    """The dataclass of `tuple[Dataclass, ...]`, which may also be None, else None."""
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        first, *_ = typing.get_args(option) or (None,)
+        if typing.get_origin(option) is tuple and dataclasses.is_dataclass(first):
+            return first
+    return None
 
 
 def _group(hint: Any) -> tuple[Any, bool]:
