@@ -125,7 +125,7 @@ def _add_file_options(p: argparse.ArgumentParser) -> None:
 
 
 def _add_average_options(p: argparse.ArgumentParser) -> None:
-    """What makes one model of several."""
+    """Add the options that make one model of several."""
     group = p.add_argument_group("a mean in place of one model")
     group.add_argument(
         "--average", nargs="+", metavar="STEP|last:N|DIR",
@@ -231,7 +231,7 @@ def _sources(
     step: int | None,
     weights: str,
 ) -> list[averages.Member]:
-    """What is read. ModelError if the options that say so contradict one another."""
+    """Return the sources. ModelError if the options that name them contradict one another."""
     from sdjax.checkpoints import averages
     from sdjax.checkpoints.folders import ModelError
 
@@ -281,7 +281,7 @@ def _run_of(path: paths.Path) -> paths.Path:
 
 
 def default_format(kind: str, target: paths.Path) -> str:
-    """What is written where the user does not say."""
+    """Return the format that is written where the user names none."""
     if target.suffix == ".safetensors":
         return "single_file"
     return "diffusers" if kind == "workdir" else "workdir"
@@ -290,7 +290,7 @@ def default_format(kind: str, target: paths.Path) -> str:
 def _misplaced(
     given: dict[str, Any], kind: str, to: str, dtype: str, max_shard_size: str | None
 ) -> str:
-    """What is wrong with options that another kind of input or output has, or ""."""
+    """Return the fault of options that another kind of input or output has, or ""."""
     for option, value in given.items():
         if value not in ("", None) and kind != _INPUT_OPTIONS[option]:
             wanted = _INPUT_OPTIONS[option]

@@ -257,7 +257,7 @@ def _size(args: argparse.Namespace, count: int, height: int, width: int) -> np.n
 
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
-    """What is to be drawn."""
+    """Return the pictures to draw, with all that they depend on."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -294,7 +294,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
 
 
 def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
-    """What a picture's file says of how it was drawn."""
+    """Return the settings that a picture's file carries."""
     drawing = request.drawing
     size = {"original_size": args.original_size, "crop": args.crop}
     return {

@@ -1,4 +1,4 @@
-"""What the verbs with absl's flags have in common: their beginning.
+"""The beginning of the verbs with absl's flags.
 
 A recipe is a Python file with a `get_config()`, which is run; those of sdjax also go by their
 names, as "base".
@@ -92,7 +92,7 @@ def recipe(values: flags.FlagValues, example: str) -> ConfigDict:
 
 
 def parse(argv: list[str], values: flags.FlagValues) -> list[str]:
-    """What absl leaves of the arguments.
+    """Return the arguments that absl leaves.
 
     Raises:
         flags.Error: an unknown flag or a wrong value.

@@ -31,7 +31,7 @@ _SHOWN = 5  # fields of a network that a line names
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """What `assemble` found.
+    """The result of `assemble`.
 
     config: with what loaded folders decided.
     params: loaded ones by path.
@@ -147,7 +147,7 @@ def blank_method(config: Config) -> Method:
 
 
 def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
-    """What is not trained must have been loaded from somewhere.
+    """Check that every network that is not trained has loaded weights.
 
     Raises:
         ConfigError: naming the network and the fields that can bring it.

@@ -40,7 +40,7 @@ class Member:
 
 
 def members(source: paths.PathLike | None, names: Sequence[str]) -> list[Member]:
-    """What `--average` names: steps of the run `source`, its `last:N`, or folders and files.
+    """Return the members that `--average` names: steps of the run `source`, `last:N`, folders, files.
 
     Raises:
         ModelError: they are of both kinds, too few, twice the same, or not there.
@@ -145,7 +145,7 @@ def average(
 
 
 def differences(a: Model, b: Model) -> list[str]:
-    """What forbids to average two models, as lines: at most ten, and a count."""
+    """Return the reasons not to average two models, as lines: at most ten, and a count."""
     lines = []
     pairs = {name: (a.networks.get(name), b.networks.get(name)) for name in NETWORKS}
     for field, (one, other) in {**pairs, "schedule": (a.schedule, b.schedule)}.items():

@@ -1,4 +1,4 @@
-"""What Orbax says of a save that failed in the background, which its caller says better."""
+"""Orbax's log of a save that failed in the background, kept back: its caller says it better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the train state in a checkpoint holds: names, shapes and dtypes, without its numbers."""
+"""The contents of the train state in a checkpoint: names, shapes and dtypes, without numbers."""
 
 from __future__ import annotations
 

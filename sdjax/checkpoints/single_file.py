@@ -59,7 +59,7 @@ _SAID = {
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What a single file may leave open.
+    """Answers to the questions that a single file may leave open.
 
     tokenizer: folder of a CLIP tokenizer; "" where `like` or nothing has one.
     prediction_type: "epsilon" or "v_prediction"; "" for what the file says, or its family.
@@ -155,7 +155,7 @@ def _refuse_quantised(
 
 
 def _said(file: paths.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What sdjax wrote into the header, or nothing."""
+    """Return the entry that sdjax wrote into the header; empty without one."""
     try:
         said = json.loads(metadata.get(METADATA, "{}"))
         check_depth(said)

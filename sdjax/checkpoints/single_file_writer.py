@@ -107,7 +107,7 @@ def _release(model: Model) -> SingleFile | None:
 
 
 def _header(model: Model) -> dict[str, Any]:
-    """What `read_single_file` needs to be exact: configs, and the schedule."""
+    """Return the header that makes `read_single_file` exact: configs, schedule and settings."""
     header: dict[str, Any] = {n: config.to_json() for n, config in model.networks.items()}
     if model.schedule is not None:
         header["schedule"] = dataclasses.asdict(model.schedule)
@@ -120,7 +120,7 @@ def _header(model: Model) -> dict[str, Any]:
 
 
 def _warnings(model: Model) -> list[str]:
-    """What sets these networks apart from all that readers of single files expect."""
+    """Return a line for each thing that readers of single files do not expect."""
     lines = []
     for name, config in model.text_encoders.items():
         if config.vocab_size != CLIP_VOCABULARY:

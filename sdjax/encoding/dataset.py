@@ -44,7 +44,7 @@ WAIT = 3600.0  # seconds the first host waits for a new shard of another
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is kept, and how the work is cut. The rest is the configuration's."""
+    """The parts that are kept, and how the work is cut. The rest is the configuration's."""
 
     splits: tuple[str, ...] = ()  # () takes data.split and data.eval_split
     text: bool = False  # embeddings too
@@ -138,7 +138,7 @@ def _encode_split(job: Job, shards: Shards, features: Any, *, host: int, hosts: 
 
 
 def _shapes(config: Config, source: Source) -> list[tuple[int, int] | None]:
-    """Of the crop of each example."""
+    """Return (height, width) of each example's crop; None for one that buckets refuse."""
     side = config.data.resolution
     if not config.data.buckets.step:
         return [(side, side)] * len(source)
@@ -170,7 +170,7 @@ def _begin(folder: paths.Path, encoding: Encoding, options: Options) -> None:
 
 
 def _describe(every: Sequence[Shards], encoding: Encoding, features: Any) -> Report:
-    """What makes the dataset readable, when all shards of all hosts are there."""
+    """Write the metadata that make the dataset readable, when all shards of all hosts are there."""
     stored, dropped = {}, {}
     for shards in every:
         notes = shards.notes(timeout=WAIT)
@@ -233,7 +233,7 @@ def check_encoded(config: Config, assembled: Assembled | None, trained: Collecti
 
 
 def fingerprint(assembled: Assembled, name: str) -> str:
-    """Of all that decides what a network makes of a picture or a caption.
+    """Return a digest of all that decides how a network encodes a picture or a caption.
 
     The weights as float32 (of a VAE those of the encoder), the settings, for a text encoder its
     tokenizer; the same wherever they come from.
@@ -266,7 +266,7 @@ class Shards:
         self.per_shard = per_shard
 
     def file(self, shard: int) -> paths.Path:
-        """Of the records."""
+        """Return the file of a shard's records."""
         return self.folder / file_name(DATASET, self.split, shard, self.count)
 
     def note(self, shard: int) -> paths.Path:
@@ -274,7 +274,7 @@ class Shards:
         return self.folder / f"{self.file(shard).name}.json"
 
     def indices(self, shard: int) -> range:
-        """Of its records, in the source."""
+        """Return the places in the source of a shard's records."""
         first = shard * self.per_shard
         return range(first, min(first + self.per_shard, self.examples))
 
@@ -283,7 +283,7 @@ class Shards:
         return [s for s in range(host, self.count, hosts) if not paths.exists(self.note(s))]
 
     def notes(self, *, timeout: float) -> list[dict[str, Any]]:
-        """Of all shards, when they are there.
+        """Wait for the notes of all shards, and return them.
 
         Raises:
             UserError: after `timeout` seconds without a new one.

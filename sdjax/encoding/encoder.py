@@ -79,7 +79,7 @@ def _on_this_host(function: Callable, params: Mapping[str, Any], batch: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all shards of a split share.
+    """The settings that all shards of a split share.
 
     shapes: (height, width) of each example's crop, None where `data.buckets` refuses it.
     embed: texts to embeddings, None to keep captions alone.

@@ -1,4 +1,4 @@
-"""What an evaluation is of: the model with its run's configuration, and the dataset."""
+"""The subject of an evaluation: the model with its run's configuration, and the dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be evaluated, how, and against what: from options to datasets and networks."""
+"""From the options of an evaluation to its datasets and networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLES = 1000  # pictures, unless the user says how many
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be evaluated, and how; the options of `sdjax.evaluate`, which explains them."""
+    """The options of `sdjax.evaluate`, which explains them."""
 
     model: str = ""
     images: str = ""
@@ -206,7 +206,7 @@ def cache_folder(request: Request, loaded: Loaded | None, output: paths.PathLike
 
 
 def dataset_name(data: DataConfig | None) -> str:
-    """What a dataset is called in files."""
+    """Return the name of a dataset in files."""
     if data is None:
         return ""
     if data.mixture:

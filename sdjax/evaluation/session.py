@@ -102,7 +102,7 @@ class Session:
 
     @property
     def negative_prompt(self) -> str:
-        """What guidance leads away from."""
+        """The prompt that guidance leads away from."""
         if self.request.negative_prompt is not None:
             return self.request.negative_prompt
         config = self.loaded.config if self.loaded else None

@@ -1,4 +1,4 @@
-"""What the denoiser is told besides the noisy latents, for every family.
+"""The denoiser's context, besides the noisy latents, for every family.
 
 One object makes it, for the loss, for drawing and for encoding ahead, so that a caption that was
 dropped in training and the "no caption" of guidance are the same by construction.

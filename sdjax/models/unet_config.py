@@ -199,5 +199,5 @@ class UNetConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What diffusers needs to build the same network."""
+        """Return the config.json with which diffusers builds the same network."""
         return {"_class_name": "UNet2DConditionModel", **json_values(self)}

@@ -31,7 +31,7 @@ SETTINGS = "settings.json"
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is drawn: each of `texts` `per_prompt` times, and then from the first again."""
+    """The prompts: each of `texts` `per_prompt` times, and then from the first again."""
 
     texts: tuple[str, ...]
     per_prompt: int = 1
@@ -178,7 +178,7 @@ def draw_folder(
 
 
 def file_name(number: int) -> str:
-    """Of a picture."""
+    """Return the name of a picture's file."""
     return f"{number:06d}.png"
 
 

@@ -1,4 +1,4 @@
-"""What must be the same on every host before they train together: configuration, workdir, data.
+"""Agreement of all hosts before they train together: on configuration, workdir and data.
 
 Where it is not, hosts would wait for one another for ever, or write half a checkpoint each.
 """

@@ -1,4 +1,4 @@
-"""What a run says before it starts: at start-up in a few lines, under `--dry_run` in full."""
+"""The announcement of a run: a few lines at its start, in full under `--dry_run`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _axes(mesh: Mesh) -> str:
 
 
 def _costs(compiled: Compiled) -> str:
-    """What the compiler says of the step, as far as it says anything."""
+    """Return the compiler's figures of the step, as far as it gives any."""
     parts = []
     if compiled.flops_per_image:
         parts.append(f"{compiled.flops_per_image / 1e9:.2f} GFLOP per image")
@@ -127,7 +127,7 @@ def _counts(abstract: Mapping[str, Any], split: Split) -> Table:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Of abstract arrays with shardings."""
+    """Return the bytes that abstract arrays with shardings take on a device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

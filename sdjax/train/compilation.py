@@ -30,7 +30,7 @@ _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the compiler answers, which takes it minutes. error: of running out of memory.
+    """The compiler's answer, which takes it minutes. error: of running out of memory.
 
     quick: there is no machine code, and so no cycles in the text, no costs, nothing of its size.
     """
@@ -121,7 +121,7 @@ def schedule_lowered(
 
 
 def _schedule(folder: Path) -> str:
-    """What the compiler has printed into `folder` of the scheduled program; "" if not yet all."""
+    """Return the scheduled program that the compiler prints into `folder`; "" if not yet whole."""
     for file in folder.glob(_SCHEDULE):
         text = file.read_text()
         if text.endswith("\n}\n\n"):  # of the last computation, the program itself

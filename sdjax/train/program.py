@@ -1,4 +1,4 @@
-"""What a configuration compiles to: shapes, shardings and the jitted step, before any array exists.
+"""The program of a configuration: shapes, shardings and the jitted step, before any array exists.
 
 The loop fills it with arrays, `--dry_run` prints it, and `sdjax.plan` compiles it for hardware that
 is not there.
@@ -61,7 +61,7 @@ class Program:
 
     @property
     def state_shardings(self) -> Any:
-        """Of every leaf of the state."""
+        """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
 

@@ -32,7 +32,7 @@ class Spike(RuntimeError):
 
 
 def read(folder: paths.Path) -> list[dict[str, Any]]:
-    """What happened so far: "step", "what", "value", "mean", and which batch it was: number "batch"
+    """Return the rollbacks so far: "step", "what", "value", "mean", and the batch: number "batch"
     of the stream of data that began after "first" steps.
 
     Raises:

@@ -32,7 +32,7 @@ class Segment:
 
     @property
     def seed(self) -> int:
-        """Of the order of the data: another for each stage, or all would begin alike."""
+        """The seed of the data's order: another for each stage, or all would begin alike."""
         return (self.config.seed + 1_000_003 * self.number) % 2**32
 
 

@@ -130,7 +130,7 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
 
 
 def _decided_then(config: Config, saved: Config) -> Config:
-    """What loaded folders, the tokenizer and the end of a VAE's run decided still holds."""
+    """Return the configuration with what folders, the tokenizer and a VAE's end decided at first."""
     replace = dataclasses.replace
     before = model_of(saved.model)
     if saved.init_from:
@@ -163,7 +163,7 @@ def write_workdir(
     frozen: Mapping[str, np.ndarray],
     scheduler: Mapping[str, Any] | None = None,
 ) -> None:
-    """What a workdir needs besides checkpoints to be read by itself; the config comes last."""
+    """Write all that a workdir needs besides checkpoints to be read; the config comes last."""
     if jax.process_index() != 0:
         return
     for field, tokenizer in tokenizers.items():

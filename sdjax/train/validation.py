@@ -156,7 +156,7 @@ def _make_program(
 
 
 def _fields(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What the networks take."""
+    """Return the fields that the networks take."""
     return {field: value for field, value in batch.items() if field != "name"}
 
 

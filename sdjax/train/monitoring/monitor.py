@@ -1,4 +1,4 @@
-"""What is gathered between two lines of the log, and what is kept when a run goes wrong."""
+"""The means between two lines of the log, and the batch that is kept when a run goes wrong."""
 
 from __future__ import annotations
 

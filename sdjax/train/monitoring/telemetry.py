@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics on the device, their fetching, speed, progress, logs.
+"""Telemetry of a run: metrics on the device, their fetching, speed, progress, logs.
 
 Steps in here count optimizer steps done: after the first, `step` is 1.
 """
