@@ -8,13 +8,18 @@ PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 WORKDIR ?= runs/base
 FUZZ_SECONDS ?= 1200
 
-.PHONY: train test test-all test-gpus test-wheel test-newest fuzz lint docs clean
+.PHONY: train test check test-all test-gpus test-wheel test-newest fuzz lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m sdjax.main --config=configs/base.py --workdir=$(WORKDIR)
 
+# ROOM=diffusion: the tests of one room alone.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) $(if $(ROOM),tests/$(ROOM))
+
+# Lint, and the tests that compile no network and start no process: some two minutes.
+check: lint
+	$(BIN)/python -m pytest -m "unit and not slow" $(PARALLEL)
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "" $(PARALLEL)

@@ -40,7 +40,7 @@ class Member:
 
 
 def members(source: paths.PathLike | None, names: Sequence[str]) -> list[Member]:
-    """Return the members that `--average` names: steps of the run `source`, `last:N`, folders, files.
+    """Return the members that `--average` names: steps of `source`, `last:N`, folders and files.
 
     Raises:
         ModelError: they are of both kinds, too few, twice the same, or not there.

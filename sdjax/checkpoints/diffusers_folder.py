@@ -274,7 +274,7 @@ def write_diffusers(
 
 
 def _write_pipeline(folder: paths.Path, model: Model) -> None:
-    """Write the parts of a pipeline that are no networks: scheduler, tokenizers, model_index.json."""
+    """Write the parts of a pipeline that are no networks: scheduler, tokenizers, index."""
     family, scheduler = model.family, scheduler_file(model)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

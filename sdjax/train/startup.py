@@ -130,7 +130,7 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
 
 
 def _decided_then(config: Config, saved: Config) -> Config:
-    """Return the configuration with what folders, the tokenizer and a VAE's end decided at first."""
+    """Return the configuration with what folders, tokenizers and a VAE's end decided at first."""
     replace = dataclasses.replace
     before = model_of(saved.model)
     if saved.init_from:
