@@ -13,6 +13,7 @@ from absl import flags
 
 from sdjax.__main__ import VERBS
 from sdjax.config import VARIANTS, Config
+from tests import config_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -140,12 +141,15 @@ def has_field(cls, names):
 
 
 def held_by(hint):
-    """The dataclasses in a type, such as both of `A | tuple[B, ...]`."""
-    if hint in VARIANTS:
-        return list(VARIANTS[hint][1].values())
-    if dataclasses.is_dataclass(hint):
-        return [hint]
-    return [held for part in typing.get_args(hint) for held in held_by(part)]
+    """The dataclasses that a field may hold; of a group that is one of several, each of these."""
+    for held in config_table.held_by(hint):
+        yield from VARIANTS[held][1].values() if held in VARIANTS else [held]
+
+
+def test_page_of_the_fields_is_that_of_the_dataclasses():
+    assert (ROOT / "docs" / "config.md").read_text() == config_table.page(), (
+        "run: python -m tests.config_table > docs/config.md"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -160,7 +164,7 @@ def test_field_named_in_a_page_is_one_of_the_configuration(page):
         for whole in re.findall(rf"`{name}(?: ?= ?[^`]*)?`", text)
         if "." in whole and whole.split(".")[0] in GROUPS
     ]
-    fields = {n for n in named if not re.search(r"(^|\.)(json|py)$", n)}
+    fields = {n for n in named if not re.search(r"(^|\.)(json|py|md)$", n)}
     unknown = {n for n in fields if not has_field(Config, n.split("."))}
     assert not unknown
 
