@@ -26,8 +26,9 @@ def free_port():
 def write_recipe(file, config):
     """A recipe file with the values of a ConfigDict; gives `file`."""
     values = to_dict(resolve(config))
+    variants = f"family={values['model']['family']!r}, method={values['method']['name']!r}"
     file.write_text(
-        "from sdjax.config import default\n\n\ndef get_config():\n    c = default()\n"
+        f"from sdjax.config import default\n\n\ndef get_config():\n    c = default({variants})\n"
         f"    c.update({values!r})\n    return c\n"
     )
     return file

@@ -43,6 +43,7 @@ class DataConfig:
     split_key: str = ""  # the feature hashed; "" is file_name, or else the number of the record
     score_key: str = ""  # a number feature, such as one of quality ...
     min_score: float | None = None  # ... and the least value; other examples are left out
+    weight_key: str = ""  # a number feature that multiplies the loss of an example; "" is 1 for all
     captions: CaptionConfig = CaptionConfig()
     text_embeddings: bool = False  # encoded: train on stored embeddings in place of the captions
     mixture: tuple[Part, ...] = ()  # several sources at once; () is the one called `name`

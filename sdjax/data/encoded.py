@@ -26,7 +26,7 @@ TEXT_FIELDS = {"context": 3, "pooled": 2}  # ranks of the arrays of all captions
 Dropped = Mapping[str, Mapping[str, list[str]]]  # examples left out: {split: {reason: names}}
 # Fields of the configuration that choose examples, and are not applied a second time.
 SELECTING = ("validation_share", "test_share", "fold", "split_key", "score_key", "min_score")
-FORMAT = 1  # of the records; raise it when they change
+FORMAT = 2  # of the records; raise it when they change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,8 @@ def features(tfds: Any, *, flipped: bool, text: bool) -> Any:
 
     moments [h, w, 2C]: mean and log-variance. size int32 [4]: see `transforms.Prepared`.
     context [captions, L, D], pooled [captions, P]: of `text` and then each of `captions`.
-    main_share: probability of `text`, see `Caption`. height, width: of the crop.
+    main_share: probability of `text`, see `Caption`. weight: of the loss, see
+    data.weight_key. height, width: of the crop.
     """
     array = tfds.features.Text  # it keeps bytes as they are
     found = {
@@ -157,6 +158,7 @@ def features(tfds: Any, *, flipped: bool, text: bool) -> Any:
         "text": tfds.features.Text(),
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "main_share": np.float64,
+        "weight": np.float32,
         "file_name": tfds.features.Text(),
         "width": np.int32,
         "height": np.int32,

@@ -48,12 +48,15 @@ class Transform:
     flip: bool
     captions: CaptionConfig
     with_size: bool
+    with_weight: bool = False
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         picture, size = self._picture(example, rng)
         fields = dict(picture)
         if self.with_size:
             fields["size"] = size
+        if self.with_weight:
+            fields["weight"] = example["weight"]
         text = choose(example["caption"], self.captions, rng)
         if self.embeddings:
             captions = (example["caption"].main, *example["caption"].others)
@@ -211,8 +214,8 @@ def make_iterator(
     b is config.batch_size / process_count. Each of `tokenizers` fills the field of its name;
     `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`. H and W are data.resolution, or
     those of the batch's bucket. Encoded datasets have "moments" float32 [b, h, w, 2C] in place of
-    the image. With data.text_embeddings they have "context" [b, L, D] (for SDXL also "pooled" [b,
-    P]) in place of tokens.
+    the image. With data.weight_key they have "weight" float32 [b]. With data.text_embeddings they
+    have "context" [b, L, D] (for SDXL also "pooled" [b, P]) in place of tokens.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
     if config.batch_size % process_count:
@@ -233,6 +236,7 @@ def make_iterator(
         config.flip,
         config.captions,
         with_size,
+        bool(config.weight_key),
     )
     import grain.python as grain
 

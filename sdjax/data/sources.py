@@ -69,6 +69,14 @@ class Source:
         with self._named(index):
             picture = self._picture(index, record)
             caption = self._caption(record)
+            if self._config.weight_key:
+                picture["weight"] = np.float32(record[self._config.weight_key])
+        weight = picture.get("weight", 1.0)
+        if not 0 <= weight < np.inf:
+            raise DataError(
+                f"{self.name}, split {self.split}, example {index}: data.weight_key = "
+                f"{self._config.weight_key!r} is {weight}; expected a number of 0 or more"
+            )
         if self._config.captions.empty == "error" and not caption.main.strip():
             raise DataError(
                 f"{self.name}, split {self.split}, example {index} has no caption; "

@@ -173,6 +173,7 @@ def _load(job: Job, index: int, height: int, width: int) -> Example:
         "captions": list(caption.others),
         # Of label templates; which of several captions to take is decided by those who train.
         "main_share": 1.0 if data.captions.others_key else caption.main_share,
+        "weight": example.get("weight", np.float32(1)),  # data.weight_key="weight" takes it
         "file_name": job.source.key(index),
         "height": height,
         "width": width,

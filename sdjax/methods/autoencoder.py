@@ -124,11 +124,14 @@ def make(setup: Setup) -> Method:
     networks = bind(setup.model, ("vae",), dtype=setup.dtype, remat=setup.remat)
     vae = Reconstruction(setup.config, networks)
     side = setup.data.resolution
+    example = {"image": jax.ShapeDtypeStruct((side, side, 3), jnp.float32)}
+    if setup.data.weight_key:
+        example["weight"] = jax.ShapeDtypeStruct((), jnp.float32)
     return Method(
         abstract=networks.abstract,
         init=networks.init,
         phases=(Phase("main", vae.loss, lambda path: path.startswith("vae.")),),
-        example={"image": jax.ShapeDtypeStruct((side, side, 3), jnp.float32)},
+        example=example,
         validate=vae.validate,
         maxima=None,
         timesteps=lambda count: np.zeros(0, np.float32),

@@ -188,6 +188,8 @@ def make(setup: Setup) -> Method:
     else:
         for field, tokens in conditioner.null.items():
             example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+    if data.weight_key:
+        example["weight"] = jax.ShapeDtypeStruct((), jnp.float32)
     for field, shape in model.family.numbers.items():
         example[field] = jax.ShapeDtypeStruct(shape, jnp.int32)
     trained = (model.family.denoiser, *model.text_encoders)

@@ -45,7 +45,11 @@ class Draw(NamedTuple):
 
 
 class LossFn(Protocol):
-    """The loss of one phase; the mean over the global batch is minimised."""
+    """The loss of one phase.
+
+    The mean over the global batch is minimised, each example times its weight if it has one
+    (data.weight_key).
+    """
 
     def __call__(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw

@@ -94,6 +94,8 @@ def _gradients(
     ) -> tuple[jax.Array, Aux]:
         draw = Draw(key, example_keys(key, positions), positions, batch_size)
         per_example, aux = one.phase.loss({**others, **trained}, frozen, averages, part, draw)
+        if "weight" in part:
+            per_example = per_example * part["weight"]
         return jnp.mean(per_example), aux
 
     def value_and_grad(*args: Any) -> tuple[tuple[jax.Array, Aux], Params]:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sdjax.data import sources
 from sdjax.data.config import DataConfig, DataError
+from sdjax.data.fixed import FixedExamples
 from sdjax.data.mixture import Part
 from sdjax.data.pipeline import make_iterator, open_source
 from sdjax.data.stream import make_stream
@@ -245,6 +247,31 @@ def test_templates_of_labels(config):
     caption = open_source(config, "train")[1]["caption"]
     assert caption.main == "a photo of a dog" and caption.others == ("a dog outside", "one dog")
     assert caption.main_share == pytest.approx(1 / 3)
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+def test_an_example_has_its_weight_and_validation_none(config):
+    weighed = dataclasses.replace(config, weight_key="score", score_key="score", min_score=0.0)
+    source = open_source(weighed, "train")
+    batch = next(start(choice(weighed, empty="keep")))
+    assert batch["weight"].dtype == np.float32 and batch["weight"].shape == (len(batch["tokens"]),)
+    scores = {float(np.float32(source.example(i)["weight"])) for i in range(len(source))}
+    assert {float(weight) for weight in batch["weight"]} <= scores and len(scores) > 5
+    assert "weight" not in next(start(choice(config, empty="keep")))
+    fixed = FixedExamples(weighed, {}, split="train", count=4, rows=4)
+    with ThreadPoolExecutor(1) as executor:
+        assert "weight" not in fixed.read(fixed.groups[0], executor)
+
+
+def test_a_weight_that_is_none_is_refused_with_its_example(config):
+    source = open_source(dataclasses.replace(config, weight_key="score"), "train")
+    with pytest.raises(DataError, match=r"example \d+: data.weight_key = 'score' is nan"):
+        for i in range(len(source)):
+            source.example(i)
+    with pytest.raises(DataError, match="data.weight_key is 'text', which is no number"):
+        open_source(dataclasses.replace(config, weight_key="text"), "train")
 
 
 # ---- scores ----------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from sdjax import machine_settings, verbs
-from sdjax.config import Config, resolve, to_dict
+from sdjax.config import VARIANTS, Config
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import choose_data
+from sdjax.families.config import ModelConfig
+from sdjax.methods.method import MethodConfig, resolve, to_dict
 from sdjax.sweeps import claims
 from sdjax.system import text_files
 from sdjax.web.report import page as report_page
@@ -125,10 +127,16 @@ def check_recipe(page: str) -> str:
     assert ast.unparse(imported) == "from sdjax.config import default"
     assert isinstance(function, ast.FunctionDef)
     first, *lines, last = function.body
-    assert ast.unparse(first) == "c = default()" and ast.unparse(last) == "return c"
+    chosen = re.fullmatch(r"c = default\((?:(family)='(\w+)')?(?:, )?(?:(method)='(\w+)')?\)",
+                          ast.unparse(first))  # fmt: skip
+    assert chosen and ast.unparse(last) == "return c", ast.unparse(first)
+    config = Config(
+        model=VARIANTS[ModelConfig][1][chosen[2] or "sd"](),
+        method=VARIANTS[MethodConfig][1][chosen[4] or "denoise"](),
+    )
     for line in lines:
         assert isinstance(line, ast.Assign) and len(line.targets) == 1
-        defined: object = Config()
+        defined: object = config
         for name in ast.unparse(line.targets[0]).removeprefix("c.").split("."):
             assert name in {field.name for field in dataclasses.fields(defined)}  # type: ignore
             defined = getattr(defined, name)

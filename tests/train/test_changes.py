@@ -34,6 +34,7 @@ HARMLESS = (
     # Other rules for raw data import it anew, under a name that the state of the data refuses.
     "data.max_pixels", "data.min_side", "data.max_aspect", "data.max_bad_examples",
     "data.outside_links",
+    "data.weight_key",  # the weight of a loss
     # Numbers of the update; those that change the structure of the state are refused there.
     "optim.learning_rate", "optim.b1", "optim.b2", "optim.eps", "optim.weight_decay",
     "optim.momentum", "optim.schedule", "optim.warmup_steps", "optim.end_value", "optim.power",

@@ -80,6 +80,22 @@ def test_the_update_is_optax_on_the_mean_gradient():
         np.testing.assert_allclose(new["ema"]["0.5"][path], average, rtol=1e-6)
 
 
+def test_an_examples_weight_multiplies_its_loss_and_gradient():
+    step, state, frozen, batch = setup()
+    weight = jnp.arange(8.0) / 4
+    _, metrics = step(state, frozen, batch | {"weight": weight})
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    positions = jnp.arange(8)
+    draw = Draw(key, example_keys(key, positions), positions, 8)
+    mean = lambda p: jnp.mean(weight * quadratic(p, frozen, {}, batch, draw)[0])  # noqa: E731
+    loss, grads = jax.value_and_grad(mean)(state["params"])
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-6)
+    accumulated, *_ = setup(4)
+    _, other = accumulated(state, frozen, batch | {"weight": weight})
+    np.testing.assert_allclose(other["loss"], loss, rtol=1e-5)
+
+
 def test_noise_depends_on_seed_and_step_alone():
     step, state, frozen, batch = setup()
     _, first = step(state, frozen, batch)

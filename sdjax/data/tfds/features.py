@@ -79,14 +79,13 @@ def decoders_and_text(
                 f"data.{field} is {key!r}, but {builder.info.full_name} has the features "
                 f"{sorted(features)}; set it to one of them, or to ''"
             )
-    score = features[config.score_key] if config.score_key in features else None
-    if config.score_key and (
-        score is None or score.shape or np.dtype(score.np_dtype).kind not in "iuf"
-    ):
-        raise DataError(
-            f"data.score_key is {config.score_key!r}, which is no number feature of "
-            f"{builder.info.full_name}; it has the features {sorted(features)}"
-        )
+    for field, key in (("score_key", config.score_key), ("weight_key", config.weight_key)):
+        found = features[key] if key in features else None
+        if key and (found is None or found.shape or np.dtype(found.np_dtype).kind not in "iuf"):
+            raise DataError(
+                f"data.{field} is {key!r}, which is no number feature of "
+                f"{builder.info.full_name}; it has the features {sorted(features)}"
+            )
     others = config.captions.others_key and features[config.captions.others_key]
     if others and not (
         isinstance(others, tfds.features.Sequence)
