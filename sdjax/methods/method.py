@@ -147,6 +147,20 @@ class Method:
     pictures: Pictures
     adjust: Adjust | None = None
 
+    def __post_init__(self) -> None:
+        names = [phase.name for phase in self.phases]
+        if not names or len(set(names)) < len(names) or not all(names):
+            raise ValueError(f"the phases are called {names}; expected names that differ")
+        if self.phases[0].every != 1:
+            raise ValueError(
+                f"the first phase, {names[0]!r}, takes a step every {self.phases[0].every}; "
+                "expected 1: the loss of every step is logged and watched"
+            )
+        for path in self.abstract:
+            owners = [phase.name for phase in self.phases if phase.trains(path)]
+            if len(owners) > 1:
+                raise ValueError(f"{path} is trained by the phases {owners}; expected one at most")
+
     def trainable(self, path: str) -> bool:
         """Whether a phase may train a path."""
         return any(phase.trains(path) for phase in self.phases)

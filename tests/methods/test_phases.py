@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.checkpoint import restore_params
+from sdjax.methods.method import Method, Phase
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +36,25 @@ def state(folder, name):
         for which in ("params", "ema:0.9")
         for path, value in restore_params(folder / name, which, 6).items()
     }
+
+
+def loss(trained, frozen, averages, batch, draw):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ((), "called \\[\\]"),
+        ((Phase("a", loss, str.islower), Phase("a", loss, str.isupper)), "names that differ"),
+        ((Phase("a", loss, str.islower, every=2),), "every 2; expected 1"),
+        ((Phase("a", loss, str.islower), Phase("b", loss, str.isascii)), r"x is trained by .*'b'"),
+    ],
+)
+def test_phases_that_contradict_one_another_are_refused(phases, words):
+    nothing = lambda *args: None  # noqa: E731
+    with pytest.raises(ValueError, match=words):
+        Method({"x": None}, nothing, phases, {}, nothing, None, nothing, nothing)
 
 
 @pytest.fixture(scope="module")
