@@ -143,7 +143,7 @@ def fitted(image: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class SplitPictures:
     """The pictures of a dataset's split, as training takes them but cropped in the middle."""
 
     sources: tuple[pipeline.Source, ...]
@@ -195,7 +195,7 @@ class Split:
 
 def open_split(
     config: DataConfig, split: str, *, size: tuple[int, int], count: int | None = None
-) -> Split:
+) -> SplitPictures:
     """Open the first `count` pictures of a split, all by default.
 
     The parts of a mixture follow one another.
@@ -205,7 +205,7 @@ def open_split(
     """
     sources = tuple(pipeline.open_parts(config, split))
     total = sum(len(source) for source in sources)
-    return Split(sources, size, split, total if count is None else min(total, count))
+    return SplitPictures(sources, size, split, total if count is None else min(total, count))
 
 
 def has_pictures(config: DataConfig) -> bool:

@@ -25,7 +25,7 @@ _TERMS = 7
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class SolverPlan:
     """One row of coefficients per network evaluation, all float64 on the host.
 
     timesteps, alpha, sigma: [N], where the network is evaluated.
@@ -52,7 +52,7 @@ class Plan:
         return bool(np.any(self.to_x[:, NOISE]))
 
 
-def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
+def make_plan(schedule: Schedule, sampler: SamplerConfig) -> SolverPlan:
     """The coefficients of the whole loop of `sampler` on `schedule`.
 
     Raises UserError where the two do not go together.
@@ -83,7 +83,7 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig) -> Plan:
         to_x = np.stack([_dpmpp_2m_row(grid, i) for i in range(steps)])
     else:
         to_x = np.stack([_first_order_row(grid, i) for i in range(steps)])
-    return Plan(
+    return SolverPlan(
         timesteps=grid.timesteps[visits],
         alpha=grid.alpha[points],
         sigma=grid.sigma[points],

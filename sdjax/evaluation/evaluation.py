@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.data.pictures import Folder, Split
+from sdjax.data.pictures import Folder, SplitPictures
 from sdjax.errors import UserError
 from sdjax.evaluation import bootstrap, frechet, mmd, neighbours, reference, similarity
 from sdjax.evaluation.bootstrap import RESAMPLES, Estimate
@@ -49,9 +49,9 @@ class Inputs:
     inception: Tower | None = None
     clip: ClipTower | None = None
     features: str = ""
-    reference: Split | None = None
+    reference: SplitPictures | None = None
     statistics: Reference | None = None
-    train: Split | None = None
+    train: SplitPictures | None = None
     validate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     cache: paths.PathLike = "references"
 
@@ -247,7 +247,7 @@ class _FeatureCache:
         found = self._once("train", tower, lambda: self._cached(self.inputs.train, tower))
         return found.features
 
-    def _cached(self, pictures: Split | None, tower: Tower) -> Reference:
+    def _cached(self, pictures: SplitPictures | None, tower: Tower) -> Reference:
         assert pictures is not None
         return reference.cached(self.inputs.cache, tower, pictures, pictures.identity())
 

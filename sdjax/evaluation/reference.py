@@ -216,7 +216,7 @@ def cached(
     """The statistics of pictures, computed if `folder` has none of them by this tower.
 
     Args:
-      identity: identifies these pictures, as `Split.identity`.
+      identity: identifies these pictures, as `SplitPictures.identity`.
     """
     meta = {"tower": tower.name, "digest": tower.digest, **identity}
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sdjax.diffusion.schedules import make_schedule
-from sdjax.diffusion.solvers import Plan, make_plan
+from sdjax.diffusion.solvers import SolverPlan, make_plan
 from sdjax.families.family import Model
 from sdjax.sampling.generate import Callback, Drawing, draw, initial_latents, make_generator
 
@@ -38,7 +38,7 @@ class SamplingRequest:
     positions: np.ndarray
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> SolverPlan:
         """The places where the sampler evaluates the network."""
         assert self.model.schedule is not None
         return make_plan(make_schedule(self.model.schedule), self.drawing.sampler)

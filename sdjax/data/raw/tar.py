@@ -36,7 +36,7 @@ class TarError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class TarMember:
     """A plain file of an archive.
 
     data: its content; None if it is not wanted, too large, or sparse.
@@ -48,7 +48,7 @@ class Member:
     is_sparse: bool = False
 
 
-def members(file: Any, wanted: Callable[[str], int]) -> Iterator[Member]:
+def members(file: Any, wanted: Callable[[str], int]) -> Iterator[TarMember]:
     """The plain files of an archive, in order.
 
     Args:
@@ -71,7 +71,7 @@ def members(file: Any, wanted: Callable[[str], int]) -> Iterator[Member]:
         yield from _member(stream, _Header.parse(header), wanted)
 
 
-def _member(stream: _Stream, header: _Header, wanted: Callable[[str], int]) -> Iterator[Member]:
+def _member(stream: _Stream, header: _Header, wanted: Callable[[str], int]) -> Iterator[TarMember]:
     """The member that begins with a header, after more headers; nothing if it is no file."""
     name, size, is_sparse = "", -1, False
     for _ in range(MOST_HEADERS):
@@ -107,7 +107,7 @@ def _member(stream: _Stream, header: _Header, wanted: Callable[[str], int]) -> I
     if data is None:
         stream.skip(size)
     if is_file:
-        yield Member(name, size, data, is_sparse)
+        yield TarMember(name, size, data, is_sparse)
 
 
 @dataclasses.dataclass(frozen=True)

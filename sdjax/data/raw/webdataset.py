@@ -48,7 +48,7 @@ _MOST = {  # bytes of each kind
     "json": MOST_ROW_BYTES,
     **dict.fromkeys(CAPTION_SUFFIXES, MOST_CAPTION_BYTES),
 }
-_Sample = dict[str, tar.Member]  # by kind: "image", "json", ".txt" ...
+_Sample = dict[str, tar.TarMember]  # by kind: "image", "json", ".txt" ...
 
 
 def survey(path: str, *, outside: bool) -> Survey:
@@ -197,7 +197,7 @@ def _finished(parts: dict[str, _Sample], passed_over: Counter[str]) -> Iterator[
             passed_over.update(f".{middle}{ending(member.name)}" for member in part.values())
 
 
-def _members(shard: Shard, wanted: Callable[[str], int]) -> Iterator[tar.Member | Skip]:
+def _members(shard: Shard, wanted: Callable[[str], int]) -> Iterator[tar.TarMember | Skip]:
     """The files of a tar; the last is a Skip if the tar cannot be read to its end."""
     try:
         with open_shard(shard) as file:
