@@ -94,7 +94,9 @@ def _workdir() -> dict[str, bytes]:
     """The text files of a workdir with all that a report shows, and of its data."""
     with tempfile.TemporaryDirectory() as folder:
         report_workdir.make_workdir(Path(folder) / "run", count=40)
-        (Path(folder) / "run" / "rollbacks.json").write_text(json.dumps([{"step": 10, "back": 5}]))
+        (Path(folder) / "run" / "rollbacks.json").write_text(
+            json.dumps([{"step": 10, "what": "loss"}])
+        )
         files = (file for file in Path(folder).rglob("*") if file.suffix in (".json", ".jsonl"))
         return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
