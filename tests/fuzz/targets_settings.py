@@ -21,11 +21,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from sdjax import machine_settings, verbs
-from sdjax.config import VARIANTS, Config
+from sdjax.config import VARIANTS, Config, resolve, to_dict
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import choose_data
 from sdjax.families.config import ModelConfig
-from sdjax.methods.method import MethodConfig, resolve, to_dict
+from sdjax.methods.method import MethodConfig
 from sdjax.sweeps import claims
 from sdjax.system import text_files
 from sdjax.web.report import page as report_page
