@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sdjax.models.presets import UNET_SD2, UNET_SDXL
-
+from sdjax.families.sd import UNET_SD2
+from sdjax.families.sdxl import UNET_SDXL
 from sdjax.models.unet_config import UNetConfig
 
 

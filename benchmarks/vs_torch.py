@@ -49,12 +49,14 @@ class Sdjax:
         import jax.numpy as jnp
         from torch_peer import CLIP_NORM, LEARNING_RATE, WEIGHT_DECAY
 
+        from sdjax.methods.method import Phase
         from sdjax.models import placement, weights
         from sdjax.models.params import component, prefixed
         from sdjax.models.unet import UNet
         from sdjax.optim.optimizers import OptimConfig, make_optimizer
         from sdjax.parallel.activations import Activations
         from sdjax.parallel.mesh import MeshConfig, make_mesh
+        from sdjax.train.state import Optimization
         from sdjax.train.step import make_train_step
 
         config = SIZES[args.size].unet
@@ -63,20 +65,22 @@ class Sdjax:
         optim = OptimConfig(
             learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM
         )
-        self._optimizer = make_optimizer(optim, 1000, self._abstract)
 
-        def loss(params, frozen, batch, *, key, keys, positions, batch_size):
+        def loss(params, frozen, averages, batch, draw):
             context: Any = batch["context"]
             if "pooled" in batch:
-                context = {name: batch[name] for name in ("context", "pooled", "time_ids")}
+                context = {name: batch[name] for name in ("context", "pooled")}
+                context["numbers"] = batch["time_ids"]
             unet = weights.merge(graph, component(params, "unet"))
             errors = jnp.square(unet(batch["xt"], batch["timesteps"], context) - batch["eps"])
             per_example = errors.mean((1, 2, 3))
             return per_example, {"loss": per_example, "timesteps": batch["timesteps"]}
 
+        phase = Phase("main", loss, lambda path: True)
+        optimizer = make_optimizer(optim, 1000, self._abstract)
+        self._optimizations = (Optimization(phase, optimizer, frozenset(self._abstract)),)
         step = make_train_step(
-            loss,
-            self._optimizer,
+            self._optimizations,
             positions=np.arange(args.batch, dtype=np.int32),
             seed=0,
             accumulation=1,
@@ -101,7 +105,7 @@ class Sdjax:
         from sdjax.optim.ema import EMAConfig
         from sdjax.train.state import init_state
 
-        return init_state(params, self._optimizer, EMAConfig(profiles=()))
+        return init_state(params, self._optimizations, EMAConfig(profiles=()))
 
     def restart(self, tensors: dict[str, np.ndarray]) -> None:
         """Begin with these weights, which are torch's."""

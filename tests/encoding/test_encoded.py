@@ -367,7 +367,7 @@ def test_what_cannot_be_encoded_is_counted_and_named(snaps, tmp_path, monkeypatc
     names = [source.key(i) for i in np.flatnonzero(bad)]
     assert report.dropped == {"train": {"NaN or Inf in moments": names}, "test": {}}
     assert report.examples == {"train": 20, "test": 4}
-    assert json.loads((tmp_path / "data" / "encoder.json").read_text())["dropped"] == (
+    assert json.loads((tmp_path / "data" / "encoding.json").read_text())["dropped"] == (
         report.dropped
     )
     kept = source_of(on(snaps, tmp_path / "data"), "train")
@@ -428,10 +428,10 @@ def test_what_it_was_not_encoded_for_is_refused(snaps, tmp_path):
         assert words in str(error.value), field
     # Another text encoder is refused only where its embeddings are used.
     other = on(snaps, tmp_path / "data")
-    other.model.zero_empty_prompt = True
     config = resolve(other)
     assembled = assemble(config)
-    model = dataclasses.replace(assembled.config.model, zero_empty_prompt=True)
+    encoder = dataclasses.replace(assembled.config.model.text_encoder, hidden_act="gelu")
+    model = dataclasses.replace(assembled.config.model, text_encoder=encoder)
     assembled = dataclasses.replace(
         assembled, config=dataclasses.replace(assembled.config, model=model)
     )

@@ -37,7 +37,7 @@ def get_config():
     return c
 """
 # The verb as on a machine without the plugin.
-WITHOUT = "import sys; from sdjax.parallel import gpus; gpus.PLUGINS = (); from sdjax import plan; sys.exit(plan.main(sys.argv))"  # noqa: E501
+WITHOUT = "import sys; from sdjax.planning import gpus; gpus.PLUGINS = (); from sdjax import plan; sys.exit(plan.main(sys.argv))"  # noqa: E501
 
 
 def make(folder, *flags, start=("-m", "sdjax.plan"), topology="gpu:h100:8"):

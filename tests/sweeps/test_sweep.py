@@ -97,7 +97,7 @@ def test_a_killed_sweep_goes_on_to_the_same_ranking(unbroken, tmp_path, monkeypa
     process = start(tmp_path, 8)
     starts = wait_for(tmp_path / "trials/0001/metrics.jsonl").with_name("starts")
     time.sleep(0.1)  # it reports the value now; a lock that it died with would hold for 30 s
-    runs.kill()
+    process.kill()
     process.wait()
     with open(tmp_path / "journal.log", "ab") as journal:
         journal.write(b'{"op_code": 5, "wor')  # as a machine that lost power leaves it
@@ -387,7 +387,7 @@ def test_a_sweep_of_real_runs(tiny_config, tmp_path):
     # Killed in its second trial, and started again.
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     wait_until((folder / "trials/0001/metrics.jsonl").exists, 300)
-    runs.kill()
+    process.kill()
     process.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,7 @@ from sdjax.system.interrupts import StopSignal
 
 BEGIN = """
 import sys, time
-from sdjax import interrupts
+from sdjax.system import interrupts
 interrupts._PATIENCE = 0.2
 interrupts.install("do that again", terminated=75)
 """
@@ -74,7 +74,7 @@ def test_a_signal_is_one_line_and_an_exit_code(code, number, exit_code, word):
 @pytest.mark.parametrize("wait", ["time.sleep(60)", COMPILER])
 def test_what_is_half_written_is_removed(tmp_path, wait):
     code = f"""
-from sdjax import locks, paths
+from sdjax.system import locks, paths
 with locks.held({str(tmp_path)!r}, "--output", "sdjax.sample"):
     with paths.writing({str(tmp_path / "x")!r}) as local:
         local.write_text("half")

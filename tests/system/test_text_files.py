@@ -85,13 +85,13 @@ def test_json_and_yaml_with_a_mark_are_read(tmp_path, codec):
     file = tmp_path / "config.json"
     file.write_bytes(json.dumps({"é": [1]}, ensure_ascii=False).encode(codec))
     assert read_json(file) == read_bundle_json(file) == {"é": [1]}
-    space = tmp_path / "audit.yaml"
-    space.write_bytes("prompts: [é]\nnonsense: 1\n".encode(codec))
+    file = tmp_path / "audit.yaml"
+    file.write_bytes("prompts: [é]\nnonsense: 1\n".encode(codec))
     with pytest.raises(audit.AuditError, match="unknown field nonsense"):  # so it was read
-        audit.read_audit(space)
-    space.write_bytes("nonsense: 1\n".encode(codec))
+        audit.read_audit(file)
+    file.write_bytes("nonsense: 1\n".encode(codec))
     with pytest.raises(ValueError, match="expected a group `fields:`"):
-        space.read_space(space, None)
+        space.read_space(file, None)
 
 
 @pytest.mark.parametrize("codec", MARKED)

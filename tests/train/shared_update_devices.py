@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sdjax.checkpoints.checkpoint import Checkpoints
+from sdjax.methods.method import Phase
 from sdjax.optim import moments
 from sdjax.optim.ema import EMAConfig
 from sdjax.optim.optimizers import OptimConfig, make_optimizer
 from sdjax.parallel import batches, sharding
 from sdjax.parallel.mesh import MeshConfig, make_mesh
-from sdjax.train.state import init_state
+from sdjax.train.state import Optimization, init_state
 from sdjax.train.step import make_train_step
 from sdjax.train.weight_sets import weight_sets
 
@@ -41,7 +42,7 @@ RUNS = {
 RESTORED = {"shared": ("one", "apart", "all", "slices"), "shared 8bit": ("one 8bit", "all 8bit")}
 
 
-def loss(params, frozen, batch, *, key, keys, positions, batch_size):
+def loss(params, frozen, averages, batch, draw):
     hidden = jnp.tanh(batch["x"] @ params["m.a.kernel"])
     out = hidden @ params["m.to_q.kernel"] + params["m.b.bias"]
     per_example = jnp.sum(jnp.square(out - 1), -1)
@@ -56,11 +57,13 @@ def build(name):
     abstract = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES.items()}
     kept = "8bit" if name.endswith("8bit") else "float32"
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-3, moments=kept), 100, abstract)
-    fresh = functools.partial(init_state, optimizer=optimizer, ema=EMA)
+    phase = Phase("main", loss, lambda path: True)
+    optimizations = (Optimization(phase, optimizer, frozenset(SHAPES)),)
+    fresh = functools.partial(init_state, optimizations=optimizations, ema=EMA)
     shapes = jax.eval_shape(fresh, abstract)
     where, update = sharding.train_shardings(shapes, abstract, mesh, config)
     step = make_train_step(
-        loss, optimizer, positions=np.arange(32, dtype=np.int32), seed=0, accumulation=2,
+        optimizations, positions=np.arange(32, dtype=np.int32), seed=0, accumulation=2,
         buckets=1, num_timesteps=10,
         spread=update and functools.partial(jax.lax.with_sharding_constraint, shardings=update),
     )  # fmt: skip

@@ -428,7 +428,7 @@ def test_the_bar_of_a_terminal(tmp_path, monkeypatch, capsys):
 
 def test_tensorflow_is_quiet_and_sees_no_accelerator():
     code = (
-        "from sdjax.train import event_files; import tensorflow as tf; "
+        "from sdjax.train.monitoring import event_files; import tensorflow as tf; "
         "print(tf.config.get_visible_devices('GPU'), tf.config.get_visible_devices('TPU'))"
     )
     done = subprocess.run(

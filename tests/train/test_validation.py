@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from sdjax import main
 from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.assemble import assemble, method_of_run
 from sdjax.config import resolve
@@ -153,7 +154,7 @@ def test_summary_is_a_mean_in_float64():
 
 def run(config, workdir, **changes):
     config.update_from_flattened_dict(changes)
-    return loop.run(resolve(config), str(workdir))
+    return main.train(resolve(config), str(workdir))
 
 
 def test_a_run_validates_and_keeps_the_best(validating, tmp_path, capsys):
@@ -231,7 +232,7 @@ def test_selection():
 def test_metrics_that_there_are_not_are_errors_at_the_start(validating, tmp_path, changes, message):
     validating.validation.update(changes)
     with pytest.raises(ConfigError, match="(?s)" + message):
-        loop.run(resolve(validating), str(tmp_path))
+        main.train(resolve(validating), str(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
