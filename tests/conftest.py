@@ -1,6 +1,8 @@
 """What several rooms' tests need: a tiny Stable Diffusion of torch, with random weights."""
 
+import functools
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -37,10 +39,38 @@ FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "lau
          "train/test_buckets.py", "models/test_unet.py")  # fmt: skip
 
 
+# The files of `make check`: they compile no network, start no process, and take a few seconds.
+UNIT = frozenset(f"{name}.py" for name in """
+benchmarks/test_muon benchmarks/test_startup checkpoints/test_hostile_models checkpoints/test_networks
+data/test_batches data/test_buckets data/test_caption_choice data/test_duplicates data/test_folder
+data/test_image_files data/test_mixture data/test_original_size data/test_raw data/test_splits
+data/test_stored data/test_tar data/test_transforms models/test_config
+models/test_config_bounds models/test_kernels optim/test_ema parallel/test_xla planning/test_hlo_gpu
+sampling/test_strips sweeps/test_sweep_space system/test_array_files system/test_collector
+system/test_paths system/test_progress system/test_yaml_files test_command test_config test_docs
+test_private_jax test_style train/test_agreement train/test_changes train/test_frozen
+web/test_report_metrics web/test_report_parts
+""".split())  # fmt: skip
+REFERENCES = re.compile(r"\b(torch|diffusers|transformers|torch_pipeline|torch_xl_pipeline)\b")
+
+
+@functools.cache
+def cost(path):
+    """The marker of a test file: "unit", "parity" (with torch and its libraries) or "run"."""
+    if path.relative_to(Path(__file__).parent).as_posix() in UNIT:
+        return "unit"
+    return "parity" if REFERENCES.search(path.read_text()) else "run"
+
+
 def pytest_collection_modifyitems(items):
-    """These files first, each in its own order; the rest, and a file alone, stay as they are."""
+    """Mark tests by their cost, and begin with the longest files, each in its own order.
+
+    The rest, and a file alone, stay as they are.
+    """
     place = {Path(__file__).parent / name: i for i, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))
+    for item in items:
+        item.add_marker(cost(item.path))
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,6 @@ from sdjax.__main__ import VERBS
 from sdjax.config import VARIANTS, Config
 from tests import config_table
 
-pytestmark = pytest.mark.unit
-
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     str(page.relative_to(ROOT)) for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))

@@ -6,9 +6,12 @@ taken out, and none is added.
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
+
+from tests import conftest
 
 PACKAGE = Path(__file__).parents[1] / "sdjax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -103,3 +106,10 @@ def test_no_function_is_longer_than_60_lines():
 def test_no_module_has_a_name_that_says_nothing(part):
     named = [name(file) for file in FILES if part in file.with_suffix("").parts]
     assert not named, f"name these after what is in them: {named}"
+
+
+def test_what_make_check_runs_starts_no_process_and_needs_no_reference():
+    for name in sorted(conftest.UNIT - {"test_style.py"}):
+        text = (Path(__file__).parent / name).read_text()
+        found = re.findall(r"import subprocess|import torch|import diffusers|importorskip", text)
+        assert not found, f"{name}: {found}"
