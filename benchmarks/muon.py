@@ -23,8 +23,8 @@ from measure import environment, in_turn, table, write_json
 from optax import contrib
 
 from sdjax.checkpoints import assemble
-from sdjax.checkpoints.assemble import method_of_run
 from sdjax.config import Config, resolve
+from sdjax.config_model import method_of_run
 from sdjax.optim.muon import scale_by_muon
 from sdjax.optim.optimizers import is_muons
 

@@ -17,10 +17,12 @@ import jax
 import numpy as np
 from sizes import SIZES, Size
 
-from sdjax.checkpoints.assemble import blank_method
-from sdjax.config import Config, ModelConfig, TrainConfig
+from sdjax.config import Config, TrainConfig
+from sdjax.config_model import blank_method
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.families.sd import SDConfig
+from sdjax.families.sdxl import SDXLConfig
 from sdjax.methods.method import Method
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.layers import check_remat
@@ -73,7 +75,7 @@ def make_config(row: Row) -> Config:
         )
     check_remat(row.remat)
     return Config(
-        model=ModelConfig(
+        model=(SDXLConfig if SIZES[row.size].pooled else SDConfig)(
             unet=SIZES[row.size].unet,
             vae=_VAE,
             **_text_encoders(SIZES[row.size]),

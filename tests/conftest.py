@@ -41,8 +41,9 @@ FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "lau
 
 # The files of `make check`: they compile no network, start no process, and take a few seconds.
 UNIT = frozenset(f"{name}.py" for name in """
-benchmarks/test_muon benchmarks/test_startup checkpoints/test_hostile_models checkpoints/test_networks
-data/test_batches data/test_buckets data/test_caption_choice data/test_duplicates data/test_folder
+benchmarks/test_muon benchmarks/test_startup checkpoints/test_hostile_models
+checkpoints/test_networks data/test_batches data/test_buckets data/test_caption_choice
+data/test_duplicates data/test_folder
 data/test_image_files data/test_mixture data/test_original_size data/test_raw data/test_splits
 data/test_stored data/test_tar data/test_transforms models/test_config
 models/test_config_bounds models/test_kernels optim/test_ema parallel/test_xla planning/test_hlo_gpu

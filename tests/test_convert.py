@@ -94,7 +94,8 @@ def test_there_and_back_gives_the_same_bits(pipeline_folder, workdir, tmp_path):
     convert(workdir, tmp_path / "back")
     assert_same_weights(tmp_path / "back", pipeline_folder)
     before, after = read_diffusers(pipeline_folder), read_diffusers(tmp_path / "back")
-    for field in (*NETWORKS, "schedule", "prediction_type", "sampler"):
+    assert sorted(before.networks) == sorted(name for name in NETWORKS if name in after.networks)
+    for field in ("networks", "schedule", "prediction_type", "sampler", "settings"):
         assert getattr(before, field) == getattr(after, field), field
     captions = ["a red circle", "A  Blue Square!", "日本"]
     np.testing.assert_array_equal(

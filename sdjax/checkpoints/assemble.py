@@ -18,10 +18,8 @@ from sdjax.checkpoints.reading import read_any
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.families.conditioning import Tokenize, blank_tokenizers
 from sdjax.families.family import Model
-from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
-from sdjax.methods.method import Method, Setup
+from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 
@@ -96,54 +94,6 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
     for field in ("init_from", "vae_from", "text_encoder_from"):
         if folder := getattr(config, field):
             yield field, folder
-
-
-def model_of_run(
-    config: Config,
-    tokenizers: Mapping[str, Tokenize],
-    params: Mapping[str, np.ndarray] | None = None,
-    scheduler: Mapping[str, Any] | None = None,
-) -> Model:
-    """Return the model that a run trains, with these parameters.
-
-    Args:
-        tokenizers: by the field of a batch that each fills; stand-ins where only shapes matter.
-    """
-    names = METHODS[config.method.name].networks(config.model.networks)
-    return model_of(
-        config.model,
-        names,
-        schedule=config.schedule,
-        prediction_type=config.objective.prediction_type,
-        sampler=config.sample.sampler,
-        scheduler=scheduler,
-        tokenizers=tokenizers,
-        params=params or {},
-    )
-
-
-def method_of_run(config: Config, tokenizers: Mapping[str, Tokenize]) -> Method:
-    """Return the method of a run, bound to its networks.
-
-    Raises:
-        UserError: the networks do not belong together, or do not suit the method.
-    """
-    setup = Setup(
-        config=config.method,
-        model=model_of_run(config, tokenizers),
-        objective=config.objective,
-        data=config.data,
-        sample=config.sample,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        adopted=bool(config.vae_from or config.init_from),
-    )
-    return METHODS[config.method.name].make(setup)
-
-
-def blank_method(config: Config) -> Method:
-    """Return the method of a run where only shapes matter: no tokenizer is read or made."""
-    return method_of_run(config, blank_tokenizers(model_of(config.model)))
 
 
 def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:

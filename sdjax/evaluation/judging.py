@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sdjax.checkpoints.assemble import model_of_run
 from sdjax.config import Config
+from sdjax.config_model import model_of_run
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import OWN, Loaded

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.assemble import method_of_run
 from sdjax.checkpoints.checkpoint import latest_step
 from sdjax.checkpoints.folders import read_json
 from sdjax.checkpoints.reading import folder_kind, read_any
 from sdjax.checkpoints.workdir import CONFIG_FILE
 from sdjax.config import Config, resolve
+from sdjax.config_model import method_of_run
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError
 from sdjax.data.raw import formats
 from sdjax.errors import UserError

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
 
-from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.models import weights
 from sdjax.models.params import Params, component, prefixed
+
+if TYPE_CHECKING:  # a step needs no tokenizer
+    from sdjax.data.tokenizer import Tokenizer
 
 Context = jax.Array | dict[str, jax.Array]
 Features = dict[str, jax.Array]

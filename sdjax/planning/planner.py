@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdjax.checkpoints.assemble import blank_method
 from sdjax.config import Config, to_dict
+from sdjax.config_model import blank_method
 from sdjax.families.registry import model_of
 from sdjax.parallel.chips import Chip
 from sdjax.parallel.mesh import make_mesh

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from sdjax.checkpoints.assemble import Assembled, assemble, blank_method
+from sdjax.checkpoints.assemble import Assembled, assemble
 from sdjax.config import Config, to_dict
+from sdjax.config_model import blank_method
 from sdjax.data.summary import Summary
 from sdjax.parallel import xla
 from sdjax.parallel.batches import shares

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax.checkpoints.assemble import Assembled, model_of_run
+from sdjax.checkpoints.assemble import Assembled
 from sdjax.checkpoints.diffusers_folder import write_diffusers
 from sdjax.config import Config
+from sdjax.config_model import model_of_run
 from sdjax.data.builders.shape_reader import score
 from sdjax.methods.method import Method
 from sdjax.methods.registry import METHODS

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.assemble import Assembled, method_of_run
+from sdjax.checkpoints.assemble import Assembled
 from sdjax.checkpoints.checkpoint import Checkpoints, latest_step
 from sdjax.config import Config, to_dict
+from sdjax.config_model import method_of_run
 from sdjax.data.pipeline import BatchIterator, make_iterator
 from sdjax.encoding.dataset import check_encoded
 from sdjax.methods.method import Method

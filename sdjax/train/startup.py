@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from sdjax.checkpoints.assemble import Assembled, assemble, check_complete, model_of_run
+from sdjax.checkpoints.assemble import Assembled, assemble, check_complete
 from sdjax.checkpoints.checkpoint import latest_step
 from sdjax.checkpoints.workdir import (
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from sdjax.checkpoints.workdir import (
 )
 from sdjax.config import Config, resolve, to_dict
 from sdjax.config_changes import compare_configs
+from sdjax.config_model import model_of_run
 from sdjax.data.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
 from sdjax.families.registry import TOKENIZERS, adopted, model_of

@@ -8,11 +8,12 @@ import diffusers
 import pytest
 
 from sdjax import sample
-from sdjax.checkpoints.assemble import assemble, model_of_run
+from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.single_file import Hints
 from sdjax.config import Config, resolve
+from sdjax.config_model import model_of_run
 from sdjax.convert import convert
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from sdjax import encode
-from sdjax.checkpoints.assemble import assemble, method_of_run
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
+from sdjax.config_model import method_of_run
 from sdjax.data import encoded, image_files, sources, transforms
 from sdjax.data.config import DataError
 from sdjax.data.pipeline import make_iterator

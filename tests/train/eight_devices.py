@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax.checkpoints.assemble import assemble, method_of_run
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
+from sdjax.config_model import method_of_run
 from sdjax.data.pipeline import make_iterator
 from sdjax.families.conditioning import make_conditioner
 from sdjax.families.registry import model_of

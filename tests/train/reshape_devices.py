@@ -14,9 +14,9 @@ import numpy as np
 import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sdjax.checkpoints.assemble import method_of_run
 from sdjax.checkpoints.checkpoint import Checkpoints
 from sdjax.config import resolve
+from sdjax.config_model import method_of_run
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.parallel import sharding
 from sdjax.parallel.mesh import MeshConfig, make_mesh

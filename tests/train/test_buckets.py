@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from sdjax.checkpoints import checkpoint
-from sdjax.checkpoints.assemble import blank_method
 from sdjax.config import Config, resolve
+from sdjax.config_model import blank_method
 from sdjax.data.tfds.tfds_on_cpu import tfds
 from sdjax.models.config import ConfigError
 from sdjax.parallel.mesh import make_mesh

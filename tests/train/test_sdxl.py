@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.assemble import assemble, method_of_run
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve, to_dict
 from sdjax.config_changes import compare_configs
+from sdjax.config_model import method_of_run
 from sdjax.diffusion.losses import example_keys
 from sdjax.families.conditioning import encode_text
 from sdjax.methods.method import Draw

@@ -87,8 +87,9 @@ def test_a_run_goes_through_its_stages(staged, unbroken, monkeypatch):
 
 def test_the_first_step_of_a_stage_is_that_of_its_own_configuration(staged, unbroken):
     """Its loss, from the checkpoint before it and the stream of a run with that configuration."""
-    from sdjax.checkpoints.assemble import assemble, method_of_run
+    from sdjax.checkpoints.assemble import assemble
     from sdjax.checkpoints.checkpoint import Checkpoints
+    from sdjax.config_model import method_of_run
     from sdjax.train.startup import place_frozen
 
     assembled = assemble(resolve(staged))

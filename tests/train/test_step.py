@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from sdjax.checkpoints.assemble import assemble, method_of_run
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
+from sdjax.config_model import method_of_run
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.losses import example_keys
 from sdjax.methods.method import Draw, Phase

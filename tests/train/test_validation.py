@@ -8,8 +8,9 @@ import pytest
 
 from sdjax import main
 from sdjax.checkpoints import checkpoint
-from sdjax.checkpoints.assemble import assemble, method_of_run
+from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
+from sdjax.config_model import method_of_run
 from sdjax.data.fixed import FixedExamples
 from sdjax.families.registry import model_of
 from sdjax.models.config import ConfigError

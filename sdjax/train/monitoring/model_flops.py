@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from sdjax.checkpoints.assemble import blank_method, model_of_run
 from sdjax.config import Config
+from sdjax.config_model import blank_method, model_of_run
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import blank_tokenizers, make_conditioner
 from sdjax.families.registry import model_of
