@@ -42,10 +42,6 @@ def is_lock(path: paths.Path) -> bool:
     return path.name.startswith(FILE)
 
 
-class LockedError(UserError):
-    """Another process writes into the folder; the message names it."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Holder:
     """A process that has, or had, a lock.
@@ -68,8 +64,24 @@ class Holder:
         """Whether it is, or was, a process of this machine since its last start."""
         return self.machine == _machine()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known not to run any more."""
+        return self.here and not _is_running(self)
+
     def __str__(self) -> str:
         return f"{self.program}, process {self.pid} on {self.host}, since {self.since}"
+
+
+class LockedError(UserError):
+    """Another process writes into the folder; the message names it.
+
+    holder: None if it is not known.
+    """
+
+    def __init__(self, message: str, holder: Holder | None):
+        super().__init__(message)
+        self.holder = holder
 
 
 @contextlib.contextmanager
@@ -130,22 +142,66 @@ def replacing(target: paths.PathLike, option: str, program: str) -> Iterator[Non
 @contextlib.contextmanager
 def _hold(file: Path, what: str, program: str, shared: bool) -> Iterator[None]:
     """Hold the lock `file`; `what` is the option and its value, for messages."""
+    lock = Lock(file, what, program, shared=shared)
+    while not lock.take():
+        time.sleep(0.05)
     try:
-        handle = _acquire(file, what, program, shared)
-    except OSError as error:
-        raise write_error(file, error) from error
-    _handles.add(handle)
-    over = threading.Event()
-    beat = threading.Thread(target=_beat, args=(handle, over), daemon=True)
-    beat.start()
-    try:
-        with interrupts.at_end(lambda *_: _release(handle, file, shared)):
+        with interrupts.at_end(lambda *_: lock.release()):
             yield
     finally:
-        over.set()
-        beat.join(1.0)  # a network file system may hang
-        _handles.discard(handle)
-        _release(handle, file, shared)
+        lock.release()
+
+
+class Lock:
+    """A lock that its caller asks for again and again, without waiting.
+
+    A process that inherits its open file holds it too, as far as the kernel locks files.
+
+    Args:
+        what: the option and its value, for messages.
+        grace, silent: seconds in place of `GRACE` and `SILENT`.
+    """
+
+    def __init__(
+        self, file: Path, what: str, program: str, *, shared: bool = False,
+        grace: float | None = None, silent: float | None = None,
+    ):  # fmt: skip
+        self._file, self._program, self._shared = file, program, shared
+        self._watch = _StaleCheck(file, what, grace, silent)
+        self._over, self._beat = threading.Event(), threading.Thread()
+        self.handle = -1  # of the open file, while it is held
+
+    def take(self) -> bool:
+        """Take it if it is free; return False if it is not known yet whether its holder lives.
+
+        Raises:
+            LockedError: another process has it.
+            WriteError: it cannot be written.
+        """
+        try:
+            self.handle = _acquire(self._file, self._watch, self._program, self._shared)
+        except OSError as error:
+            raise write_error(self._file, error) from error
+        if self.handle < 0:
+            return False
+        _handles.add(self.handle)
+        self._over = threading.Event()
+        self._beat = threading.Thread(target=_beat, args=(self.handle, self._over), daemon=True)
+        self._beat.start()
+        return True
+
+    def is_mine(self) -> bool:
+        """Whether it is still held: a process that stood still may have been taken for dead."""
+        return self.handle >= 0 and _is_at(self.handle, self._file)
+
+    def release(self) -> None:
+        """Give it back, if it is held."""
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            self._over.set()
+            self._beat.join(1.0)  # a network file system may hang
+            _handles.discard(handle)
+            _release(handle, self._file, self._shared)
 
 
 def _beat(handle: int, over: threading.Event) -> None:
@@ -169,33 +225,31 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _acquire(file: Path, what: str, program: str, shared: bool) -> int:
-    """The open file, locked and with this process's name in it."""
-    watch = _StaleCheck(file, what)
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)  # the last holder may have removed it
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            alone = _flock(handle, fcntl.LOCK_EX)
-            together = shared and alone is not True and _joins(handle, alone)
-            if not _is_at(handle, file):
-                pass  # the last holder has removed this file: try again
-            elif together or (alone is not False and watch.is_free(handle, locked=bool(alone))):
-                try:
-                    _write(handle, program, shared, append=together)
-                except OSError:
-                    if not together:
-                        file.unlink(missing_ok=True)
-                    raise
-                if not shared or together or _flock(handle, fcntl.LOCK_SH) is not False:
-                    found, handle = handle, -1
-                    return found
-            elif alone is False and watch.is_dead(handle):
-                file.unlink(missing_ok=True)
-        finally:
-            if handle >= 0:
-                os.close(handle)
-        time.sleep(0.05)
+def _acquire(file: Path, watch: _StaleCheck, program: str, shared: bool) -> int:
+    """Return the open file, locked and with this process's name in it; -1 if it is not known."""
+    file.parent.mkdir(parents=True, exist_ok=True)  # the last holder may have removed it
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        alone = _flock(handle, fcntl.LOCK_EX)
+        together = shared and alone is not True and _joins(handle, alone)
+        if not _is_at(handle, file):
+            pass  # the last holder has removed this file: try again
+        elif together or (alone is not False and watch.is_free(handle, locked=bool(alone))):
+            try:
+                _write(handle, program, shared, append=together)
+            except OSError:
+                if not together:
+                    file.unlink(missing_ok=True)
+                raise
+            if not shared or together or _flock(handle, fcntl.LOCK_SH) is not False:
+                found, handle = handle, -1
+                return found
+        elif alone is False and watch.is_dead(handle):
+            file.unlink(missing_ok=True)
+    finally:
+        if handle >= 0:
+            os.close(handle)
+    return -1
 
 
 class _StaleCheck:
@@ -204,8 +258,8 @@ class _StaleCheck:
     The caller repeats the checks until they decide. They raise LockedError for a living holder.
     """
 
-    def __init__(self, file: Path, what: str):
-        self._file, self._what = file, what
+    def __init__(self, file: Path, what: str, grace: float | None, silent: float | None):
+        self._file, self._what, self._grace, self._silent = file, what, grace, silent
         self._seen: tuple[bytes, int] | None = None  # the file's content and time of change
         self._since = time.monotonic()  # the time from which it has been so
         self._announced = False
@@ -218,24 +272,25 @@ class _StaleCheck:
         if holder.here:
             # flock is reliable among processes of one machine.
             return locked or not _is_running(holder) or self._refuse(holder)
-        return self._silent_for(handle, holder, 2.5 * BEAT)
+        return self._silent_for(handle, holder, self._silent or 2.5 * BEAT)
 
     def is_dead(self, handle: int) -> bool:
         """Whether a locked file belongs to a machine that is gone."""
         holder = _read(handle)
         if holder is not None and not holder.here:
-            return self._silent_for(handle, holder, SILENT)
-        if time.monotonic() - self._since > GRACE:
+            return self._silent_for(handle, holder, self._silent or SILENT)
+        if time.monotonic() - self._since > (GRACE if self._grace is None else self._grace):
             self._refuse(holder)
         return False
 
     def _silent_for(self, handle: int, holder: Holder, seconds: float) -> bool:
         """Whether another machine has not touched the file for `seconds` by this one's clock."""
         looks = os.pread(handle, 4096, 0), os.fstat(handle).st_mtime_ns
-        if self._seen not in (None, looks):
-            self._refuse(holder)
-        if self._seen is None:
+        if self._seen != looks:
+            touched = self._seen is not None
             self._seen, self._since = looks, time.monotonic()
+            if touched:
+                self._refuse(holder)
         if not self._announced:
             self._announced = True
             print(f"{self._file} is of {holder}: seeing whether it lives", file=sys.stderr)
@@ -246,7 +301,8 @@ class _StaleCheck:
         raise LockedError(
             f"{self._what}: another process is writing there ({holder or 'not known'}), and two at "
             f"once would spoil one another's files. Wait until it ends, stop it, or give another "
-            f"{option} ({self._file} is its lock)"
+            f"{option} ({self._file} is its lock)",
+            holder,
         )
 
 
@@ -288,6 +344,7 @@ def _write(handle: int, program: str, shared: bool, *, append: bool) -> None:
         os.ftruncate(handle, 0)
     text = json.dumps(dataclasses.asdict(holder)) + "\n"
     os.pwrite(handle, text.encode(), os.fstat(handle).st_size)
+    os.fsync(handle)  # for other machines, which see an open file as it was last sent
 
 
 def _read(handle: int) -> Holder | None:

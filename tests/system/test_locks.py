@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sdjax.system import locks
-from sdjax.system.locks import LockedError, held, replacing
+from sdjax.system.locks import Lock, LockedError, held, replacing
 
 HOLD = """
 import sys, time
@@ -226,6 +227,103 @@ def test_without_flock_a_process_of_this_machine_is_found(tmp_path, monkeypatch)
     process.wait()
     with held(tmp_path, "--workdir", "sdjax.main"):
         pass
+
+
+# ---- asked for again and again -----------------------------------------------------------------
+
+
+def lock_in(folder, **options):
+    return Lock(folder / locks.FILE, f"--workdir={folder}", "sdjax.sweep", grace=0.0, **options)
+
+
+def test_a_lock_that_is_not_waited_for_names_its_holder_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "GRACE", 20)
+    process = other(tmp_path)
+    try:
+        with pytest.raises(LockedError, match="sdjax.other") as refused:
+            lock_in(tmp_path).take()
+    finally:
+        process.kill()
+        process.wait()
+    assert refused.value.holder.pid == process.pid and refused.value.holder.has_ended
+    mine, theirs = lock_in(tmp_path), lock_in(tmp_path)
+    assert mine.take() and mine.is_mine()
+    with pytest.raises(LockedError) as refused:
+        theirs.take()
+    assert not refused.value.holder.has_ended
+    mine.release()
+    assert not mine.is_mine() and theirs.take()
+    theirs.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_child_that_inherits_a_lock_holds_it_beyond_its_parents_end(tmp_path):
+    code = (
+        "import subprocess, sys, time; from pathlib import Path; from sdjax.system import locks\n"
+        "lock = locks.Lock(Path(sys.argv[1]), '--workdir=x', 'sdjax.sweep')\n"
+        "assert lock.take()\n"
+        "sleep = [sys.executable, '-S', '-c', 'import time; time.sleep(60)']\n"
+        "print(subprocess.Popen(sleep, pass_fds=[lock.handle]).pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / locks.FILE]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    lock = lock_in(tmp_path)
+    with pytest.raises(LockedError) as refused:
+        lock.take()
+    assert refused.value.holder.has_ended
+    os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert lock.take()
+            break
+        except LockedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    lock.release()
+
+
+def test_a_lock_that_another_took_over_is_not_given_back(tmp_path):
+    mine, theirs = lock_in(tmp_path), lock_in(tmp_path)
+    assert mine.take()
+    (tmp_path / locks.FILE).unlink()  # as another machine does after a silence
+    assert theirs.take()
+    assert theirs.is_mine() and not mine.is_mine()
+    mine.release()
+    assert (tmp_path / locks.FILE).exists() and theirs.is_mine()
+    theirs.release()
+
+
+def test_a_holder_elsewhere_lives_while_it_touches_and_is_dead_when_it_stands_still(
+    elsewhere, tmp_path, capsys
+):
+    lock = lock_in(tmp_path, silent=0.3)
+    assert not lock.take()  # nobody knows yet
+    for _ in range(2):
+        os.utime(elsewhere)
+        with pytest.raises(LockedError, match="sdjax.main"):
+            lock.take()
+        assert not lock.take()
+    time.sleep(0.4)
+    assert lock.take()
+    assert capsys.readouterr().err.count("seeing whether it lives") == 1
+    lock.release()
+
+
+def test_without_flock_a_number_that_is_used_again_is_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.fcntl, "flock", no_flock)
+    mine, theirs = lock_in(tmp_path), lock_in(tmp_path)
+    assert mine.take()
+    with pytest.raises(LockedError):
+        theirs.take()
+    content = json.loads((tmp_path / locks.FILE).read_text())
+    (tmp_path / locks.FILE).write_text(json.dumps({**content, "began": "1"}))
+    assert theirs.take()
+    theirs.release()
+    mine.release()
 
 
 # ---- verbs -----------------------------------------------------------------------------------
