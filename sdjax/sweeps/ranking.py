@@ -1,8 +1,7 @@
-"""What a sweep found: the ranking, which fields mattered, sweep.json and best.py."""
+"""The outcome of a sweep: the ranking, which fields mattered, sweep.json and best.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shlex
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from sdjax.config import Config, to_dict
 from sdjax.recipes import recipe
+from sdjax.sweeps.runs import best
 from sdjax.sweeps.space import changed
 from sdjax.sweeps.study import Sweep
 from sdjax.system import paths
@@ -28,15 +28,15 @@ _TOP = 5  # trials that PED-ANOVA takes for good ones, at least
 
 
 def ranking(sweep: Sweep, study: optuna.Study) -> list[FrozenTrial]:
-    """Finished trials: complete ones by value, then pruned by how far they came, then failed."""
+    """Rank what is finished: complete by value, then pruned by how far it came, then failed."""
     sign = 1 if sweep.mode == "min" else -1
     order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
 
     def key(trial: FrozenTrial) -> tuple:
         reached = max(trial.intermediate_values, default=-1)
-        value = trial.user_attrs.get("best", float("inf") * sign)
+        found = best(trial.intermediate_values, sweep.mode)
         came = 0 if trial.state == TrialState.COMPLETE else -reached
-        return order.index(trial.state), came, sign * value, trial.number
+        return order.index(trial.state), came, sign * found[1] if found else math.inf, trial.number
 
     return sorted((t for t in study.get_trials(deepcopy=False) if t.state.is_finished()), key=key)
 
@@ -60,7 +60,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def best_config(sweep: Sweep, study: optuna.Study) -> Config | None:
-    """The configuration of the best trial, None if none is complete."""
+    """Return the configuration of the best trial, None if none is complete."""
     first = next(iter(ranking(sweep, study)), None)
     if first is None or first.state != TrialState.COMPLETE:
         return None
@@ -68,26 +68,26 @@ def best_config(sweep: Sweep, study: optuna.Study) -> Config | None:
 
 
 def write(sweep: Sweep, study: optuna.Study) -> None:
-    """sweep.json, and best.py once a trial is complete; each whole or not at all."""
+    """Write sweep.json, and best.py once a trial is complete; each whole or not at all."""
     ranked = ranking(sweep, study)
-    every = study.get_trials(deepcopy=False)
+    rows = {trial.number: _row(sweep, trial) for trial in study.get_trials(deepcopy=False)}
     content = {
         "metric": sweep.metric,
         "mode": sweep.mode,
-        "space": dataclasses.asdict(sweep.space),
+        "space": sweep.space.to_dict(),
         "ranking": [trial.number for trial in ranked],
-        "trials": [_row(sweep, trial) for trial in every],
+        "trials": [*rows.values()],
         "importances": importances(study),
         "importances_by": METHOD,
         "config": to_dict(sweep.base),
     }
     config = best_config(sweep, study)
     if config is not None:
-        content["best"] = _row(sweep, ranked[0])
+        row = content["best"] = rows[ranked[0].number]
         recipe_flag = shlex.quote(f"--config={sweep.folder / BEST}")
         about = (
-            f"Trial {ranked[0].number}, the best of {len(ranked)} of the sweep in {sweep.folder}."
-            f"\n\n{sweep.metric} {ranked[0].value:.6g} at step {ranked[0].user_attrs['step']}.\n\n"
+            f"Trial {row['number']}, the best of {len(ranked)} of the sweep in {sweep.folder}."
+            f"\n\n{sweep.metric} {row['value']:.6g} at step {row['step']}.\n\n"
             f"    python -m sdjax.main {recipe_flag} --workdir=DIR\n"
         )
         paths.write_text(sweep.folder / BEST, recipe(to_dict(config), about))
@@ -96,42 +96,38 @@ def write(sweep: Sweep, study: optuna.Study) -> None:
 
 def _row(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
     curve = sorted(trial.intermediate_values.items())
+    step, value = best(trial.intermediate_values, sweep.mode) or (None, None)
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
-        "value": trial.user_attrs.get("best"),
-        "step": trial.user_attrs.get("step"),
+        "value": value,
+        "step": step,
         "fields": sweep.space.values(trial.params),
         "reason": trial.user_attrs.get("reason", ""),
         "seconds": trial.user_attrs.get("seconds"),
         "workdir": str(sweep.trial_folder(trial.number)),
         # JSON has neither NaN nor Inf.
-        "curve": [[step, value if math.isfinite(value) else None] for step, value in curve],
+        "curve": [[at, now if math.isfinite(now) else None] for at, now in curve],
     }
 
 
 def table(sweep: Sweep, study: optuna.Study) -> Table:
-    """The ranking, the best first."""
+    """Return the ranking as a table, the best first."""
     title = f"{sweep.folder}: {sweep.metric}, {sweep.mode}imum first"
     shown = Table(title=escape(title))  # "[v2]" in a name would be taken for a style
     for name in ("trial", "state", "value", "at step", *sweep.space.fields):
         shown.add_column(name, justify="right", overflow="fold")
     for trial in ranking(sweep, study):
-        values = sweep.space.values(trial.params)
-        best = trial.user_attrs.get("best")
+        row = _row(sweep, trial)
+        reason = "".join(filter(str.isprintable, row["reason"].split("\n")[0]))[:40]
         shown.add_row(
             str(trial.number),
-            _state(trial),
-            "" if best is None else f"{best:.5g}",
-            str(trial.user_attrs.get("step", "")),
-            *(_text(values.get(name)) for name in sweep.space.fields),
+            escape(reason) or row["state"],
+            "" if row["value"] is None else f"{row['value']:.5g}",
+            "" if row["step"] is None else str(row["step"]),
+            *(_text(row["fields"][name]) for name in sweep.space.fields),
         )
     return shown
-
-
-def _state(trial: FrozenTrial) -> str:
-    reason = trial.user_attrs.get("reason", "").split("\n")[0][:40]
-    return escape(reason) if reason else trial.state.name.lower()
 
 
 def _text(value: Any) -> str:
@@ -139,7 +135,7 @@ def _text(value: Any) -> str:
 
 
 def importance_table(found: Mapping[str, float]) -> Table:
-    """Fields by how much they mattered."""
+    """Return the fields as a table, by how much they mattered."""
     shown = Table(title="which fields mattered (PED-ANOVA; few trials tell little)")
     shown.add_column("field")
     shown.add_column("share", justify="right")

@@ -15,8 +15,16 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 
 from sdjax.config import Config, resolve, to_dict
 from sdjax.models.config import ConfigError
@@ -40,50 +48,35 @@ _RANGE = {"low", "high", "log", "step"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`, both included."""
-
-    low: float
-    high: float
-    log: bool
-    step: float | None
-    integer: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """labels: the values, with JSON for those that are lists, which a journal cannot hold."""
-
-    values: tuple[Any, ...]
-
-    @property
-    def labels(self) -> tuple[Value, ...]:
-        return tuple(json.dumps(v) if isinstance(v, list) else v for v in self.values)
-
-
-@dataclasses.dataclass(frozen=True)
 class Space:
     """A space file, checked.
 
+    fields: the distribution that each is drawn from.
+    choices: {field: {label: value}}; the label of a list is JSON, since a journal holds no lists.
     metric, mode: what is made small or large; "" takes the configuration's.
     pruner, sampler: {"name": ..., option: ...}, all options there.
     """
 
-    fields: Mapping[str, Range | Choices]
+    fields: Mapping[str, BaseDistribution]
+    choices: Mapping[str, Mapping[Value, Any]]
     metric: str
     mode: str
     pruner: Mapping[str, Any]
     sampler: Mapping[str, Any]
 
     def values(self, drawn: Mapping[str, Value]) -> dict[str, Any]:
-        """Labels -> what the configuration takes."""
-        found: dict[str, Any] = {}
-        for name, value in drawn.items():
-            field = self.fields[name]
-            if isinstance(field, Choices):
-                value = field.values[field.labels.index(value)]
-            found[name] = value
-        return found
+        """Return what the configuration takes for what was drawn."""
+        choices = self.choices
+        return {
+            name: choices[name][value] if name in choices else value
+            for name, value in drawn.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON has it."""
+        fields = {name: json.loads(distribution_to_json(d)) for name, d in self.fields.items()}
+        parts = {key: getattr(self, key) for key in _KEYS if key != "fields"}
+        return {"fields": fields, **parts}
 
 
 def read_space(file: paths.PathLike, base: Config) -> Space:
@@ -116,10 +109,11 @@ def _space(file: paths.Path, content: Any, base: Config) -> Space:
         for key in content
         if key not in _KEYS
     ]
-    fields: dict[str, Range | Choices] = {}
+    fields: dict[str, BaseDistribution] = {}
+    choices: dict[str, dict[Value, Any]] = {}
     for name, given in content["fields"].items():
         try:
-            fields[str(name)] = _field(str(name), given, base)
+            fields[str(name)] = _field(str(name), given, base, choices)
         except ConfigError as error:
             problems.append(str(error))
     metric, mode = content.get("metric", ""), content.get("mode", "")
@@ -137,7 +131,7 @@ def _space(file: paths.Path, content: Any, base: Config) -> Space:
         problems.append("fields is empty; name at least one field of the configuration")
     if problems:
         raise ConfigError(f"--space={file} has errors:\n  " + "\n  ".join(problems))
-    return Space(fields, metric, mode, parts["pruner"], parts["sampler"])
+    return Space(fields, choices, metric, mode, parts["pruner"], parts["sampler"])
 
 
 def changed(base: Config, values: Mapping[str, Any]) -> Config:
@@ -156,42 +150,40 @@ def changed(base: Config, values: Mapping[str, Any]) -> Config:
     return resolve(tree)
 
 
-def _field(name: str, given: Any, base: Config) -> Range | Choices:
-    """One entry of `fields`. ConfigError, naming it, if it is none."""
+def _field(
+    name: str, given: Any, base: Config, choices: dict[str, dict[Value, Any]]
+) -> BaseDistribution:
+    """Return the distribution of one entry of `fields`, and put its choices, if any, to the others.
+
+    Raises:
+        ConfigError: it is none; the message names it.
+    """
     hint = _type(name, base)
     if not isinstance(given, dict):
         raise ConfigError(
             f"{name} is {brief(given)}; expected {{low: ..., high: ...}} or {{choices: [...]}}"
         )
-    field: Range | Choices
-    if "choices" in given:
-        if extra := sorted(map(str, given.keys() - {"choices"})):
-            raise ConfigError(f"{name} has choices and {', '.join(extra)}; choices stand alone")
-        field = _choices(name, given["choices"])
-        candidates = field.values
-    else:
-        field = _range(name, given, hint)
-        ends = (field.low, field.high)
-        candidates = tuple(int(end) if field.integer else end for end in ends)
-    for value in candidates:
-        _check_value(name, value, base)
-    return field
-
-
-def _choices(name: str, given: Any) -> Choices:
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{name}.choices is {brief(given)}; expected a list of values")
-    if any(isinstance(value, dict) for value in given):
+    if "choices" not in given:
+        found = _range(name, given, hint)
+        _check_values(name, (found.low, found.high), base)
+        return found
+    if extra := sorted(map(str, given.keys() - {"choices"})):
+        raise ConfigError(f"{name} has choices and {', '.join(extra)}; choices stand alone")
+    values = given["choices"]
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{name}.choices is {brief(values)}; expected a list of values")
+    if any(isinstance(value, dict) for value in values):
         raise ConfigError(f"{name}.choices has a group; name its fields one by one")
-    found = Choices(tuple(given))
-    labels = found.labels
+    labels = [json.dumps(value) if isinstance(value, list) else value for value in values]
     if len(set(labels)) < len(labels):
-        raise ConfigError(f"{name}.choices is {brief(given)}; expected each value once")
-    return found
+        raise ConfigError(f"{name}.choices is {brief(values)}; expected each value once")
+    _check_values(name, values, base)
+    choices[name] = dict(zip(labels, values, strict=True))
+    return CategoricalDistribution(labels)
 
 
-def _range(name: str, given: Mapping[str, Any], hint: Any) -> Range:
-    """low, high, log, step, with numbers for text such as 1e-5, which YAML takes for a word."""
+def _range(name: str, given: Mapping[str, Any], hint: Any) -> IntDistribution | FloatDistribution:
+    """Return the distribution of a range; 1e-5, which YAML takes for a word, is a number."""
     if unknown := sorted(map(str, given.keys() - _RANGE)):
         raise ConfigError(
             f"{name}.{unknown[0]} is unknown; expected low and high, log or step, or choices"
@@ -217,7 +209,9 @@ def _range(name: str, given: Mapping[str, Any], hint: Any) -> Range:
         raise ConfigError(
             f"{name}.step is {step:g}; expected above 0, at most high - low, and no log beside it"
         )
-    return Range(low, high, log, step, integer)
+    if integer:
+        return IntDistribution(int(low), int(high), log, int(step or 1))
+    return FloatDistribution(low, high, log, step)
 
 
 def _number(name: str, value: Any) -> float:
@@ -251,15 +245,16 @@ def _type(name: str, base: Config) -> Any:
     return typing.get_type_hints(type(parent))[parts[-1]]
 
 
-def _check_value(name: str, value: Any, base: Config) -> None:
-    """The field alone takes the value. What it must fit in with may change in a trial as well."""
-    try:
-        changed(base, {name: value})
-    except ConfigError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        own = [line for line in lines if line and not line.startswith("config: ")]
-        if own:
-            raise ConfigError(f"{name} can be {brief(value)}, but {'; '.join(own)}") from error
+def _check_values(name: str, values: Iterable[Any], base: Config) -> None:
+    """Check that the field alone takes the values; a trial may change what they must fit too."""
+    for value in values:
+        try:
+            changed(base, {name: value})
+        except ConfigError as error:
+            lines = [line.strip() for line in str(error).splitlines()[1:]]
+            own = [line for line in lines if line and not line.startswith("config: ")]
+            if own:
+                raise ConfigError(f"{name} can be {brief(value)}, but {'; '.join(own)}") from error
 
 
 def _named(key: str, given: Any, kinds: Mapping[str, dict[str, int]]) -> dict:

@@ -2,12 +2,12 @@
 
 In the folder of a sweep:
 
-    settings.json    what it was begun with: configuration, space, metric
-    journal.log      Optuna's journal of all trials
-    claims/          which worker has which trial, see `sweep_claims`
-    trials/NNNN/     the workdir of a trial, with recipe.py and what it printed (sweep.log)
-    sweep.json       all trials, the ranking and the importances
-    best.py          the configuration of the best trial
+    settings.json     configuration, space and metric, with which it began
+    journal.log       Optuna's journal of all trials
+    trials/NNNN/      the workdir of a trial, with recipe.py and the output of its run (sweep.log)
+    trials/NNNN.lock  the lock of the worker that has the trial
+    sweep.json        all trials, the ranking and the importances
+    best.py           the configuration of the best trial
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from sdjax.config import Config, to_dict
 from sdjax.config_changes import compare_configs
 from sdjax.models.config import ConfigError
-from sdjax.sweeps.claims import Claims
-from sdjax.sweeps.space import Choices, Range, Space
-from sdjax.system import paths, text_files, untrusted
+from sdjax.sweeps.runs import best
+from sdjax.sweeps.space import Space
+from sdjax.system import locks, paths, text_files, untrusted
 from sdjax.train.weight_sets import evaluated_set
 
 SETTINGS, JOURNAL = "settings.json", "journal.log"
 NAME = "sweep"  # Hyperband sorts trials into brackets by it and their number
+SILENT = 120.0  # seconds after which a worker of another machine that says nothing is dead
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is swept; the same for all workers.
+    """The subject of a sweep; the same for all workers.
 
     folder: absolute and local (or NFS), since the journal is a file that grows.
     metric: of the base configuration, see `metric_of`.
@@ -54,8 +54,11 @@ class Sweep:
     mode: str
 
     def metric_of(self, config: Config) -> str:
-        """What a trial is judged by: what the space file or `validation.metric` names, else the
-        loss of the weights that it would be drawn with, whose name is its own."""
+        """The number that a trial is judged by.
+
+        Without a word of the space file or of `validation.metric` it is the loss of the weights
+        that the trial would be drawn with, whose name is its own.
+        """
         own = f"validation/{evaluated_set(config.ema.profiles)}/loss"
         return self.space.metric or config.validation.metric or own
 
@@ -63,9 +66,30 @@ class Sweep:
         """The workdir of a trial."""
         return self.folder / "trials" / f"{number:04d}"
 
+    def lock(self, number: int) -> locks.Lock:
+        """The lock of the worker that has a trial."""
+        file = self.trial_folder(number).with_suffix(".lock")
+        what = f"--workdir={self.folder}"
+        return locks.Lock(file, what, "sdjax.sweep", grace=0.0, silent=SILENT)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Run without any other worker in here; for moments only.
+
+        The lock is made with O_EXCL, so it is exclusive on NFS too. Optuna breaks one that a worker
+        left behind by dying after 30 s.
+        """
+        lock = JournalFileOpenLock(str(self.folder / SETTINGS))
+        lock.acquire()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):  # broken, since we were too slow
+                lock.release()
+
 
 def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
-    """Put together what is swept, and check that it can be judged.
+    """Return a sweep that can be judged.
 
     Raises:
         ConfigError: no trial would write the metric, or no pruner could look at it.
@@ -75,13 +99,13 @@ def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
             f"--workdir={folder}: a sweep's journal is a file that grows, which a bucket does not "
             "have; take a local folder, or one on NFS for workers on several machines"
         )
-    if ":" in str(Path(folder).expanduser().resolve()):
+    place = Path(folder).expanduser().resolve()
+    if ":" in str(place):
         raise ConfigError(
             f"--workdir={folder}: the recipes of the trials lie in it, and --config takes what "
             "follows a colon for an argument of the recipe; take a folder without a colon"
         )
-    mode = space.mode or base.validation.mode
-    sweep = Sweep(Path(folder).expanduser().resolve(), base, space, "", mode)
+    sweep = Sweep(place, base, space, "", space.mode or base.validation.mode)
     metric = sweep.metric_of(base)
     if metric.startswith("validation"):
         if not base.validation.examples:
@@ -99,31 +123,44 @@ def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
     return dataclasses.replace(sweep, metric=metric)
 
 
-def begin(sweep: Sweep, claims: Claims) -> None:
-    """Write down what is swept, or check that it is what the folder was begun with.
+def open_study(sweep: Sweep) -> optuna.Study:
+    """Return the study in the folder's journal, made if it is not there.
 
     Raises:
-        ConfigError: the folder holds another sweep, naming what differs.
+        ConfigError: the folder holds another sweep, naming what differs, or a damaged one.
     """
+    optuna.logging.set_verbosity(logging.WARNING)
+    file = sweep.folder / JOURNAL
+    remedy = "choose another --workdir"
+    with sweep.alone():
+        with untrusted.explained(sweep.folder / SETTINGS, "JSON", error=ConfigError, remedy=remedy):
+            _check_settings(sweep)
+        with untrusted.explained(file, "Optuna's journal", error=ConfigError, remedy=remedy):
+            _mend(file)
+            lock = JournalFileOpenLock(str(file))
+            study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(JournalFileBackend(str(file), lock)),
+                study_name=NAME,
+                direction=_direction(sweep),
+                pruner=_pruner(sweep),
+                load_if_exists=True,
+            )
+            _check_trials(sweep, study)
+    return study
+
+
+def _check_settings(sweep: Sweep) -> None:
+    """Write down what is swept, or check that the folder began with it."""
     given = {
         "config": to_dict(sweep.base),
-        "space": dataclasses.asdict(sweep.space),
+        "space": sweep.space.to_dict(),
         "metric": sweep.metric,
         "mode": sweep.mode,
     }
     file = sweep.folder / SETTINGS
-    with claims.locked():
-        if not file.exists():
-            paths.write_text(file, json.dumps(given, indent=2) + "\n")
-            return
-        try:
-            saved = text_files.read_json(file)
-            different = compare_configs(saved, given)
-        except untrusted.damage() as error:
-            raise ConfigError(
-                f"{file} cannot be read ({untrusted.why(error)}); choose another --workdir"
-            ) from error
-    if different:
+    if not file.exists():
+        paths.write_text(file, json.dumps(given, indent=2) + "\n")
+    elif different := compare_configs(text_files.read_json(file), given):
         lines = "\n  ".join(str(d) for d in different)
         raise ConfigError(
             f"{sweep.folder} holds a sweep of something else:\n  {lines}\nuse the same --config, "
@@ -131,86 +168,77 @@ def begin(sweep: Sweep, claims: Claims) -> None:
         )
 
 
-def open_study(sweep: Sweep, claims: Claims) -> optuna.Study:
-    """The study in the folder's journal, made if it is not there."""
-    optuna.logging.set_verbosity(logging.WARNING)
-    file = str(sweep.folder / JOURNAL)
-    lock = JournalFileOpenLock(file)
-    with claims.locked():
-        _mend(file, lock)
-        return optuna.create_study(
-            storage=optuna.storages.JournalStorage(JournalFileBackend(file, lock_obj=lock)),
-            study_name=NAME,
-            direction="minimize" if sweep.mode == "min" else "maximize",
-            sampler=TrialSampler(_sampler(sweep.space.sampler), sweep.space.sampler["seed"]),
-            pruner=_pruner(sweep),
-            load_if_exists=True,
-        )
-
-
-def _mend(file: str, lock: JournalFileOpenLock) -> None:
+def _mend(file: Path) -> None:
     """Drop a last line that a dying worker left torn, to which the next would be appended."""
-    if not os.path.exists(file):
-        return
-    lock.acquire()
-    try:
+    content = untrusted.read_bytes(file, untrusted.MOST_TEXT) if file.exists() else b""
+    if content and not content.endswith(b"\n"):
         with open(file, "rb+") as journal:
-            content = journal.read()
-            if content and not content.endswith(b"\n"):
-                journal.truncate(content.rfind(b"\n") + 1)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            lock.release()
+            journal.truncate(content.rfind(b"\n") + 1)
 
 
-class TrialSampler(optuna.samplers.BaseSampler):
-    """Draws each value anew from a seed, the trial's number and the field.
+def _check_trials(sweep: Sweep, study: optuna.Study) -> None:
+    """Raise a ValueError for a trial that no worker of this sweep has written."""
+    trials = study.get_trials()
+    _copy(sweep, study, trials, seed=0)
+    for trial in trials:
+        curve = trial.intermediate_values
+        values = [*curve.values(), *(trial.values or [])]
+        if (
+            trial.distributions != sweep.space.fields
+            or trial.state == TrialState.WAITING
+            or (trial.state == TrialState.COMPLETE and best(curve, sweep.mode) is None)
+            or any(type(step) is not int for step in curve)
+            or any(type(value) is not float for value in values)
+            or not isinstance(trial.user_attrs.get("reason", ""), str)
+        ):
+            raise ValueError(f"trial {trial.number} is none of this sweep")
 
-    So it depends on nothing else than the trials that were finished before, and a trial that was
-    interrupted between two draws goes on with the same values.
+
+def begin_trial(sweep: Sweep, study: optuna.Study) -> None:
+    """Add the next trial, with all of its values at once: none is ever half drawn.
+
+    The values follow from the sampler's seed, the trial's number, and the trials before it.
     """
-
-    def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int):
-        self._make, self._seed = make, seed
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Fields are drawn one by one."""
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """None together."""
-        return {}
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """One value."""
-        text = f"{self._seed}/{trial.number}/{param_name}".encode()
-        seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
-        return self._make(seed).sample_independent(study, trial, param_name, param_distribution)
+    trials = study.get_trials()
+    text = f"{sweep.space.sampler['seed']}/{len(trials)}".encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
+    drawn = _copy(sweep, study, trials, seed).ask(fixed_distributions=dict(sweep.space.fields))
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.RUNNING, params=drawn.params, distributions=drawn.distributions
+        )
+    )
 
 
-def _sampler(options: Mapping[str, Any]) -> Callable[[int], optuna.samplers.BaseSampler]:
+def _copy(sweep: Sweep, study: optuna.Study, trials: list[FrozenTrial], seed: int) -> optuna.Study:
+    """Return a study in memory with the same trials, which Optuna checks, and a new sampler."""
+    copy = optuna.create_study(
+        study_name=NAME,
+        direction=_direction(sweep),
+        sampler=_sampler(sweep, seed),
+        pruner=study.pruner,
+    )
+    if copy.directions != study.directions:
+        raise ValueError(f"it is not of a sweep whose mode is {sweep.mode}")
+    copy.add_trials(trials)
+    return copy
+
+
+def _direction(sweep: Sweep) -> StudyDirection:
+    return StudyDirection.MINIMIZE if sweep.mode == "min" else StudyDirection.MAXIMIZE
+
+
+def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
+    options: dict[str, Any] = dict(sweep.space.sampler)
     if options["name"] == "random":
-        return lambda seed: optuna.samplers.RandomSampler(seed=seed)
-    startup = options["startup_trials"]
-    return lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=options["startup_trials"])
 
 
 def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    options = sweep.space.pruner
+    options: dict[str, Any] = dict(sweep.space.pruner)
     if options["name"] == "median":
-        return optuna.pruners.MedianPruner(
-            n_startup_trials=options["startup_trials"], n_warmup_steps=options["warmup_steps"]
-        )
+        return optuna.pruners.MedianPruner(options["startup_trials"], options["warmup_steps"])
     if options["name"] == "hyperband":
         return optuna.pruners.HyperbandPruner(
             min_resource=options["min_steps"] or max(sweep.base.validation.every, 1),
@@ -218,17 +246,3 @@ def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
             reduction_factor=options["reduction_factor"],
         )
     return optuna.pruners.NopPruner()
-
-
-def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
-    """The trial's values of all fields, as the configuration takes them."""
-    return space.values({name: _draw(trial, name, field) for name, field in space.fields.items()})
-
-
-def _draw(trial: optuna.Trial, name: str, field: Range | Choices) -> Any:
-    if isinstance(field, Choices):
-        return trial.suggest_categorical(name, field.labels)
-    if field.integer:
-        step = int(field.step or 1)
-        return trial.suggest_int(name, int(field.low), int(field.high), log=field.log, step=step)
-    return trial.suggest_float(name, field.low, field.high, log=field.log, step=field.step)

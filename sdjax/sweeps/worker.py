@@ -1,4 +1,11 @@
-"""A worker of a sweep: takes one trial after another, runs it, and tells the journal."""
+"""A worker of a sweep: takes one trial after another, runs it, and writes down how it ended.
+
+A trial is its worker's who holds its lock (`sdjax/system/locks.py`). Of a process that was killed
+the kernel gives the lock back at once; its run, which is asked to stop, holds the lock until it has
+saved. On another machine a worker is dead when its lock has stood still for `study.SILENT` seconds.
+
+The journal and the locks may be a stranger's. No process that a file names gets a signal.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +23,14 @@ from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.recipes import recipe
 from sdjax.sweeps import runs
-from sdjax.sweeps.claims import Claims, Lost
 from sdjax.sweeps.ranking import write
 from sdjax.sweeps.space import changed
-from sdjax.sweeps.study import Sweep, begin, open_study, suggest
+from sdjax.sweeps.study import Sweep, begin_trial, open_study
 from sdjax.system import locks, paths
 from sdjax.system.interrupts import StopSignal
 
 MAIN = (sys.executable, "-u", "-m", "sdjax.main")
-# Of sdjax.main: finished; wrong input; diverged; stopped after saving.
+# Exit codes of sdjax.main: finished; wrong input; diverged; stopped after saving.
 DONE, WRONG, DIVERGED, STOPPED = 0, 2, 3, 75
 _FAILURES = 3  # trials that may fail for no reason of theirs before the first good one
 
@@ -32,7 +38,11 @@ Tell = Callable[[str], None]
 
 
 class Stopped(Exception):
-    """Asked to stop, with all saved."""
+    """The worker was asked to stop, and all is saved."""
+
+
+class Lost(Exception):
+    """Another worker has taken this one for dead, and has its trial."""
 
 
 @dataclasses.dataclass
@@ -41,15 +51,20 @@ class Worker:
 
     command: of a run; it is given --config, --workdir and --cluster=none.
     poll: seconds between looks at the metrics of a run.
+    locks: of the trials that this worker has, or has seen with others, by number.
     """
 
     sweep: Sweep
-    claims: Claims
     study: optuna.Study
     stop: StopSignal
     tell: Tell
-    command: Sequence[str] = MAIN
-    poll: float = 1.0
+    command: Sequence[str]
+    poll: float
+    locks: dict[int, locks.Lock] = dataclasses.field(default_factory=dict)
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials as the journal has them now, by number."""
+        return self.study.get_trials(deepcopy=False)
 
 
 def work(
@@ -59,7 +74,6 @@ def work(
     tell: Tell = print,
     command: Sequence[str] = MAIN,
     poll: float = 1.0,
-    claims: Claims | None = None,
 ) -> optuna.Study:
     """Run trials until there are `trials`, or other workers have the rest.
 
@@ -70,88 +84,65 @@ def work(
         Stopped: by SIGTERM or Ctrl-C; the same call goes on.
     """
     with locks.held(sweep.folder, "--workdir", "sdjax.sweep", shared=True):
-        return _work(sweep, trials, tell, command, poll, claims)
-
-
-def _work(
-    sweep: Sweep,
-    trials: int,
-    tell: Tell,
-    command: Sequence[str],
-    poll: float,
-    claims: Claims | None,
-) -> optuna.Study:
-    """`work`, in a folder that only workers of sweeps write into."""
-    claims = claims or Claims(sweep.folder / "claims")
-    begin(sweep, claims)
-    study = open_study(sweep, claims)
-    with StopSignal() as stop:
-        worker = Worker(sweep, claims, study, stop, tell, command, poll)
-        while (number := _next(worker, trials)) is not None:
-            try:
-                _run(worker, number)
-            except Lost:
-                tell(f"trial {number}: {claims.holder(number) or 'somebody'} has taken it over")
-            finally:
-                claims.release(number)
-            with claims.locked():
-                write(sweep, study)
+        study = open_study(sweep)
+        with StopSignal() as stop:
+            worker = Worker(sweep, study, stop, tell, command, poll)
+            while (number := _next(worker, trials)) is not None:
+                try:
+                    _run(worker, number)
+                except Lost:
+                    tell(f"trial {number}: another worker took this one for dead, and has it now")
+                finally:
+                    worker.locks.pop(number).release()
+                with sweep.alone():
+                    write(sweep, study)
     return study
 
 
+def unfinished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that somebody has begun and nobody finished."""
+    return [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]
+
+
 def _next(worker: Worker, trials: int) -> int | None:
-    """Number of a trial that this worker has taken; None if there is nothing left for it."""
-    claims, told = worker.claims, set[int]()
-    while True:
-        there = worker.study.get_trials(deepcopy=False)
-        begun = [t.number for t in there if not t.state.is_finished()]
-        new = [len(there)] if len(there) < trials else []
-        for number in begun + new:
-            # What a dead worker left behind comes first, so that an interruption changes nothing
-            # of what later trials are suggested by; so first it must be known who is dead.
-            if number in new and any(claims.undecided(n) for n in begun):
-                break
-            if claims.take(number):
-                if _is_open(worker, number):
-                    return number
-                claims.release(number)  # another has finished it since we looked
-        if worker.stop.asked:
-            raise Stopped
-        now = worker.study.get_trials(deepcopy=False)
-        if [t.state for t in now] != [t.state for t in there]:
-            continue  # something has begun or ended since we looked
-        free = [n for n in begun if not claims.holder(n)]
-        waiting = [n for n in begun if claims.undecided(n)]
-        # What is claimed and not begun will be in a moment, and there may be one after it.
-        if not (new or free or waiting):
+    """Take the next trial; return its number, or None if there is nothing left for this worker.
+
+    The trials of dead workers come first, so that an interruption changes nothing of what later
+    trials are suggested by. So it must be known of every other trial that its worker lives.
+    """
+    while not worker.stop.asked:
+        with worker.sweep.alone():
+            lives: dict[int, str] = {}
+            begun = [trial.number for trial in unfinished(worker.study)]
             for number in begun:
-                worker.tell(f"trial {number} is left to {claims.holder(number)}")
-            return None
-        for number in waiting:
-            if number not in told:
-                told.add(number)
-                worker.tell(f"trial {number}: seeing whether {claims.holder(number)} lives")
+                lock = worker.locks.setdefault(number, worker.sweep.lock(number))
+                try:
+                    if not lock.take():
+                        continue
+                except locks.LockedError as refused:
+                    # With a dead holder, its run has the lock.
+                    if refused.holder is None or not refused.holder.has_ended:
+                        lives[number] = str(refused.holder or "another")
+                    continue
+                if not worker.trials()[number].state.is_finished():
+                    return number
+                worker.locks.pop(number).release()  # its worker ended it since we looked
+            if len(lives) == len(begun):
+                if len(worker.trials()) >= trials:
+                    for number, holder in lives.items():
+                        worker.tell(f"trial {number} is left to {holder}")
+                    return None
+                begin_trial(worker.sweep, worker.study)
+                continue
         time.sleep(worker.poll)
-
-
-def _is_open(worker: Worker, number: int) -> bool:
-    """Whether a trial is still to be run, now that nobody else can begin it."""
-    trials = worker.study.get_trials(deepcopy=False)
-    return number == len(trials) or (
-        number < len(trials) and not trials[number].state.is_finished()
-    )
+    raise Stopped
 
 
 def _run(worker: Worker, number: int) -> None:
-    """One trial from wherever it is to its end."""
-    sweep, study = worker.sweep, worker.study
-    trials = study.get_trials(deepcopy=False)
-    if number == len(trials):
-        trial = study.ask()
-        assert trial.number == number, "somebody writes to the journal without a claim"
-    else:
-        trial = optuna.Trial(study, trials[number]._trial_id)
-    values = suggest(trial, sweep.space)
+    """Bring one trial from wherever it is to its end."""
+    sweep = worker.sweep
+    trial = optuna.Trial(worker.study, worker.trials()[number]._trial_id)
+    values = sweep.space.values(trial.params)
     shown = ", ".join(f"{name} = {_short(value)}" for name, value in values.items())
     worker.tell(f"trial {number}: {shown}")
     folder = sweep.trial_folder(number)
@@ -165,12 +156,14 @@ def _run(worker: Worker, number: int) -> None:
     follow = Follower(worker, trial, config)
     began = time.monotonic()
     code = None if follow.look() else _watch(worker, number, follow)
+    if not worker.locks[number].is_mine():
+        raise Lost
     trial.set_user_attr("seconds", round(time.monotonic() - began, 1))
     _judge(worker, trial, follow, code)
 
 
 class Follower:
-    """Tells Optuna each value of the metric once, and whether the pruner had enough.
+    """Reports each value of the metric to Optuna once, and asks the pruner whether it is enough.
 
     Values are judged in the order of their steps and none after the pruner's word, so the outcome
     does not depend on when they are seen.
@@ -179,78 +172,69 @@ class Follower:
     def __init__(self, worker: Worker, trial: optuna.Trial, config: Config):
         self._worker, self._trial, self._steps = worker, trial, config.train.steps
         self.metric = worker.sweep.metric_of(config)
-        self._file = worker.sweep.trial_folder(trial.number) / "metrics.jsonl"
-        saved = worker.study.get_trials(deepcopy=False)[trial.number]
-        self.values = dict(saved.intermediate_values)
+        self.file = worker.sweep.trial_folder(trial.number) / "metrics.jsonl"
+        self.values = dict(worker.trials()[trial.number].intermediate_values)
         self.pruned = bool(self.values) and self._is_hopeless()
 
     def _is_hopeless(self) -> bool:
         return max(self.values) < self._steps and self._trial.should_prune()
 
     def look(self) -> bool:
-        """Read what is new; True if the trial is pruned."""
-        for step, value in runs.read_values(self._file, self.metric).items():
+        """Read what is new. Returns whether the trial is pruned."""
+        for step, value in runs.read_values(self.file, self.metric).items():
             if self.pruned:
                 break
-            if step in self.values:
-                continue
-            self._trial.report(value, step)
-            self.values[step] = value
-            self._worker.tell(f"trial {self._trial.number}: step {step}, {self.metric} {value:.5g}")
-            self.pruned = self._is_hopeless()
+            if step not in self.values:
+                self._trial.report(value, step)
+                self.values[step] = value
+                number = self._trial.number
+                self._worker.tell(f"trial {number}: step {step}, {self.metric} {value:.5g}")
+                self.pruned = self._is_hopeless()
         return self.pruned
 
 
 def _watch(worker: Worker, number: int, follow: Follower) -> int | None:
-    """Run `sdjax.main`; its exit code, None if it was stopped by the pruner.
+    """Run `sdjax.main`. Returns its exit code, None if it was stopped by the pruner.
 
     Raises:
         Stopped: the worker was asked to stop; the run has saved.
         Lost: another worker has the trial; the run is killed.
     """
-    folder = worker.sweep.trial_folder(number)
+    folder, lock = worker.sweep.trial_folder(number), worker.locks[number]
     process = runs.start(
         # A worker may be one of several tasks of a scheduler, but its run is alone.
         [*worker.command, f"--config={folder / 'recipe.py'}", f"--workdir={folder}",
-         "--cluster=none"], folder,
+         "--cluster=none"], folder, lock.handle,
     )  # fmt: skip
-
-    def alive() -> None:
-        worker.claims.beat(number, process)
-
     try:
-        worker.claims.beat(number, process, now=True)
         while True:
             code = process.poll()  # before the look, which then sees all that was written
-            if follow.look():
-                if code is None:
-                    runs.stop(process, alive)
+            pruned = follow.look()
+            if not lock.is_mine():
+                raise Lost
+            if pruned:
+                runs.stop(process)
                 return None
             if code is not None:
                 return code
             if worker.stop.asked:
                 worker.tell(f"trial {number}: stopping; it saves first")
-                runs.stop(process, alive)
+                runs.stop(process)
                 raise Stopped
-            alive()
             time.sleep(worker.poll)
     finally:
         runs.kill(process)
 
 
 def _judge(worker: Worker, trial: optuna.Trial, follow: Follower, code: int | None) -> None:
-    """Tell the journal how a trial ended."""
-    number, sweep = trial.number, worker.sweep
-    folder = sweep.trial_folder(number)
-    found = runs.best(follow.values, sweep.mode)
-    if found:
-        trial.set_user_attr("step", found[0])
-        trial.set_user_attr("best", found[1])
+    """Write down how a trial ended, by the exit code of its run."""
+    number, folder = trial.number, worker.sweep.trial_folder(trial.number)
+    found = runs.best(follow.values, worker.sweep.mode)
     if code is None:
-        step = max(follow.values)
-        trial.set_user_attr("reason", f"pruned at step {step}")
+        reason = f"pruned at step {max(follow.values)}"
+        trial.set_user_attr("reason", reason)
         worker.study.tell(trial, state=TrialState.PRUNED)
-        worker.tell(f"trial {number}: pruned at step {step}")
+        worker.tell(f"trial {number}: {reason}")
     elif code == STOPPED:
         worker.tell(f"trial {number}: its run was stopped by a signal from elsewhere")
         raise Stopped
@@ -263,8 +247,8 @@ def _judge(worker: Worker, trial: optuna.Trial, follow: Follower, code: int | No
         words = runs.last_words(folder)
         _failed(worker, trial, f"ended with {how}; {folder / runs.LOG} ends\n{words}")
     elif found is None:
-        has = ", ".join(runs.names(folder / "metrics.jsonl")) or "nothing"
-        reason = f"no finite {follow.metric} in {folder / 'metrics.jsonl'}, which has {has}"
+        has = ", ".join(runs.names(follow.file)) or "nothing"
+        reason = f"no finite {follow.metric} in {follow.file}, which has {has}"
         _failed(worker, trial, reason, wrong=not follow.values)
     else:
         worker.study.tell(trial, found[1])
@@ -281,9 +265,8 @@ def _failed(worker: Worker, trial: optuna.Trial, reason: str, *, wrong: bool | N
     Raises:
         UserError: the sweep stops, with what the run said.
     """
-    others = [t for t in worker.study.get_trials(deepcopy=False) if t.number != trial.number]
-    worked = any(t.intermediate_values or t.state == TrialState.COMPLETE for t in others)
-    if not worked:
+    others = [t for t in worker.trials() if t.number != trial.number]
+    if not any(t.intermediate_values or t.state == TrialState.COMPLETE for t in others):
         crashes = 1 + sum("crash" in t.user_attrs for t in others)
         if wrong or (wrong is None and crashes >= _FAILURES):
             raise UserError(
@@ -299,8 +282,3 @@ def _failed(worker: Worker, trial: optuna.Trial, reason: str, *, wrong: bool | N
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that somebody has begun and nobody finished."""
-    return [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]

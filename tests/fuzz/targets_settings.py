@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import html
+import io
 import json
 import os
 import re
@@ -17,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import optuna
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
 from sdjax import machine_settings, verbs
 from sdjax.config import VARIANTS, Config, resolve, to_dict
@@ -26,10 +29,13 @@ from sdjax.errors import UserError
 from sdjax.evaluation.loading import choose_data
 from sdjax.families.config import ModelConfig
 from sdjax.methods.method import MethodConfig
-from sdjax.sweeps import claims
-from sdjax.system import text_files
+from sdjax.sweeps import ranking
+from sdjax.sweeps.study import begin_trial, open_study
+from sdjax.system import locks, text_files
+from sdjax.system.locks import LockedError
 from sdjax.web.report import page as report_page
 from tests.fuzz import mutation, stored_dataset
+from tests.sweeps import fake_sweep
 from tests.web import report_workdir
 
 _WORDS = (
@@ -174,20 +180,63 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 _DEFAULTS = dict(_leaves(to_dict(Config())))
 
 
-def claim(rng: np.random.Generator, folder: Path) -> str:
-    """A claim in a sweep's folder, of which some name this process or its parent."""
-    content = {
-        "token": "x", "host": socket.gethostname(), "pid": int(rng.choice([os.getpid(), 2**22])),
-        "started": claims._started(os.getpid()), "child": os.getppid(),
-        "child_started": claims._started(os.getppid()), "beat": 1, "time": "",
+@functools.cache
+def _sweep() -> dict[str, bytes]:
+    """The files of a good sweep: a trial that is complete, one that failed, one that runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = fake_sweep.make(Path(folder))
+        study = open_study(sweep)
+        for number in range(3):
+            begin_trial(sweep, study)
+            trial = optuna.Trial(study, number)
+            trial.report(0.5, 10)
+            if number == 0:
+                study.tell(trial, 0.5)
+            elif number == 1:
+                trial.set_user_attr("reason", "diverged")
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        files = ("settings.json", "journal.log")
+        return {name: (Path(folder) / name).read_bytes() for name in files}
+
+
+def sweep(rng: np.random.Generator, folder: Path) -> str:
+    """The folder of a stranger's sweep: its settings, its journal, and the lock of a trial.
+
+    Some locks name this process or its parent, which gets no signal.
+    """
+    files = dict(_sweep())
+    lock = {
+        "program": "sdjax.sweep", "pid": int(rng.choice([os.getpid(), os.getppid(), 2**22])),
+        "host": socket.gethostname(), "since": "", "machine": locks._machine(),
+        "began": locks._began(os.getppid()), "shared": False,
     }  # fmt: skip
-    text = json.dumps(mutation.tree(rng, content) if rng.random() < 0.9 else content)
-    data = text.encode() if rng.random() < 0.7 else mutation.damaged(rng, text.encode())
-    (folder / "0000.json").write_bytes(data)
-    mine = claims.Claims(folder, stale=0.0)
-    mine.undecided(0)
-    assert mine.holder(0).isprintable()
-    return "taken" if mine.take(0) or mine.take(0) else "left"
+    if rng.random() < 0.7:
+        lines = files["journal.log"].splitlines()
+        at = int(rng.integers(len(lines)))
+        lines[at] = json.dumps(mutation.tree(rng, json.loads(lines[at]))).encode()
+        files["journal.log"] = b"\n".join(lines) + b"\n"
+    else:
+        name = sorted(files)[rng.integers(2)]
+        files[name] = mutation.damaged(rng, files[name])
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    text = json.dumps(mutation.tree(rng, lock) if rng.random() < 0.9 else lock)
+    (folder / "trials").mkdir()
+    (folder / "trials/0002.lock").write_text(text)
+    found = fake_sweep.make(folder)
+    with contextlib.suppress(LockedError):
+        taken = found.lock(2)
+        taken.take()
+        taken.release()
+    try:
+        study = open_study(found)
+        begin_trial(found, study)
+    except UserError as error:
+        assert len(str(error)) < 3000, f"a message of {len(str(error))} characters"
+        return "refused"
+    ranking.write(found, study)
+    Console(file=io.StringIO()).print(ranking.table(found, study))
+    return "read"
 
 
 _PARTS = ("config", "data", "path", "train", "steps", "ema", "profiles", "stages", "model", "unet",
@@ -221,6 +270,6 @@ TARGETS = [
     ("dataset", dataset),
     ("report", report),
     ("model_config", model_config),
-    ("claim", claim),
+    ("sweep", sweep),
     ("override", override),
 ]

@@ -1,5 +1,6 @@
 """Sweeps over a fake main: what is tried, given up, recorded, resumed and shared."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,15 +23,16 @@ from sdjax.errors import UserError
 from sdjax.models.config import ConfigError
 from sdjax.recipes import recipe
 from sdjax.sweeps import ranking, runs
-from sdjax.sweeps.claims import Claims, Lost, _started
 from sdjax.sweeps.space import changed
+from sdjax.sweeps.study import begin_trial, open_study
 from sdjax.sweeps.worker import Stopped, work
+from sdjax.system import locks
 from tests.odd_names import ODD
 from tests.sweeps.fake_sweep import COMMAND, ROOT, SPACE, base, make
 
 
-def run(sweep, trials, tell=lambda line: None, claims=None):
-    return work(sweep, trials, tell=tell, command=COMMAND, poll=0.02, claims=claims)
+def run(sweep, trials, tell=lambda line: None):
+    return work(sweep, trials, tell=tell, command=COMMAND, poll=0.02)
 
 
 def outcome(study):
@@ -65,7 +67,7 @@ def test_a_sweep_ranks_and_writes_the_best_recipe(unbroken):
     own = {}
     exec((Path(best["workdir"]) / "recipe.py").read_text(), own)
     assert resolve(own["get_config"]()) == config
-    assert not list((sweep.folder / "claims").glob("*.json"))
+    assert not list((sweep.folder / "trials").glob("*.lock"))
 
 
 def test_importances_find_the_field_that_counts():
@@ -121,7 +123,7 @@ def test_a_signal_stops_the_run_and_the_same_call_goes_on(unbroken, tmp_path, mo
     with pytest.raises(Stopped):
         run(again, 8, tell)
     assert (tmp_path / "trials/0001/saved").exists()
-    assert not list((tmp_path / "claims").glob("*.json"))
+    assert not list((tmp_path / "trials").glob("*.lock"))
     monkeypatch.setenv("FAKE_SECONDS", "0")
     assert outcome(run(again, 8)) == outcome(study)
 
@@ -204,7 +206,7 @@ def test_values_that_do_not_go_together_fail_their_trial(tmp_path):
           data.batch_size: {choices: [8, 9]}
           train.accumulation: {choices: [1, 8]}
         pruner: none
-        sampler: {name: random, seed: 0}
+        sampler: {name: random, seed: 1}
     """
     study = run(make(tmp_path, space), 8)
     for trial in study.trials:
@@ -219,7 +221,7 @@ def test_two_workers_share_the_trials(tmp_path, monkeypatch):
     make(tmp_path)
     monkeypatch.setenv("FAKE_SECONDS", "0.1")
     other = start(tmp_path, 9)
-    wait_for(tmp_path / "claims/0000.json")
+    wait_for(tmp_path / "trials/0000.lock")
     study = run(make(tmp_path), 9)
     assert other.wait(60) == 0
     assert len(study.get_trials()) == 9
@@ -229,76 +231,141 @@ def test_two_workers_share_the_trials(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "sweep.json").read_text())["ranking"]
 
 
-def test_a_trial_of_a_dead_worker_elsewhere_is_taken_up(unbroken, tmp_path):
-    sweep, study = unbroken
-    again, told = make(tmp_path), []
-    monkey = {"token": "x", "host": "elsewhere", "pid": 1, "started": None, "child": None,
-              "child_started": None, "beat": 1, "time": ""}  # fmt: skip
-    (tmp_path / "claims").mkdir()
-    claim = tmp_path / "claims" / "0000.json"
-    claim.write_text(json.dumps(monkey))
-    claims = Claims(tmp_path / "claims", stale=0.5)
+@pytest.fixture
+def lock_of_another_machine(monkeypatch):
+    """A function that writes trials/0000.lock of a sweep as a worker of another machine does."""
+
+    def write(folder):
+        (folder / "trials").mkdir(exist_ok=True)
+        handle = os.open(folder / "trials/0000.lock", os.O_RDWR | os.O_CREAT)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(locks, "_machine", lambda: "another")
+            locks._write(handle, "sdjax.sweep", False, append=False)
+        os.close(handle)
+
+    return write
+
+
+@contextlib.contextmanager
+def touched(file):
+    """Another process touches a file in here."""
+    code = "import os, sys, time\nwhile True: os.path.exists(f := sys.argv[1]) and os.utime(f)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", f"{code}; time.sleep(0.02)", file])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_trial_of_a_dead_worker_elsewhere_is_taken_up(
+    unbroken, tmp_path, monkeypatch, lock_of_another_machine
+):
+    _, study = unbroken
+    again = make(tmp_path)
+    lock_of_another_machine(tmp_path)
+    monkeypatch.setattr("sdjax.sweeps.study.SILENT", 0.5)
     begin = time.monotonic()
-    found = run(again, 2, told.append, claims)
+    found = run(again, 2)
     assert time.monotonic() - begin > 0.5
     assert outcome(found) == outcome(study)[:2]
 
 
-def test_claims(tmp_path):
-    mine, other = Claims(tmp_path, beat=0), Claims(tmp_path, stale=0.2)
-    assert mine.take(0) and not other.take(0) and other.take(1)
-    assert not other.undecided(0)  # its process lives, here
-    assert other.holder(0) == f"process {os.getpid()} on {socket.gethostname()}"
-    file = tmp_path / "0000.json"
-    content = json.loads(file.read_text())
-    # The number of a process that is gone may belong to another by now.
-    file.write_text(json.dumps({**content, "started": "1"}))
-    assert other.take(0) and not mine.take(0)
-    with pytest.raises(Lost):
-        mine.beat(0, None)
-    mine.release(0)
-    assert file.exists()  # not ours any more
-    # A dead worker's run that still saves keeps the trial. (The kernel has asked it to stop.)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    other.beat(0, child, now=True)
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "started": "1"}))
-    assert not mine.take(0) and mine.undecided(0)
-    child.kill()
-    assert child.wait(10) == -signal.SIGKILL and mine.take(0)
-    # Elsewhere: alive while its beat changes, dead when it stands still.
-    file.write_text(json.dumps({**content, "host": "elsewhere"}))
-    assert not other.take(0) and other.undecided(0)
-    file.write_text(json.dumps({**content, "host": "elsewhere", "beat": 99}))
-    assert not other.take(0) and not other.undecided(0)
-    time.sleep(0.25)
-    assert other.take(0)
+def test_a_trial_of_a_worker_elsewhere_is_left_to_it(tmp_path, lock_of_another_machine):
+    sweep, told = make(tmp_path), []
+    lock_of_another_machine(tmp_path)
+    with touched(tmp_path / "trials/0000.lock"):
+        states = [t.state for t in run(sweep, 2, told.append).trials]
+    assert states == [TrialState.RUNNING, TrialState.COMPLETE]
+    who = f"sdjax.sweep, process {os.getpid()} on {socket.gethostname()}"
+    assert any(line.startswith(f"trial 0 is left to {who}") for line in told)
 
 
-def test_process_that_a_claim_names_gets_no_signal(tmp_path, monkeypatch):
+def test_a_worker_that_was_taken_for_dead_kills_its_run(
+    tmp_path, monkeypatch, lock_of_another_machine
+):
+    monkeypatch.setenv("FAKE_SECONDS", "0.3")
+    sweep, told = make(tmp_path), []
+
+    def tell(line):
+        told.append(line)
+        if line.startswith("trial 0: step 10"):
+            (tmp_path / "trials/0000.lock").unlink()
+            lock_of_another_machine(tmp_path)
+
+    with touched(tmp_path / "trials/0000.lock"):
+        study = run(sweep, 1, tell)
+    assert "trial 0: another worker took this one for dead, and has it now" in told
+    assert study.trials[0].state == TrialState.RUNNING
+    assert list(study.trials[0].intermediate_values) == [10]
+    ((pid, _),) = (
+        line.split() for line in (tmp_path / "trials/0000/starts").read_text().splitlines()
+    )
+    assert not Path(f"/proc/{pid}").exists() and not (tmp_path / "trials/0000/saved").exists()
+
+
+def test_a_process_that_a_lock_names_gets_no_signal(tmp_path, monkeypatch):
     """Files of a stranger, of all kinds: none ends a process, and none is a traceback."""
     signals, kill = [], os.kill
     monkeypatch.setattr(os, "kill", lambda pid, number: signals.append(number) or kill(pid, number))
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    mine = Claims(tmp_path, stale=0.0)
-    good = {"token": "x", "host": socket.gethostname(), "pid": 2**22 + 1, "started": "1",
-            "child": victim.pid, "child_started": None, "beat": 1, "time": ""}  # fmt: skip
-    began = _started(victim.pid)
-    hostile = [{}, {"child_started": began}, {"child": -1}, {"child": 0}, {"child": 1},
-               {"child": -victim.pid}, {"child": 10**30}, {"child": str(victim.pid)},
-               {"child": True}, {"child": [1]}, {"pid": -1}, {"pid": None}, {"pid": 2**31},
-               {"pid": "x"}, {"host": 5}, {"host": "\x1b[2J"}, {"started": 1},
-               {"more": 1}]  # fmt: skip
+    monkeypatch.setattr("sdjax.sweeps.study.SILENT", 0.01)
+    sweep = make(tmp_path)
+    good = {"program": "sdjax.sweep", "pid": victim.pid, "host": socket.gethostname(),
+            "since": "", "machine": locks._machine(), "began": "1", "shared": False}  # fmt: skip
+    hostile = [{}, {"began": locks._began(victim.pid)}, {"pid": -1}, {"pid": 0}, {"pid": 1},
+               {"pid": -victim.pid}, {"pid": 10**30}, {"pid": str(victim.pid)}, {"pid": True},
+               {"pid": [1]}, {"pid": None}, {"pid": 2**31}, {"pid": "x"}, {"machine": "another"},
+               {"machine": 5}, {"host": 5}, {"host": "\x1b[2J"}, {"began": 1}, {"program": "\x1b"},
+               {"shared": 1}, {"more": 1}]  # fmt: skip
     texts = [json.dumps({**good, **change}) for change in hostile]
+    (tmp_path / "trials").mkdir()
     for text in [*texts, "[]", "1", "{", "[" * 3000, "\0", '{"pid": 1}']:
-        (tmp_path / "0000.json").write_text(text)
-        mine.take(0)
-        mine.undecided(0)
-        assert "\x1b" not in mine.holder(0)
-        mine.release(0)
+        (tmp_path / "trials/0000.lock").write_text(text)
+        lock = sweep.lock(0)
+        wait_until(lock.take)  # nobody holds it, whoever is named
+        lock.release()
     assert victim.poll() is None and set(signals) <= {0}
     victim.kill()
     victim.wait()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "[]", "1", "[" * 3000, '{"op_code": 99}', '{"op_code": "5"}', "\0", "9" * 5000,
+        {"op_code": 4, "study_id": 0, "datetime_start": "yesterday", "worker_id": ""},
+        {"op_code": 5, "trial_id": 0, "param_name": "os.system", "worker_id": "",
+         "param_value_internal": 0, "distribution": '{"name": "os.system", "attributes": {}}'},
+        {"op_code": 5, "trial_id": 0, "param_name": "seed", "worker_id": "",
+         "param_value_internal": 0,
+         "distribution": '{"name": "CategoricalDistribution", "attributes": {"choices": ["x"]}}'},
+        {"op_code": 6, "trial_id": 0, "state": 4, "values": None, "worker_id": ""},
+        {"op_code": 6, "trial_id": 0, "state": 1, "values": ["x"], "worker_id": "",
+         "datetime_complete": "2026-01-01"},
+        {"op_code": 7, "trial_id": 0, "step": "x", "intermediate_value": 1.0, "worker_id": ""},
+        {"op_code": 7, "trial_id": 0, "step": 10, "intermediate_value": "x", "worker_id": ""},
+        {"op_code": 8, "trial_id": 0, "user_attr": {"reason": 5}, "worker_id": ""},
+    ],
+)  # fmt: skip
+def test_a_journal_that_no_sweep_wrote_is_refused(tmp_path, line):
+    sweep = make(tmp_path)
+    begin_trial(sweep, open_study(sweep))
+    with open(tmp_path / "journal.log", "a") as journal:
+        journal.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+        journal.write('{"op_code": 1, "study_id": 99, "worker_id": ""}\n')
+    with pytest.raises(ConfigError, match="journal.log: cannot be read(?s:.)*another --workdir"):
+        open_study(sweep)
+
+
+def test_pipes_and_damaged_settings_are_refused(tmp_path):
+    sweep = make(tmp_path)
+    os.mkfifo(tmp_path / "journal.log")
+    with pytest.raises(ConfigError, match="journal.log(?s:.)*pipe"):
+        open_study(sweep)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ConfigError, match="settings.json"):
+        open_study(sweep)
 
 
 def test_another_sweep_in_the_same_folder_is_refused(unbroken):
