@@ -31,9 +31,6 @@ RIDDLES_LEFT = {
     "parallel/hosts.py",
     "parallel/sharding.py",
     "parallel/xla.py",
-    "sweeps/ranking.py",
-    "sweeps/runs.py",
-    "sweeps/study.py",
 }  # fmt: skip
 LONG_FUNCTIONS_LEFT = {
     "convert.py", "diffusion/samplers.py",
