@@ -221,7 +221,7 @@ def test_two_workers_share_the_trials(tmp_path, monkeypatch):
     make(tmp_path)
     monkeypatch.setenv("FAKE_SECONDS", "0.1")
     other = start(tmp_path, 9)
-    wait_for(tmp_path / "trials/0000.lock")
+    wait_for(tmp_path / "trials/0000")
     study = run(make(tmp_path), 9)
     assert other.wait(60) == 0
     assert len(study.get_trials()) == 9
