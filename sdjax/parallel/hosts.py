@@ -1,42 +1,42 @@
-"""What the hosts of a run tell one another besides arrays: who lives, who failed, when to stop.
+"""What the hosts of a run say to one another besides arrays: who lives, who failed, when to stop.
 
-They do so through the key-value store of JAX's coordination service, which lives in process 0:
+They use the key-value store of JAX's coordination service, which lives in process 0:
 
     sdjax/beat/I   a counter that host I moves while it lives
-    sdjax/broken   a host's collective failed: whoever is silent now is soon called lost
-    sdjax/end      why the run ends early (the first says it), as {host, code, message, lost}
+    sdjax/broken   a collective of some host failed: a silent host soon counts as lost
+    sdjax/end      why the run ends early, {host, code, message, lost}; the first to say it is right
     sdjax/heard/I  host I has read it
     sdjax/stop     the step after which all save and stop
 
 Without this a failed host leaves the others waiting in a collective until JAX ends them with a C++
-stack trace. With one process every function here does nothing.
+stack trace and exit code 134 (`docs/notes/libraries.md` compares). With one process every function
+here does nothing.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 
 from sdjax.errors import UserError, describe
 from sdjax.system import interrupts, paths
+from sdjax.system.aborts import abort_becomes
 
 FAILED, WRONG_INPUT, INTERRUPTED, LOST_HOST = 1, 2, 130, 76  # exit codes
 
-# How many steps ahead of the slowest host another can be when it asks `stop_step`, plus one: a host
-# first fetches the metrics of two steps ago (telemetry.DelayedMetrics), in which all took part.
+# How many steps ahead of the slowest host another can be in `stops_after`, plus one: a host first
+# fetches the metrics of two steps ago (telemetry.DelayedMetrics), in which all took part.
 STOP_AHEAD = 3
 
 _GRACE = 10.0  # seconds to clean up, and for the others to hear of the end
@@ -46,104 +46,83 @@ _SIGNS_OF_LOSS = (
     "coordination service", "coordination agent", "heartbeat", "socket closed",
 )  # fmt: skip
 
-_team: Team | None = None
+_monitor: HostMonitor | None = None
 _turns: collections.Counter[str] = collections.Counter()
 
 
 def start(client: Any, coordinator: str, heartbeat_timeout: float) -> None:
-    """Begin to watch the other hosts; for `sdjax.parallel.distributed.join`."""
-    global _team
-    _team = Team(client, coordinator, heartbeat_timeout)
-    _team.start()
+    """Begin to monitor the other hosts; for `sdjax.parallel.distributed.join`.
+
+    Args:
+        client: JAX's connection to the coordination service.
+        coordinator: HOST:PORT of process 0.
+        heartbeat_timeout: seconds after which a silent host counts as lost.
+    """
+    global _monitor
+    _monitor = HostMonitor(client, coordinator, heartbeat_timeout)
+    _monitor.start()
 
 
 def together(run: Callable[[], int]) -> int:
-    """Call `run`; if it raises on one host, the run ends on all, with the same exit code.
+    """Call `run`; where it raises on one host, end the run on all with the same exit code.
 
     With several processes an error does not return: the process ends at once, since JAX's own way
     out waits for hosts that will never come.
     """
-    if _team is None:
+    if _monitor is None:
         return run()
     try:
         code = run()
     except BaseException as error:
-        _team.fail(error)
-    _team.leave()
+        _monitor.fail(error)
+    _monitor.leave()
     return code
 
 
 def alone() -> bool:
     """Whether this process has joined no others."""
-    return _team is None
+    return _monitor is None
 
 
-def stop_after(step: int) -> None:
-    """This host was told to stop after `step`: all will, `STOP_AHEAD` steps later."""
-    if _team is not None:
-        _team.put("stop", str(step + STOP_AHEAD))
+def stops_after(step: int, *, asked: bool) -> bool:
+    """Return whether all hosts stop after `step`, because one of them was asked to.
 
+    All call this after every step, and get the same answer for the same step: `STOP_AHEAD` steps
+    after the one that was asked. JAX's preemption service keeps the GIL while it waits for the
+    others, and so the heartbeats of all hosts, where one of them is lost.
 
-def stop_step() -> int | None:
-    """The step after which all stop, if one was told to. Asked by all after every step."""
-    found = None if _team is None else _team.get("stop")
-    return None if found is None else int(found)
+    Args:
+        asked: whether this host was asked to stop.
+    """
+    if _monitor is None:
+        return asked
+    if asked:
+        _monitor.put("stop", str(step + STOP_AHEAD))
+    last = _monitor.get("stop")
+    return last is not None and step >= int(last)
 
 
 def from_first(name: str, value: str) -> str:
-    """Process 0's value, on every host; all must call it, in the same order for each name."""
-    if _team is None:
+    """Return process 0's value on every host; all call it, in the same order for each name."""
+    if _monitor is None:
         return value
     key = f"first/{_turn(name)}"
-    if _team.index == 0:
-        _team.put(key, value)
+    if _monitor.index == 0:
+        _monitor.put(key, value)
         return value
-    return _team.client.blocking_key_value_get(f"sdjax/{key}", _LONG)
+    return _monitor.client.blocking_key_value_get(f"sdjax/{key}", _LONG)
 
 
 def wait_for_all(name: str) -> None:
-    """Until every host has come here."""
-    if _team is not None:
-        _team.client.wait_at_barrier(f"sdjax/{_turn(name)}", _LONG)
+    """Wait until every host has called this."""
+    if _monitor is not None:
+        _monitor.client.wait_at_barrier(f"sdjax/{_turn(name)}", _LONG)
 
 
 def _turn(name: str) -> str:
-    """The name with how often it was said before, for the service takes each name once."""
+    """Append to the name how often it was used: the service takes each name once."""
     _turns[name] += 1
     return f"{name}/{_turns[name]}"
-
-
-def label() -> str:
-    """What messages of this process begin with."""
-    return "" if _team is None else f"[host {_team.index}] "
-
-
-@contextlib.contextmanager
-def abort_becomes(code: int, message: str, unless: Callable[[], bool] = bool) -> Iterator[None]:
-    """In here a C++ abort (JAX's answer to a failed connection) is a message and an exit code.
-
-    Args:
-        unless: called in the dying process; True lets the abort be one.
-    """
-    handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-
-    def handle(number: int) -> None:
-        if unless():
-            libc.signal(number, None)  # SIG_DFL: abort() raises the signal once more
-            return
-        os.write(2, f"{message}\n".encode())
-        os._exit(code)
-
-    # Not Python's signal module: its handlers wait for the main thread, which abort() does not.
-    handler = handler_type(handle)
-    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        libc.signal(signal.SIGABRT, before)
 
 
 def means_lost_host(error: BaseException | None) -> bool:
@@ -164,23 +143,24 @@ def _lost_message(who: str, why: str) -> str:
     )
 
 
-class Team:
-    """This process and its watch over the others; see the module."""
+class HostMonitor:
+    """The heartbeats of this process, and its eye on the others; see the module."""
 
     def __init__(self, client: Any, coordinator: str, heartbeat_timeout: float):
         self.client, self.index, self.count = client, jax.process_index(), jax.process_count()
         self._coordinator, self._timeout = coordinator, heartbeat_timeout
         self._interval = min(1.0, heartbeat_timeout / 6)
         self._over = threading.Event()
-        self._heard = time.monotonic()  # of process 0
-        self._beats: dict[str, tuple[str, float]] = {}  # process 0: host -> (counter, when moved)
+        self._heard = time.monotonic()  # when process 0 last answered
+        self._beats: dict[int, tuple[str, float]] = {}  # process 0: host -> (counter, when moved)
         self._stack = contextlib.ExitStack()
+        self._label = f"[host {self.index}] "
 
     def start(self) -> None:
-        """Watch, until `leave`."""
+        """Send heartbeats and read those of the others, until `leave`."""
         self._stack.enter_context(interrupts.at_end(self._interrupted))
         if self.index > 0:
-            message = f"{self.label}stopped: {self._coordinator_lost}"
+            message = f"{self._label}stopped: {self._coordinator_lost}"
             alive = self._coordinator_answers
             self._stack.enter_context(abort_becomes(LOST_HOST, message, unless=alive))
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._beat, self._guard)]
@@ -196,17 +176,13 @@ class Team:
                 raise
 
     def get(self, name: str) -> str | None:
-        """A key's value, None if it is not set. Does not wait."""
+        """Return a key's value at once; None if it is not set."""
         try:
             return self.client.key_value_try_get(f"sdjax/{name}")
         except jax.errors.JaxRuntimeError as error:
             if "NOT_FOUND" not in str(error):
                 raise
             return None
-
-    @property
-    def label(self) -> str:
-        return f"[host {self.index}] "
 
     @property
     def _coordinator_lost(self) -> str:
@@ -220,10 +196,10 @@ class Team:
         except OSError:
             return False
 
-    # ---- watching ----------------------------------------------------------------------------
+    # ---- the heartbeats ----------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """Tell that this host lives, and hear whether the run is over."""
+        """Say that this host lives, and hear whether the run is over."""
         count = 0
         while not self._over.wait(self._interval):
             count += 1
@@ -239,22 +215,22 @@ class Team:
                 self._obey(json.loads(end))
 
     def _guard(self) -> None:
-        """Ends this process where `_beat` cannot: its calls may hang with process 0's machine."""
+        """End this process where `_beat` cannot: its calls may hang with process 0's machine."""
         while not self._over.wait(self._interval):
             if time.monotonic() - self._heard > self._timeout:
                 self._exit(LOST_HOST, f"stopped: {self._coordinator_lost}")
 
     def _look_for_silent(self) -> None:
-        """Process 0: call a host lost that has not moved its counter for too long."""
+        """Call a host lost that has not moved its counter for too long. In process 0."""
         now, broken = time.monotonic(), self.get("broken")
         patience = self._timeout if broken is None else min(5 * self._interval, self._timeout)
         beats = dict(self.client.key_value_dir_get("sdjax/beat/"))
         silent = []
         for host in range(1, self.count):
             beat = beats.get(f"sdjax/beat/{host}", "")
-            if self._beats.get(str(host), ("-", 0))[0] != beat:
-                self._beats[str(host)] = (beat, now)
-            if now - self._beats[str(host)][1] > patience:
+            if host not in self._beats or self._beats[host][0] != beat:
+                self._beats[host] = (beat, now)
+            if now - self._beats[host][1] > patience:
                 silent.append(host)
         if silent:
             names = ", ".join(map(str, silent))
@@ -263,18 +239,18 @@ class Team:
             why = f"{verb} fell silent" + (f" ({broken})" if broken else "")
             self._end(LOST_HOST, _lost_message(who, why), lost=silent)
 
-    # ---- ending ------------------------------------------------------------------------------
+    # ---- the end -----------------------------------------------------------------------------
 
     def _end(self, code: int, message: str, lost: list[int] | None = None) -> None:
-        """Tell all why the run ends, unless one has told already."""
+        """Say to all hosts why the run ends, unless one has said it already."""
         end = {"host": self.index, "code": code, "message": message, "lost": lost or []}
         self.put("end", json.dumps(end))
 
     def _obey(self, end: dict[str, Any]) -> None:
-        """Another host (or process 0's watch) ended the run: so does this one."""
+        """End this process, because another host or process 0's monitor ended the run."""
         message = f"stopped: {end['message']}"
         if end["host"] == self.index and end["code"] != LOST_HOST:
-            time.sleep(_GRACE)  # the thread that failed has the word
+            time.sleep(_GRACE)  # the thread that failed prints the message
             os._exit(end["code"])
         if end["code"] != LOST_HOST:
             message = f"stopped, because host {end['host']} did: {end['message']}"
@@ -282,7 +258,7 @@ class Team:
 
     def _exit(self, code: int, message: str, end: dict[str, Any] | None = None) -> NoReturn:
         sys.stdout.flush()
-        print(f"{self.label}{message}", file=sys.stderr, flush=True)
+        print(f"{self._label}{message}", file=sys.stderr, flush=True)
         if end is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.put(f"heard/{self.index}", "1")
@@ -291,7 +267,7 @@ class Team:
         os._exit(code)
 
     def _wait_until_heard(self, but: set[int]) -> None:
-        """Process 0 takes the store with it, so it goes last."""
+        """Let process 0, which takes the store with it, end last."""
         wanted, deadline = self.count - len(but | {0}), time.monotonic() + _GRACE
         while time.monotonic() < deadline:
             heard = {name for name, _ in self.client.key_value_dir_get("sdjax/heard/")}
@@ -301,7 +277,7 @@ class Team:
             time.sleep(self._interval / 4)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """This host's part raised: tell it, and end the process."""
+        """Say to all hosts that this one raised, and end the process."""
         if means_lost_host(error):
             self._blame(error)
         if isinstance(error, paths.storage_errors(UserError)):
@@ -313,30 +289,30 @@ class Team:
         else:
             code, message = FAILED, f"{type(error).__name__}: {error}"
             for line in "".join(traceback.format_exception(error)).splitlines():
-                print(f"{self.label}{line}", file=sys.stderr)
+                print(f"{self._label}{line}", file=sys.stderr)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._end(code, message)
         self._exit(code, message, {"host": self.index, "lost": []})
 
     def _interrupted(self, code: int, line: str) -> None:
-        """A signal ends this process: so do the others."""
+        """End the other processes too, since a signal ends this one."""
         self._end(code, line)
         if self.index == 0:
             self._wait_until_heard({0})
 
     def _blame(self, error: BaseException) -> NoReturn:
-        """A connection broke: wait for process 0 to find out whose, then end."""
+        """Wait for process 0 to find out whose connection broke, then end."""
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         why = f"{type(error).__name__}: {lines[0][:200]}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.put("broken", why)
-            time.sleep(10 * self._interval)  # the watch ends this process meanwhile, as a rule
+            time.sleep(10 * self._interval)  # `_beat` ends this process meanwhile, as a rule
             self._end(LOST_HOST, _lost_message("the connection to another host", f"broke: {why}"))
             time.sleep(_GRACE)
         self._exit(LOST_HOST, f"stopped: {self._coordinator_lost}")
 
     def leave(self) -> None:
-        """The run is over on all hosts: wait for the last and close the connection."""
+        """Wait for the end of the run on all hosts, and close the connection."""
         wait_for_all("leave")  # process 0 may still be writing the diffusers folder
         self._over.set()
         for thread in self._threads:

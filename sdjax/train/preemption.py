@@ -13,14 +13,6 @@ class StopSignal(interrupts.StopSignal):
     A second Ctrl-C interrupts at once.
     """
 
-    _told = False
-
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; all hosts get the same answer for the same step."""
-        if hosts.alone():
-            return self.asked
-        if self.asked and not self._told:
-            hosts.stop_after(step)
-            self._told = True
-        agreed = hosts.stop_step()
-        return agreed is not None and step >= agreed
+        """Return whether to stop after `step`: the same answer on all hosts, which all ask."""
+        return hosts.stops_after(step, asked=self.asked)
