@@ -151,7 +151,7 @@ class HostMonitor:
         self._coordinator, self._timeout = coordinator, heartbeat_timeout
         self._interval = min(1.0, heartbeat_timeout / 6)
         self._over = threading.Event()
-        self._heard = time.monotonic()  # when process 0 last answered
+        self._answers = 0  # of process 0
         self._beats: dict[int, tuple[str, float]] = {}  # process 0: host -> (counter, when moved)
         self._stack = contextlib.ExitStack()
         self._label = f"[host {self.index}] "
@@ -210,14 +210,21 @@ class HostMonitor:
                 end = self.get("end")
             except jax.errors.JaxRuntimeError:
                 continue  # `_guard` judges how long this may last
-            self._heard = time.monotonic()
+            self._answers += 1
             if end is not None:
                 self._obey(json.loads(end))
 
     def _guard(self) -> None:
-        """End this process where `_beat` cannot: its calls may hang with process 0's machine."""
+        """End this process where `_beat` cannot: its calls may hang with process 0's machine.
+
+        This counts its own turns, not seconds: while the whole process stood still, as in a
+        compiler that keeps the GIL or on a machine that is too busy, `_beat` could not ask.
+        """
+        answers, turns = self._answers, 0
         while not self._over.wait(self._interval):
-            if time.monotonic() - self._heard > self._timeout:
+            turns = turns + 1 if answers == self._answers else 0
+            answers = self._answers
+            if turns * self._interval > self._timeout:
                 self._exit(LOST_HOST, f"stopped: {self._coordinator_lost}")
 
     def _look_for_silent(self) -> None:

@@ -1,5 +1,7 @@
 """What hosts say through the store of the coordination service, with a dict in its place."""
 
+import time
+
 import jax
 import pytest
 
@@ -59,3 +61,30 @@ def test_store_that_does_not_answer_is_an_error(monitor):
         hosts.stops_after(1, asked=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNAVAILABLE"):
         hosts.stops_after(1, asked=True)
+
+
+def guarded(monitor, monkeypatch, turns):
+    """How `_guard` ends after these turns: whether process 0 answered, and how long each took."""
+    now, script, ended = [time.monotonic()], iter(turns), []
+
+    def wait(_):
+        answered, seconds = next(script, (None, 0))
+        now[0] += seconds
+        monitor._answers += bool(answered)
+        return answered is None or bool(ended)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(monitor._over, "wait", wait)
+    monkeypatch.setattr(monitor, "_exit", lambda code, message: ended.append((code, message)))
+    monitor._guard()
+    return ended
+
+
+def test_process_0_that_answers_no_more_ends_the_others(monitor, monkeypatch):
+    assert guarded(monitor, monkeypatch, [(False, 1)] * 59 + [(True, 1)] + [(False, 1)] * 60) == []
+    ((code, message),) = guarded(monitor, monkeypatch, [(True, 1)] + [(False, 1)] * 61)
+    assert code == 76 and "host 0 (localhost:1) is lost" in message
+
+
+def test_process_that_stood_still_itself_does_not_call_process_0_lost(monitor, monkeypatch):
+    assert guarded(monitor, monkeypatch, [(True, 1), (False, 300), (True, 1), (False, 1)]) == []
