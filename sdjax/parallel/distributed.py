@@ -66,7 +66,7 @@ def join(
         coordinator: HOST:PORT of process 0; "" where the cluster says so itself.
         num_processes: how many there are; 0 where the cluster says so itself.
         process_id: which one this is; -1 where the cluster says so itself.
-        cluster: one of `CLUSTERS`; "auto" takes flags if any is given, else SLURM, Open MPI or
+        cluster: one of `CLUSTERS`; "auto" takes flags if any is given, else Open MPI, SLURM or
             Cloud TPU if one of them has started more than one process.
         timeout: seconds to wait for the others.
         heartbeat_timeout: seconds after which a silent host counts as lost.
@@ -114,9 +114,10 @@ def find_place(
         if coordinator or counted:
             raise JoinError("--cluster=none is one process; leave out the flags of several")
         return None
-    launched = _slurm(env, coordinator) if cluster in ("auto", "slurm", "flags") else None
-    if launched is None and cluster in ("auto", "mpi", "flags"):
-        launched = _mpi(env, coordinator)
+    # mpirun starts its daemons through srun, whose variables their ranks then have as well.
+    launched = _mpi(env, coordinator) if cluster in ("auto", "mpi", "flags") else None
+    if launched is None and cluster in ("auto", "slurm", "flags"):
+        launched = _slurm(env, coordinator)
     if cluster == "flags" or (cluster == "auto" and (coordinator or counted)):
         return _flags(coordinator, num_processes, process_id, launched)
     if counted:

@@ -121,6 +121,13 @@ def test_open_mpi_on_one_machine_and_on_several():
     assert find(spread, coordinator="n0:7000", cluster="mpi").process_id == 2
 
 
+def test_ranks_whose_daemon_srun_started_are_open_mpis():
+    daemon = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "1"}
+    place = find(daemon | MPI)
+    assert (place.source, place.num_processes, place.process_id) == ("Open MPI", 4, 2)
+    assert find(daemon | MPI, cluster="slurm").process_id == 1
+
+
 def test_tpu_workers_of_two_slices(monkeypatch):
     """As GKE sets them; the chips themselves are not asked."""
     from jax._src.clusters import cloud_tpu_cluster
