@@ -46,7 +46,8 @@ checkpoints/test_networks data/test_batches data/test_buckets data/test_caption_
 data/test_duplicates data/test_folder
 data/test_image_files data/test_mixture data/test_original_size data/test_raw data/test_splits
 data/test_stored data/test_tar data/test_transforms models/test_config
-models/test_config_bounds models/test_kernels optim/test_ema parallel/test_xla planning/test_hlo_gpu
+models/test_config_bounds models/test_kernels optim/test_ema parallel/test_hosts parallel/test_xla
+planning/test_hlo_gpu
 sampling/test_strips sweeps/test_sweep_space system/test_array_files system/test_collector
 system/test_paths system/test_progress system/test_yaml_files test_command test_config test_docs
 test_private_jax test_style train/test_agreement train/test_changes train/test_frozen
