@@ -24,14 +24,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # The loop of training is one page.
 LONG_FUNCTIONS = {("train/loop.py", "_train_stage")}
 
-RIDDLES_LEFT = {
-    "parallel/activations.py",
-    "parallel/batches.py",
-    "parallel/distributed.py",
-    "parallel/hosts.py",
-    "parallel/sharding.py",
-    "parallel/xla.py",
-}  # fmt: skip
+RIDDLES_LEFT: set[str] = set()
 LONG_FUNCTIONS_LEFT = {
     "convert.py", "diffusion/samplers.py",
 }  # fmt: skip

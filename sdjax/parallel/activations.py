@@ -28,7 +28,7 @@ def kernels_of(device: jax.Device) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """What `sdjax.models.placement` asks for, on this mesh."""
+    """The constraints and kernels that `sdjax.models.placement` asks for, on one mesh."""
 
     mesh: Mesh
     kernels: str  # the platform whose kernels may be used, see `kernels_of`

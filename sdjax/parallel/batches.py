@@ -47,9 +47,10 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one host reads: block `index` of `count` of every batch, for its `parts` of the mesh.
+    """The part of every batch that one host reads: block `index` of `count`.
 
-    Hosts that share parts (where `tensor` crosses hosts) read the same block.
+    It holds the examples of the host's `parts` of the mesh. Hosts that share parts (where `tensor`
+    crosses hosts) read the same block.
     """
 
     index: int
@@ -92,7 +93,7 @@ def positions(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _own_share(mesh: Mesh) -> Share:
-    """Looked up before every step, and a slice has thousands of devices."""
+    """Return this host's share, kept for every step: a slice has thousands of devices."""
     return shares(mesh)[jax.process_index()]
 
 

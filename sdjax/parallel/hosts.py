@@ -1,4 +1,4 @@
-"""What the hosts of a run say to one another besides arrays: who lives, who failed, when to stop.
+"""The messages of the hosts of a run besides arrays: who lives, who failed, when to stop.
 
 They use the key-value store of JAX's coordination service, which lives in process 0:
 

@@ -75,10 +75,10 @@ def update_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def block_specs(path: str, shape: tuple[int, ...], mesh: Mesh, axes: Iterable[str]) -> tuple[P, P]:
-    """Of moments in 8 bits: the codes, of the parameter's shape, and the scales [blocks, n].
+    """Return the specs of a moment in 8 bits: of its codes, and of its scales [blocks, n].
 
-    Both are split along `split_dim` alone, which no block crosses; `n` is its size. The `axes` that
-    do not divide it leave them whole.
+    The codes have the parameter's shape. Both are split along `split_dim` alone, which no block
+    crosses; `n` is its size. The `axes` that do not divide it leave them whole.
     """
     dim = split_dim(path, shape)
     taken: tuple[str, ...] = ()
@@ -154,9 +154,9 @@ def train_shardings(
     mesh: Mesh,
     config: MeshConfig,
 ) -> tuple[dict[str, Any], dict[str, NamedSharding] | None]:
-    """Of the train state, and of gradients and parameters while the update is computed.
+    """Return the shardings of the train state, and of gradients and parameters in the update.
 
-    The second is None where each device computes the update of what it holds of the parameters.
+    The second is None where each device computes the update of its part of the parameters.
     """
     whole = {name: state_shardings(part, params, mesh) for name, part in state.items()}
     if not config.shard_optimizer or mesh.shape["data"] == 1:

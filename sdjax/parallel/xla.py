@@ -1,9 +1,9 @@
-"""What XLA is told beyond its defaults, on each backend, in one place, each with its reason.
+"""The options that XLA gets beyond its defaults, on each backend, each with its reason.
 
 The options go with the compilation of the step and nowhere else, so the planner and the trainer
-tell the compiler the same, and no environment variable has to be set. Who sets a flag in XLA_FLAGS
-or LIBTPU_INIT_ARGS, or names it in `train.xla_options`, is right. docs/notes/speed.md lists what
-was tried and left out.
+give the compiler the same, and no environment variable has to be set. A flag in XLA_FLAGS or
+LIBTPU_INIT_ARGS comes before these, and one in `train.xla_options` before all. docs/notes/speed.md
+lists those that were tried and left out.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ OPTIONS = (
 
 
 def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str | bool]:
-    """What `lowered.compile` is given for the devices of a mesh.
+    """Return the options of `lowered.compile` for the devices of a mesh.
 
-    own: `train.xla_options`, "NAME=VALUE" each; they come last and win.
+    Args:
+        own: `train.xla_options`, "NAME=VALUE" each; they come last and win.
     """
     platform, several = mesh.devices.flat[0].platform, mesh.size > 1
     elsewhere = set_in_environment(os.environ)
@@ -96,7 +97,7 @@ def set_in_environment(environment: Mapping[str, str]) -> set[str]:
 
 
 def describe(options: Mapping[str, str | bool]) -> str:
-    """A line for the log; "" where XLA is told nothing."""
+    """Return a line for the log; "" where there are no options."""
     if not options:
         return ""
     listed = ", ".join(f"{name}={str(value).lower()}" for name, value in options.items())
@@ -104,7 +105,7 @@ def describe(options: Mapping[str, str | bool]) -> str:
 
 
 def as_config_error(error: Exception, own: Sequence[str]) -> ConfigError | None:
-    """What the compiler says of an option of `train.xla_options` that it does not take, or None."""
+    """Return the compiler's refusal of an option of `train.xla_options`; None if it is another."""
     found = re.search(
         r"No such compile option: '(\w+)'|While setting option (\w+), (.*)", str(error)
     )
