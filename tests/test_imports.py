@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,45 @@ def test_neither_torch_nor_tensorflow_is_imported_at_a_start():
     code = f"import sys, {', '.join(modules)}; print({{'torch', 'tensorflow'}} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_programs_in_strings_import_what_is_there():
+    """Programs that tests, benchmarks and docs hold as text are seen by no linter."""
+    root = PACKAGE.parent
+    texts = [
+        *root.glob("tests/**/*.py"), *root.glob("benchmarks/*.py"), *root.glob("configs/*.py"),
+        *root.glob("docs/**/*.md"), *root.glob("*.md"), *root.glob("tests/*.sh"),
+    ]  # fmt: skip
+    missing = []
+    for file in texts:
+        for module, names in re.findall(r"\bfrom (sdjax[\w.]*) import ([\w, ]+)", file.read_text()):
+            for name in re.findall(r"(\w+)(?: as \w+)?", names):
+                if not is_there(module, name):
+                    missing.append(f"{file.relative_to(root)}: {module}.{name}")
+    assert not missing
+
+
+def is_there(module, name):
+    """Whether a module of sdjax has a name at its top level, which may be that of a file in it."""
+    folder = PACKAGE.parent / module.replace(".", "/")
+    if (folder / f"{name}.py").is_file() or (folder / name).is_dir():
+        return True
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    return file.is_file() and name in names_of(file)
+
+
+@functools.cache
+def names_of(file):
+    """The names that a file binds outside functions and classes, within `if` or `try` too."""
+    names = set()
+    nodes = list(ast.parse(file.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        else:
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return names

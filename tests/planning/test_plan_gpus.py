@@ -94,8 +94,9 @@ def test_where_there_is_no_compiler_the_plan_is_an_estimate(tmp_path):
 EVERY = """
 import jax, jax.numpy as jnp
 from sdjax.models import kernels
-from sdjax.parallel import chips, gpus, topologies
+from sdjax.parallel import chips
 from sdjax.parallel.activations import kernels_of
+from sdjax.planning import gpus, topologies
 
 def loss(q, w):
     x = kernels.cudnn_attention(q, q, q)
