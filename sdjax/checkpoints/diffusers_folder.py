@@ -288,6 +288,7 @@ def _write_pipeline(folder: paths.Path, model: Model) -> None:
             index[name] = ["diffusers", part.kind]
             continue
         index[name] = ["transformers", config.architecture]
-        index[part.tokenizer] = ["transformers", "CLIPTokenizer"]
-        model.tokenizers[part.tokens].save(folder / part.tokenizer)
+        tokenizer = model.tokenizers[part.tokens]
+        index[part.tokenizer] = ["transformers", tokenizer.transformers_class]
+        tokenizer.save(folder / part.tokenizer)
     write_json(folder / "model_index.json", index | family.index(model))

@@ -30,7 +30,7 @@ from sdjax.checkpoints.single_file_layout import (
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
-from sdjax.families import ldm_configs, ldm_names, sd, sdxl
+from sdjax.families import ldm_configs, ldm_names, sd
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Family, Model, Part, SingleFile
 from sdjax.families.registry import FAMILIES, NETWORKS
@@ -206,9 +206,10 @@ def _config(
         config = release.configure(name, shapes, prediction_type)
         return config if factor is None else dataclasses.replace(config, scaling_factor=factor)
     if factor is None:
+        known = {f.title: r.scaling_factor for f in FAMILIES.values() for r in f.single_files}
         raise ModelError(
             f"{file}: an autoencoder alone does not say how its latents are scaled; give "
-            f"--scaling_factor, {sd.SCALING_FACTOR} for SD1 and SD2, {sdxl.SCALING_FACTOR} for SDXL"
+            f"--scaling_factor, {', '.join(f'{n} for {title}' for title, n in known.items())}"
         )
     return ldm_configs.vae_config(shapes, scaling_factor=factor, sample_size=512)
 

@@ -41,6 +41,8 @@ SPLIT = (
 class Tokenizer:
     """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
 
+    transformers_class = "CLIPTokenizer"  # that reads what `save` writes
+
     def __init__(
         self,
         vocab: Mapping[str, int],
@@ -233,7 +235,7 @@ class Tokenizer:
             for index, token in sorted(self._backend.get_added_tokens_decoder().items())
         }
         config = {
-            "tokenizer_class": "CLIPTokenizer",
+            "tokenizer_class": self.transformers_class,
             "model_max_length": self.context_length,
             "do_lower_case": True,
             "add_prefix_space": False,

@@ -77,7 +77,7 @@ class Embed(Protocol):
 
 
 class MakeContext(Protocol):
-    """Turns features and numbers into what the denoiser is told besides the noisy latents."""
+    """Turns features and numbers into what the denoiser reads besides the noisy latents."""
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """Stable Diffusion 1 and 2: one UNet, one VAE, one CLIP text encoder.
 
-The UNet is told the normed last state of the text encoder (SD2's encoder comes without its last
+The UNet reads the normed last state of the text encoder (SD2's encoder comes without its last
 layer, so that this is the last but one; Stability's v2-inference.yaml, layer: penultimate).
 """
 
