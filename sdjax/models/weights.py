@@ -7,6 +7,8 @@ converts every model, with no table of names:
     kernel, scale, embedding  <->  weight       (other leaf names stay)
     kernel of 4 dimensions    HWIO <-> OIHW
     kernel of 2 dimensions    transposed
+
+A parameter of N stacked blocks, [N, ...], is N weights; see `sdjax.models.stacked_paths`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from safetensors.numpy import save_file as _save_safetensors
 
 from sdjax.errors import UserError
 from sdjax.models import weight_checks
+from sdjax.models.stacked_paths import blocks_apart, joined, shapes_apart
 from sdjax.system import paths, progress, text_files
 from sdjax.system.untrusted import brief, check_regular, explained
 
@@ -117,7 +120,7 @@ def to_diffusers(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np
         prefix: put before each name, e.g. "text_model." for CLIP text encoders.
     """
     tensors = {}
-    for path, value in params.items():
+    for path, value in blocks_apart(params):
         array = np.asarray(value)
         axes = _to_torch_axes(path, array.ndim)
         array = np.asarray(array if axes is None else array.transpose(axes), order="C")
@@ -147,7 +150,8 @@ def from_diffusers(
         WeightsError: listing all weights that are missing, unused, mis-shaped or no floats; or
             those that are NaN or Inf.
     """
-    names = {weight_name(path): path for path in abstract_params}
+    expected = shapes_apart(abstract_params)
+    names = {weight_name(path): path for path in expected}
     found: Params = {}
     problems = []
     for name, tensor in tensors.items():
@@ -160,7 +164,7 @@ def from_diffusers(
             problems.append(f"twice: {spell(name)}, present under another spelling as well")
             continue
         array = np.asarray(tensor)
-        want = abstract_params[path]
+        want = expected[path]
         axes = _to_torch_axes(path, len(want.shape))
         torch_shape = tuple(want.shape) if axes is None else tuple(want.shape[i] for i in axes)
         if array.shape != torch_shape:
@@ -178,9 +182,9 @@ def from_diffusers(
             "the weights do not fit the model (does its config belong to them?):\n  "
             + "\n  ".join(shown)
         )
-    params = {path: _to_jax(path, found[path], want) for path, want in abstract_params.items()}
-    check_finite(params, spell=lambda path: spell(weight_name(path)))
-    return params
+    parts = {path: _to_jax(path, found.pop(path), want) for path, want in expected.items()}
+    check_finite(parts, spell=lambda path: spell(weight_name(path)))
+    return {path: joined(parts, path) for path in abstract_params}
 
 
 def check_finite(

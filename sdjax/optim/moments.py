@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sdjax.models.stacked_paths import leading_axes
 from sdjax.parallel.sharding import EMBEDDINGS, split_dim
 
 MIN_SIZE = 4096  # elements, as in bitsandbytes (min_8bit_size)
@@ -60,10 +61,12 @@ class Layout:
 
 def layout(path: str, shape: tuple[int, ...]) -> Layout | None:
     """The blocks of a parameter's moments by its path and shape; None: they stay in float32."""
-    if math.prod(shape) < MIN_SIZE or len(shape) < 2 or re.search(EMBEDDINGS, path):
+    first = leading_axes(path)
+    own = shape[first:]
+    if math.prod(own) < MIN_SIZE or len(own) < 2 or re.search(EMBEDDINGS, path):
         return None
     kept = split_dim(path, shape)
-    along = max((d for d in range(len(shape)) if d != kept), key=lambda d: shape[d])
+    along = max((d for d in range(first, len(shape)) if d != kept), key=lambda d: shape[d])
     block = min(shape[along] & -shape[along], BLOCKS[1])  # a power of two that divides it
     return Layout(along, block, kept) if block >= BLOCKS[0] else None
 

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from sdjax.models.stacked_paths import leading_axes
 
 # Jordan's coefficients of the iteration x <- a x + b (x x^T) x + c (x x^T)^2 x. Five iterations
 # bring singular values from far below 1 to between 0.7 and 1.2.
@@ -38,7 +41,8 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Nesterov's momentum with its singular values near 1, scaled to the RMS that Adam's has.
 
-    Every parameter is a matrix [inputs, outputs]; inputs are all of its axes but the last.
+    Parameters are a dict by path. Each is a matrix [inputs, outputs]; inputs are all of its axes
+    but the last, and the first one of stacked blocks, which are so many matrices.
 
     Args:
       momentum: decay of the mean of the gradients.
@@ -57,8 +61,8 @@ def scale_by_muon(
         ahead = optax.tree.bias_correction(mu, momentum, optax.safe_increment(count))
         now = optax.tree.bias_correction(grads, momentum, count)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
-        updates = jax.tree.map(
-            lambda m: m * (rms * math.sqrt(max(_sides(m)))), orthogonalized(nesterov, eps)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda at, m: m * (rms * math.sqrt(max(_sides(at, m)))), orthogonalized(nesterov, eps)
         )
         return updates, MuonState(count, optax.tree.cast(mu, mu_dtype))
 
@@ -66,29 +70,36 @@ def scale_by_muon(
 
 
 def orthogonalized(matrices: Any, eps: float) -> Any:
-    """A tree of matrices [..., outputs] with their singular values brought to about 1."""
-    leaves, tree = jax.tree.flatten(matrices)
+    """The matrices of parameters by path, with their singular values brought to about 1."""
+    paired, tree = jax.tree_util.tree_flatten_with_path(matrices)
+    leaves = [leaf for _, leaf in paired]
+    sides = [_sides(at, leaf) for at, leaf in paired]
     alike = collections.defaultdict(list)
-    for index, matrix in enumerate(leaves):
-        alike[tuple(sorted(_sides(matrix)))].append(index)
+    for index, pair in enumerate(sides):
+        alike[tuple(sorted(pair))].append(index)
     for indices in alike.values():
-        wide = _iterated(jnp.stack([_wide(leaves[i]) for i in indices]), eps)
-        for i, matrix in zip(indices, wide, strict=True):
-            rows, columns = _sides(leaves[i])
-            leaves[i] = (matrix.T if rows > columns else matrix).reshape(leaves[i].shape)
+        # [k, rows, columns] of each parameter, k being 1 but for stacked blocks
+        wide = [_transposed(leaves[i].reshape(-1, *sides[i]), sides[i]) for i in indices]
+        ends = np.cumsum([len(matrix) for matrix in wide])[:-1]
+        parts = jnp.split(_iterated(jnp.concatenate(wide), eps), ends)
+        for i, part in zip(indices, parts, strict=True):
+            leaves[i] = _transposed(part, sides[i]).reshape(leaves[i].shape)
     return jax.tree.unflatten(tree, leaves)
 
 
-def _sides(matrix: jax.Array) -> tuple[int, int]:
-    """The rows and the columns of a parameter as a matrix."""
-    return math.prod(matrix.shape[:-1]), matrix.shape[-1]
+def _sides(at: tuple[Any, ...], parameter: jax.Array) -> tuple[int, int]:
+    """The rows and the columns of a parameter as a matrix, or as one for each block.
+
+    at: the parameter's place in the tree; its last key is the path.
+    """
+    first = leading_axes(str(getattr(at[-1], "key", "")) if at else "")
+    return math.prod(parameter.shape[first:-1]), parameter.shape[-1]
 
 
-def _wide(matrix: jax.Array) -> jax.Array:
-    """The matrix of a parameter, transposed if it has more rows than columns."""
-    rows, columns = _sides(matrix)
-    flat = matrix.reshape(rows, columns)
-    return flat.T if rows > columns else flat
+def _transposed(matrices: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    """Return [k, rows, columns], transposed if a parameter has more rows than columns."""
+    rows, columns = sides
+    return matrices.mT if rows > columns else matrices
 
 
 def _iterated(x: jax.Array, eps: float) -> jax.Array:

@@ -23,8 +23,10 @@ import optax
 from optax import contrib
 
 from sdjax.errors import UserError
+from sdjax.models.stacked_paths import leading_axes
 from sdjax.optim.moments import in_blocks
 from sdjax.optim.muon import scale_by_muon
+from sdjax.optim.stacked import each_block
 
 OPTIMIZERS = (
     "adamw", "adam", "adafactor", "lion", "rmsprop", "sgd", "muon", "schedule_free",
@@ -212,7 +214,7 @@ def trainable_paths(cfg: OptimConfig, paths: Iterable[str]) -> set[str]:
 
 def decay_mask(params: Params) -> dict[str, bool]:
     """Whether weight decay applies to each path: to kernels and tables, not to norms and biases."""
-    return {path: leaf.ndim > 1 for path, leaf in params.items()}
+    return {path: leaf.ndim - leading_axes(path) > 1 for path, leaf in params.items()}
 
 
 def is_muons(path: str, ndim: int) -> bool:
@@ -221,7 +223,7 @@ def is_muons(path: str, ndim: int) -> bool:
     As Muon's author advises, the first and the last layer and embeddings go to adam.
     """
     ends = re.search(r"(^|\.)conv_(in|out)\.", path)
-    return path.endswith("kernel") and ndim > 1 and not ends
+    return path.endswith("kernel") and ndim - leading_axes(path) > 1 and not ends
 
 
 def make_optimizer(
@@ -276,7 +278,8 @@ def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation
         rms = optax.scale_by_rms(cfg.b2, cfg.eps, eps_in_sqrt=False)
         return optax.chain(rms, optax.trace(cfg.momentum)) if cfg.momentum > 0 else rms
     if cfg.name == "adafactor":
-        return optax.chain(optax.adafactor(learning_rate=None), optax.scale(-1.0))
+        factored = optax.chain(optax.adafactor(learning_rate=None), optax.scale(-1.0))
+        return each_block(factored, params)
     if cfg.name == "muon":
         matrix = scale_by_muon(momentum=cfg.momentum, eps=cfg.eps, rms=_MUON_RMS, mu_dtype=first)
         adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=first, nesterov=True)

@@ -2,7 +2,8 @@
 
 Models never mention a mesh. A parameter is split over `tensor` if its path matches a rule, and then
 over `fsdp` along its largest dimension that divides evenly; optimizer moments and EMA follow their
-parameter because they have its shape. Small arrays (biases, norms) stay whole.
+parameter because they have its shape. Small arrays (biases, norms) stay whole. The first axis of
+stacked blocks is never split: each block is gathered when it runs.
 
 What only the update needs, moments and EMA, can be split over `data` as well, of which every device
 holds a copy of the parameters: ZeRO-1 (arXiv:1910.02054), as XLA computes it (arXiv:2004.13336).
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sdjax.models.stacked_paths import leading_axes
 from sdjax.parallel.mesh import MeshConfig, count_slices
 
 # Below this many elements splitting costs more in latency than it saves in memory.
@@ -48,9 +50,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     if tensor > 1:
         for pattern, dim in TENSOR_RULES:
+            dim += leading_axes(path)
             if re.search(pattern, path) and shape[dim] % tensor == 0:
                 axes[dim] = "tensor"
-    if fsdp > 1 and np.prod(shape) >= MIN_FSDP_SIZE:
+    if fsdp > 1 and _size(path, shape) >= MIN_FSDP_SIZE:
         dims = range(_first_dim(path), len(shape))
         free = [d for d in dims if axes[d] is None and shape[d] % fsdp == 0]
         if free:
@@ -65,7 +68,7 @@ def update_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """
     axes = list(param_spec(path, shape, mesh))
     data = mesh.shape["data"]
-    if data > 1 and np.prod(shape) >= MIN_FSDP_SIZE:
+    if data > 1 and _size(path, shape) >= MIN_FSDP_SIZE:
         dims = range(_first_dim(path), len(shape))
         fits = [d for d in dims if shape[d] % (data * _ways(axes[d], mesh)) == 0]
         if fits:
@@ -95,7 +98,12 @@ def split_dim(path: str, shape: tuple[int, ...]) -> int:
 
 
 def _first_dim(path: str) -> int:
-    return 1 if re.search(EMBEDDINGS, path) else 0
+    return leading_axes(path) + (1 if re.search(EMBEDDINGS, path) else 0)
+
+
+def _size(path: str, shape: tuple[int, ...]) -> int:
+    """The elements of a parameter; of a stacked one, those of one block."""
+    return math.prod(shape[leading_axes(path) :])
 
 
 def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
