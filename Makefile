@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 WORKDIR ?= runs/base
 FUZZ_SECONDS ?= 1200
+# What XLA compiled for tests, for the next run of them; "" compiles everything.
+SDJAX_TEST_CACHE ?= $(abspath $(VENV))/xla
+export SDJAX_TEST_CACHE
 
 .PHONY: train test check test-all test-gpus test-wheel test-newest fuzz lint docs clean
 

@@ -26,6 +26,13 @@ XLA_FLAGS = UNOPTIMISED
 if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it no longer knows
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
+# What was compiled for a run of the tests is read back by the next one. Programs are compiled anew
+# where this is "", as in .ci/run, and where their text or the flags have changed.
+if cache := os.environ.get("SDJAX_TEST_CACHE"):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # of processes that tests start
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
 # A shell ignores Ctrl-C in what it starts in the background, and whoever that starts does too: the
 # tests that send it need the usual answer.
 signal.signal(signal.SIGINT, signal.default_int_handler)
