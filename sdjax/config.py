@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -225,14 +226,29 @@ def default(
 
     chosen = _chosen.get("family", family)
     preset = preset if chosen == family else "base"
-    method = _chosen.get("method", method)
-    presets = _named("model.family", chosen, FAMILIES).presets
+    fields = beginning(chosen, preset, _chosen.get("method", method))
+    # Types are checked by `resolve`, which also knows unions such as `int | tuple`.
+    return ml_collections.ConfigDict(fields, type_safe=False).lock()
+
+
+def beginning(family: str, preset: str, method: str) -> dict[str, Any]:
+    """Return the nested fields that `default` begins with: everyone's, then those of the family.
+
+    Raises:
+        ConfigError: there is no such family, preset or method.
+    """
+    kind = _named("model.family", family, FAMILIES)
     config = Config(
-        model=_named(f"the preset of the family {chosen!r}", preset, presets),
+        model=_named(f"the preset of the family {family!r}", preset, kind.presets),
         method=_named("method.name", method, METHODS).config(),
     )
-    # Types are checked by `resolve`, which also knows unions such as `int | tuple`.
-    return ml_collections.ConfigDict(to_dict(config), type_safe=False).lock()
+    fields = to_dict(config)
+    for path, value in kind.defaults.items():
+        *groups, name = path.split(".")
+        group = functools.reduce(dict.__getitem__, groups, fields)
+        assert name in group, path
+        group[name] = value
+    return fields
 
 
 def all_fields() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax.config import VARIANTS, Config
+from sdjax.config import VARIANTS, beginning
 from sdjax.families.config import ModelConfig
 from sdjax.methods.method import MethodConfig
 from sdjax.system import untrusted
@@ -24,7 +24,8 @@ def recipe(config: Mapping[str, Any], about: str) -> str:
         about: docstring of the file.
     """
     variants = _variants(config)
-    own = to_dict(Config()) | {group: to_dict(cls()) for group, (_, _, cls) in variants.items()}
+    names = {argument: name for argument, name, _ in variants.values()}
+    own = beginning(names.get("family", "sd"), "base", names.get("method", "denoise"))
     defaults = json.loads(json.dumps(own))  # tuples become lists, as in a file
     fields, unknown = differences(defaults, config)
     chosen = ", ".join(f"{argument}={name!r}" for argument, name, _ in variants.values())

@@ -146,6 +146,8 @@ class Family:
     single_files: layouts of single files, from the most to the least particular.
     single_file: the name of the layout that a model is written in.
     presets: published shapes by name; "base" is the one that a recipe begins with.
+    defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
+        the family's are not everyone's.
     """
 
     name: str
@@ -168,6 +170,7 @@ class Family:
     single_files: tuple[SingleFile, ...]
     single_file: Callable[[Model], str]
     presets: Mapping[str, Any]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def encoders(self) -> dict[str, Part]:

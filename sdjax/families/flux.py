@@ -1,0 +1,160 @@
+"""FLUX.1: a transformer of double and single blocks, CLIP's pooled caption, T5's tokens.
+
+The text tokens are the last states of T5, whose padding is not masked: `max_sequence_length` is
+part of what the network learns. The pooled caption is CLIP-L's normed last state at the caption's
+end, without a projection. "dev" has learned how guided pictures look; it takes the strength of the
+guidance as a number, which is 1 in training (diffusers pipeline_flux.py, docs of kohya's trainer).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.errors import UserError
+from sdjax.families import sd, sd3
+from sdjax.families.config import ModelConfig
+from sdjax.families.family import Context, Family, Features, Model, Networks, Part
+from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.config import check
+from sdjax.models.flux import Flux, FluxConfig
+from sdjax.models.t5 import T5Config, T5Encoder
+from sdjax.models.vae import VAEConfig
+
+CLIP, T5 = "text_encoder", "text_encoder_2"
+PARTS = {
+    "transformer": Part(Flux, FluxConfig, "FluxTransformer2DModel"),
+    CLIP: sd.PARTS["text_encoder"],
+    T5: Part(T5Encoder, T5Config, "t5", tokens="tokens_2", tokenizer="tokenizer_2"),
+    "vae": sd.PARTS["vae"],
+}
+
+# transformer/config.json of black-forest-labs/FLUX.1-dev, -schnell, -Fill-dev and -Canny-dev.
+DEV = FluxConfig(guidance_embeds=True)
+SCHNELL = FluxConfig(guidance_embeds=False)
+FILL = FluxConfig(in_channels=384, out_channels=64, guidance_embeds=True)
+CONTROL = FluxConfig(in_channels=128, out_channels=64, guidance_embeds=True)
+VAE_FLUX = dataclasses.replace(sd3.VAE_SD3, scaling_factor=0.3611, shift_factor=0.1159)
+TRAINED_GUIDANCE = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxModelConfig(ModelConfig):
+    """The networks of FLUX.1; the defaults are those of dev."""
+
+    parts = PARTS
+
+    family: str = "flux"
+    transformer: FluxConfig = DEV
+    vae: VAEConfig = VAE_FLUX
+    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    text_encoder_2: T5Config = T5Config()
+    # Tokens of T5. They are not masked: another number is another input. Of schnell it is 256.
+    max_sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = self.max_sequence_length
+        check(1 <= length <= 4096, "model.max_sequence_length", length, "1 to 4096")
+
+
+def check_model(model: Model) -> None:
+    """Check that text encoders and transformer belong together.
+
+    Raises:
+        UserError: naming the fields that do not.
+    """
+    transformer = model.networks["transformer"]
+    pairs = (
+        ("joint_attention_dim", T5, "d_model"),
+        ("pooled_projection_dim", CLIP, "hidden_size"),
+    )
+    for own, name, width in pairs:
+        if name not in model.networks:
+            raise UserError(f"model.{name} is missing: the transformer takes what it makes of text")
+        found = getattr(model.networks[name], width)
+        if getattr(transformer, own) != found:
+            raise UserError(
+                f"model.transformer.{own} is {getattr(transformer, own)}, but model.{name}.{width} "
+                f"is {found}"
+            )
+
+
+def embed(
+    networks: Networks,
+    params: Mapping[str, jax.Array],
+    tokens: Mapping[str, jax.Array],
+    *,
+    empty: Callable[[], jax.Array],
+    key: jax.Array | None,
+) -> Features:
+    """Return T5's states and CLIP's pooled caption; see `Embed`."""
+    clip, words = networks.module(CLIP, params), tokens[PARTS[CLIP].tokens]
+    return {
+        "context": networks.module(T5, params)(tokens[PARTS[T5].tokens]),
+        "pooled": clip.pooled(clip.normed(clip.hidden_states(words, key=key)[-1]), words),
+    }
+
+
+def context(
+    networks: Networks,
+    features: Features,
+    batch: Mapping[str, jax.Array],
+    *,
+    target: tuple[int, int],
+    negative: bool,
+) -> Context:
+    """Return the features, and the strength of guidance where the transformer takes one.
+
+    batch may have "guidance" float32 [B]; see `MakeContext`.
+    """
+    if not networks.denoiser.guidance_embeds:
+        return features
+    count = len(features["pooled"])
+    return {**features, "guidance": batch.get("guidance", jnp.full(count, TRAINED_GUIDANCE))}
+
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    config=FluxModelConfig,
+    parts=PARTS,
+    denoiser="transformer",
+    fixed=("max_sequence_length",),
+    halvings=lambda networks: 1,
+    check=check_model,
+    embed=embed,
+    context=context,
+    features=("context", "pooled"),
+    numbers={},
+    pipelines=tuple(
+        f"Flux{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Fill", "Control", "Kontext")
+    ),
+    pipeline_class=lambda model: "FluxPipeline",
+    index=lambda model: {"image_encoder": [None, None], "feature_extractor": [None, None]},
+    settings_of_index=lambda index: {},
+    # The pipelines give levels of their own, from 1 to 1 / steps.
+    scheduler_changes=lambda pipeline: {"timestep_spacing": "trailing"},
+    single_files=(),
+    single_file=lambda model: "flux",
+    presets={
+        "base": FluxModelConfig(),
+        "dev": FluxModelConfig(),
+        "schnell": FluxModelConfig(transformer=SCHNELL, max_sequence_length=256),
+        "fill": FluxModelConfig(transformer=FILL),
+        "control": FluxModelConfig(transformer=CONTROL),
+    },
+    defaults={
+        "schedule.kind": "flow",
+        "objective.prediction_type": "flow",
+        "objective.timestep_sampling": "logit_normal",
+        "sample.sampler.name": "flow_euler",
+        "sample.sampler.spacing": "trailing",
+        "sample.sampler.steps": 28,
+        "sample.guidance": 1.0,
+    },
+)
