@@ -139,11 +139,41 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalise x [..., C]; the result has its shape, in `dtype`."""
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(x).mean(-1, keepdims=True)
-        y = x * jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
+        y = normalised(x, self.eps) * self.scale[...].astype(jnp.float32)
         return (y + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def normalised(x: Array, eps: float) -> Array:
+    """Return x [..., C] with mean 0 and variance 1 along its last axis, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(x).mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(variance + eps)
+
+
+class RMSNorm(nnx.Module):
+    """Division of the last axis by its root mean square, in float32, and a learned scale.
+
+    No mean is subtracted and there is no bias (arXiv:1910.07467).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Array) -> Array:
+        """Normalise x [..., C]; the result has its shape, in `dtype`."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
 
 
 def silu(x: Array) -> Array:
@@ -152,10 +182,15 @@ def silu(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """The exact, erf-based GELU of LDM and diffusers; never the tanh approximation."""
+    """The exact, erf-based GELU of UNets; see `gelu_tanh` for the approximation."""
     # torch's formula, x (1 + erf(x / sqrt 2)) / 2: jax.nn.gelu's erfc takes twice the time on CPUs.
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The tanh approximation of the GELU, which diffusion transformers and T5 v1.1 have."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def quick_gelu(x: Array) -> Array:
@@ -192,6 +227,17 @@ def timestep_embedding(
     phases = timesteps.astype(jnp.float32)[:, None] * frequencies  # [B, half]
     waves = (jnp.cos(phases), jnp.sin(phases))
     return jnp.concatenate(waves if flip_sin_to_cos else waves[::-1], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two dense layers with SiLU between, over a sinusoidal embedding or a pooled caption."""
+
+    def __init__(self, channels: int, time_channels: int, **kw: Any):
+        self.linear_1 = linear(channels, time_channels, **kw)
+        self.linear_2 = linear(time_channels, time_channels, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(silu(self.linear_1(x)))
 
 
 def upsample_nearest(x: Array, height: int, width: int) -> Array:

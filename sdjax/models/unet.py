@@ -19,10 +19,10 @@ from sdjax.models.layers import (
     Array,
     Dtype,
     GroupNorm,
+    TimestepEmbedding,
     check_remat,
     conv,
     fold_key,
-    linear,
     rematerialised,
     silu,
     timestep_embedding,
@@ -31,17 +31,6 @@ from sdjax.models.placement import activation
 from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
 
 __all__ = ["UNet", "UNetConfig"]
-
-
-class TimestepEmbedding(nnx.Module):
-    """The two dense layers after the sinusoidal embedding."""
-
-    def __init__(self, channels: int, time_channels: int, **kw: Any):
-        self.linear_1 = linear(channels, time_channels, **kw)
-        self.linear_2 = linear(time_channels, time_channels, **kw)
-
-    def __call__(self, x: Array) -> Array:
-        return self.linear_2(silu(self.linear_1(x)))
 
 
 class Stage(nnx.Module):
