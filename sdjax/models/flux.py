@@ -7,6 +7,7 @@ and text features; it knows of no noise schedule.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdjax.models import rope
-from sdjax.models.dit_layers import ConditioningEmbedding, Modulation, modulate
-from sdjax.models.flux_blocks import DoubleBlock, SingleBlock
+from sdjax.models.dit_layers import (
+    AdaLayerNorm,
+    AdaLayerNormContinuous,
+    JointAttention,
+    JointBlock,
+    Rotate,
+    TimeTextEmbedding,
+    conditioned,
+    modulated,
+)
 from sdjax.models.flux_config import PATCH, FluxConfig
-from sdjax.models.layers import Array, Dtype, check_remat, linear
+from sdjax.models.layers import Array, Dtype, check_remat, gelu_tanh, linear
 from sdjax.models.placement import activation
 from sdjax.models.stacking import Blocks
 
@@ -63,6 +72,30 @@ def mask_channels(mask: Array) -> Array:
     return x.transpose(0, 1, 3, 2, 4).reshape(b, h // side, w // side, side**2)
 
 
+class SingleBlock(nnx.Module):
+    """Attention and an MLP side by side, of one input, then one gated projection of both."""
+
+    def __init__(self, width: int, heads: int, **kw: Any):
+        self.norm = AdaLayerNorm(width, 3, **kw)
+        self.attn = JointAttention(width, heads, qk_norm=True, out=False, **kw)
+        self.proj_mlp = linear(width, 4 * width, **kw)
+        self.proj_out = linear(5 * width, width, **kw)
+        self.dtype = kw["dtype"]
+
+    def __call__(self, x: Array, conditioning: Array, rotate: Rotate) -> Array:
+        """Map the tokens of text and picture [B, L, C] to the same.
+
+        Args:
+            conditioning: the SiLU of the conditioning vector, [B, C].
+            rotate: turns queries and keys [B, L, heads, D] by their positions.
+        """
+        shift, scale, gate = self.norm(conditioning)
+        read = modulated(x, shift, scale, self.dtype)
+        attended, _ = self.attn(read, rotate=rotate)
+        both = jnp.concatenate([attended, gelu_tanh(self.proj_mlp(read))], axis=-1)
+        return activation(x + gate * self.proj_out(both))
+
+
 class Flux(nnx.Module):
     """Predicts the velocity noise - x0 from noisy latents, timesteps and a text context.
 
@@ -86,21 +119,24 @@ class Flux(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
-        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        width = config.width
-        self.x_embedder = linear(config.in_channels, width, rngs=rngs, **kw)
-        self.context_embedder = linear(config.joint_attention_dim, width, rngs=rngs, **kw)
-        self.time_text_embed = ConditioningEmbedding(
-            width, config.pooled_projection_dim, guidance=config.guidance_embeds, rngs=rngs, **kw
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, heads = config.width, config.num_attention_heads
+        self.x_embedder = linear(config.in_channels, width, **kw)
+        self.context_embedder = linear(config.joint_attention_dim, width, **kw)
+        self.time_text_embed = TimeTextEmbedding(
+            width, config.pooled_projection_dim, guidance=config.guidance_embeds, **kw
         )
-        self.transformer_blocks = Blocks(
-            (lambda rngs: DoubleBlock(config, rngs=rngs, **kw), config.num_layers), rngs=rngs
-        )
-        self.single_transformer_blocks = Blocks(
-            (lambda rngs: SingleBlock(config, rngs=rngs, **kw), config.num_single_layers), rngs=rngs
-        )
-        self.norm_out = Modulation(width, 2, rngs=rngs, **kw)
-        self.proj_out = linear(width, config.outputs, zero=True, rngs=rngs, **kw)
+
+        def double(rngs: Any) -> nnx.Module:
+            return JointBlock(width, heads, qk_norm=True, text_first=True, **kw | {"rngs": rngs})
+
+        def single(rngs: Any) -> nnx.Module:
+            return SingleBlock(width, heads, **kw | {"rngs": rngs})
+
+        self.transformer_blocks = Blocks((double, config.num_layers), rngs=rngs)
+        self.single_transformer_blocks = Blocks((single, config.num_single_layers), rngs=rngs)
+        self.norm_out = AdaLayerNormContinuous(width, **kw)
+        self.proj_out = linear(width, config.outputs, zero=True, **kw)
         self.config, self.dtype, self.remat = config, dtype, remat
 
     def __call__(
@@ -133,36 +169,38 @@ class Flux(nnx.Module):
         """
         self._check(xt, context)
         (_, height, width, _), dims = xt.shape, self.config.axes_dims_rope
-        temb = self.time_text_embed(timesteps, context["pooled"], context.get("guidance"))
-        text = activation(self.context_embedder(context["context"].astype(self.dtype)))
+        guidance = context.get("guidance")
+        if guidance is not None:
+            guidance = 1000.0 * guidance.astype(jnp.float32)
+        conditioning = conditioned(self.time_text_embed(timesteps, context["pooled"], guidance))
+        text = activation(self.context_embedder(context["context"]))
         if self.config.added_channels:
             xt = jnp.concatenate([xt, context["channels"].astype(xt.dtype)], axis=-1)
         tokens = [pack(xt)]
-        rotations = [
-            rope.origin_rotation(text.shape[1], dims),
-            rope.grid_rotation(0, height // PATCH, width // PATCH, dims),
+        turns = [
+            rope.origin(text.shape[1], dims),
+            rope.grid(0, height // PATCH, width // PATCH, dims),
         ]
         if "reference" in context:
             latents = context["reference"].astype(xt.dtype)
             tokens.append(pack(latents, what="the reference's latents"))
-            sides = (side // PATCH for side in latents.shape[1:3])
-            rotations.append(rope.grid_rotation(1, *sides, dims))
-        x = jnp.concatenate(tokens, axis=1).astype(self.dtype)
-        x = self._blocks(text, activation(self.x_embedder(x)), temb, rope.joined(*rotations))
-        scale, shift = self.norm_out(temb)
-        x = modulate(x[:, : tokens[0].shape[1]], shift, scale)
+            turns.append(rope.grid(1, latents.shape[1] // PATCH, latents.shape[2] // PATCH, dims))
+        x = activation(self.x_embedder(jnp.concatenate(tokens, axis=1)))
+        x = self._blocks(x, text, conditioning, rope.joined(*turns))
+        x = self.norm_out(x[:, : tokens[0].shape[1]], conditioning)
         return activation(unpack(self.proj_out(x), height, width).astype(jnp.float32))
 
-    def _blocks(self, text: Array, x: Array, temb: Array, rotation: Rotation) -> Array:
-        """Map text [B, L, C] and picture [B, N, C] to the picture's last states."""
+    def _blocks(self, x: Array, text: Array, conditioning: Array, rotation: rope.Rotation) -> Array:
+        """Map picture [B, N, C] and text [B, L, C] to the picture's last states."""
+        rotate = functools.partial(rope.rotate, rotation=rotation)
 
         def double(block: Any, carry: Any, _: None) -> tuple[Any, None]:
-            return block(*carry, temb, rotation), None
+            return block(*carry, conditioning, rotate), None
 
-        def single(block: Any, x: Array, _: None) -> tuple[Array, None]:
-            return block(x, temb, rotation), None
+        def single(block: Any, both: Array, _: None) -> tuple[Array, None]:
+            return block(both, conditioning, rotate), None
 
-        (text, x), _ = self.transformer_blocks.scan(double, (text, x), remat=self.remat)
+        (x, text), _ = self.transformer_blocks.scan(double, (x, text), remat=self.remat)
         both = jnp.concatenate([text, x], axis=1)
         both, _ = self.single_transformer_blocks.scan(single, both, remat=self.remat)
         return both[:, text.shape[1] :]

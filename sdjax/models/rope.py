@@ -18,7 +18,7 @@ Rotation = tuple[Array, Array]
 THETA = 10_000.0
 
 
-def axis_rotation(positions: Sequence[int], dim: int, *, theta: float = THETA) -> np.ndarray:
+def axis(positions: Sequence[int], dim: int, *, theta: float = THETA) -> np.ndarray:
     """Return cosines and sines of one axis, float32 [2, positions, dim].
 
     Both channels of a pair have the angle of their pair. Angles are computed on the host in
@@ -29,22 +29,24 @@ def axis_rotation(positions: Sequence[int], dim: int, *, theta: float = THETA) -
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
-def grid_rotation(index: int, height: int, width: int, dims: Sequence[int]) -> Rotation:
+def grid(index: int, height: int, width: int, dims: Sequence[int]) -> Rotation:
     """Return cosines and sines of the tokens of a grid, in rows, each float32 [height*width, D].
 
     Args:
         index: of the picture, the first coordinate of all its positions (index, row, column).
         dims: channels of each of the three axes, of sum D.
     """
-    axes = (axis_rotation([index], dims[0])[:, :, None], axis_rotation(range(height), dims[1])[:, :, None],
-            axis_rotation(range(width), dims[2])[:, None])  # fmt: skip
-    # Broadcast in the program: the rows and the columns alone are small constants.
-    parts = [jnp.broadcast_to(a, (2, height, width, a.shape[-1])) for a in map(jnp.asarray, axes)]
+    # Broadcast in the program: the axes alone are small constants.
+    first, rows, columns = map(axis, ([index], range(height), range(width)), dims)
+    parts = [
+        jnp.broadcast_to(part, (2, height, width, part.shape[-1]))
+        for part in (first[:, :, None], rows[:, :, None], columns[:, None])
+    ]
     cos, sin = jnp.concatenate(parts, axis=-1).reshape(2, height * width, -1)
     return cos, sin
 
 
-def origin_rotation(count: int, dims: Sequence[int]) -> Rotation:
+def origin(count: int, dims: Sequence[int]) -> Rotation:
     """Return cosines and sines of `count` tokens at (0, 0, 0), which do not turn; [count, D]."""
     shape = (count, sum(dims))
     return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
