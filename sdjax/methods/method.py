@@ -13,7 +13,7 @@ from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Model
-from sdjax.models.params import Params
+from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
 
@@ -162,8 +162,8 @@ class Method:
                 raise ValueError(f"{path} is trained by the phases {owners}; expected one at most")
 
     def trainable(self, path: str) -> bool:
-        """Whether a phase may train a path."""
-        return any(phase.trains(path) for phase in self.phases)
+        """Whether a phase may train a path; buffers of networks are never trained."""
+        return not is_buffer(path) and any(phase.trains(path) for phase in self.phases)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

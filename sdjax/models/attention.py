@@ -24,7 +24,16 @@ _KERNELS = {
 }
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: bool = False) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    upcast: bool = False,
+    bias: Array | None = None,
+    scale: float | None = None,
+) -> Array:
     """Scaled dot-product attention, with the softmax in float32 whatever the dtype of the inputs.
 
     `choice.choose` selects the kernel. Outside `placement.placed` plain products compute it.
@@ -35,6 +44,9 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
         causal: position i attends to positions <= i.
         upcast: compute in float32 throughout, for models whose logits overflow their dtype
             (`upcast_attention` of Stable Diffusion 2).
+        bias: float32, added to the logits [B, heads, L, M], to which it broadcasts.
+        scale: of the products of queries and keys, by default D^-1/2. Of a bias or another scale
+            there is no kernel: plain products compute them.
 
     Returns:
         [B, L, heads, D] in the dtype of `q`.
@@ -42,6 +54,8 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False, upcast: boo
     dtype = q.dtype
     if upcast:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if bias is not None or scale is not None:
+        return dense_attention(q, k, v, causal=causal, bias=bias, scale=scale).astype(dtype)
     chosen = choice.choose(placement.attention(), placement.kernels(), q, k, causal=causal)
     if chosen != "dense":
         return placement.per_device(_KERNELS[chosen], q, k, v).astype(dtype)

@@ -19,3 +19,8 @@ def component(params: Mapping[str, Any], name: str) -> dict[str, Any]:
 def prefixed(params: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Inverse of `component`."""
     return {f"{name}.{path}": value for path, value in params.items()}
+
+
+def is_buffer(path: str) -> bool:
+    """Whether an array is a table that files hold and nothing trains: positions of an MMDiT."""
+    return path.endswith("pos_embed.pos_embed")

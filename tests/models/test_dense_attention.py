@@ -66,6 +66,28 @@ def test_bfloat16_rounds_inputs_weights_and_results_alone(name):
         assert np.sqrt(np.mean(error**2)) < 1.5 * 2**-9 * np.sqrt(np.mean(exact**2))
 
 
+@pytest.mark.parametrize("rows", [1, 2], ids=["shared", "per_example"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_a_bias_of_the_logits_has_torchs_values_and_gradient(rows, scale):
+    (q, k, v), dout, _ = inputs("text")
+    rng = np.random.default_rng(1)
+    bias = rng.standard_normal((rows, 2 if rows == 1 else 1, 64, 13), np.float32)
+    leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (q, k, v, bias)]
+    tq, tk, tv = (x.transpose(1, 2) for x in leaves[:3])
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        tq, tk, tv, attn_mask=leaves[3].expand(2, 2, 64, 13), scale=scale
+    ).transpose(1, 2)
+    theirs.backward(torch.tensor(dout, dtype=torch.float64))
+    ours, vjp = jax.vjp(
+        lambda q, k, v, bias: dense_attention(q, k, v, causal=False, bias=bias, scale=scale),
+        *map(jnp.asarray, (q, k, v, bias)),
+    )
+    wanted = [theirs.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
+    for one, other in zip([ours, *vjp(jnp.asarray(dout))], wanted, strict=True):
+        # Without 1/sqrt(D), logits of 70 that float32 has to 4e-6.
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
+
+
 def test_nothing_as_large_as_the_weights_is_kept_for_the_backward_pass():
     (q, k, v), _, _ = inputs("self")
     _, vjp = jax.vjp(lambda *x: dense_attention(*x, causal=False), q, k, v)

@@ -27,7 +27,12 @@ def shaped(queries, keys, heads, width, dtype):
         ("tpu", 1024, 1024, 10, 64, BF16, "splash"),
         ("tpu", 4096, 4096, 1, 512, BF16, "splash"),  # the VAE
         ("tpu", 9216, 9216, 5, 64, F32, "splash"),  # upcast
-        ("tpu", 1000, 1000, 8, 40, BF16, "dense"),  # not in blocks of 128
+        ("tpu", 1000, 1000, 8, 40, BF16, "dense"),
+        ("tpu", 4429, 4429, 24, 64, BF16, "splash"),  # image and text of SD3, padded
+        ("tpu", 4096, 4429, 24, 64, BF16, "splash"),  # its last block, where text is only read
+        ("tpu", 1357, 1357, 38, 64, BF16, "splash"),
+        ("tpu", 4608, 4608, 24, 128, BF16, "splash"),  # FLUX
+        ("tpu", 589, 589, 24, 64, BF16, "dense"),
         ("tpu", 4096, 77, 8, 40, BF16, "short"),
         ("tpu", 1024, 77, 8, 80, F32, "short"),
         ("tpu", 256, 77, 20, 64, BF16, "short"),
@@ -40,7 +45,9 @@ def shaped(queries, keys, heads, width, dtype):
         ("cuda", 4096, 77, 10, 128, BF16, "cudnn"),
         ("cuda", 256, 256, 8, 160, BF16, "dense"),  # before Hopper 128 is the most
         ("cuda", 256, 256, 8, 36, BF16, "dense"),
-        ("cuda", 81, 81, 8, 40, BF16, "dense"),  # no gradient of an odd number of queries
+        ("cuda", 81, 81, 8, 40, BF16, "cudnn"),  # padded by one
+        ("cuda", 4429, 4429, 24, 64, BF16, "cudnn"),  # image and text of SD3
+        ("cuda", 4608, 4608, 24, 128, BF16, "cudnn"),  # FLUX
         ("cuda", 4096, 4096, 8, 40, F32, "dense"),
         ("", 4096, 4096, 8, 40, BF16, "dense"),
     ],
@@ -72,14 +79,14 @@ def test_not_chosen_for_what_the_kernel_compiler_refuses():
         assert choice.choose("auto", "tpu", wide, k, causal=False) == "splash"
 
 
-@pytest.mark.parametrize("keys", [64, 77])
-def test_a_program_for_cuda_calls_cudnn_both_ways(keys, monkeypatch):
+@pytest.mark.parametrize("queries,keys", [(64, 64), (64, 77), (77, 77)])
+def test_a_program_for_cuda_calls_cudnn_both_ways(queries, keys, monkeypatch):
     """Lowered without a GPU; whether cuDNN runs it only a GPU can tell."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    q, k = shaped(64, keys, 2, 40, BF16)
+    q, k = shaped(queries, keys, 2, 40, BF16)
 
     def both(wanted, q, k, cotangent):
         with placement.placed(Activations(mesh, "cuda", wanted)):

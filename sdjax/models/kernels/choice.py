@@ -57,13 +57,12 @@ def choose(wanted: str, platform: str, q: Array, k: Array, *, causal: bool) -> s
 
 
 def _cudnn(q: Array) -> bool:
-    """Whether jax's cuDNN attention takes `q`, gradients included; odd numbers of keys are padded.
+    """Whether jax's cuDNN attention takes `q`, gradients included; odd lengths are padded.
 
     Source: jax/_src/cudnn/fused_attention_stablehlo.py, check_layout and check_is_flash_attention.
     """
-    length, width = q.shape[1], q.shape[-1]
-    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
-    return narrow and width <= CUDNN_WIDTH and width % 8 == 0 and length % 2 == 0
+    width = q.shape[-1]
+    return q.dtype in (jnp.bfloat16, jnp.float16) and width <= CUDNN_WIDTH and width % 8 == 0
 
 
 def _mosaic_takes(dtype) -> bool:
@@ -96,12 +95,15 @@ def cudnn_cost(target: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, f
 
 
 def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
-    """The attention of q [B, L, heads, D] to k, v [B, M, heads, D] by cuDNN, [B, L, heads, D]."""
-    batch, keys = k.shape[:2]
-    lengths = None
-    if keys % 2:  # such as the 77 of text: jax has no backward pass of odd numbers
-        k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
-        lengths = jnp.full((batch,), keys, jnp.int32)
+    """The attention of q [B, L, heads, D] to k, v [B, M, heads, D] by cuDNN, [B, L, heads, D].
+
+    jax has no backward pass of odd lengths, such as the 77 of text and joint sequences with it.
+    """
+    (batch, length, *_), keys = q.shape, k.shape[1]
+    lengths = jnp.full((batch,), keys, jnp.int32) if keys % 2 else None
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v)
+    )
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
+    )[:, :length]

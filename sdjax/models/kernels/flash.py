@@ -18,6 +18,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 Array = jax.Array
 
 MIN_QUERIES = 1024  # below this the products are small, and the kernels of `short_keys` are faster
+LONG_BLOCK = 512  # longer sequences are padded to multiples of this
+HIDDEN = -1e30  # the score of padding: its weight is 0 exactly
 LANES = 128  # queries and keys come in blocks of this
 BLOCKS = (2048, 1536, 1024, 512, 384, 256, 128)  # the largest that divides the length and fits
 ROW_BYTES = 2**18  # bytes of one array of a block; the kernels hold some twenty in 16 MiB
@@ -25,8 +27,8 @@ RESIDUALS = "attention"  # the name of the arrays that `jax.checkpoint` may keep
 
 
 def fits(q: Array, k: Array) -> bool:
-    """Whether the kernel takes q [B, L, heads, D] and k [B, M, heads, D]."""
-    return q.shape[1] % LANES == 0 and k.shape[1] % LANES == 0
+    """Whether the kernel takes q [B, L, heads, D] and k [B, M, heads, D], padded if odd."""
+    return q.shape[1] >= LANES and k.shape[1] >= LANES
 
 
 def pays(q: Array, k: Array) -> bool:
@@ -43,13 +45,47 @@ def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) ->
     Returns:
         [B, L, heads, D] in the dtype of `q`.
     """
-    (_, length, heads, width), keys = q.shape, k.shape[1]
-    largest = ROW_BYTES // (max(width, LANES) * q.dtype.itemsize)
+    (_, length, heads, _), keys = q.shape, k.shape[1]
     # The kernel does not scale. Scaling in bfloat16 would round once more.
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    kernel = _kernel(heads, largest, length, keys, interpret)
+    if _padded(keys) > keys:
+        q, k = _with_hiding(q, k)
+    width = -(-q.shape[-1] // LANES) * LANES
+    q, k, v = (_pad_rows(x) for x in (q, k, v))
+    kernel = _kernel(
+        heads, ROW_BYTES // (width * q.dtype.itemsize), q.shape[1], k.shape[1], interpret
+    )
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, L, D]
-    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :length]
+
+
+def _padded(length: int) -> int:
+    """The length rounded up to whole blocks, which are larger for long sequences.
+
+    A multiple of 128 alone may have no divisor among the large `BLOCKS`.
+    """
+    step = LANES if length % LANES == 0 or length < LONG_BLOCK else LONG_BLOCK
+    return -(-length // step) * step
+
+
+def _pad_rows(x: Array) -> Array:
+    """The array [B, L, heads, D] with rows of zeros up to a padded length."""
+    return jnp.pad(x, ((0, 0), (0, _padded(x.shape[1]) - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _with_hiding(q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries and padded keys with one dimension more, whose product hides the padding.
+
+    The product adds 0 to the scores of real keys, and `HIDDEN` to those of the padding. Up to 127
+    dimensions that costs nothing: a head fills 128 lanes anyway. A mask would cost the vector
+    units, which this kernel waits for, an operation a score.
+    """
+    keys = k.shape[1]
+    rows = jnp.arange(_padded(keys))[None, :, None, None]
+    hide = jnp.broadcast_to(jnp.where(rows < keys, 0.0, HIDDEN), (*_pad_rows(k).shape[:3], 1))
+    one = jnp.ones((*q.shape[:3], 1), q.dtype)
+    k = jnp.concatenate([_pad_rows(k), hide.astype(k.dtype)], axis=-1)
+    return jnp.concatenate([q, one], axis=-1), k
 
 
 def _block(length: int, largest: int) -> int:
