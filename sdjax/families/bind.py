@@ -34,7 +34,8 @@ def bind(
         network = model.family.parts[name].network
         graphs[name], own = weights.abstract(network, config, dtype=jnp.dtype(dtype), remat=remat)
         abstract |= prefixed(own, name)
-    return Networks(model.family, chosen, model.family.parts, model.settings, graphs, abstract)
+    family, denoiser = model.family, model.networks.get(model.family.denoiser)
+    return Networks(family, chosen, family.parts, model.settings, denoiser, graphs, abstract)
 
 
 def abstract_params(part: Part, config: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,10 +8,12 @@ from typing import Any
 
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Family, Model
+from sdjax.families.flux import FLUX
 from sdjax.families.sd import SD
+from sdjax.families.sd3 import SD3
 from sdjax.families.sdxl import SDXL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, SD3, FLUX)}
 # Names of networks in any family.
 NETWORKS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.parts))
 # {field of a batch: folder of the tokenizer that fills it} in any family.
