@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax.sample import SAMPLER_NAMES
+from sdjax.sampling.options import add_drawing_options, guidance_changes, sampler_changes
 from sdjax.system import locks, paths, progress
 from sdjax.system.allocator import use_large_pages
 
@@ -177,16 +177,7 @@ def _add_drawing_options(p: argparse.ArgumentParser) -> None:
         help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
     )  # fmt: skip
     group.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest")
-    group.add_argument("--steps", type=int, help=f"sampler steps; {own}")
-    group.add_argument("--sampler", choices=SAMPLER_NAMES, help=own)
-    group.add_argument(
-        "--karras", action=argparse.BooleanOptionalAction, default=None,
-        help="noise levels of Karras et al. 2022",
-    )  # fmt: skip
-    group.add_argument("--eta", type=float, help="noise of ddim, 0 (none) to 1")
-    group.add_argument("--guidance", type=float, help=f"classifier-free guidance scale; {own}")
-    group.add_argument("--guidance_rescale", type=float, help=f"0 to 1; {own}")
-    group.add_argument("--negative_prompt", help="what guidance steers away from")
+    add_drawing_options(group, own=own)
     group.add_argument("--height", type=int, help=f"in pixels; {own}")
     group.add_argument("--width", type=int, help=f"in pixels; {own}")
     group.add_argument(
@@ -241,16 +232,16 @@ def make_request(args: argparse.Namespace) -> Request:
 
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both, or none")
-    changes = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
     names = (
         "model", "images", "audit", "dataset", "split", "data_dir", "num_samples", "per_prompt",
-        "seed", "weights", "step", "guidance", "guidance_rescale", "negative_prompt", "batch_size",
-        "dtype", "inception", "clip", "download", "features", "reference", "reference_samples",
+        "seed", "weights", "step", "negative_prompt", "batch_size", "dtype",
+        "inception", "clip", "download", "features", "reference", "reference_samples",
         "train_samples", "validation_examples", "resamples",
     )  # fmt: skip
     return Request(
         metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
-        sampler={name: value for name, value in changes.items() if value is not None},
+        sampler=sampler_changes(args),
+        guidance=guidance_changes(args),
         size=None if args.height is None else (args.height, args.width),
         **{name: getattr(args, name) for name in names},
     )

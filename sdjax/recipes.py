@@ -11,7 +11,6 @@ from sdjax.config import VARIANTS, beginning
 from sdjax.families.config import ModelConfig
 from sdjax.methods.method import MethodConfig
 from sdjax.system import untrusted
-from sdjax.typed_tree import to_dict
 
 
 def recipe(config: Mapping[str, Any], about: str) -> str:

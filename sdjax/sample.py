@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax.errors import UserError, explain
+from sdjax.sampling.options import add_drawing_options, guidance_changes, sampler_changes
 from sdjax.system import locks, paths, progress, text_files, untrusted
 from sdjax.system.allocator import use_large_pages
 
@@ -37,12 +38,8 @@ if TYPE_CHECKING:
 
     from sdjax.diffusion.samplers import SamplerConfig
     from sdjax.families.family import Model
+    from sdjax.sampling.generate import Drawing
     from sdjax.sampling.request import SamplingRequest
-
-# Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
-SAMPLER_NAMES = (
-    "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
-)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,28 +87,9 @@ def parser() -> argparse.ArgumentParser:
         "--same_noise", action="store_true",
         help="start all pictures from the noise of the first: they differ by their prompts alone",
     )  # fmt: skip
-    _add_sampler(p.add_argument_group("how to get from noise to picture"))
+    add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
     _add_why(p.add_argument_group("why the pictures are as they are"))
     return p
-
-
-def _add_sampler(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--steps", type=int, help="sampler steps; the model's own by default")
-    p.add_argument("--sampler", choices=SAMPLER_NAMES, help="sampler; the model's own by default")
-    p.add_argument(
-        "--karras", action=argparse.BooleanOptionalAction, default=None,
-        help="noise levels of Karras et al. 2022",
-    )  # fmt: skip
-    p.add_argument("--eta", type=float, help="noise of ddim, 0 (none) to 1")
-    p.add_argument(
-        "--guidance", type=float, default=7.5,
-        help="classifier-free guidance scale, 1 is none (%(default)s)",
-    )  # fmt: skip
-    p.add_argument(
-        "--guidance_rescale", type=float, default=0.0,
-        help="0 to 1, Lin et al. 2023, section 3.4 (%(default)s)",
-    )  # fmt: skip
-    p.add_argument("--negative_prompt", default="", help="what guidance steers away from")
 
 
 def _add_why(p: argparse._ArgumentGroup) -> None:
@@ -215,9 +193,7 @@ def _sampler(model: Model, args: argparse.Namespace) -> SamplerConfig:
     """The model's own sampler with what the options change."""
     from sdjax.families.sampler import choose_sampler, sampler_note
 
-    given = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}
-    changes = {name: value for name, value in given.items() if value is not None}
-    sampler = choose_sampler(model, changes, f"--model={args.model}")
+    sampler = choose_sampler(model, sampler_changes(args), f"--model={args.model}")
     if note := sampler_note(model, sampler, f"--model={args.model}"):
         print(note, file=sys.stderr)
     return sampler
@@ -233,6 +209,11 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
         raise UserError(
             f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
             f"takes {model.family.denoiser}, vae, and a text encoder with its tokenizer"
+        )
+    if args.embedded_guidance is not None and not model.family.reads_guidance(model.networks):
+        raise UserError(
+            f"--embedded_guidance is for FLUX.1-dev and its kin; --model={args.model} reads no "
+            "guidance, --guidance is what it takes"
         )
     if "size" not in model.family.numbers and (args.original_size or any(args.crop)):
         raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
@@ -263,7 +244,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
 
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text
-    from sdjax.sampling.generate import Drawing, latent_shape
+    from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.request import SamplingRequest
 
     model = read_any(args.model, weights=args.weights)
@@ -272,7 +253,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     height, width = args.height or rows, args.width or columns
     shape = latent_shape(model, height, width)
     latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
-    tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt])
+    tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt or ""])
     _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
     if "size" in model.family.numbers:
@@ -280,7 +261,9 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     return SamplingRequest(
         model=model,
         dtype=args.dtype,
-        drawing=Drawing(_sampler(model, args), args.guidance, args.guidance_rescale),
+        drawing=drawing_of(
+            settings_of(model.family), _sampler(model, args), guidance_changes(args)
+        ),
         params={path: jnp.asarray(value) for path, value in model.params.items()},
         texts=prompts,
         prompts=batch,
@@ -298,7 +281,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
     drawing = request.drawing
     size = {"original_size": args.original_size, "crop": args.crop}
     return {
-        "negative_prompt": args.negative_prompt,
+        "negative_prompt": args.negative_prompt or "",
         "seed": args.seed,
         "same_noise": args.same_noise,
         "model": args.model,
@@ -306,9 +289,20 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         "latents": args.latents or "",
         "guidance": drawing.guidance,
         "guidance_rescale": drawing.guidance_rescale,
+        **_special(request.model, drawing),
         **(size if "size" in request.model.family.numbers else {}),
         **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
     }
+
+
+def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
+    """The settings that few families have."""
+    found: dict[str, Any] = {}
+    if model.family.reads_guidance(model.networks):
+        found["embedded_guidance"] = drawing.embedded_guidance
+    if drawing.skip.layers:
+        found |= {"skip_layers": list(drawing.skip.layers), "skip_scale": drawing.skip.scale}
+    return found
 
 
 def _check(args: argparse.Namespace) -> None:

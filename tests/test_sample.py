@@ -134,5 +134,6 @@ def test_a_long_prompt_is_cut_and_told(pipeline_folder, tmp_path, capsys):
 
 def test_the_sampler_names_are_those_of_the_library():
     from sdjax.diffusion.samplers import SAMPLERS
+    from sdjax.sampling.options import SAMPLER_NAMES
 
-    assert sample.SAMPLER_NAMES == SAMPLERS
+    assert SAMPLER_NAMES == SAMPLERS

@@ -48,6 +48,9 @@ class ObjectiveConfig:
     offset_noise: strength of noise that is constant over each channel, part of the target.
     input_perturbation: strength of extra noise on xt that is not part of the target.
     caption_dropout: share of captions replaced by the null caption, for classifier-free guidance.
+    encoder_dropout: share of the captions of each text encoder that it alone gets as the null
+      caption, drawn for each encoder apart; so a model with several can do without one. SD3's
+      paper has 0.464 and no caption_dropout (section 5.1.1).
 
     Raises ValueError where a field is out of its range or does not go with another.
     """
@@ -71,6 +74,7 @@ class ObjectiveConfig:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     caption_dropout: float = 0.1
+    encoder_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -93,10 +97,9 @@ class ObjectiveConfig:
         for field in ("p2_gamma", "offset_noise", "input_perturbation", "timestep_min"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"objective.{field} is {getattr(self, field)}; expected 0 or more")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(
-                f"objective.caption_dropout is {self.caption_dropout}; expected 0 to 1"
-            )
+        for field in ("caption_dropout", "encoder_dropout"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"objective.{field} is {getattr(self, field)}; expected 0 to 1")
         if not -1.0 <= self.mode_scale <= 1.75:  # beyond, the map of u is no longer monotonic
             raise ValueError(f"objective.mode_scale is {self.mode_scale}; expected -1 to 1.75")
         if self.timestep_max != 0 and self.timestep_max <= self.timestep_min:

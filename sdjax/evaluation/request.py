@@ -41,8 +41,7 @@ class Request:
     weights: str = "ema"
     step: int | None = None
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # changes of the own one
-    guidance: float | None = None
-    guidance_rescale: float | None = None
+    guidance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `drawing_of`
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None
     batch_size: int = 16

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.config import SampleConfig
 from sdjax.data.config import DataConfig
 from sdjax.data.pictures import Folder, open_folder, stretches
 from sdjax.errors import UserError
@@ -41,7 +40,7 @@ from sdjax.evaluation.request import (
 from sdjax.families.sampler import choose_sampler, sampler_note
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.sampling.drawing import Artist, Prompts, draw_folder, make_artist, on_mesh
-from sdjax.sampling.generate import Drawing
+from sdjax.sampling.generate import Drawing, drawing_of, settings_of
 from sdjax.system import paths, progress
 
 Validate = Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
@@ -92,13 +91,9 @@ class Session:
         """The model's own sampler and guidance, with the changes that were asked for."""
         request, loaded = self.request, self.loaded
         assert loaded is not None
-        own = loaded.config.sample if loaded.config else SampleConfig()
-        guidance, rescale = request.guidance, request.guidance_rescale
-        return Drawing(
-            choose_sampler(loaded.found, request.sampler, f"--model={request.model}"),
-            own.guidance if guidance is None else guidance,
-            own.guidance_rescale if rescale is None else rescale,
-        )
+        own = loaded.config.sample if loaded.config else settings_of(loaded.found.family)
+        sampler = choose_sampler(loaded.found, request.sampler, f"--model={request.model}")
+        return drawing_of(own, sampler, request.guidance)
 
     @property
     def negative_prompt(self) -> str:

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.diffusion.losses import drop_captions
+from sdjax.diffusion.losses import drop_captions, fold_keys
 from sdjax.families.bind import bind
 from sdjax.families.family import Context, Features, Model, Networks
+
+# The first of the streams of randomness of each encoder's own dropout, folded into example keys.
+ENCODER_DROPOUT = 2**16
 
 
 class Tokenize(Protocol):
@@ -115,17 +118,29 @@ class Conditioner:
         batch: Mapping[str, jax.Array],
         keys: jax.Array,
         rate: float,
+        *,
+        encoder_rate: float = 0.0,
     ) -> dict[str, jax.Array]:
         """Return captions of a batch with those that training drops replaced by the empty one.
 
-        The same draw for every field: a caption is dropped from all encoders or none. At a rate of
-        0 nothing is replaced, and stored embeddings train without a run of the text encoders.
+        At rates of 0 nothing is replaced, and stored embeddings train without a run of the text
+        encoders.
+
+        Args:
+            keys: [B], of the examples.
+            rate: of captions that are dropped from all encoders at once.
+            encoder_rate: of captions that are dropped from an encoder, each drawn apart. Stored
+                embeddings have no encoders left to tell apart: they take 0.
         """
-        if rate == 0.0:
+        if rate == 0.0 and encoder_rate == 0.0:
             return {}
         null = {field: jnp.asarray(tokens) for field, tokens in self.null.items()}
         if "context" not in batch:
-            return {f: drop_captions(keys, batch[f], tokens, rate) for f, tokens in null.items()}
+            kept = dict(batch)
+            for i, (field, tokens) in enumerate(null.items() if encoder_rate else ()):
+                own = fold_keys(keys, ENCODER_DROPOUT + i)
+                kept[field] = drop_captions(own, kept[field], tokens, encoder_rate)
+            return {f: drop_captions(keys, kept[f], tokens, rate) for f, tokens in null.items()}
         empty = self.embed(params, {field: tokens[None] for field, tokens in null.items()})
         return {f: drop_captions(keys, batch[f], made[0], rate) for f, made in empty.items()}
 

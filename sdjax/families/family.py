@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # a step needs no tokenizer
 
 Context = jax.Array | dict[str, jax.Array]
 Features = dict[str, jax.Array]
+# The field of a batch with the strength of guidance, float32 [B], for denoisers that read it.
+GUIDANCE = "guidance"
 AUTOENCODER = "vae"  # in every family, and in files of its own
 
 
@@ -122,6 +124,8 @@ class Family:
     single_files: layouts of single files, from the most to the least particular.
     single_file: the name of the layout that a model is written in.
     presets: published shapes by name; "base" is the one that a recipe begins with.
+    reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
+    skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
         the family's are not everyone's.
     """
@@ -146,6 +150,8 @@ class Family:
     single_files: tuple[SingleFile, ...]
     single_file: Callable[[Model], str]
     presets: Mapping[str, Any]
+    reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
+    skips_layers: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from sdjax.errors import UserError
 from sdjax.families import sd, sd3
 from sdjax.families.config import ModelConfig
-from sdjax.families.family import Context, Family, Features, Model, Networks, Part
+from sdjax.families.family import GUIDANCE, Context, Family, Features, Model, Networks, Part
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
 from sdjax.models.flux import Flux, FluxConfig
@@ -115,7 +114,7 @@ def context(
     if not networks.denoiser.guidance_embeds:
         return features
     count = len(features["pooled"])
-    return {**features, "guidance": batch.get("guidance", jnp.full(count, TRAINED_GUIDANCE))}
+    return {**features, GUIDANCE: batch.get(GUIDANCE, jnp.full(count, TRAINED_GUIDANCE))}
 
 
 FLUX = Family(
@@ -141,6 +140,7 @@ FLUX = Family(
     scheduler_changes=lambda pipeline: {"timestep_spacing": "trailing"},
     single_files=(),
     single_file=lambda model: "flux",
+    reads_guidance=lambda networks: networks["transformer"].guidance_embeds,
     presets={
         "base": FluxModelConfig(),
         "dev": FluxModelConfig(),

@@ -193,6 +193,7 @@ SD3 = Family(
         "sd35_large": SD3Config(transformer=SD35_LARGE),
         "sd3_medium": SD3Config(transformer=SD3_MEDIUM),
     },
+    skips_layers=True,
     # scheduler/scheduler_config.json; guidance as Stability's cards advise for SD3.5-medium.
     defaults={
         "schedule.kind": "flow",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.data.config import is_encoded
+from sdjax.diffusion.guidance import SkipLayers
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
     ObjectiveConfig,
@@ -71,8 +72,10 @@ class LatentDiffusion:
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
         denoiser = self._denoiser(every)
         x0 = self._latents(every, batch, keys)
-        rate = self.setup.objective.caption_dropout
-        captions = self.conditioner.drop(every, batch, keys, rate)
+        objective = self.setup.objective
+        captions = self.conditioner.drop(
+            every, batch, keys, objective.caption_dropout, encoder_rate=objective.encoder_dropout
+        )
         context = self._context(
             every, {**batch, **captions}, x0, key=jax.random.fold_in(dropout, 0)
         )
@@ -173,6 +176,11 @@ def make(setup: Setup) -> Method:
     """
     model, data = setup.model, setup.data
     _check_channels(setup)
+    if data.text_embeddings and setup.objective.encoder_dropout:
+        raise UserError(
+            f"objective.encoder_dropout is {setup.objective.encoder_dropout} with "
+            "data.text_embeddings, in which the encoders can no longer be told apart; set it to 0"
+        )
     conditioner = make_conditioner(model, model.tokenizers, dtype=setup.dtype, remat=setup.remat)
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
@@ -225,7 +233,13 @@ def _pictures(setup: Setup) -> Pictures:
     @functools.cache
     def generator(guided: bool):
         guidance = sample.guidance if guided else 1.0
-        drawing = Drawing(sample.sampler, guidance, sample.guidance_rescale)
+        drawing = Drawing(
+            sample.sampler,
+            guidance,
+            sample.guidance_rescale,
+            embedded_guidance=sample.embedded_guidance,
+            skip=sample.skip if guided else SkipLayers(),
+        )
         return make_generator(model, drawing, dtype=setup.dtype)
 
     generator(True)  # a sampler that does not fit is an error now

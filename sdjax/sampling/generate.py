@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,30 +12,64 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax.diffusion.guidance import guided
+from sdjax.diffusion.grids import make_grid
+from sdjax.diffusion.guidance import (
+    SkipLayers,
+    guided,
+    skipped_timesteps,
+    with_skipped_layers,
+)
 from sdjax.diffusion.losses import example_keys
 from sdjax.diffusion.samplers import SamplerConfig, sample
-from sdjax.diffusion.schedules import make_schedule
+from sdjax.diffusion.schedules import Schedule, make_schedule
 from sdjax.diffusion.solvers import make_plan
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import make_conditioner
-from sdjax.families.family import Context, Model
+from sdjax.families.family import GUIDANCE, Context, Family, Model
 from sdjax.models import capture
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
+from sdjax.sampling.settings import SampleConfig
 from sdjax.system import progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How to draw: the sampler and its guidance."""
+    """How to draw: the sampler and its guidance.
+
+    embedded_guidance: what a denoiser reads that has learned how guided pictures look.
+    skip: of denoisers that can leave blocks out.
+    """
 
     sampler: SamplerConfig = SamplerConfig()
     guidance: float = 7.5
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    embedded_guidance: float = 3.5
+    skip: SkipLayers = SkipLayers()
+
+
+def settings_of(family: Family) -> SampleConfig:
+    """Return how a family is drawn, where no run says it."""
+    group = "sample."
+    own = {k.removeprefix(group): v for k, v in family.defaults.items() if k.startswith(group)}
+    return SampleConfig(**{name: value for name, value in own.items() if "." not in name})
+
+
+def drawing_of(own: SampleConfig, sampler: SamplerConfig, changes: Mapping[str, Any]) -> Drawing:
+    """Return a drawing as `own` has it, but for the changes.
+
+    Args:
+        changes: "guidance", "guidance_rescale", "embedded_guidance", "skip_layers", "skip_scale".
+    """
+    kept = ("guidance", "guidance_rescale", "embedded_guidance")
+    values = {name: changes.get(name, getattr(own, name)) for name in kept}
+    layers = tuple(changes.get("skip_layers", own.skip.layers))
+    scale = changes.get("skip_scale", own.skip.scale)
+    skip = dataclasses.replace(own.skip, layers=layers, scale=scale)
+    return Drawing(sampler, **values, skip=skip)
 
 
 class Callback(Protocol):
@@ -96,6 +130,11 @@ def make_generator(
     tables = make_schedule(schedule)
     make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
+    if drawing.skip.layers and not family.skips_layers:
+        raise UserError(
+            f"skip.layers is {drawing.skip.layers}, but the family {family.name!r} has no "
+            "skip-layer guidance; leave it empty"
+        )
 
     @jax.jit
     def generate(
@@ -107,15 +146,16 @@ def make_generator(
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         denoiser, vae = (networks.module(name, params) for name in (family.denoiser, "vae"))
         target = latents.shape[1] * model.vae.downscale, latents.shape[2] * model.vae.downscale
+        strength = jnp.full(len(latents), drawing.embedded_guidance, jnp.float32)
+        prompts = {GUIDANCE: strength, **prompts}
         context = conditioner(params, prompts, target=target)
-        denoise = guided(
-            lambda xt, t, context: denoiser(xt, t, context),
+        denoise = _guided(
+            drawing,
+            tables,
+            denoiser,
             context,
             conditioner(params, {**prompts, **negative}, target=target, negative=True),
-            scale=drawing.guidance,
-            rescale=drawing.guidance_rescale,
-            interval=drawing.guidance_interval,
-            num_train_timesteps=schedule.num_train_timesteps,
+            size=latents.shape[1:3],
         )
         with capture.capturing(denoiser, probabilities=wanted) as found:
 
@@ -138,6 +178,41 @@ def make_generator(
         return to_images(vae, x0), seen
 
     return generate
+
+
+def _guided(
+    drawing: Drawing,
+    schedule: Schedule,
+    denoiser: Any,
+    context: Context,
+    negative: Context,
+    *,
+    size: tuple[int, ...],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return (xt, t) -> the guided prediction, for latents of height and width `size`."""
+    denoise = guided(
+        lambda xt, t, context: denoiser(xt, t, context),
+        context,
+        negative,
+        scale=drawing.guidance,
+        rescale=drawing.guidance_rescale,
+        interval=drawing.guidance_interval,
+        num_train_timesteps=schedule.num_train_timesteps,
+    )
+    skip = drawing.skip
+    if not skip.layers:
+        return denoise
+    grid = make_grid(schedule, drawing.sampler, drawing.sampler.flow.tokens(*size))
+    timesteps = skipped_timesteps(grid.timesteps, skip.start, skip.stop)
+    if timesteps is None:
+        return denoise
+    return with_skipped_layers(
+        denoise,
+        lambda xt, t: denoiser(xt, t, context),
+        lambda xt, t: denoiser(xt, t, context, skip_layers=skip.layers),
+        scale=skip.scale,
+        timesteps=timesteps,
+    )
 
 
 def _length(context: Context) -> int:

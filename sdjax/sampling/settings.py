@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from sdjax.diffusion.guidance import SkipLayers
 from sdjax.diffusion.samplers import SamplerConfig
 
 
@@ -16,6 +17,8 @@ class SampleConfig:
     compare: bool = False  # also with the raw weights, and without guidance, side by side
     guidance: float = 7.5
     guidance_rescale: float = 0.0
+    embedded_guidance: float = 3.5  # the number that FLUX.1-dev reads; other models have none
+    skip: SkipLayers = SkipLayers()  # skip-layer guidance, of SD3 and SD3.5
     negative_prompt: str = ""
     sampler: SamplerConfig = SamplerConfig()
     fidelity: int = 0  # pictures the reader of captioned_shapes checks at the end (0: none)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from sdjax.diffusion.guidance import guided
+from sdjax.diffusion.guidance import guided, skipped_timesteps, with_skipped_layers
 
 _random = np.random.default_rng(0)
 XT = jnp.asarray(_random.normal(size=(2, 4, 4, 4)), jnp.float32)
@@ -107,3 +107,26 @@ def test_context_may_be_a_tree():
 def test_bad_settings_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         guided(network, CONTEXT, NULL, scale=2.0, **settings)
+
+
+@pytest.mark.parametrize("count, first, last", [(28, 1, 5), (40, 1, 7), (50, 1, 9)])
+def test_skipped_layers_lead_between_the_steps_of_diffusers(count, first, last):
+    """Strictly between 0.01 n and 0.20 n (pipeline_stable_diffusion_3.py)."""
+    timesteps = np.linspace(1000, 10, count)
+    low, high = skipped_timesteps(timesteps, 0.01, 0.2)
+    assert (low, high) == (timesteps[last], timesteps[first])
+    assert skipped_timesteps(timesteps, 0.5, 0.5) is None
+
+
+def test_skipped_layers_lead_away_within_their_range_alone():
+    xt = jnp.asarray([[1.0, 2.0], [3.0, -4.0]])
+    fn = with_skipped_layers(
+        lambda x, t: 10 * x, lambda x, t: 5 * x, lambda x, t: 2 * x + t[:, None],
+        scale=2.5, timesteps=(100.0, 900.0),
+    )  # fmt: skip
+    for t, expected in (
+        (900.0, 10 * xt + 2.5 * (3 * xt - 900.0)),
+        (901.0, 10 * xt),
+        (99.0, 10 * xt),
+    ):
+        np.testing.assert_allclose(jax.jit(fn)(xt, jnp.full(2, t)), expected, rtol=1e-6)

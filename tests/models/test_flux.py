@@ -1,8 +1,6 @@
 """FLUX.1's transformer against diffusers `FluxTransformer2DModel`, and its config."""
 
 import dataclasses
-import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +8,7 @@ import numpy as np
 import pytest
 
 from sdjax.models import weights
-from sdjax.models.config import ConfigError
-from sdjax.models.flux import Flux, FluxConfig, mask_channels, pack, unpack
-from sdjax.models.stacked_paths import shapes_apart
+from sdjax.models.flux import Flux, FluxConfig
 
 SMALL = FluxConfig(
     in_channels=16,
