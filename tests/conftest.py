@@ -134,7 +134,7 @@ def torch_pipeline(tmp_path_factory):
         )
     )
     for seed, model in enumerate((unet, vae, text_encoder)):
-        _randomise(model, seed)
+        randomise(model, seed)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -211,7 +211,7 @@ def torch_xl_pipeline(torch_pipeline, tmp_path_factory):
     )
     text_encoder_2 = transformers.CLIPTextModelWithProjection(second)
     for seed, model in enumerate((unet, text_encoder, text_encoder_2)):
-        _randomise(model, 10 + seed)
+        randomise(model, 10 + seed)
     pipeline = diffusers.StableDiffusionXLPipeline(
         vae=torch_pipeline.vae,
         text_encoder=text_encoder.eval(),
@@ -234,7 +234,7 @@ def xl_folder(torch_xl_pipeline, tmp_path_factory):
     return folder
 
 
-def _randomise(model, seed):
+def randomise(model, seed):
     """Biases and norm scales too: at their defaults they hide mistakes."""
     import torch
 
