@@ -6,9 +6,10 @@
         --config.init_from=FOLDER --config.data.name=encoded --config.data.path=DATA \\
         --config.data.text_embeddings=True --config.mesh.fsdp=8
 
-schnell was distilled to four steps and reads no guidance. Trained on as a plain flow, it drifts back
-to needing many: a few thousand steps at a small rate for a new style, no more. T5 has 256 tokens
-here, as its pipeline draws. Memory as of configs/flux_dev_finetune.py. Not run at full size here.
+schnell was distilled to four steps and reads no guidance. Trained on as a plain flow, it drifts
+back to needing many: a few thousand steps at a small rate for a new style, no more. T5 has 256
+tokens here, as its pipeline draws. Memory is that of configs/flux_dev_finetune.py. Not run at full
+size here.
 """
 
 from sdjax.config import default
