@@ -44,7 +44,9 @@ T = TypeVar("T")
 class TokenizerConfig:
     """Which tokenizer; one that comes with loaded weights wins over this."""
 
-    path: str = ""  # a folder with vocab.json and merges.txt; "" trains one on the captions
+    # A folder with vocab.json and merges.txt, or a pipeline with a tokenizer for each text encoder;
+    # "" trains one on the captions.
+    path: str = ""
     path_2: str = (
         ""  # the same for a second text encoder, which may pad otherwise; "" takes that of `path`
     )

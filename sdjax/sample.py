@@ -220,11 +220,12 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
 
 
 def _tell_truncated(model: Model) -> None:
-    tokenizer = next(iter(model.tokenizers.values()))
+    tokenizer = max(model.tokenizers.values(), key=lambda own: own.context_length)
     if tokenizer.truncated:
+        marks = tokenizer.marks_before + tokenizer.marks_after
         print(
             f"note: {tokenizer.truncated} of the prompts are longer than "
-            f"{tokenizer.context_length - 2} tokens and were cut",
+            f"{tokenizer.context_length - marks} tokens and were cut",
             file=sys.stderr,
         )
 

@@ -17,9 +17,10 @@ import numpy as np
 from sdjax.checkpoints.reading import read_any
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.tokenizers import KINDS, inner_folder, load_tokenizer
 from sdjax.families.family import AUTOENCODER, Model
-from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted
+from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 
@@ -41,7 +42,7 @@ class Assembled:
 
     config: Config
     params: dict[str, np.ndarray]
-    tokenizers: dict[str, Tokenizer]
+    tokenizers: dict[str, TextTokenizer]
     notes: tuple[str, ...]
     scheduler: Mapping[str, Any] | None = None
 
@@ -57,7 +58,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     """
     params: dict[str, np.ndarray] = {}
     notes: list[str] = []
-    tokenizers: dict[str, Tokenizer] = {}
+    tokenizers: dict[str, TextTokenizer] = {}
     scheduler: Mapping[str, Any] | None = None
     draws = config.draws
     kind = METHODS[config.method.name]
@@ -165,15 +166,17 @@ def _changes(
             yield (*where, name), value
 
 
-def _tokenizer(config: Config, name: str) -> Tokenizer:
+def _tokenizer(config: Config, name: str) -> TextTokenizer:
     """The tokenizer of a text encoder that no folder brought one for."""
-    length = config.model.text_encoders[name].max_position_embeddings
+    model, part = config.model, config.model.parts[name]
+    family = FAMILIES[model.family]
+    length = family.text_length(name, model.text_encoders[name], model.settings)
     path = config.tokenizer.path
-    if config.model.parts[name].tokenizer != next(iter(TOKENIZERS.values())):
+    if part.tokenizer != next(iter(TOKENIZERS.values())):
         path = config.tokenizer.path_2 or path
     if path:
-        return Tokenizer.load(path, context_length=length)
-    return Tokenizer.train(
+        return load_tokenizer(part.tokenizer_kind, inner_folder(path, part.tokenizer), length)
+    return KINDS[part.tokenizer_kind].train(
         captions(config.data, config.data.split),
         vocab_size=config.tokenizer.vocab_size,
         context_length=length,
@@ -181,20 +184,15 @@ def _tokenizer(config: Config, name: str) -> Tokenizer:
 
 
 def _fit_vocabularies(
-    config: Config, tokenizers: Mapping[str, Tokenizer], *, loaded: set[str]
+    config: Config, tokenizers: Mapping[str, TextTokenizer], *, loaded: set[str]
 ) -> Config:
     """A text encoder that is trained from nothing takes its tokenizer's vocabulary."""
     fitted: dict[str, Any] = {}
     for name, encoder in config.model.text_encoders.items():
         tokenizer = tokenizers[config.model.parts[name].tokens]
         if name not in loaded:
-            fitted[name] = dataclasses.replace(
-                encoder,
-                vocab_size=tokenizer.largest_id + 1,
-                bos_token_id=tokenizer.bos_id,
-                eos_token_id=tokenizer.eos_id,
-                pad_token_id=tokenizer.pad_id,
-            )
+            size = {"vocab_size": tokenizer.largest_id + 1}
+            fitted[name] = dataclasses.replace(encoder, **size, **tokenizer.special_ids)
         else:
             tokenizer.check_vocabulary(encoder.vocab_size, name)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fitted))

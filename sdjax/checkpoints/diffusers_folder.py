@@ -8,6 +8,7 @@ with transformers 4 and 5.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ from sdjax.checkpoints.folders import (
 from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
 from sdjax.checkpoints.single_file_layout import counted
 from sdjax.checkpoints.weight_files import MAX_SHARD_SIZE, find_weights, parse_size, write_weights
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.tokenizer_files import TokenizerError
+from sdjax.data.tokenizers import load_tokenizer
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Family, Model, Part
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS
@@ -95,22 +98,19 @@ def _read(folder: paths.Path, components: Sequence[str], variant: str, with_weig
             fields |= _read_scheduler(folders["scheduler"], family, index)
         except ValueError as error:
             problems.append(str(error))
-    tokenizers: dict[str, Tokenizer] = {}
+    settings = family.settings_of_index(index) if index else {}
+    model = Model(family, networks, settings, params=params, **fields)
+    tokenizers: dict[str, TextTokenizer] = {}
     for name, part in family.encoders.items():
         if name in components and part.tokenizer in folders:
             try:
-                own_config = networks.get(name)
-                tokenizer = _read_tokenizer(folders[part.tokenizer], own_config, ignored)
+                tokenizer = _read_tokenizer(model, name, folders[part.tokenizer], ignored)
                 tokenizers[part.tokens] = tokenizer
             except TokenizerError as error:
                 problems.append(str(error))
     if problems:
         raise ModelError("\n".join(problems))
-    settings = family.settings_of_index(index) if index else {}
-    return Model(
-        family, networks, settings, tokenizers=tokenizers, params=params, ignored=tuple(ignored),
-        **fields,
-    )  # fmt: skip
+    return dataclasses.replace(model, tokenizers=tokenizers, ignored=tuple(ignored))
 
 
 def _is_whole(folder: paths.Path) -> bool:
@@ -211,16 +211,21 @@ def _read_scheduler(folder: paths.Path, family: Family, index: Mapping[str, Any]
     }
 
 
-def _read_tokenizer(folder: paths.Path, text_encoder: Any, ignored: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder)
-    longest = text_encoder.max_position_embeddings if text_encoder else tokenizer.context_length
-    if tokenizer.context_length > longest:
-        ignored.append(
-            f"tokenizer: model_max_length {tokenizer.context_length}, taken as {longest}"
-        )
-        tokenizer = Tokenizer.load(folder, context_length=longest)
-    if text_encoder:
-        tokenizer.check_vocabulary(text_encoder.vocab_size, folder)
+def _read_tokenizer(
+    model: Model, name: str, folder: paths.Path, ignored: list[str]
+) -> TextTokenizer:
+    """The tokenizer of a text encoder, for at most as many tokens as that reads."""
+    part = model.family.parts[name]
+    tokenizer = load_tokenizer(part.tokenizer_kind, folder)
+    if (config := model.networks.get(name)) is None:
+        return tokenizer
+    length, own = model.text_length(name), tokenizer.context_length
+    if part.length_setting:
+        tokenizer = tokenizer.of_length(length)
+    elif own > length:
+        ignored.append(f"tokenizer: model_max_length {own}, taken as {length}")
+        tokenizer = tokenizer.of_length(length)
+    tokenizer.check_vocabulary(config.vocab_size, folder)
     return tokenizer
 
 

@@ -26,7 +26,8 @@ from sdjax.checkpoints.single_file_layout import (
     sort_out,
     whole_average,
 )
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.tokenizers import inner_folder, load_tokenizer
 from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.families.bind import abstract_params
@@ -130,15 +131,16 @@ def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hint
         ignored += unused
         networks[name] = config
         params |= {f"{name}.{path}": value for path, value in read.items()}
-    fields: dict[str, Any] = {"tokenizers": _tokenizers(file, found, networks, hints)}
+    default = hints.like.settings if hints.like else layout.settings
+    settings = {**default, **said.get("settings", {})}
+    fields: dict[str, Any] = {"tokenizers": _tokenizers(file, found, networks, settings, hints)}
     ignored += counted("model_ema.*" for _ in averages)
     if family.denoiser in networks:
         assert schedule
         fields["schedule"], fields["prediction_type"] = schedule
         fields |= _scheduler(file, family, said, hints)
     if fields["tokenizers"]:
-        default = hints.like.settings if hints.like else layout.settings
-        fields["settings"] = {**default, **said.get("settings", {})}
+        fields["settings"] = settings
     return Model(family, networks, params=params, ignored=tuple(ignored), **fields)
 
 
@@ -301,10 +303,14 @@ def _scheduler(
 
 
 def _tokenizers(
-    file: paths.Path, found: Found, networks: Mapping[str, Any], hints: Hints
-) -> dict[str, Tokenizer]:
+    file: paths.Path,
+    found: Found,
+    networks: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    hints: Hints,
+) -> dict[str, TextTokenizer]:
     """{field: tokenizer} of the text encoders, from where the user says."""
-    tokenizers: dict[str, Tokenizer] = {}
+    tokenizers: dict[str, TextTokenizer] = {}
     for encoder, part in found.family.encoders.items():
         if encoder not in networks:
             continue
@@ -318,12 +324,11 @@ def _tokenizers(
                 "whole pipeline"
             )
         if own is None:
-            folder = paths.to_path(hints.tokenizer)
-            inner = folder / part.tokenizer  # of a whole pipeline
-            own = Tokenizer.load(
-                inner if inner.is_dir() else folder,
-                context_length=config.max_position_embeddings,
-                pad_token=found.network(encoder).pad_token,
+            own = load_tokenizer(
+                part.tokenizer_kind,
+                inner_folder(hints.tokenizer, part.tokenizer),
+                found.family.text_length(encoder, config, settings),
+                found.network(encoder).pad_token,
             )
         own.check_vocabulary(config.vocab_size, f"{file}: {encoder}")
         tokenizers[part.tokens] = own

@@ -11,6 +11,7 @@ import numpy as np
 from sdjax.checkpoints.folders import ModelError, scheduler_file
 from sdjax.checkpoints.single_file import METADATA
 from sdjax.checkpoints.weight_files import cast
+from sdjax.data.tokenizers import KINDS
 from sdjax.families.family import Model
 from sdjax.families.single_file import Shapes, SingleFile, to_file
 from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name
@@ -116,10 +117,11 @@ def _warnings(model: Model, layout: SingleFile, shapes: Shapes) -> list[str]:
     lines = []
     for name, config in model.text_encoders.items():
         expected = layout.networks[name].vocabulary
+        kind = KINDS[model.family.parts[name].tokenizer_kind].title
         if expected and config.vocab_size != expected:
             lines.append(
-                f"{name} has {config.vocab_size:,} tokens: A1111 and ComfyUI tokenise with CLIP's "
-                f"{expected:,} and cannot draw with it; sdjax can"
+                f"{name} has {config.vocab_size:,} tokens: A1111 and ComfyUI tokenise with "
+                f"{kind}'s {expected:,} and cannot draw with it; sdjax can"
             )
     if model.schedule is not None:
         schedule, prediction = layout.objective(shapes)

@@ -1,7 +1,7 @@
 """The workdir of a training run, or of a conversion: what is in it besides checkpoints.
 
 config.json          the resolved configuration
-tokenizer/           in CLIP's layout; of SDXL's second encoder, tokenizer_2/
+tokenizer/           in the layout of transformers; of further encoders, tokenizer_2/ and so on
 scheduler/           the scheduler_config.json of the diffusers folder that it came from, if it did
 frozen.safetensors   {path: array} of what is not trained, under sdjax's own names
 checkpoints/STEP/    see `sdjax.checkpoints.checkpoint`
@@ -25,7 +25,9 @@ from sdjax.checkpoints.folders import (
     write_json,
 )
 from sdjax.config import Config, resolve, to_dict
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.tokenizer_files import TokenizerError
+from sdjax.data.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
@@ -100,17 +102,17 @@ def _read(
     return dataclasses.replace(model, **fields)
 
 
-def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, Tokenizer]:
+def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer]:
     """Return {field: tokenizer} of the text encoders that a model has.
 
     Raises:
         TokenizerError: a tokenizer cannot be read, or has more tokens than its encoder.
     """
-    found: dict[str, Tokenizer] = {}
+    found: dict[str, TextTokenizer] = {}
     for name, config in model.text_encoders.items():
         part = model.family.parts[name]
         own = folder / part.tokenizer
-        tokenizer = Tokenizer.load(own, context_length=config.max_position_embeddings)
+        tokenizer = load_tokenizer(part.tokenizer_kind, own, model.text_length(name))
         tokenizer.check_vocabulary(config.vocab_size, own)
         found[part.tokens] = tokenizer
     return found

@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
+from sdjax.data.text_tokenizer import TextTokenizer, valid_text
 from sdjax.data.tokenizer_files import (
     BOS,
     DEFAULT_CONTEXT_LENGTH,
@@ -31,17 +31,18 @@ from sdjax.data.tokenizer_files import (
 from sdjax.system import paths
 from sdjax.system.untrusted import brief, explained
 
-KEPT = 16_384  # captions whose tokens are kept, some 10 MB: they come again every epoch
 # OpenAI CLIP, clip/simple_tokenizer.py
 SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 
 
-class Tokenizer:
+class Tokenizer(TextTokenizer):
     """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
 
-    transformers_class = "CLIPTokenizer"  # that reads what `save` writes
+    title = "CLIP"
+    transformers_class = "CLIPTokenizer"
+    marks_before, marks_after = 1, 1  # BOS, EOS
 
     def __init__(
         self,
@@ -61,13 +62,7 @@ class Tokenizer:
         Raises:
             ValueError: the context length is below 3, or the arguments do not fit together.
         """
-        if context_length < 3:
-            raise ValueError(
-                f"context_length = {context_length}: it must hold BOS, EOS and a token"
-            )
-        self.context_length = int(context_length)
-        self.truncated = 0  # captions cut so far, counted in this process
-        self._kept: dict[str, tuple[np.ndarray, int]] = {}
+        super().__init__(context_length)
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         self._special = {**DEFAULT_SPECIAL, **(special or {})}
         self._added = dict(added or {})
@@ -82,22 +77,15 @@ class Tokenizer:
         )
 
     @property
-    def vocab_size(self) -> int:
-        """The number of tokens, special and added ones included."""
-        return self._backend.get_vocab_size()
+    def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens, special and added ones included."""
+        return self._backend.get_vocab()
 
     @property
-    def largest_id(self) -> int:
-        """The largest token id; larger than `vocab_size` - 1 where ids are left out."""
-        return max(self._backend.get_vocab().values())
-
-    def check_vocabulary(self, vocab_size: int, where: object) -> None:
-        """Raise TokenizerError, naming `where`, if a token has an id from `vocab_size` on."""
-        if self.largest_id >= vocab_size:
-            raise TokenizerError(
-                f"{where}: the tokenizer's ids go up to {self.largest_id:,}, and the text encoder "
-                f"has {vocab_size:,} tokens: they do not belong together"
-            )
+    def special_ids(self) -> dict[str, int]:
+        """The ids of special tokens, by the names of fields of a text encoder's config."""
+        ids = (self.bos_id, self.eos_id, self.pad_id)
+        return dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))
 
     @property
     def identity(self) -> str:
@@ -106,63 +94,11 @@ class Tokenizer:
         content = [sorted(self._backend.get_vocab().items()), self._merges, ids]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-    @property
-    def null_tokens(self) -> np.ndarray:
-        """The tokens of the empty caption, int32 [context_length]: guidance's "no caption"."""
-        return self.encode([""])[0]
-
-    def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """The tokens of captions, int32 [n, context_length].
-
-        A caption that is too long keeps its EOS, and is counted in `truncated`.
-        """
-        return self.encode_with_lengths(captions)[0]
-
-    def encode_with_lengths(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of captions, int32 [n, context_length], and their uncut lengths, int32 [n].
-
-        The lengths include BOS and EOS. A caption is cut if its length is above the context length.
-        """
-        if isinstance(captions, str):
-            raise TypeError(
-                "captions: expected a list of strings, got one string; wrap it in a list"
-            )
-        if len(captions) == 1:
-            row, length = self._cached(captions[0])
-            tokens, lengths = row[None].copy(), np.array([length], np.int32)
-        else:
-            tokens, lengths = self._encode(captions)
-        self.truncated += int((lengths > self.context_length).sum())
-        return tokens, lengths
-
-    def _cached(self, caption: str) -> tuple[np.ndarray, int]:
-        """The tokens [context_length] of one caption and their number, kept from earlier calls."""
-        found = self._kept.get(caption)
-        if found is None:
-            tokens, lengths = self._encode([caption])
-            found = tokens[0], int(lengths[0])
-            if len(self._kept) >= KEPT:  # with so many captions, few come again soon
-                self._kept.clear()
-            self._kept[caption] = found
-        return found
-
-    def _encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The result of `encode_with_lengths`, computed."""
-        texts = [_valid_text(text) for text in captions]
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # encode_batch starts threads, which takes longer than one caption.
-        single = len(texts) == 1
-        encodings = (
-            [self._backend.encode(texts[0])] if single else self._backend.encode_batch(texts)
-        )
-        tokens = np.full((len(encodings), self.context_length), self.pad_id, np.int32)
-        lengths = np.zeros(len(encodings), np.int32)
-        for row, encoding in enumerate(encodings):
-            ids = encoding.ids
-            lengths[row] = len(ids)
-            if len(ids) > self.context_length:
-                ids = [*ids[: self.context_length - 1], self.eos_id]
-            tokens[row, : len(ids)] = ids
-        return tokens, lengths
+        if len(texts) == 1:
+            return [self._backend.encode(texts[0]).ids]
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
 
     @classmethod
     def load(
@@ -208,7 +144,7 @@ class Tokenizer:
             end_of_word_suffix=END_OF_WORD,
             show_progress=False,
         )
-        backend.train_from_iterator((_valid_text(text) for text in captions), trainer)
+        backend.train_from_iterator((valid_text(text) for text in captions), trainer)
         model = json.loads(backend.to_str())["model"]
         vocab = dict(model["vocab"])
         vocab.update({BOS: len(vocab), EOS: len(vocab) + 1})
@@ -300,17 +236,6 @@ def _byte_alphabet() -> list[str]:
     """The printable stand-ins of the 256 bytes in CLIP's order (GPT-2, `bytes_to_unicode`)."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
     return [chr(byte) for byte in own] + [chr(256 + n) for n in range(256 - len(own))]
-
-
-def _valid_text(text: str) -> str:
-    """The text with pairs of surrogates joined and single ones replaced: they have no bytes."""
-    if not isinstance(text, str):
-        raise TypeError(f"caption {text!r}: expected a string, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _as_special_map(special: Mapping[str, str | dict[str, Any]]) -> dict[str, Any]:

@@ -27,16 +27,16 @@ def read_folder(
 ) -> dict[str, Any]:
     """The arguments of `Tokenizer` in a folder. Raises TokenizerError."""
     file = folder / "tokenizer_config.json"
-    config = _read_json(file, default={})
+    config = read_json(file, default={})
     special = {key: config[key] for key in DEFAULT_SPECIAL if config.get(key) is not None}
     vocab, merges, tokens = _read_vocabulary(folder)
     if "added_tokens_decoder" in config:  # then transformers reads no other list of tokens
         tokens = _of(dict, config["added_tokens_decoder"], file, "added_tokens_decoder")
     else:
-        overrides = _read_json(folder / "special_tokens_map.json", default={})
+        overrides = read_json(folder / "special_tokens_map.json", default={})
         special.update({key: overrides[key] for key in DEFAULT_SPECIAL if key in overrides})
         names = {token_text(token) for token in special.values()}
-        for text, index in _read_json(folder / "added_tokens.json", default={}).items():
+        for text, index in read_json(folder / "added_tokens.json", default={}).items():
             is_special = text in names
             flags = {"normalized": not is_special, "special": is_special}
             tokens.setdefault(index, {"content": text, **flags})
@@ -45,15 +45,26 @@ def read_folder(
         raise TokenizerError(f"{folder}: {len(added):,} added tokens; expected up to {MOST_ADDED}")
     if pad_token is not None:
         special["pad_token"] = pad_token
-    length = context_length or config.get("model_max_length", DEFAULT_CONTEXT_LENGTH)
-    if not isinstance(length, int | float) or isinstance(length, bool) or not length >= 1:
-        raise TokenizerError(f"{file}: model_max_length is {brief(length)}; expected a number")
-    if length > 1e6:  # transformers writes 1e30 for an unknown length
-        length = DEFAULT_CONTEXT_LENGTH
+    length = own_length(config, file, context_length, DEFAULT_CONTEXT_LENGTH)
     return {
-        "vocab": vocab, "merges": merges, "context_length": int(length), "special": special,
+        "vocab": vocab, "merges": merges, "context_length": length, "special": special,
         "added": added,
     }  # fmt: skip
+
+
+def own_length(
+    config: dict[str, Any], file: paths.Path, context_length: int | None, default: int
+) -> int:
+    """Return the length of rows: the given one, or that of a tokenizer_config.json.
+
+    Raises:
+        TokenizerError: the file's is no length.
+    """
+    length = context_length or config.get("model_max_length", default)
+    if not isinstance(length, int | float) or isinstance(length, bool) or not length >= 1:
+        raise TokenizerError(f"{file}: model_max_length is {brief(length)}; expected a number")
+    # transformers writes 1e30 for an unknown length
+    return default if length > 1e6 else int(length)
 
 
 def _of(kind: type, value: Any, file: paths.Path, field: str) -> Any:
@@ -85,7 +96,7 @@ def _read_vocabulary(
     """
     single = folder / "tokenizer.json"
     if single.is_file():
-        content = _read_json(single)
+        content = read_json(single)
         model = _of(dict, content.get("model", {}), single, "model")
         kind, suffix = model.get("type"), model.get("end_of_word_suffix")
         if kind not in ("BPE", None) or suffix != END_OF_WORD or "vocab" not in model:
@@ -112,7 +123,7 @@ def _read_vocabulary(
         raise TokenizerError(f"{error}; copy the file again") from error
     merges = [line for line in lines if line and not line.startswith("#version")]
     file = folder / "vocab.json"
-    return _checked_vocabulary(_read_json(file), file), merge_pairs(merges), {}
+    return _checked_vocabulary(read_json(file), file), merge_pairs(merges), {}
 
 
 def merge_pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
@@ -140,7 +151,7 @@ def token_arguments(token: str | dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in token.items() if key not in ("__type", "id")}
 
 
-def _read_json(path: paths.Path, default: Any = None) -> Any:
+def read_json(path: paths.Path, default: Any = None) -> Any:
     """The JSON object in a file, or `default` if the file is missing."""
     if default is not None and not path.is_file():
         return default

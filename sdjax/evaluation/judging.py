@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sdjax.config import Config
 from sdjax.config_model import model_of_run
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.request import Request
@@ -27,7 +27,7 @@ class PictureJudge:
         ConfigError: a metric is none, or cannot be computed with what the configuration gives.
     """
 
-    def __init__(self, config: Config, tokenizers: Mapping[str, Tokenizer], folder: paths.Path):
+    def __init__(self, config: Config, tokenizers: Mapping[str, TextTokenizer], folder: paths.Path):
         validation = config.validation
         self._folder = folder / "evaluations"
         self._weights = evaluated_set(config.ema.profiles)

@@ -45,8 +45,8 @@ class BlankTokenizer:
 def blank_tokenizers(model: Model) -> dict[str, Tokenize]:
     """Return {field: tokenizer} for shapes alone."""
     return {
-        model.family.parts[name].tokens: BlankTokenizer(config.max_position_embeddings)
-        for name, config in model.text_encoders.items()
+        model.family.parts[name].tokens: BlankTokenizer(model.text_length(name))
+        for name in model.text_encoders
     }
 
 

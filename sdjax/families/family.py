@@ -23,7 +23,7 @@ from sdjax.models import weights
 from sdjax.models.params import Params, component, prefixed
 
 if TYPE_CHECKING:  # a step needs no tokenizer
-    from sdjax.data.tokenizer import Tokenizer
+    from sdjax.data.text_tokenizer import TextTokenizer
 
 Context = jax.Array | dict[str, jax.Array]
 Features = dict[str, jax.Array]
@@ -38,11 +38,14 @@ class Part:
 
     network: the nnx module.
     config: the dataclass of its config, with `from_json` and `to_json`; of a text encoder with
-        `architecture`, `vocab_size`, `max_position_embeddings` and the ids of special tokens.
+        `architecture`, `vocab_size`, `max_position_embeddings` (but see `length_setting`) and the
+        ids of special tokens that its kind has.
     kind: the `_class_name` or `model_type` in its config.json.
     owns: whether a config.json of this kind is this part's, and not another family's.
     tokens, tokenizer: of a text encoder, the field of a batch that it reads and the folder of its
         tokenizer; "" for other networks.
+    tokenizer_kind: of `sdjax.data.tokenizers`.
+    length_setting: the family's setting that says how many tokens it reads; "" if its config does.
     prefix: of its weights in a file of transformers.
     surplus: (config, name of a weight in its file) -> a label for the log if the network does not
         read it, else "".
@@ -54,6 +57,8 @@ class Part:
     owns: Callable[[Mapping[str, Any]], bool] = lambda data: True
     tokens: str = ""
     tokenizer: str = ""
+    tokenizer_kind: str = "clip"
+    length_setting: str = ""
     prefix: str = ""
     surplus: Callable[[Any, str], str] = lambda config, key: ""
 
@@ -154,6 +159,12 @@ class Family:
     skips_layers: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def text_length(self, name: str, config: Any, settings: Mapping[str, Any]) -> int:
+        """Return how many tokens a text encoder reads."""
+        if setting := self.parts[name].length_setting:
+            return settings.get(setting, self.presets["base"].settings[setting])
+        return config.max_position_embeddings
+
     @property
     def encoders(self) -> dict[str, Part]:
         """The text encoders among the parts."""
@@ -184,7 +195,7 @@ class Model:
     sampler: SamplerConfig | None = None
     unsupported_sampler: str = ""
     scheduler: Mapping[str, Any] | None = None
-    tokenizers: Mapping[str, Tokenizer] = dataclasses.field(default_factory=dict)
+    tokenizers: Mapping[str, TextTokenizer] = dataclasses.field(default_factory=dict)
     params: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
@@ -219,6 +230,10 @@ class Model:
     def component(self, name: str) -> dict[str, np.ndarray]:
         """The parameters of one network, without its prefix."""
         return component(self.params, name)
+
+    def text_length(self, name: str) -> int:
+        """Return how many tokens a text encoder reads."""
+        return self.family.text_length(name, self.networks[name], self.settings)
 
     def missing(self) -> list[str]:
         """The parts of a pipeline that are not there: each encoder comes with its tokenizer."""

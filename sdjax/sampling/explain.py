@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
 from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
 from sdjax.sampling.grids import grid, save_png
@@ -137,7 +137,7 @@ class Word:
     last: int
 
 
-def words_of(prompt: str, tokenizer: Tokenizer) -> list[Word]:
+def words_of(prompt: str, tokenizer: TextTokenizer) -> list[Word]:
     """The words of a prompt that is cut to the context length, without punctuation around them.
 
     BPE never crosses a space, so each word has the tokens that it has alone.
@@ -150,9 +150,10 @@ def words_of(prompt: str, tokenizer: Tokenizer) -> list[Word]:
     ]
     texts = [*chunks, *(part for piece in pieces for part in piece)]
     cut = tokenizer.truncated
-    lengths = tokenizer.encode_with_lengths(texts)[1] - 2  # without BOS and EOS
+    marks = tokenizer.marks_before + tokenizer.marks_after
+    lengths = tokenizer.encode_with_lengths(texts)[1] - marks
     tokenizer.truncated = cut  # counts captions
-    words, position = [], 1
+    words, position = [], tokenizer.marks_before
     for i, (chunk, core) in enumerate(zip(chunks, cores, strict=True)):
         whole = int(lengths[i])
         before, inner, after = (int(n) for n in lengths[len(chunks) + 3 * i :][:3])
@@ -163,13 +164,13 @@ def words_of(prompt: str, tokenizer: Tokenizer) -> list[Word]:
             else (chunk, position, whole)
         )
         position += whole
-        last = min(first + count, tokenizer.context_length - 1)  # EOS is the last
+        last = min(first + count, tokenizer.context_length - tokenizer.marks_after)
         if core and first < last:
             words.append(Word(text, first, last))
     return words
 
 
-def check_words(prompts: Sequence[str], tokenizers: Sequence[Tokenizer]) -> list[list[Word]]:
+def check_words(prompts: Sequence[str], tokenizers: Sequence[TextTokenizer]) -> list[list[Word]]:
     """The words of each prompt.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdjax.config import Config
 from sdjax.data import pipeline, transforms
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.families.conditioning import encode_text
 from sdjax.methods.method import Examples, Method
 from sdjax.models.params import Params
@@ -22,7 +22,7 @@ from sdjax.train.state import State
 from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
 
 
-def read_examples(config: Config, tokenizers: Mapping[str, Tokenizer], count: int) -> Examples:
+def read_examples(config: Config, tokenizers: Mapping[str, TextTokenizer], count: int) -> Examples:
     """The first `count` examples of the evaluation split; of a mixture, its parts' in turn."""
     sources = pipeline.open_parts(config.data, config.data.eval_split)
     turns = itertools.zip_longest(*(((s, i) for i in range(min(count, len(s)))) for s in sources))
@@ -54,7 +54,7 @@ class Gallery:
         self,
         config: Config,
         method: Method,
-        tokenizers: Mapping[str, Tokenizer],
+        tokenizers: Mapping[str, TextTokenizer],
         folder: paths.Path,
     ):
         self._config, self._method, self._tokenizers = config, method, tokenizers

@@ -11,7 +11,7 @@ from sdjax.system import paths
 
 if TYPE_CHECKING:  # sdjax.report, which starts at once, needs the file's name alone
     from sdjax.config import Config
-    from sdjax.data.tokenizer import Tokenizer
+    from sdjax.data.text_tokenizer import TextTokenizer
     from sdjax.models.params import Params
 
 REPORT_FILE = "report.html"
@@ -34,7 +34,7 @@ class MakeJudge(Protocol):
     """Opens what a judge needs, before the first step."""
 
     def __call__(
-        self, config: Config, tokenizers: Mapping[str, Tokenizer], folder: paths.Path
+        self, config: Config, tokenizers: Mapping[str, TextTokenizer], folder: paths.Path
     ) -> Judge: ...
 
 
@@ -44,7 +44,7 @@ class WriteReport(Protocol):
     def __call__(self, folder: paths.Path, /) -> object: ...
 
 
-def no_judge(config: Config, tokenizers: Mapping[str, Tokenizer], folder: paths.Path) -> Judge:
+def no_judge(config: Config, tokenizers: Mapping[str, TextTokenizer], folder: paths.Path) -> Judge:
     """Refuse `config.validation.metrics`: the caller of the loop has brought no judge.
 
     Raises:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sdjax.config import Config
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.methods.method import Method
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
@@ -36,7 +36,7 @@ class Observers:
         self,
         config: Config,
         method: Method,
-        tokenizers: Mapping[str, Tokenizer],
+        tokenizers: Mapping[str, TextTokenizer],
         mesh: Mesh,
         folder: paths.Path,
         hooks: Hooks,

@@ -26,7 +26,8 @@ from sdjax.checkpoints.workdir import (
 from sdjax.config import Config, resolve, to_dict
 from sdjax.config_changes import compare_configs
 from sdjax.config_model import model_of_run
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.tokenizer_files import TokenizerError
 from sdjax.errors import UserError
 from sdjax.families.registry import TOKENIZERS, adopted, model_of
 from sdjax.methods.method import Method
@@ -152,6 +153,7 @@ def _decided_then(config: Config, saved: Config) -> Config:
         vocabulary = {
             field: getattr(encoder, field)
             for field in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+            if hasattr(encoder, field)
         }
         model = replace(model, **{name: replace(given, **vocabulary)})
     return replace(config, model=model)
@@ -160,7 +162,7 @@ def _decided_then(config: Config, saved: Config) -> Config:
 def write_workdir(
     folder: paths.Path,
     config: Config,
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, TextTokenizer],
     frozen: Mapping[str, np.ndarray],
     scheduler: Mapping[str, Any] | None = None,
 ) -> None:

@@ -32,7 +32,8 @@ def test_a_family_made_here_trains_resumes_draws_and_converts(tiny_vae, tmp_path
     }
     assert found == {
         "networks": ["dots", "words", "moods", "vae"],
-        "settings": {"light": 0.5},
+        "settings": {"light": 0.5, "mood_length": 7},
+        "moods": ["T5", 1, 7],
         "resumed to the bit": True,
         "converted to the bit": True,
         "same picture": True,

@@ -82,6 +82,19 @@ class WordsConfig(Config):
     pad_token_id: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class MoodsConfig(Config):
+    """As of T5: no BOS, and no length of its own."""
+
+    kind = "moods"
+    architecture = "Moods"
+
+    vocab_size: int = 600
+    hidden_size: int = 6
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+
+
 class Words(nnx.Module):
     """A table of words."""
 
@@ -98,7 +111,15 @@ class Words(nnx.Module):
 PARTS = {
     "dots": Part(Dots, DotsConfig, "Dots"),
     "words": Part(Words, WordsConfig, "words", tokens="word_tokens", tokenizer="word_tokenizer"),
-    "moods": Part(Words, WordsConfig, "words", tokens="mood_tokens", tokenizer="mood_tokenizer"),
+    "moods": Part(
+        Words,
+        MoodsConfig,
+        "moods",
+        tokens="mood_tokens",
+        tokenizer="mood_tokenizer",
+        tokenizer_kind="t5",
+        length_setting="mood_length",
+    ),
     "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
 }
 
@@ -110,13 +131,15 @@ class ToyConfig(ModelConfig):
     family: str = "toy"
     dots: DotsConfig = DotsConfig()
     words: WordsConfig = WordsConfig()
-    moods: WordsConfig | None = WordsConfig()
+    moods: MoodsConfig | None = MoodsConfig()
     light: float = 0.5
+    mood_length: int = 7
 
 
 def embed(networks, params, tokens, *, empty, key):
     encoders = {name: networks.module(name, params) for name in networks.configs}
-    return {"context": sum(encode(tokens[PARTS[n].tokens]) for n, encode in encoders.items())}
+    states = [encode(tokens[PARTS[name].tokens]) for name, encode in encoders.items()]
+    return {"context": jnp.concatenate(states, axis=1)}
 
 
 def context(networks, features, batch, *, target, negative):
@@ -139,10 +162,10 @@ def dots_places(config):
     return place
 
 
-def words_of(prefix):
+def words_of(prefix, config):
     def configure(shapes, prediction):
         vocab, width = shapes["words.weight"]
-        return WordsConfig(vocab_size=vocab, hidden_size=width)
+        return config(vocab_size=vocab, hidden_size=width)
 
     return FileNetwork((prefix,), configure)
 
@@ -158,8 +181,8 @@ TOY_FILE = SingleFile(
         "dots": FileNetwork(
             ("",), dots_config, dots_places, bare=("first.", "conditions.", "last.")
         ),
-        "words": words_of("words."),
-        "moods": words_of("moods."),
+        "words": words_of("words.", WordsConfig),
+        "moods": words_of("moods.", MoodsConfig),
         "vae": FileNetwork(("ae.",), lambda shapes, _: VAEConfig()),
     },
     tells=lambda shapes: "conditions.weight" in shapes,
@@ -174,7 +197,7 @@ TOY = Family(
     config=ToyConfig,
     parts=PARTS,
     denoiser="dots",
-    fixed=("light",),
+    fixed=("light", "mood_length"),
     halvings=lambda networks: 0,
     check=lambda model: None,
     embed=embed,
@@ -183,8 +206,8 @@ TOY = Family(
     numbers={},
     pipelines=("ToyPipeline",),
     pipeline_class=lambda model: "ToyPipeline",
-    index=lambda model: {"light": model.settings["light"]},
-    settings_of_index=lambda index: {"light": index["light"]},
+    index=lambda model: dict(model.settings),
+    settings_of_index=lambda index: {name: index[name] for name in ("light", "mood_length")},
     scheduler_changes=lambda pipeline: {},
     single_files=(TOY_FILE,),
     single_file=lambda model: "toy",

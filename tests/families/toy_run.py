@@ -120,7 +120,9 @@ def main(folder: Path, vae: str) -> None:
     from PIL import Image
 
     pictures = [np.asarray(Image.open(folder / name / "00000.png")) for name in "ab"]
+    moods = back.tokenizers["mood_tokens"]
     print(json.dumps({
+        "moods": [moods.title, *moods.encode(["a red circle"]).shape],
         "networks": list(whole.networks),
         "settings": dict(back.settings),
         "resumed to the bit": same(whole, parts),

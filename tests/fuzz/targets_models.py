@@ -21,6 +21,7 @@ from sdjax.checkpoints.single_file import Hints
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import Config
+from sdjax.data.t5_tokenizer import T5Tokenizer
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.errors import UserError
@@ -43,6 +44,7 @@ from sdjax.system.text_files import read_json
 from sdjax.train.frozen import read_frozen
 from tests.fuzz import mutation
 
+_SPIECE = Path(__file__).parents[1] / "data" / "tiny_spiece.model"
 _LONGEST = 20_000  # letters of a message, which may list a hundred weights
 _WORDS = ["a small red circle", "a large blue square"]
 
@@ -204,6 +206,23 @@ def tokenizer(rng: np.random.Generator, folder: Path) -> str:
     return _judged(read)
 
 
+def t5_tokenizer(rng: np.random.Generator, folder: Path) -> str:
+    """T5's tokenizer with other files, in either layout, which encodes if it is read."""
+    spiece = folder / "spiece.model"
+    spiece.write_bytes(_SPIECE.read_bytes())
+    if rng.random() < 0.6:
+        T5Tokenizer.load(folder, context_length=8).save(folder)
+        spiece.unlink()
+    _hurt(rng, _chosen(rng, _files(folder)))
+
+    def read() -> None:
+        found = T5Tokenizer.load(folder)
+        found.check_vocabulary(found.largest_id + 1, folder)
+        assert found.encode([*_WORDS, "\ud800 é… " * 20]).max() <= found.largest_id
+
+    return _judged(read)
+
+
 def torch_file(rng: np.random.Generator, folder: Path) -> str:
     """A PyTorch file of either format whose pickle is damaged, or made of random opcodes."""
     good = b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00"
@@ -351,7 +370,7 @@ def yaml(rng: np.random.Generator, folder: Path) -> str:
 TARGETS = [
     (function.__name__, function)
     for function in (
-        diffusers_settings, diffusers_weights, single_file, workdir, tokenizer, torch_file,
-        safetensors, clip_settings, arrays, yaml,
+        diffusers_settings, diffusers_weights, single_file, workdir, tokenizer, t5_tokenizer,
+        torch_file, safetensors, clip_settings, arrays, yaml,
     )
 ]  # fmt: skip
