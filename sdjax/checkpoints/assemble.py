@@ -18,12 +18,13 @@ from sdjax.checkpoints.reading import read_any
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.tokenizer import Tokenizer
-from sdjax.families.family import Model
+from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
+_PARTIAL = ("vae_from", "text_encoder_from")  # folders that bring a part of the networks
 _SHOWN = 5  # fields of a network that a line names
 
 
@@ -61,8 +62,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     draws = config.draws
     kind = METHODS[config.method.name]
     for field, folder in _sources(config):
-        every = {"vae_from": ("vae",), "text_encoder_from": tuple(config.model.text_encoders)}
-        wanted = kind.networks(dict.fromkeys(every.get(field, NETWORKS)))
+        wanted = kind.networks(dict.fromkeys(_brought_by(field, config)))
         path = TINY_VAE if field == "vae_from" and folder == "tiny" else folder
         loaded = read_any(path, components=wanted)
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
@@ -91,12 +91,19 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
     """(field, folder) of each folder that brings networks, in the order in which they decide."""
-    for field in ("init_from", "vae_from", "text_encoder_from"):
+    for field in ("init_from", *_PARTIAL):
         if folder := getattr(config, field):
             yield field, folder
 
 
-def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
+def _brought_by(field: str, config: Config) -> tuple[str, ...]:
+    """Names of the networks that a folder in a field can bring."""
+    if field == "vae_from":
+        return (AUTOENCODER,)
+    return tuple(config.model.text_encoders) if field == "text_encoder_from" else NETWORKS
+
+
+def check_complete(config: Config, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
     """Check that every network that is not trained has loaded weights.
 
     Raises:
@@ -107,7 +114,7 @@ def check_complete(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None
             raise ConfigError(
                 f"the {name} has no weights and (in part) is not trained: set config.init_from (a "
                 f"whole diffusers folder or sdjax workdir)"
-                + (f" or config.{name.removesuffix('_2')}_from" if name != "unet" else "")
+                + "".join(f" or config.{f}" for f in _PARTIAL if name in _brought_by(f, config))
             )
 
 

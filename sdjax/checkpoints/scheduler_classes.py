@@ -165,35 +165,39 @@ CLASSES = {
 FLOW_CLASSES = {
     "FlowMatchEulerDiscreteScheduler": SchedulerClass(
         "flow_euler",
-        {"num_train_timesteps": 1000, "shift": 1.0},
-        trained={"use_dynamic_shifting": (False,), "shift_terminal": (None,)},
-        drawn={
-            **_NO_OTHER_SIGMAS,
-            "invert_sigmas": (False,),
-            "use_karras_sigmas": (False, None),
-            "stochastic_sampling": (False,),
+        {
+            "num_train_timesteps": 1000,
+            "shift": 1.0,
+            "use_dynamic_shifting": False,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+            "shift_terminal": None,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "time_shift_type": "exponential",
+            "stochastic_sampling": False,
         },
+        # The network takes 1 - sigma, as Mochi's.
+        trained={"invert_sigmas": (False,)},
     ),
 }
 
 # Fields that change nothing with the values accepted above, or in a class that is not `same`.
 _OTHERS = {
     "algorithm_type",
-    "base_image_seq_len",
-    "base_shift",
     "corrector_order",
     "dynamic_thresholding_ratio",
     "euler_at_final",
     "flow_shift",
     "lower_order_final",
-    "max_image_seq_len",
-    "max_shift",
     "noise_sampler_seed",
     "original_inference_steps",
     "predictor_order",
     "sample_max_value",
     "tau_func",
-    "time_shift_type",
     "timestep_scaling",
 }
 KNOWN_FIELDS = _OTHERS.union(

@@ -14,11 +14,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.checkpoints.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS, SchedulerClass
+from sdjax.diffusion.flow_levels import SPREADS, FlowConfig
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.prediction import PREDICTIONS
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.system.untrusted import brief, plain
 
+# Fields of `FlowConfig` and of the file that say the same.
+_FLOW_FIELDS = {
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+    "base_tokens": "base_image_seq_len",
+    "max_tokens": "max_image_seq_len",
+    "stochastic": "stochastic_sampling",
+}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -58,18 +67,16 @@ def scheduler_from_diffusers(
             + ", ".join(CLASSES | FLOW_CLASSES)
         )
     config = {**config, **(changes or {})}
+    if name in FLOW_CLASSES:  # of which files have nulls for defaults
+        config = {field: value for field, value in config.items() if value is not None}
     _check_fields(name, cls, config, where)
     own = {field: value for field, value in config.items() if field in cls.defaults}
     fields = {**cls.defaults, **own}
     try:
         unsupported = _unsupported(name, cls, {**config, **fields})
         if name in FLOW_CLASSES:
-            schedule = ScheduleConfig(
-                kind="flow",
-                num_train_timesteps=fields["num_train_timesteps"],
-                shift=fields["shift"],
-            )
-            return Scheduler(schedule, "flow", SamplerConfig(name=cls.sampler), unsupported)
+            schedule, sampler = _flow(cls, fields, changes or {})
+            return Scheduler(schedule, "flow", sampler, unsupported)
         schedule = ScheduleConfig(
             kind=fields["beta_schedule"],
             beta_start=fields["beta_start"],
@@ -97,6 +104,35 @@ def _sampler(cls: SchedulerClass, fields: Mapping[str, Any]) -> SamplerConfig:
         limit = fields["clip_sample_range"]
         sampler = dataclasses.replace(sampler, clip_sample=True, clip_sample_range=limit)
     return sampler
+
+
+def _flow(
+    cls: SchedulerClass, fields: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[ScheduleConfig, SamplerConfig]:
+    """The schedule and the sampler of a flow. Dynamic shifting leaves the training table as it is.
+
+    Whether levels are "trailing" is the pipeline's affair, of which the file has no field.
+    """
+    dynamic = fields["use_dynamic_shifting"]
+    schedule = ScheduleConfig(
+        kind="flow",
+        num_train_timesteps=fields["num_train_timesteps"],
+        shift=1.0 if dynamic else fields["shift"],
+    )
+    terminal = fields["shift_terminal"] or 0.0
+    if not _is_like(terminal, 0.0):
+        raise ValueError(f"shift_terminal is {brief(terminal)}; expected a number or null")
+    spreads = [kind for kind in SPREADS if kind and fields[f"use_{kind}_sigmas"]]
+    if len(spreads) > 1:
+        raise ValueError(f"use_{spreads[0]}_sigmas and use_{spreads[1]}_sigmas: expected one")
+    flow = FlowConfig(
+        dynamic=fields["time_shift_type"] if dynamic else "",
+        **{ours: fields[theirs] for ours, theirs in _FLOW_FIELDS.items()},
+        terminal=terminal,
+        spread=spreads[0] if spreads else "",
+    )
+    spacing = changes.get("timestep_spacing", SamplerConfig.spacing)
+    return schedule, SamplerConfig(name=cls.sampler, spacing=spacing, flow=flow)
 
 
 def _unsupported(name: str, cls: SchedulerClass, fields: Mapping[str, Any]) -> str:
@@ -171,11 +207,7 @@ def scheduler_to_diffusers(
             "with it"
         )
     if schedule.kind == "flow":
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "shift": schedule.shift,
-        }
+        return _flow_to_diffusers(schedule, sampler.flow if sampler else FlowConfig())
     if sampler is None:
         sampler = SamplerConfig(spacing="trailing" if schedule.zero_terminal_snr else "leading")
     config: dict[str, Any] = {
@@ -201,3 +233,18 @@ def scheduler_to_diffusers(
         config["trained_betas"] = [1.0 - alphas_cumprod[0], *(1.0 - kept)]
         config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
     return config
+
+
+def _flow_to_diffusers(schedule: ScheduleConfig, flow: FlowConfig) -> dict[str, Any]:
+    """The contents of a file of FlowMatchEulerDiscreteScheduler."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "shift": schedule.shift,
+        "use_dynamic_shifting": bool(flow.dynamic),
+        "time_shift_type": flow.dynamic or "exponential",
+        **{theirs: getattr(flow, ours) for ours, theirs in _FLOW_FIELDS.items()},
+        "shift_terminal": flow.terminal or None,
+        "invert_sigmas": False,
+        **{f"use_{kind}_sigmas": flow.spread == kind for kind in SPREADS if kind},
+    }

@@ -1,10 +1,10 @@
 """Single-file checkpoints: the `.safetensors` that AUTOMATIC1111 and ComfyUI read.
 
-All networks of a pipeline under the names of the original code (`sdjax.families.ldm_names`), each
-family with prefixes of its own; or an autoencoder alone, without a prefix. There is no tokenizer in
-them, no noise schedule, no config. What sdjax writes has configs and schedule in the file's
-header; of other files, shapes decide the architecture (`sdjax.families.ldm_configs`), the rest is
-that of the release the family is named after, and what even that leaves open is asked for.
+All networks of a pipeline under the names of the original code, or one of them alone: the layouts
+are the families' (`sdjax.families.single_file`). There is no tokenizer in such a file, no noise
+schedule, no config. What sdjax writes has configs and schedule in the file's header. Of other
+files, shapes decide the architecture, the rest is that of the release that the layout is named
+after, and what even that leaves open is asked for.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import numpy as np
 from sdjax.checkpoints.folders import ModelError, check_components
 from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
 from sdjax.checkpoints.single_file_layout import (
+    Found,
     counted,
-    is_open_clip,
-    layout,
+    find_layout,
     sort_out,
     whole_average,
-    within,
 )
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
-from sdjax.families import ldm_configs, ldm_names, sd
 from sdjax.families.bind import abstract_params
-from sdjax.families.family import Family, Model, Part, SingleFile
+from sdjax.families.family import AUTOENCODER, Family, Model
 from sdjax.families.registry import FAMILIES, NETWORKS
+from sdjax.families.single_file import Place, Shapes, from_file
 from sdjax.models.config import read_config
 from sdjax.models.weight_checks import quantised
 from sdjax.models.weights import (
@@ -41,7 +40,7 @@ from sdjax.models.weights import (
     from_diffusers,
     load_file,
     read_header,
-    weight_name,
+    tensor_shapes,
 )
 from sdjax.system import paths
 from sdjax.system.untrusted import brief, check_depth, damage, explained, plain, why
@@ -61,7 +60,8 @@ _SAID = {
 class Hints:
     """Answers to the questions that a single file may leave open.
 
-    tokenizer: folder of a CLIP tokenizer; "" where `like` or nothing has one.
+    tokenizer: folder of a tokenizer, or of a pipeline with several; "" where `like` or nothing has
+        one.
     prediction_type: "epsilon" or "v_prediction"; "" for what the file says, or its family.
     scaling_factor: of an autoencoder's latents.
     like: a pipeline (without weights) whose configs, schedule and tokenizers the file's are.
@@ -85,8 +85,8 @@ def read_single_file(
     Args:
         file: a `.safetensors`.
         components: which networks to read, if it has them.
-        weights: "ema" takes the average where the file has one beside the parameters of the UNet,
-            or of an autoencoder that is alone; "raw" never does.
+        weights: "ema" takes the average where the file has one beside the parameters; "raw" never
+            does.
         hints: what the file does not say.
 
     Raises:
@@ -104,52 +104,50 @@ def read_single_file(
 def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hints) -> Model:
     """See `read_single_file`."""
     shapes, metadata = read_header(file)
-    family, release, prefixes = layout(file, shapes)
-    _refuse_quantised(file, shapes, prefixes, components)
-    contents = sort_out(file, shapes, prefixes)
+    found = find_layout(file, shapes, hints.like.family if hints.like else None)
+    family, layout = found.family, found.layout
+    _refuse_quantised(file, shapes, found, components)
+    contents = sort_out(file, shapes, found)
     ignored, averages = list(contents.ignored), contents.averages
     said = _said(file, metadata)
-    schedule = _schedule(file, shapes, release, said, hints) if "unet" in prefixes else None
-    family = family or (hints.like.family if hints.like else sd.SD)
+    denoises = family.denoiser in found.prefixes
+    schedule = _schedule(file, shapes, found, said, hints) if denoises else None
     networks: dict[str, Any] = {}
     params: dict[str, np.ndarray] = {}
-    for name in [name for name in family.parts if name in prefixes and name in components]:
-        prefix = prefixes[name]
-        origin = _origin(file, name, prefix, contents.weights)
+    for name in [name for name in family.parts if name in found.prefixes and name in components]:
+        origin = contents.weights[name]
         own = {key: shapes[full] for key, full in origin.items()}
         prediction = schedule[1] if schedule else ""
-        config = _config(file, family.parts[name], name, own, release, prediction, said, hints)
-        if weights == "ema" and (name == "unet" or not prefix):
-            if taken := whole_average(file, name, origin, averages):
+        config = _config(file, found, name, own, prediction, said, hints)
+        start = found.network(name).averages.get(found.prefixes[name])
+        if weights == "ema" and start is not None:
+            if taken := whole_average(file, name, start, origin, averages):
                 origin, averages = taken, ()
-                who = "UNet" if name == "unet" else "VAE"
+                who = family.parts[name].network.__name__
                 what = f"the {who}'s parameters: the file has their average, which was taken"
                 ignored.append(what)
-        read, unused = _read_network(file, family.parts[name], name, prefix, config, origin)
+        read, unused = _read_network(file, found, name, config, origin)
         ignored += unused
         networks[name] = config
         params |= {f"{name}.{path}": value for path, value in read.items()}
-    fields: dict[str, Any] = {"tokenizers": _tokenizers(file, family, release, networks, hints)}
+    fields: dict[str, Any] = {"tokenizers": _tokenizers(file, found, networks, hints)}
     ignored += counted("model_ema.*" for _ in averages)
-    if "unet" in networks:
+    if family.denoiser in networks:
         assert schedule
         fields["schedule"], fields["prediction_type"] = schedule
         fields |= _scheduler(file, family, said, hints)
     if fields["tokenizers"]:
-        default = hints.like.settings if hints.like else release.settings if release else {}
+        default = hints.like.settings if hints.like else layout.settings
         fields["settings"] = {**default, **said.get("settings", {})}
     return Model(family, networks, params=params, ignored=tuple(ignored), **fields)
 
 
 def _refuse_quantised(
-    file: paths.Path,
-    names: Iterable[str],
-    prefixes: Mapping[str, str],
-    components: Sequence[str],
+    file: paths.Path, names: Iterable[str], found: Found, components: Sequence[str]
 ) -> None:
     """WeightsError if what is to be read is quantised; other networks of the file may be."""
-    others = [prefix for name, prefix in prefixes.items() if name not in components]
-    wanted = [name for name in names if not any(within(name, prefix) for prefix in others)]
+    others = [(found.network(n), p) for n, p in found.prefixes.items() if n not in components]
+    wanted = [name for name in names if not any(o.holds(name, prefix) for o, prefix in others)]
     if problem := quantised(wanted):
         raise WeightsError(f"{file}: {problem}")
 
@@ -185,10 +183,9 @@ def _check_settings(said: Mapping[str, Any]) -> None:
 
 def _config(
     file: paths.Path,
-    part: Part,
+    found: Found,
     name: str,
     shapes: Mapping[str, Sequence[int]],
-    release: SingleFile | None,
     prediction_type: str,
     said: Mapping[str, Any],
     hints: Hints,
@@ -197,84 +194,60 @@ def _config(
     if hints.like is not None and name in hints.like.networks:
         return hints.like.networks[name]
     if name in said:
+        part = found.family.parts[name]
         return part.config.from_json(said[name], where=f"{file}, header, {name}")[0]
-    if name != "vae":
-        configure = release.configure if release else sd.SD.single_files[-1].configure
-        return configure(name, shapes, prediction_type)
-    factor = hints.scaling_factor
-    if release is not None:
-        config = release.configure(name, shapes, prediction_type)
-        return config if factor is None else dataclasses.replace(config, scaling_factor=factor)
-    if factor is None:
+    if name != AUTOENCODER:
+        return found.network(name).configure(shapes, prediction_type)
+    factor, layout = hints.scaling_factor, found.layout
+    every = [release for family in FAMILIES.values() for release in family.single_files]
+    if not found.sure and factor is None:
         known = {f.title: r.scaling_factor for f in FAMILIES.values() for r in f.single_files}
         raise ModelError(
             f"{file}: an autoencoder alone does not say how its latents are scaled; give "
             f"--scaling_factor, {', '.join(f'{n} for {title}' for title, n in known.items())}"
         )
-    return ldm_configs.vae_config(shapes, scaling_factor=factor, sample_size=512)
+    if not found.sure and factor != layout.scaling_factor:
+        same = [r for r in every if r.scaling_factor == factor and name in r.networks]
+        layout = same[0] if same else layout
+    config = layout.networks[name].configure(shapes, prediction_type)
+    return config if factor is None else dataclasses.replace(config, scaling_factor=factor)
 
 
 def _read_network(
-    file: paths.Path, part: Part, name: str, prefix: str, config: Any, origin: dict[str, str]
+    file: paths.Path, found: Found, name: str, config: Any, origin: Mapping[str, str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """(float32 parameters of one network without its name; lines about what it does not use).
 
     Args:
         origin: {key without prefix: name in the file} of its weights, or of their averages.
     """
-    open_clip = is_open_clip(prefix)
-    dropped = _surplus(config, origin) if open_clip else {}
-    chosen = {key: full for key, full in origin.items() if key not in dropped}
-    found = load_file(file, wanted=set(chosen.values()).__contains__)
-    tensors = {key: found[full] for key, full in chosen.items()}
-    rename = ldm_names.renamer(config, open_clip=open_clip)
-    expected = abstract_params(part, config)
-    originals = {new: rename(new) for new in map(weight_name, expected)}
+    record, prefix = found.network(name), found.prefixes[name]
+    labels = {key: record.surplus(config, key) for key in origin}
+    chosen = {key: full for key, full in origin.items() if not labels[key]}
+    read = load_file(file, wanted=set(chosen.values()).__contains__)
+    tensors = {key: read[full] for key, full in chosen.items()}
+    expected = abstract_params(found.family.parts[name], config)
+    shapes, places = tensor_shapes(expected), record.places(config)
+
+    def in_file(name: str) -> Place:
+        place = places(name)
+        return dataclasses.replace(place, name=record.spelling(place.name))
 
     def spell(key: str) -> str:
-        key = originals.get(key, key)
+        key = in_file(key).name if key in shapes else key
         return origin.get(key, prefix + key)
 
-    weights = ldm_names.from_ldm(tensors, originals, rename)
     try:
-        params = from_diffusers(weights, expected, spell=spell)
+        params = from_diffusers(from_file(tensors, shapes, in_file), expected, spell=spell)
     except WeightsError as error:
         raise WeightsError(f"{file}: {name}: {error}") from error
-    return params, counted(prefix + label for label in dropped.values())
-
-
-def _surplus(config: Any, keys: Iterable[str]) -> dict[str, str]:
-    """{key: label} of what an encoder of OpenCLIP has in a file and diffusers drops.
-
-    SD2's files hold the layer after the one that is used, and the head.
-    """
-    last = f"transformer.resblocks.{config.num_hidden_layers}."
-    head = ("text_projection", "text_projection.weight") if config.projection_dim is None else ()
-    return {key: f"{last}*" for key in keys if key.startswith(last)} | {
-        key: key for key in keys if key in head
-    }
-
-
-def _origin(file: paths.Path, name: str, prefix: str, shapes: Iterable[str]) -> dict[str, str]:
-    """{key without prefix: name in the file} of a network's weights.
-
-    CLIP-L is stored under the names of transformers 4, in some files of 5.
-    """
-    origin: dict[str, str] = {}
-    for full in shapes:
-        if within(full, prefix):
-            key = full[len(prefix) :]
-            key = key if name in ("unet", "vae") else key.removeprefix("text_model.")
-            if key in origin:
-                raise WeightsError(f"{file}: {origin[key]} and {full} are the same weight")
-            origin[key] = full
-    return origin
+    return params, counted(prefix + label for label in labels.values() if label)
 
 
 def _schedule(
     file: paths.Path,
-    shapes: Mapping[str, Any],
-    release: SingleFile | None,
+    shapes: Shapes,
+    found: Found,
     said: Mapping[str, Any],
     hints: Hints,
 ) -> tuple[ScheduleConfig, str]:
@@ -284,16 +257,9 @@ def _schedule(
     elif "schedule" in said:
         schedule, prediction = said["schedule"], said["prediction_type"]
     else:
-        # A mark that ComfyUI and A1111 look for; the rest is every release's.
-        schedule = ScheduleConfig(zero_terminal_snr="ztsnr" in shapes)
-        prediction = "v_prediction" if "v_pred" in shapes else "epsilon"
-        asks = release is not None and not release.tells_prediction
-        if asks and "v_pred" not in shapes and not hints.prediction_type:
-            raise ModelError(
-                f"{file}: a Stable Diffusion 2 file does not say what its UNet predicts; give "
-                "--prediction_type, epsilon for the 512 px models (2-base, 2.1-base), v_prediction "
-                "for the 768 px ones"
-            )
+        schedule, prediction = found.layout.objective(shapes)
+        if not prediction and not hints.prediction_type:
+            raise ModelError(f"{file}: {found.layout.question}")
     prediction = hints.prediction_type or prediction
     if "alphas_cumprod" in shapes:
         table = load_file(file, wanted=lambda name: name == "alphas_cumprod")["alphas_cumprod"]
@@ -309,8 +275,8 @@ def _schedule(
                 return (candidate if zero else schedule), prediction
         raise ModelError(
             f"{file}: its alphas_cumprod (from {table.flat[0]:.4g} to {table.flat[-1]:.4g}) is not "
-            "the noise schedule of Stable Diffusion; point --config_from at a diffusers folder or "
-            "workdir that has the right one"
+            f"the noise schedule of {found.family.title}; point --config_from at a diffusers "
+            "folder or workdir that has the right one"
         )
     return schedule, prediction
 
@@ -335,15 +301,11 @@ def _scheduler(
 
 
 def _tokenizers(
-    file: paths.Path,
-    family: Family,
-    release: SingleFile | None,
-    networks: Mapping[str, Any],
-    hints: Hints,
+    file: paths.Path, found: Found, networks: Mapping[str, Any], hints: Hints
 ) -> dict[str, Tokenizer]:
     """{field: tokenizer} of the text encoders, from where the user says."""
-    found: dict[str, Tokenizer] = {}
-    for encoder, part in family.encoders.items():
+    tokenizers: dict[str, Tokenizer] = {}
+    for encoder, part in found.family.encoders.items():
         if encoder not in networks:
             continue
         config = networks[encoder]
@@ -352,16 +314,17 @@ def _tokenizers(
             raise ModelError(
                 f"{file}: single files have no tokenizer. Convert it with python -m sdjax.convert, "
                 "giving --tokenizer, a folder with CLIP's vocab.json and merges.txt (as the "
-                "tokenizer/ of any Stable Diffusion), or --config_from, a whole pipeline"
+                "tokenizer/ of any Stable Diffusion) or with such folders, or --config_from, a "
+                "whole pipeline"
             )
         if own is None:
-            # OpenCLIP pads with zeros, and "!" is token 0 (open_clip/tokenizer.py).
-            prefix = release.prefixes[encoder] if release else ""
+            folder = paths.to_path(hints.tokenizer)
+            inner = folder / part.tokenizer  # of a whole pipeline
             own = Tokenizer.load(
-                hints.tokenizer,
+                inner if inner.is_dir() else folder,
                 context_length=config.max_position_embeddings,
-                pad_token="!" if is_open_clip(prefix) else None,
+                pad_token=found.network(encoder).pad_token,
             )
         own.check_vocabulary(config.vocab_size, f"{file}: {encoder}")
-        found[part.tokens] = own
-    return found
+        tokenizers[part.tokens] = own
+    return tokenizers

@@ -10,14 +10,11 @@ import numpy as np
 
 from sdjax.checkpoints.folders import ModelError, scheduler_file
 from sdjax.checkpoints.single_file import METADATA
-from sdjax.checkpoints.single_file_layout import UNET, VAE, is_open_clip
 from sdjax.checkpoints.weight_files import cast
-from sdjax.families.family import Model, SingleFile
-from sdjax.families.ldm_names import renamer, to_ldm
+from sdjax.families.family import Model
+from sdjax.families.single_file import Shapes, SingleFile, to_file
 from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name
 from sdjax.system import paths
-
-CLIP_VOCABULARY = 49408  # OpenAI CLIP, clip/simple_tokenizer.py
 
 
 def write_single_file(
@@ -40,32 +37,23 @@ def write_single_file(
     """
     file = paths.to_path(file)
     _check_target(file, overwrite)
-    prefixes = _prefixes(file, model)
+    layout, prefixes = _layout(file, model)
     tensors: dict[str, np.ndarray] = {}
     try:
         for name, config in model.networks.items():
-            prefix = prefixes[name]
             own: dict[str, np.ndarray] = {}
             for path, value in model.component(name).items():
                 where = f"{name}: {weight_name(path)}"
                 own |= to_diffusers({path: cast(where, value, dtype)})
-            clip = bool(model.family.parts[name].tokens)
-            rename = renamer(config, open_clip=clip and is_open_clip(prefix))
-            # transformers 4, which A1111 has, keeps CLIP-L under this name.
-            prefix += "text_model." if clip and not is_open_clip(prefix) else ""
-            tensors |= {prefix + key: value for key, value in to_ldm(own, rename).items()}
+            laid = to_file(own, layout.networks[name].places(config))
+            tensors |= {prefixes[name] + key: value for key, value in laid.items()}
     except WeightsError as error:
         raise ModelError(f"{file}: {error}") from error
-    release = _release(model)
-    if release is not None and release.marks:
-        # ComfyUI (supported_models.py, SDXL.model_type) and A1111 ask whether these are there.
-        marks = {
-            "v_pred": model.prediction_type == "v_prediction",
-            "ztsnr": bool(model.schedule and model.schedule.zero_terminal_snr),
-        }
-        tensors |= {name: np.zeros(0, np.float32) for name, set_ in marks.items() if set_}
+    if model.schedule is not None and layout.marks is not None:
+        marks = layout.marks(model.schedule, model.prediction_type)
+        tensors |= {name: np.zeros(0, np.float32) for name in marks}
     save_file(tensors, file, metadata={METADATA: json.dumps(_header(model))})
-    return _warnings(model)
+    return _warnings(model, layout, {name: value.shape for name, value in tensors.items()})
 
 
 def _check_target(file: paths.Path, overwrite: bool) -> None:
@@ -79,31 +67,35 @@ def _check_target(file: paths.Path, overwrite: bool) -> None:
     paths.make_folder(file.parent)
 
 
-def _prefixes(file: paths.Path, model: Model) -> dict[str, str]:
-    """{network: prefix} in the layout of the family that these networks are."""
-    networks = model.networks
-    if list(networks) == ["vae"]:
-        return {"vae": ""}
-    if missing := model.missing():
+def _layout(file: paths.Path, model: Model) -> tuple[SingleFile, dict[str, str]]:
+    """(layout that a model is written in, {network: its prefix})."""
+    family, names = model.family, list(model.networks)
+    alone = [
+        layout
+        for layout in reversed(family.single_files)
+        if len(names) == 1 and names[0] in layout.networks
+        if "" in layout.networks[names[0]].prefixes
+    ]
+    if alone:
+        layout, prefixes = alone[0], {names[0]: ""}
+    else:
+        if not family.single_files:
+            raise ModelError(f"{file}: {family.title} has no single files; write a folder")
+        if missing := model.missing():
+            raise ModelError(
+                f"{file}: a single file holds a VAE or a whole pipeline; {', '.join(missing)} "
+                "missing"
+            )
+        name = family.single_file(model)
+        layout = next(layout for layout in family.single_files if layout.name == name)
+        prefixes = {name: layout.networks[name].prefixes[0] for name in names}
+    if model.schedule is not None and model.prediction_type not in layout.predictions:
         raise ModelError(
-            f"{file}: a single file holds a VAE or a whole pipeline; {', '.join(missing)} missing"
+            f"{file}: prediction_type is {model.prediction_type!r}; who reads single files of "
+            f"{family.title} takes {' or '.join(layout.predictions)}. Write a diffusers folder "
+            "instead"
         )
-    if model.prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(
-            f"{file}: prediction_type is {model.prediction_type!r}; who reads single files "
-            "takes a UNet to predict epsilon or v. Write a diffusers folder instead"
-        )
-    release = _release(model)
-    assert release is not None
-    return {"unet": UNET, "vae": VAE, **release.prefixes}
-
-
-def _release(model: Model) -> SingleFile | None:
-    """The layout that a whole model is written in; None of a VAE alone."""
-    if not model.text_encoders:
-        return None
-    name = model.family.single_file(model)
-    return next(release for release in model.family.single_files if release.name == name)
+    return layout, prefixes
 
 
 def _header(model: Model) -> dict[str, Any]:
@@ -119,25 +111,24 @@ def _header(model: Model) -> dict[str, Any]:
     return header
 
 
-def _warnings(model: Model) -> list[str]:
+def _warnings(model: Model, layout: SingleFile, shapes: Shapes) -> list[str]:
     """Return a line for each thing that readers of single files do not expect."""
     lines = []
     for name, config in model.text_encoders.items():
-        if config.vocab_size != CLIP_VOCABULARY:
+        expected = layout.networks[name].vocabulary
+        if expected and config.vocab_size != expected:
             lines.append(
                 f"{name} has {config.vocab_size:,} tokens: A1111 and ComfyUI tokenise with CLIP's "
-                f"{CLIP_VOCABULARY:,} and cannot draw with it; sdjax can"
+                f"{expected:,} and cannot draw with it; sdjax can"
             )
     if model.schedule is not None:
-        default = type(model.schedule)()
-        release = _release(model)
-        marked = release is not None and release.marks
-        own = dataclasses.replace(model.schedule, zero_terminal_snr=False)
-        if own != default or (model.schedule.zero_terminal_snr and not marked):
+        schedule, prediction = layout.objective(shapes)
+        if model.schedule != schedule:
             lines.append(
-                "the noise schedule is not Stable Diffusion's, which A1111 and ComfyUI assume"
+                f"the noise schedule is not that of {model.family.title}, which A1111 and ComfyUI "
+                "assume"
             )
-        if model.prediction_type != "epsilon" and not marked:
+        if model.prediction_type not in (prediction, "epsilon"):
             lines.append(
                 "v-prediction: A1111 wants a .yaml of the same name beside the file that says so; "
                 "ComfyUI a ModelSamplingDiscrete node"

@@ -112,7 +112,7 @@ def write_weights(
     Args:
         folder: of the network; exists.
         params: `{path: array}` of the network.
-        name: of the network, as "unet", for messages.
+        name: of the network, for messages.
         text: whether it is a text encoder, whose files are those of transformers.
         prefix: put before the name of each weight.
         dtype: of the weights in the files.

@@ -226,7 +226,7 @@ def save_workdir(folder: paths.PathLike, model: Model, *, overwrite: bool = Fals
 
 def _config_of(folder: paths.Path, model: Model) -> Config:
     """The configuration of a run that would have ended with these networks."""
-    whole = set(model.networks) != {"vae"}
+    whole = not model.is_autoencoder
     if whole and (missing := model.missing()):
         raise ModelError(
             f"{folder}: a workdir holds a VAE or a whole pipeline; {', '.join(missing)} missing"

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.diffusion.schedules import MOST_TIMESTEPS, Schedule, shift_noise_level
+from sdjax.diffusion.flow_levels import FlowConfig, flow_levels, karras_levels
+from sdjax.diffusion.schedules import MOST_TIMESTEPS, Schedule
 from sdjax.errors import UserError
 from sdjax.system.untrusted import brief
 
@@ -56,13 +57,14 @@ class SamplerConfig:
     steps: solver steps; network evaluations too, except for heun (2 * steps - 1) and pndm (one more
       where there are two or more steps).
     spacing: "leading" (multiples of T // steps, plus steps_offset), "trailing" (from T - 1, for
-      zero-terminal-SNR schedules) or "linspace"; flow_euler has its own.
+      zero-terminal-SNR schedules and FLUX) or "linspace"; flow_euler takes "leading" as "linspace".
     steps_offset: added to each timestep of "leading".
     eta: noise of ddim, 0 (none) to 1 (as much as ddpm).
     karras: the noise levels of Karras et al. 2022, eq. 5 (euler, heun, dpmpp_2m, unipc).
     set_alpha_to_one: ddim and pndm end at alpha = 1, not at the table's first alpha as SD does.
     clip_sample: limit each estimate of x0 to +-clip_sample_range (ddpm, ddim, heun).
     clip_sample_range: that limit.
+    flow: the levels of flow_euler.
 
     Raises UserError where a field is out of its range or does not go with `name`.
     """
@@ -76,6 +78,7 @@ class SamplerConfig:
     set_alpha_to_one: bool = False
     clip_sample: bool = False
     clip_sample_range: float = 1.0
+    flow: FlowConfig = FlowConfig()
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLERS:
@@ -114,6 +117,10 @@ class SamplerConfig:
                 f"sampler.clip_sample_range is {brief(self.clip_sample_range)}; expected above 0, "
                 f"at most {_MOST_RANGE:g}"
             )
+        if self.flow != FlowConfig() and self.name != "flow_euler":
+            raise UserError(
+                f"sampler.flow is set with sampler {self.name!r}; only 'flow_euler' can use it"
+            )
 
 
 def changed_sampler(own: SamplerConfig, changes: Mapping[str, Any]) -> SamplerConfig:
@@ -126,7 +133,13 @@ def changed_sampler(own: SamplerConfig, changes: Mapping[str, Any]) -> SamplerCo
     name = changes.get("name", own.name)
     if name != own.name:
         clips = own.clip_sample and name in _CLIPPING_SAMPLERS
-        changes = {"eta": 0.0, "karras": False, "clip_sample": clips, **changes}
+        changes = {
+            "eta": 0.0,
+            "karras": False,
+            "clip_sample": clips,
+            "flow": FlowConfig(),
+            **changes,
+        }
     return dataclasses.replace(own, **changes)
 
 
@@ -145,8 +158,11 @@ class Grid:
     init_scale: float = 1.0
 
 
-def make_grid(schedule: Schedule, sampler: SamplerConfig) -> Grid:
-    """The grid of `sampler` on `schedule`; UserError where the two do not go together."""
+def make_grid(schedule: Schedule, sampler: SamplerConfig, tokens: int = 0) -> Grid:
+    """The grid of `sampler` on `schedule`; UserError where the two do not go together.
+
+    tokens: of the picture, which decide a dynamic shift; 0 stands for the base.
+    """
     if schedule.continuous != (sampler.name == "flow_euler"):
         kind = schedule.config.kind
         expected = "'flow_euler'" if schedule.continuous else "any sampler but 'flow_euler'"
@@ -154,7 +170,7 @@ def make_grid(schedule: Schedule, sampler: SamplerConfig) -> Grid:
             f"sampler.name is {sampler.name!r}, but schedule.kind is {kind!r}; expected {expected}"
         )
     if schedule.continuous:
-        return _flow_grid(schedule, sampler.steps)
+        return _flow_grid(schedule, sampler, tokens)
     timesteps = spaced_timesteps(sampler, schedule.num_train_timesteps)
     if sampler.name in _SIGMA_SAMPLERS:
         return _sigma_grid(schedule, sampler, timesteps)
@@ -218,24 +234,15 @@ def _sigma_grid(schedule: Schedule, sampler: SamplerConfig, timesteps: np.ndarra
     return Grid(timesteps, alpha, sigma, float(sigma[0]) if starts_below_one else 1.0)
 
 
-def karras_levels(highest: float, lowest: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """The noise levels from highest to lowest, [steps], even in level**(1/rho).
-
-    Source: Karras et al. 2022, eq. 5.
-    """
-    ramp = np.linspace(0.0, 1.0, steps)
-    high, low = highest ** (1 / rho), lowest ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
-
-
-def _flow_grid(schedule: Schedule, steps: int) -> Grid:
-    """The grid of a flow schedule: even between the shifted ends, then shifted once more.
-
-    Source: scheduling_flow_match_euler_discrete.py of diffusers.
-    """
-    total, shift = schedule.num_train_timesteps, schedule.config.shift
-    least = shift_noise_level(1.0 / total, shift)
-    sigma = shift_noise_level(np.linspace(1.0, least, steps), shift)
-    timesteps = sigma * total
+def _flow_grid(schedule: Schedule, sampler: SamplerConfig, tokens: int) -> Grid:
+    """The grid of a flow schedule; see `flow_levels`."""
+    sigma = flow_levels(
+        schedule.config,
+        sampler.steps,
+        sampler.flow,
+        trailing=sampler.spacing == "trailing",
+        tokens=tokens or sampler.flow.base_tokens,
+    )
+    timesteps = sigma * schedule.num_train_timesteps
     sigma = np.append(sigma, 0.0)
     return Grid(timesteps, 1.0 - sigma, sigma)

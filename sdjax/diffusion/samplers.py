@@ -53,7 +53,7 @@ def sample(
             "prediction_type is 'epsilon', but the schedule ends in pure noise, where eps says "
             "nothing of x0; expected 'v_prediction', 'sample' or 'flow'"
         )
-    plan = make_plan(schedule, sampler)
+    plan = make_plan(schedule, sampler, sampler.flow.tokens(*latents.shape[1:3]))
     if plan.stochastic and keys is None and noise_fn is None:
         raise UserError(
             f"sampler {sampler.name!r} adds noise, but keys is None; pass one key per example"

@@ -7,7 +7,6 @@ product in half precision would be off by a third at the last timestep.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -163,24 +162,21 @@ def shift_noise_level(level, shift: float):
     return shift * level / (1.0 + (shift - 1.0) * level)
 
 
-def resolution_shift(
-    height: int,
-    width: int,
+def token_shift(
+    tokens: int,
     *,
-    pixels_per_token: int = 16,
     base_tokens: int = 256,
     max_tokens: int = 4096,
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """The shift exp(mu) that FLUX uses for images of height x width pixels.
+    """Return mu, linear in the number of tokens of a picture; FLUX shifts by exp(mu).
 
-    mu is linear in the number of transformer tokens, (H/16)(W/16) with an f8 VAE and 2x2 patches
-    (diffusers pipeline_flux.py, calculate_shift).
+    Tokens are (H/16)(W/16) with an f8 VAE and 2x2 patches (diffusers pipeline_flux.py,
+    calculate_shift).
     """
-    tokens = (height // pixels_per_token) * (width // pixels_per_token)
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-    return math.exp(base_shift + slope * (tokens - base_tokens))
+    return base_shift + slope * (tokens - base_tokens)
 
 
 def _betas(config: ScheduleConfig) -> np.ndarray:

@@ -52,12 +52,13 @@ class SolverPlan:
         return bool(np.any(self.to_x[:, NOISE]))
 
 
-def make_plan(schedule: Schedule, sampler: SamplerConfig) -> SolverPlan:
+def make_plan(schedule: Schedule, sampler: SamplerConfig, tokens: int = 0) -> SolverPlan:
     """The coefficients of the whole loop of `sampler` on `schedule`.
 
+    tokens: see `make_grid`.
     Raises UserError where the two do not go together.
     """
-    grid = make_grid(schedule, sampler)
+    grid = make_grid(schedule, sampler, tokens)
     steps = sampler.steps
     visits = points = np.arange(steps)
     to_base = np.zeros((steps, _TERMS))
@@ -79,6 +80,8 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig) -> SolverPlan:
             to_x[:, M0] = grid.alpha[1:]
     elif sampler.name == "euler_ancestral":
         to_x = _euler_ancestral(grid)
+    elif sampler.flow.stochastic:
+        to_x = _renoised(grid)
     elif sampler.name == "dpmpp_2m":
         to_x = np.stack([_dpmpp_2m_row(grid, i) for i in range(steps)])
     else:
@@ -144,6 +147,14 @@ def _euler_ancestral(grid: Grid) -> np.ndarray:
     to_x[:, X] = grid.alpha[1:] / grid.alpha[:-1] * shrink
     to_x[:, M0] = grid.alpha[1:] * (1.0 - shrink)
     to_x[:, NOISE] = grid.alpha[1:] * k_up
+    return to_x
+
+
+def _renoised(grid: Grid) -> np.ndarray:
+    """The x0 that the network estimates, with fresh noise of the next level."""
+    to_x = np.zeros((len(grid.timesteps), _TERMS))
+    to_x[:, M0] = grid.alpha[1:]
+    to_x[:, NOISE] = grid.sigma[1:]
     return to_x
 
 

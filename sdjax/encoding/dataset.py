@@ -86,7 +86,7 @@ def encode_dataset(
     assembled = assemble(config)
     config = assembled.config
     wanted = ("vae", *(config.model.text_encoders if options.text else ()))
-    check_complete(assembled.params, {f"{name}.": None for name in wanted})
+    check_complete(config, assembled.params, {f"{name}.": None for name in wanted})
     data = config.data
     splits = options.splits or tuple(dict.fromkeys((data.split, data.eval_split)))
     if slices := [split for split in splits if not split.isidentifier()]:

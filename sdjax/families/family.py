@@ -10,7 +10,7 @@ A `Model` is what is read from a folder, what is written to one, and what a run 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
+from sdjax.families.single_file import SingleFile
 from sdjax.models import weights
 from sdjax.models.params import Params, component, prefixed
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # a step needs no tokenizer
 
 Context = jax.Array | dict[str, jax.Array]
 Features = dict[str, jax.Array]
-Shapes = Mapping[str, Sequence[int]]
+AUTOENCODER = "vae"  # in every family, and in files of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,31 +96,6 @@ class MakeContext(Protocol):
             target: height and width of the picture, in pixels.
             negative: whether guidance leads away from it.
         """
-
-
-@dataclasses.dataclass(frozen=True)
-class SingleFile:
-    """One layout of the checkpoints that hold all networks in one file.
-
-    name: of the release, as "sd1".
-    prefixes: {network: prefix of its weights}, of the text encoders.
-    width: channels of the denoiser's cross attention, which tell releases apart where a file has no
-        text encoder.
-    configure: (network, shapes of its weights by name without prefix, prediction type) -> config.
-    scaling_factor: of the latents.
-    settings: the family's settings, where the file does not say them.
-    tells_prediction: whether the release has one prediction type, or marks in the file say it.
-    marks: whether readers look for empty tensors named after the prediction and the schedule.
-    """
-
-    name: str
-    prefixes: Mapping[str, str]
-    width: int
-    configure: Callable[[str, Shapes, str], Any]
-    scaling_factor: float
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tells_prediction: bool = True
-    marks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +187,12 @@ class Model:
     @property
     def vae(self) -> Any:
         """The config of the autoencoder."""
-        return self.networks["vae"]
+        return self.networks[AUTOENCODER]
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it is an autoencoder alone."""
+        return list(self.networks) == [AUTOENCODER]
 
     @property
     def text_encoders(self) -> dict[str, Any]:
@@ -234,7 +215,7 @@ class Model:
         """The parts of a pipeline that are not there: each encoder comes with its tokenizer."""
         every = self.family.encoders
         encoders = {name: every[name] for name in self.text_encoders}
-        wanted = [self.family.denoiser, "vae", *(encoders or [next(iter(every))])]
+        wanted = [self.family.denoiser, AUTOENCODER, *(encoders or [next(iter(every))])]
         absent = [name for name in wanted if name not in self.networks]
         absent += ["schedule"] if self.schedule is None else []
         for part in encoders.values() or [next(iter(every.values()))]:

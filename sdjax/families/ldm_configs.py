@@ -9,21 +9,19 @@ exact gelu.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from sdjax.families.single_file import Shapes
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError
 from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.system.untrusted import is_number
 
-Shapes = Mapping[str, Sequence[int]]
-
 SD1_HEADS = 8
 HEAD_CHANNELS = 64  # of SD2, SDXL and every CLIP text encoder
 TIME_ID_CHANNELS = 256  # of SDXL: sgm's ConcatTimestepEmbedderND(outdim=256)
-SDXL_SCALING, SD_SCALING = 0.13025, 0.18215
 
 
 def unet_config(shapes: Shapes, *, sample_size: int, upcast: bool = False) -> UNetConfig:

@@ -1,8 +1,8 @@
 """Networks under the names of the original Stable Diffusion code (LDM, SGM, OpenCLIP).
 
-`unet_name`, `vae_name` and `open_clip_name` give the original name of each weight of diffusers or
-transformers; reading asks for the names that writing gives, so the two directions cannot differ.
-What is laid out otherwise there:
+`unet_places`, `vae_places`, `clip_places` and `open_clip_places` give the place in a file of each
+weight of diffusers or transformers. Reading asks for the places that writing gives, so the two
+directions cannot differ. The layouts that differ:
 
     VAE attention       1x1 convolutions [C, C, 1, 1] where diffusers has matrices [C, C]
     OpenCLIP attention  query, key and value in one `in_proj_weight` [3 D, D], in this order
@@ -15,11 +15,11 @@ open_clip/transformer.py; diffusers' loaders/single_file_utils.py reads what is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from sdjax.families.single_file import Place, Places
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import VAEConfig
@@ -130,75 +130,62 @@ def open_clip_name(name: str) -> str:
     return f"{layer}.{rest}"
 
 
-Rename = Callable[[str], str]
+def unet_places(config: UNetConfig) -> Places:
+    """Return the places of a UNet's weights."""
+    return lambda name: Place(unet_name(name, config))
 
 
-def renamer(config: Any, *, open_clip: bool = False) -> Rename:
-    """The function from names of diffusers to original ones, for a network of `config`.
+def vae_places(config: VAEConfig) -> Places:
+    """Return the places of an autoencoder's weights."""
 
-    CLIP-L keeps the names of transformers; `open_clip` is for the encoders of SD2 and SDXL that
-    do not.
-    """
-    if isinstance(config, UNetConfig):
-        return lambda name: unet_name(name, config)
-    if isinstance(config, VAEConfig):
-        return lambda name: vae_name(name, config)
-    assert isinstance(config, CLIPTextConfig)
-    return open_clip_name if open_clip else lambda name: name
+    def place(name: str) -> Place:
+        new = vae_name(name, config)
+        if ".mid.attn_1." in new and new.endswith(".weight") and ".norm." not in new:
+            return Place(new, to_file=_as_convolution, from_file=_as_matrix)
+        return Place(new)
+
+    return place
 
 
-def to_ldm(tensors: Mapping[str, np.ndarray], rename: Rename) -> dict[str, np.ndarray]:
-    """Weights of `to_diffusers`, under original names and in original layouts."""
-    renamed: dict[str, np.ndarray] = {}
-    fused: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in tensors.items():
-        new = rename(name)
+def _as_convolution(value: np.ndarray) -> np.ndarray:
+    return value[:, :, None, None] if value.ndim == 2 else value
+
+
+def _as_matrix(value: np.ndarray) -> np.ndarray:
+    return value[:, :, 0, 0] if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+
+
+def clip_places(config: Any) -> Places:
+    """Return the places of CLIP-L's weights: the names of transformers 4, which A1111 has."""
+    return lambda name: Place(f"text_model.{name}")
+
+
+def clip_spelling(name: str) -> str:
+    """Return a name of CLIP-L's as transformers 5 spells it, which some files follow."""
+    return name.removeprefix("text_model.")
+
+
+def open_clip_places(config: CLIPTextConfig) -> Places:
+    """Return the places of the weights of an encoder of OpenCLIP."""
+
+    def place(name: str) -> Place:
+        new = open_clip_name(name)
         if ".attn.in_proj_" in new:
-            fused.setdefault(new, {})[name.split(".")[-2]] = value
-        elif _is_vae_attention(new) and value.ndim == 2:
-            renamed[new] = value[:, :, None, None]
-        elif new == "text_projection":
-            renamed[new] = np.ascontiguousarray(value.T)
-        else:
-            renamed[new] = value
-    for new, parts in fused.items():
-        renamed[new] = np.concatenate([parts[part] for part in _FUSED])
-    return renamed
+            return Place(new, part=_FUSED.index(name.split(".")[-2]))
+        if new == "text_projection":
+            return Place(new, to_file=np.transpose, from_file=np.transpose)
+        return Place(new)
+
+    return place
 
 
-def from_ldm(
-    tensors: Mapping[str, np.ndarray], names: Mapping[str, Any], rename: Rename
-) -> dict[str, np.ndarray]:
-    """The inverse of `to_ldm`, unchecked: for `from_diffusers`, which reports what does not fit.
+def open_clip_surplus(config: CLIPTextConfig, name: str) -> str:
+    """Return the label of what an encoder of OpenCLIP has in a file and diffusers drops, or "".
 
-    Args:
-        tensors: a network's weights under original names, without its prefix.
-        names: of diffusers, of all the network's weights.
-        rename: of `renamer`.
-
-    Returns:
-        What was found of `names`; and what was not asked for, under the names it has.
+    SD2's files hold the layer after the one that is used, and the head.
     """
-    found: dict[str, np.ndarray] = {}
-    used = set()
-    for name in names:
-        old = rename(name)
-        if old not in tensors:
-            continue
-        used.add(old)
-        value = np.asarray(tensors[old])
-        if ".attn.in_proj_" in old:
-            # A number of rows that is no multiple of 3 ends in shapes that do not fit.
-            third = len(value) // 3
-            start = third * _FUSED.index(name.split(".")[-2])
-            value = value[start : start + third]
-        elif _is_vae_attention(old) and value.ndim == 4 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]
-        elif old == "text_projection":
-            value = value.T
-        found[name] = value
-    return found | {old: value for old, value in tensors.items() if old not in used}
-
-
-def _is_vae_attention(name: str) -> bool:
-    return ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
+    last = f"transformer.resblocks.{config.num_hidden_layers}."
+    if name.startswith(last):
+        return f"{last}*"
+    heads = ("text_projection", "text_projection.weight") if config.projection_dim is None else ()
+    return name if name in heads else ""

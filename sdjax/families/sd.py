@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
+from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
-from sdjax.families import ldm_configs
+from sdjax.families import ldm_configs, ldm_files
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     Context,
@@ -22,9 +23,8 @@ from sdjax.families.family import (
     Model,
     Networks,
     Part,
-    Shapes,
-    SingleFile,
 )
+from sdjax.families.single_file import Shapes, SingleFile
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
@@ -177,22 +177,56 @@ def scheduler_changes(pipeline: str) -> dict[str, Any]:
     return {"steps_offset": 1, "clip_sample": False}
 
 
-def _configure_sd1(name: str, shapes: Shapes, prediction: str) -> Any:
-    if name == "text_encoder":
-        return ldm_configs.clip_config(shapes)
-    if name == "vae":
-        return ldm_configs.vae_config(shapes, scaling_factor=SCALING_FACTOR, sample_size=512)
-    return ldm_configs.unet_config(shapes, sample_size=64)
+def _vae(sample_size: int) -> Callable[[Shapes, str], Any]:
+    return lambda shapes, prediction: ldm_configs.vae_config(
+        shapes, scaling_factor=SCALING_FACTOR, sample_size=sample_size
+    )
 
 
-def _configure_sd2(name: str, shapes: Shapes, prediction: str) -> Any:
+def _unet_sd2(shapes: Shapes, prediction: str) -> UNetConfig:
     large = prediction == "v_prediction"  # the 768 px models
-    if name == "text_encoder":
-        return ldm_configs.open_clip_config(shapes, penultimate=True)
-    if name == "vae":
-        size = 768 if large else 512
-        return ldm_configs.vae_config(shapes, scaling_factor=SCALING_FACTOR, sample_size=size)
     return ldm_configs.unet_config(shapes, sample_size=96 if large else 64, upcast=large)
+
+
+def _vae_sd2(shapes: Shapes, prediction: str) -> VAEConfig:
+    return _vae(768 if prediction == "v_prediction" else 512)(shapes, prediction)
+
+
+def _objective_sd2(shapes: Shapes) -> tuple[ScheduleConfig, str]:
+    schedule, prediction = ldm_files.objective(shapes)
+    return schedule, prediction if prediction == "v_prediction" else ""
+
+
+_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+SD1_FILE = SingleFile(
+    name="sd1",
+    networks={
+        "unet": ldm_files.unet(lambda shapes, _: ldm_configs.unet_config(shapes, sample_size=64)),
+        "text_encoder": ldm_files.clip(_CLIP, lambda shapes, _: ldm_configs.clip_config(shapes)),
+        "vae": ldm_files.vae(_vae(512)),
+    },
+    tells=ldm_files.text_tells(_CLIP, width=768),
+    objective=ldm_files.objective,
+    scaling_factor=SCALING_FACTOR,
+    leftover=ldm_files.leftover,
+)
+SD2_FILE = SingleFile(
+    name="sd2",
+    networks={
+        "unet": ldm_files.unet(_unet_sd2),
+        "text_encoder": ldm_files.open_clip(
+            _OPEN_CLIP, lambda shapes, _: ldm_configs.open_clip_config(shapes, penultimate=True)
+        ),
+        "vae": ldm_files.vae(_vae_sd2),
+    },
+    tells=ldm_files.text_tells(_OPEN_CLIP, width=1024),
+    objective=_objective_sd2,
+    scaling_factor=SCALING_FACTOR,
+    question="a Stable Diffusion 2 file does not say what its UNet predicts; give "
+    "--prediction_type, epsilon for the 512 px models (2-base, 2.1-base), v_prediction for the "
+    "768 px ones",
+    leftover=ldm_files.leftover,
+)
 
 
 SD = Family(
@@ -213,16 +247,7 @@ SD = Family(
     index=index,
     settings_of_index=lambda index: {},
     scheduler_changes=scheduler_changes,
-    single_files=(
-        SingleFile(
-            "sd2", {"text_encoder": "cond_stage_model.model."}, 1024, _configure_sd2,
-            SCALING_FACTOR, tells_prediction=False,
-        ),
-        SingleFile(
-            "sd1", {"text_encoder": "cond_stage_model.transformer."}, 768, _configure_sd1,
-            SCALING_FACTOR,
-        ),
-    ),
+    single_files=(SD2_FILE, SD1_FILE),
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.errors import UserError
-from sdjax.families import ldm_configs, sd
+from sdjax.families import ldm_configs, ldm_files, sd
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     Context,
@@ -26,9 +26,8 @@ from sdjax.families.family import (
     Model,
     Networks,
     Part,
-    Shapes,
-    SingleFile,
 )
+from sdjax.families.single_file import FileNetwork, SingleFile
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAEConfig
@@ -240,17 +239,46 @@ def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"zero_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True))}
 
 
-def _configure(name: str, shapes: Shapes, prediction: str) -> Any:
-    if name == "text_encoder":
-        return ldm_configs.clip_config(shapes)
-    if name == "text_encoder_2":
-        return ldm_configs.open_clip_config(shapes, penultimate=False)
-    if name == "vae":
-        return ldm_configs.vae_config(shapes, scaling_factor=SCALING_FACTOR, sample_size=1024)
-    return ldm_configs.unet_config(shapes, sample_size=128)
+def _open_clip(prefix: str) -> FileNetwork:
+    return ldm_files.open_clip(
+        prefix, lambda shapes, _: ldm_configs.open_clip_config(shapes, penultimate=False)
+    )
 
 
-_OPEN_CLIP, _CLIP = "model.", "transformer."
+_UNET_IN_FILE = ldm_files.unet(lambda shapes, _: ldm_configs.unet_config(shapes, sample_size=128))
+_VAE_IN_FILE = ldm_files.vae(
+    lambda shapes, _: ldm_configs.vae_config(
+        shapes, scaling_factor=SCALING_FACTOR, sample_size=1024
+    )
+)
+_FIRST, _SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_ONLY = "conditioner.embedders.0.model."  # of the refiner
+BASE_FILE = SingleFile(
+    name="sdxl",
+    networks={
+        "unet": _UNET_IN_FILE,
+        "text_encoder": ldm_files.clip(_FIRST, lambda shapes, _: ldm_configs.clip_config(shapes)),
+        "text_encoder_2": _open_clip(_SECOND),
+        "vae": _VAE_IN_FILE,
+    },
+    tells=ldm_files.text_tells(_FIRST, _SECOND, width=2048),
+    objective=ldm_files.objective,
+    scaling_factor=SCALING_FACTOR,
+    settings={"zero_empty_prompt": True},
+    leftover=ldm_files.leftover,
+    marks=ldm_files.marks,
+)
+REFINER_FILE = dataclasses.replace(
+    BASE_FILE,
+    name="refiner",
+    networks={
+        "unet": _UNET_IN_FILE,
+        "text_encoder_2": _open_clip(_ONLY),
+        "vae": _VAE_IN_FILE,
+    },
+    tells=ldm_files.text_tells(_ONLY, width=1280),
+    settings={"zero_empty_prompt": False},  # as Stability's model_index.json
+)
 SDXL = Family(
     name="sdxl",
     title="SDXL",
@@ -269,21 +297,7 @@ SDXL = Family(
     index=index,
     settings_of_index=settings_of_index,
     scheduler_changes=lambda pipeline: {},
-    single_files=(
-        SingleFile(
-            "sdxl",
-            {
-                "text_encoder": f"conditioner.embedders.0.{_CLIP}",
-                "text_encoder_2": f"conditioner.embedders.1.{_OPEN_CLIP}",
-            },
-            2048, _configure, SCALING_FACTOR, {"zero_empty_prompt": True}, marks=True,
-        ),
-        # Stability's model_index.json of the refiner says False.
-        SingleFile(
-            "refiner", {"text_encoder_2": f"conditioner.embedders.0.{_OPEN_CLIP}"}, 1280,
-            _configure, SCALING_FACTOR, {"zero_empty_prompt": False}, marks=True,
-        ),
-    ),
+    single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
     presets={
         "base": SDXLConfig(),

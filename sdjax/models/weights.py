@@ -122,8 +122,7 @@ def to_diffusers(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np
     tensors = {}
     for path, value in blocks_apart(params):
         array = np.asarray(value)
-        axes = _to_torch_axes(path, array.ndim)
-        array = np.asarray(array if axes is None else array.transpose(axes), order="C")
+        array = np.asarray(array.transpose(_to_torch_axes(path, array.ndim)), order="C")
         tensors[prefix + weight_name(path)] = array
     return tensors
 
@@ -152,6 +151,7 @@ def from_diffusers(
     """
     expected = shapes_apart(abstract_params)
     names = {weight_name(path): path for path in expected}
+    shapes = tensor_shapes(expected)
     found: Params = {}
     problems = []
     for name, tensor in tensors.items():
@@ -164,13 +164,8 @@ def from_diffusers(
             problems.append(f"twice: {spell(name)}, present under another spelling as well")
             continue
         array = np.asarray(tensor)
-        want = expected[path]
-        axes = _to_torch_axes(path, len(want.shape))
-        torch_shape = tuple(want.shape) if axes is None else tuple(want.shape[i] for i in axes)
-        if array.shape != torch_shape:
-            problems.append(
-                f"mis-shaped: {spell(name)} is {array.shape}, the model has {torch_shape}"
-            )
+        if array.shape != (wanted := shapes[weight_name(path)]):
+            problems.append(f"mis-shaped: {spell(name)} is {array.shape}, the model has {wanted}")
         elif not jnp.issubdtype(array.dtype, jnp.floating):
             problems.append(f"no floats: {spell(name)} is {array.dtype}; {weight_checks.PLAIN}")
         found[path] = array
@@ -185,6 +180,15 @@ def from_diffusers(
     parts = {path: _to_jax(path, found.pop(path), want) for path, want in expected.items()}
     check_finite(parts, spell=lambda path: spell(weight_name(path)))
     return {path: joined(parts, path) for path in abstract_params}
+
+
+def tensor_shapes(abstract_params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of the weights that `to_diffusers` makes of a network's parameters."""
+    shapes = {}
+    for path, want in shapes_apart(abstract_params).items():
+        axes = _to_torch_axes(path, len(want.shape))
+        shapes[weight_name(path)] = tuple(want.shape[axis] for axis in axes)
+    return shapes
 
 
 def check_finite(
@@ -379,17 +383,13 @@ def _modern_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _to_torch_axes(path: str, ndim: int) -> tuple[int, ...] | None:
+def _to_torch_axes(path: str, ndim: int) -> tuple[int, ...]:
     """How to transpose a parameter of ours into torch's layout."""
-    if not path.endswith(".kernel"):
-        return None
-    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim] if path.endswith(".kernel") else tuple(range(ndim))
 
 
 def _to_jax(path: str, array: np.ndarray, want: Any) -> np.ndarray:
-    axes = _to_torch_axes(path, array.ndim)
-    if axes is not None:
-        array = array.transpose(np.argsort(axes))
+    array = array.transpose(np.argsort(_to_torch_axes(path, array.ndim)))
     if array.dtype.itemsize == 1:  # float8: looking its 256 values up is four times as fast
         table = np.arange(256, dtype=np.uint8).view(array.dtype).astype(want.dtype)
         return np.asarray(np.take(table, np.asarray(array.view(np.uint8), order="C")))

@@ -41,7 +41,9 @@ class SamplingRequest:
     def plan(self) -> SolverPlan:
         """The places where the sampler evaluates the network."""
         assert self.model.schedule is not None
-        return make_plan(make_schedule(self.model.schedule), self.drawing.sampler)
+        sampler = self.drawing.sampler
+        tokens = sampler.flow.tokens(*self.shape[:2])
+        return make_plan(make_schedule(self.model.schedule), sampler, tokens)
 
     def draw(self, callbacks: Sequence[Callback] = ()) -> tuple[np.ndarray, tuple[Any, ...]]:
         """Return uint8 [N, H, W, 3] and the last state of each callback, [N, ...]."""

@@ -199,7 +199,7 @@ def place_frozen(
             return {}
         shardings = {p: _sharding(p, v.shape, mesh) for p, v in split.frozen.items()}
         return read_frozen(folder / FROZEN_FILE, placed(dict(split.frozen), shardings))
-    check_complete(assembled.params, split.frozen)
+    check_complete(config, assembled.params, split.frozen)
     arrays = {path: np.asarray(assembled.params[path]) for path in split.frozen}
     write_workdir(folder, config, assembled.tokenizers, arrays, assembled.scheduler)
     return {path: _put(path, value, mesh) for path, value in arrays.items()}

@@ -20,6 +20,7 @@ from sdjax.checkpoints.scheduler_json import (
     scheduler_from_diffusers,
     scheduler_to_diffusers,
 )
+from sdjax.diffusion.flow_levels import FlowConfig
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 
@@ -49,7 +50,7 @@ SDXL = {
     "use_karras_sigmas": False,
 }
 SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-READ_FIELDS = {field for cls in (CLASSES | FLOW_CLASSES).values() for field in cls.defaults}
+READ_FIELDS = {field for cls in CLASSES.values() for field in cls.defaults}
 PIPELINES = [
     f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in ("", "Img2Img", "Inpaint")
 ]
@@ -103,7 +104,11 @@ def test_fields_and_defaults_are_those_of_the_constructors(cls):
     found = (CLASSES | FLOW_CLASSES)[cls]
     constructor = scheduler_class(cls).__init__
     parameters = inspect.signature(constructor).parameters
-    defaults = {name: p.default for name, p in parameters.items() if name in READ_FIELDS}
+    defaults = {
+        name: p.default
+        for name, p in parameters.items()
+        if name in READ_FIELDS | found.defaults.keys()
+    }
     if found.same and cls in CLASSES:
         assert found.defaults == defaults
     else:  # a sampler in its place needs not take everything
@@ -171,7 +176,8 @@ def test_everything_unsupported_is_named_at_once():
         ("EulerDiscreteScheduler", "timestep_type", "continuous"),
         ("DPMSolverMultistepScheduler", "use_flow_sigmas", True),
         ("PNDMScheduler", "rescale_betas_zero_snr", True),
-        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True),
+        ("FlowMatchEulerDiscreteScheduler", "invert_sigmas", True),
+        ("FlowMatchEulerDiscreteScheduler", "shift_terminal", "low"),
         ("LMSDiscreteScheduler", "trained_betas", [0.1]),
         ("DDIMScheduler", "beta_schedule", "laplace"),
         ("DDIMScheduler", "timestep_spacing", "random"),
@@ -238,6 +244,54 @@ def test_written_file_keeps_the_sampler_grid():
     written = scheduler_to_diffusers(ScheduleConfig(), "epsilon", sampler)
     read = Scheduler(ScheduleConfig(), "epsilon", sampler)
     assert scheduler_from_diffusers(written) == read
+
+
+FLUX = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+    "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+    "use_dynamic_shifting": True,
+}  # fmt: skip
+
+
+def test_dynamic_shifting_is_the_samplers_and_leaves_the_trained_schedule():
+    read = scheduler_from_diffusers(FLUX, changes={"timestep_spacing": "trailing"})
+    assert read.schedule == ScheduleConfig(kind="flow") and not read.unsupported
+    flow = FlowConfig(dynamic="exponential")
+    assert read.sampler == SamplerConfig(name="flow_euler", spacing="trailing", flow=flow)
+    # The grid is the pipeline's: a field of the file that the class does not take says nothing.
+    carried = scheduler_from_diffusers({**FLUX, "timestep_spacing": "trailing"})
+    assert carried.sampler.spacing == SamplerConfig().spacing
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.02},
+        {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192},
+        {"shift": 3.0, "use_karras_sigmas": True, "base_shift": None},
+        {"shift": 1.5, "use_exponential_sigmas": True, "stochastic_sampling": True},
+        {"use_beta_sigmas": True, "num_train_timesteps": 500},
+    ],
+)
+def test_every_setting_of_a_flow_is_read_and_written(fields):
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**fields)
+    read = scheduler_from_diffusers(dict(theirs.config) | {"_class_name": type(theirs).__name__})
+    assert not read.unsupported
+    written = scheduler_to_diffusers(read.schedule, read.prediction_type, read.sampler)
+    again = diffusers.FlowMatchEulerDiscreteScheduler.from_config(written)
+    for field, value in theirs.config.items():
+        unread = field == "base_shift" and value is None
+        assert field.startswith("_") or unread or again.config[field] == value, field
+    assert scheduler_from_diffusers(written) == read
+
+
+def test_flow_file_with_two_spreads_is_refused():
+    file = {**SD3, "use_karras_sigmas": True, "use_beta_sigmas": True}
+    with pytest.raises(ValueError, match="use_karras_sigmas and use_beta_sigmas: expected one"):
+        scheduler_from_diffusers(file)
+    with pytest.raises(ValueError, match="file.json: sampler.flow.dynamic is 'cubic'"):
+        scheduler_from_diffusers({**FLUX, "time_shift_type": "cubic"}, "file.json")
 
 
 def test_flow_file_round_trip():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdjax.diffusion.flow_levels import FlowConfig
 from sdjax.diffusion.grids import SPACINGS, SamplerConfig, spaced_timesteps
 from sdjax.diffusion.samplers import sample
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
@@ -89,7 +90,7 @@ def same_noise(monkeypatch):
         assert tuple(shape) == SHAPE
         return torch.from_numpy(next(draws))
 
-    for cls in ("ddpm", "ddim", "euler_ancestral_discrete"):
+    for cls in ("ddpm", "ddim", "euler_ancestral_discrete", "flow_match_euler_discrete"):
         module = getattr(diffusers.schedulers, f"scheduling_{cls}")
         monkeypatch.setattr(module, "randn_tensor", draw)
 
@@ -229,4 +230,26 @@ def test_flow_euler_matches_diffusers(steps, shift):
     expected = run_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), steps)
     schedule = make_schedule(ScheduleConfig(kind="flow", shift=shift))
     got = run_sdjax(schedule, "flow", SamplerConfig(name="flow_euler", steps=steps))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_stochastic_flow_euler_matches_diffusers(same_noise):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    expected = run_diffusers(scheduler, 10)
+    schedule = make_schedule(ScheduleConfig(kind="flow", shift=3.0))
+    sampler = SamplerConfig(name="flow_euler", steps=10, flow=FlowConfig(stochastic=True))
+    np.testing.assert_allclose(run_sdjax(schedule, "flow", sampler), expected, atol=1e-5)
+
+
+def test_dynamic_shift_counts_the_tokens_of_the_latents():
+    flow = FlowConfig(dynamic="exponential", base_tokens=1, max_tokens=9)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=1, max_image_seq_len=9
+    )
+    steps, mu = 6, flow.base_shift + 3 / 8 * (flow.max_shift - flow.base_shift)  # 2 x 2 tokens
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda steps: set_timesteps(steps, mu=mu)
+    expected = run_diffusers(scheduler, steps)
+    schedule = make_schedule(ScheduleConfig(kind="flow"))
+    got = run_sdjax(schedule, "flow", SamplerConfig(name="flow_euler", steps=steps, flow=flow))
     np.testing.assert_allclose(got, expected, atol=1e-5)

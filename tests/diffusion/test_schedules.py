@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdjax.diffusion.flow_levels import FlowConfig
 from sdjax.diffusion.schedules import (
     ScheduleConfig,
     make_schedule,
-    resolution_shift,
     schedule_at,
     shift_noise_level,
+    token_shift,
 )
 
 SD = make_schedule(ScheduleConfig())
@@ -96,9 +97,18 @@ def test_timestep_outside_the_table_is_not_silently_clamped():
     assert np.isfinite(np.asarray(alpha[1:3])).all()
 
 
-@pytest.mark.parametrize("side, mu", [(256, 0.5), (512, 0.63), (1024, 1.15)])
-def test_resolution_shift_counts_tokens_not_latent_pixels(side, mu):
-    np.testing.assert_allclose(resolution_shift(side, side), np.exp(mu), rtol=1e-6)
+@pytest.mark.parametrize(
+    "height, width, mu",
+    [(256, 256, 0.5), (512, 512, 0.63), (832, 1216, 1.125625), (1024, 1024, 1.15),
+     (2048, 2048, 3.23)],
+)  # fmt: skip
+def test_shift_counts_tokens_not_latent_pixels(height, width, mu):
+    """As diffusers' calculate_shift, for the latents of an f8 VAE."""
+    flow = FlowConfig(dynamic="exponential")
+    tokens = flow.tokens(height // 8, width // 8)
+    assert tokens == height * width // 256
+    np.testing.assert_allclose(token_shift(tokens), mu, rtol=1e-12)
+    np.testing.assert_allclose(flow.shift(tokens), np.exp(mu), rtol=1e-12)
 
 
 def test_shift_keeps_the_ends():

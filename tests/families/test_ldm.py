@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sdjax.families import ldm_configs, sd, sdxl
-from sdjax.families.ldm_names import from_ldm, renamer, to_ldm
+from sdjax.families.ldm_names import open_clip_places, unet_places, vae_places
+from sdjax.families.single_file import from_file, to_file
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.config import ConfigError
@@ -52,13 +53,17 @@ def shapes(cls, config):
     return {n.removeprefix("text_model."): tuple(p.shape) for n, p in module.named_parameters()}
 
 
-def ldm_shapes(cls, config, **kw):
-    """The same under original names: `to_ldm` of arrays without memory."""
-    hollow = {name: np.broadcast_to(np.float32(0), s) for name, s in shapes(cls, config).items()}
-    rename = renamer(config, **kw)
-    if kw:  # the fused ones are concatenated, which takes memory
-        hollow = {name: value for name, value in hollow.items() if ".self_attn." not in name}
-    return {name: value.shape for name, value in to_ldm(hollow, rename).items()}
+PLACES = {UNet: unet_places, VAE: vae_places, CLIPText: open_clip_places}
+
+
+def ldm_shapes(cls, config):
+    """The same under original names, without memory, and without what shares a tensor."""
+    found = {}
+    for name, shape in shapes(cls, config).items():
+        place = PLACES[cls](config)(name)
+        if place.part is None:
+            found[place.name] = place.to_file(np.broadcast_to(np.float32(0), shape)).shape
+    return found
 
 
 def random_tensors(cls, config):
@@ -70,8 +75,8 @@ def random_tensors(cls, config):
 @pytest.mark.parametrize("name", UNETS)
 def test_diffusers_maps_our_unet_names_back_to_its_own(name):
     config = UNETS[name]
-    rename = renamer(config)
-    ours = {f"model.diffusion_model.{rename(n)}": n for n in shapes(UNet, config)}
+    place = unet_places(config)
+    ours = {f"model.diffusion_model.{place(n).name}": n for n in shapes(UNet, config)}
     assert len(ours) == len(shapes(UNet, config))
     back = single_file_utils.convert_ldm_unet_checkpoint(dict(ours), config.to_json())
     assert back == {n: n for n in shapes(UNet, config)}
@@ -91,7 +96,7 @@ def test_diffusers_maps_our_vae_back_to_its_own():
 
     config = VAEConfig(block_out_channels=(8, 8, 16, 16), norm_num_groups=4)
     tensors = random_tensors(VAE, config)
-    ours = to_ldm(tensors, renamer(config))
+    ours = to_file(tensors, vae_places(config))
     assert ours["encoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
     back = single_file_utils.convert_ldm_vae_checkpoint(
         {f"first_stage_model.{n}": torch.from_numpy(v) for n, v in ours.items()}, config.to_json()
@@ -99,7 +104,7 @@ def test_diffusers_maps_our_vae_back_to_its_own():
     assert back.keys() == tensors.keys()
     for n, value in tensors.items():
         np.testing.assert_array_equal(back[n].numpy(), value, err_msg=n)
-    assert_same(from_ldm(ours, tensors, renamer(config)), tensors)
+    assert_same(from_file(ours, shapes(VAE, config), vae_places(config)), tensors)
 
 
 @pytest.mark.parametrize("config", [VAEConfig(), sdxl.VAE_SDXL])
@@ -118,7 +123,7 @@ def test_diffusers_maps_our_open_clip_back_to_its_own():
 
     prefix = "conditioner.embedders.1.model."
     tensors = random_tensors(CLIPText, TINY_CLIP)
-    ours = to_ldm(tensors, renamer(TINY_CLIP, open_clip=True))
+    ours = to_file(tensors, open_clip_places(TINY_CLIP))
     assert ours["transformer.resblocks.1.attn.in_proj_weight"].shape == (384, 128)
     assert ours["text_projection"].shape == (128, 40)  # as open_clip/transformer.py applies it
     theirs = transformers.CLIPTextModelWithProjection(
@@ -130,15 +135,14 @@ def test_diffusers_maps_our_open_clip_back_to_its_own():
     back = {n.removeprefix("text_model."): value.numpy() for n, value in back.items()}
     assert_same(back, tensors)
     assert set(theirs.state_dict()) >= {"text_projection.weight"}
-    assert_same(from_ldm(ours, tensors, renamer(TINY_CLIP, open_clip=True)), tensors)
+    own = shapes(CLIPText, TINY_CLIP)
+    assert_same(from_file(ours, own, open_clip_places(TINY_CLIP)), tensors)
 
 
 def test_the_encoders_shapes_are_found():
-    found = ldm_configs.open_clip_config(
-        ldm_shapes(CLIPText, sdxl.CLIP_BIGG, open_clip=True), penultimate=False
-    )
+    found = ldm_configs.open_clip_config(ldm_shapes(CLIPText, sdxl.CLIP_BIGG), penultimate=False)
     assert found == sdxl.CLIP_BIGG
-    h = ldm_shapes(CLIPText, sd.CLIP_H, open_clip=True)
+    h = ldm_shapes(CLIPText, sd.CLIP_H)
     assert ldm_configs.open_clip_config(h, penultimate=True) == sd.CLIP_H
     # Stability's own files have the layer that is not used, and the projection.
     last = {n.replace(".22.", ".23."): s for n, s in h.items() if ".22." in n}
@@ -163,10 +167,10 @@ def test_attention_as_matrices_and_unknown_names_pass_through():
         down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
     )  # fmt: skip
     tensors = random_tensors(VAE, config)
-    ours = to_ldm(tensors, renamer(config))
+    ours = to_file(tensors, vae_places(config))
     name = "decoder.mid.attn_1.k.weight"
     ours[name] = ours[name][:, :, 0, 0]
-    found = from_ldm({**ours, "odd": np.ones(2)}, tensors, renamer(config))
+    found = from_file({**ours, "odd": np.ones(2)}, shapes(VAE, config), vae_places(config))
     assert found.pop("odd").shape == (2,)
     params = weights.from_diffusers(found, weights.abstract(VAE, config)[1])
     assert_same(weights.to_diffusers(params), tensors)

@@ -22,8 +22,16 @@ def test_a_family_made_here_trains_resumes_draws_and_converts(tiny_vae, tmp_path
     found = json.loads(run.stdout.splitlines()[-1])
     first, last = found.pop("losses")
     assert 0 < last < 10 and first != last
+    assert found.pop("single files") == {
+        "fused and swapped": True,
+        "file, folder, workdir, file": True,
+        "same bits": True,
+        "less": ["dots", "words", "vae"],
+        "bare": ["toy", ["dots", "words"], {"light": 0.25}, "note"],
+        "same shape": True,
+    }
     assert found == {
-        "networks": ["dots", "words", "vae"],
+        "networks": ["dots", "words", "moods", "vae"],
         "settings": {"light": 0.5},
         "resumed to the bit": True,
         "converted to the bit": True,
@@ -39,5 +47,12 @@ def test_what_belongs_to_a_family_stands_in_its_file():
     for file in sorted((ROOT / "sdjax").rglob("*.py")):
         if file.relative_to(ROOT).as_posix() in ("sdjax/families/sd.py", "sdjax/families/sdxl.py"):
             continue
+        found = own.findall(file.read_text())
+        assert not found, f"{file}: {sorted(set(found))}"
+
+
+def test_readers_and_writers_of_models_name_no_network_and_no_prefix():
+    own = re.compile("[\"']unet[\"']|diffusion_model\\.|first_stage|cond_stage|families\\.sd")
+    for file in sorted((ROOT / "sdjax" / "checkpoints").glob("*.py")):
         found = own.findall(file.read_text())
         assert not found, f"{file}: {sorted(set(found))}"

@@ -1,4 +1,7 @@
-"""A family of its own: two tiny networks and a VAE, nothing of Stable Diffusion's.
+"""A family of its own: three tiny networks and a VAE, nothing of Stable Diffusion's.
+
+Its single files have bare names, a tensor that two weights share, halves in another order, and may
+lack the second text encoder.
 
 `toy_run.py` adds it to FAMILIES as a new family would be, by one line, and uses it.
 """
@@ -11,8 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Family, Part
+from sdjax.families.single_file import FileNetwork, Place, SingleFile, halves_swapped
 from sdjax.models.config import read_config
 from sdjax.models.layers import conv, normal_init, silu
 from sdjax.models.products import Embed, Linear
@@ -50,14 +55,17 @@ class Dots(nnx.Module):
     def __init__(self, config, *, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", rngs):
         kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv_in = conv(config.in_channels, config.width, **kw)
-        self.conditions = Linear(config.text + 2, config.width, kernel_init=normal_init(0.3), **kw)
+        told, init = config.text + 2, normal_init(0.3)
+        self.shift = Linear(told, config.width, kernel_init=init, **kw)
+        self.gates = Linear(told, 2 * config.width, kernel_init=init, **kw)
         self.conv_out = conv(config.width, config.out_channels, **kw)
 
     def __call__(self, xt, timesteps, context, *, key=None):
         words = jnp.mean(context["context"], axis=1)
         time = (timesteps / 1000).reshape(-1, 1)
         told = jnp.concatenate([words, time, context["light"]], axis=1)
-        x = self.conv_in(xt) + self.conditions(told)[:, None, None, :]
+        scale, more = jnp.split(self.gates(told)[:, None, None, :], 2, axis=-1)
+        x = self.conv_in(xt) * (1 + scale) + self.shift(told)[:, None, None, :] + more
         return self.conv_out(silu(x)).astype(jnp.float32)
 
 
@@ -90,6 +98,7 @@ class Words(nnx.Module):
 PARTS = {
     "dots": Part(Dots, DotsConfig, "Dots"),
     "words": Part(Words, WordsConfig, "words", tokens="word_tokens", tokenizer="word_tokenizer"),
+    "moods": Part(Words, WordsConfig, "words", tokens="mood_tokens", tokenizer="mood_tokenizer"),
     "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
 }
 
@@ -101,11 +110,13 @@ class ToyConfig(ModelConfig):
     family: str = "toy"
     dots: DotsConfig = DotsConfig()
     words: WordsConfig = WordsConfig()
+    moods: WordsConfig | None = WordsConfig()
     light: float = 0.5
 
 
 def embed(networks, params, tokens, *, empty, key):
-    return {"context": networks.module("words", params)(tokens["word_tokens"])}
+    encoders = {name: networks.module(name, params) for name in networks.configs}
+    return {"context": sum(encode(tokens[PARTS[n].tokens]) for n, encode in encoders.items())}
 
 
 def context(networks, features, batch, *, target, negative):
@@ -113,6 +124,50 @@ def context(networks, features, batch, *, target, negative):
     return {**features, "light": jnp.full((len(features["context"]), 1), light)}
 
 
+def dots_places(config):
+    """`conditions` is `shift` above `gates`, whose halves are swapped."""
+
+    def place(name):
+        stem, _, leaf = name.partition(".")
+        if stem == "shift":
+            return Place(f"conditions.{leaf}", part=0)
+        if stem == "gates":
+            swap = halves_swapped
+            return Place(f"conditions.{leaf}", part=1, to_file=swap, from_file=swap)
+        return Place({"conv_in": "first.", "conv_out": "last."}[stem] + leaf)
+
+    return place
+
+
+def words_of(prefix):
+    def configure(shapes, prediction):
+        vocab, width = shapes["words.weight"]
+        return WordsConfig(vocab_size=vocab, hidden_size=width)
+
+    return FileNetwork((prefix,), configure)
+
+
+def dots_config(shapes, prediction):
+    width, text = shapes["first.weight"][0], shapes["conditions.weight"][1] - 2
+    return DotsConfig(width=width, text=text)
+
+
+TOY_FILE = SingleFile(
+    name="toy",
+    networks={
+        "dots": FileNetwork(
+            ("",), dots_config, dots_places, bare=("first.", "conditions.", "last.")
+        ),
+        "words": words_of("words."),
+        "moods": words_of("moods."),
+        "vae": FileNetwork(("ae.",), lambda shapes, _: VAEConfig()),
+    },
+    tells=lambda shapes: "conditions.weight" in shapes,
+    objective=lambda shapes: (ScheduleConfig(), "epsilon"),
+    scaling_factor=1.0,
+    settings={"light": 0.25},
+    leftover=lambda name: name if name == "note" else "",
+)
 TOY = Family(
     name="toy",
     title="the toy",
@@ -131,7 +186,7 @@ TOY = Family(
     index=lambda model: {"light": model.settings["light"]},
     settings_of_index=lambda index: {"light": index["light"]},
     scheduler_changes=lambda pipeline: {},
-    single_files=(),
-    single_file=lambda model: "",
+    single_files=(TOY_FILE,),
+    single_file=lambda model: "toy",
     presets={"base": ToyConfig()},
 )

@@ -53,6 +53,44 @@ def same(a, b) -> bool:
     )
 
 
+def single_files(folder: Path) -> dict:
+    """Convert FOLDER/whole to a single file and back, with and without all that may be absent."""
+    from sdjax.checkpoints.reading import read_any
+    from sdjax.checkpoints.single_file import Hints
+    from sdjax.convert import convert
+    from sdjax.models import weights
+
+    file, tokenizers = folder / "toy.safetensors", str(folder / "there")
+    whole = read_any(folder / "whole")
+    convert(folder / "whole", file)
+    tensors = weights.load_file(file)
+    shift, gates = (whole.params[f"dots.{name}.bias"] for name in ("shift", "gates"))
+    half = len(gates) // 2
+    laid = np.concatenate([shift, gates[half:], gates[:half]])
+    convert(file, folder / "from_file", to="diffusers", tokenizer=tokenizers)
+    convert(folder / "from_file", folder / "again", to="workdir")
+    convert(folder / "again", folder / "again.safetensors")
+    found = {
+        "fused and swapped": bool((tensors["conditions.bias"] == laid).all()),
+        "file, folder, workdir, file": (folder / "again.safetensors").read_bytes()
+        == file.read_bytes(),
+        "same bits": same(whole, read_any(folder / "again")),
+    }
+    # As other programs would write it: without an encoder; without a header and an autoencoder,
+    # and with something that is no weight.
+    less = {name: value for name, value in tensors.items() if not name.startswith("moods.")}
+    header = weights.read_header(file)[1]
+    weights.save_file(less, folder / "less.safetensors", metadata=header)
+    convert(folder / "less.safetensors", folder / "less", tokenizer=tokenizers)
+    found["less"] = list(read_any(folder / "less").networks)
+    bare = {name: value for name, value in less.items() if not name.startswith("ae.")}
+    weights.save_file(bare | {"note": np.zeros(1, np.float32)}, folder / "bare.safetensors")
+    read = read_any(folder / "bare.safetensors", hints=Hints(tokenizer=tokenizers))
+    found["bare"] = [read.family.name, list(read.networks), dict(read.settings), *read.ignored]
+    found["same shape"] = read.networks["dots"] == whole.networks["dots"]
+    return found
+
+
 def main(folder: Path, vae: str) -> None:
     with_one_line_more()
     from sdjax import convert, sample
@@ -76,6 +114,8 @@ def main(folder: Path, vae: str) -> None:
     assert convert.main([f"--input={folder / 'whole'}", f"--output={folder / 'there'}"]) == 0
     assert convert.main([f"--input={folder / 'there'}", f"--output={folder / 'back'}"]) == 0
     back = read_any(folder / "back")
+    files = single_files(folder)
+    assert sample.main([f"--model={folder / 'less'}", f"--output={folder / 'c'}", *options]) == 0
     assert sample.main([f"--model={folder / 'back'}", f"--output={folder / 'b'}", *options]) == 0
     from PIL import Image
 
@@ -87,6 +127,7 @@ def main(folder: Path, vae: str) -> None:
         "converted to the bit": same(whole, back),
         "same picture": bool((pictures[0] == pictures[1]).all()),
         "losses": [start, end],
+        "single files": files,
         "index": json.loads((folder / "there" / "model_index.json").read_text())["_class_name"],
     }))  # fmt: skip
 
