@@ -28,9 +28,12 @@ CLIP, T5 = "text_encoder", "text_encoder_2"
 PARTS = {
     "transformer": Part(Flux, FluxConfig, "FluxTransformer2DModel"),
     CLIP: sd.PARTS["text_encoder"],
-    T5: Part(T5Encoder, T5Config, "t5", tokens="tokens_2", tokenizer="tokenizer_2"),
+    T5: Part(
+        T5Encoder, T5Config, "t5", tokens="tokens_2", tokenizer="tokenizer_2",
+        tokenizer_kind="t5", length_setting="max_sequence_length",
+    ),
     "vae": sd.PARTS["vae"],
-}
+}  # fmt: skip
 
 # transformer/config.json of black-forest-labs/FLUX.1-dev, -schnell, -Fill-dev and -Canny-dev.
 DEV = FluxConfig(guidance_embeds=True)

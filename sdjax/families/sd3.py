@@ -34,7 +34,10 @@ PARTS = {
         tokens="tokens", tokenizer="tokenizer", prefix="text_model.", surplus=sd.clip_surplus,
     ),
     "text_encoder_2": sdxl.PARTS["text_encoder_2"],
-    T5: Part(T5Encoder, T5Config, "t5", tokens="tokens_3", tokenizer="tokenizer_3"),
+    T5: Part(
+        T5Encoder, T5Config, "t5", tokens="tokens_3", tokenizer="tokenizer_3",
+        tokenizer_kind="t5", length_setting="max_sequence_length",
+    ),
     "vae": sd.PARTS["vae"],
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -61,6 +62,16 @@ class Linear(nnx.Module):
             return ys
         biases = jnp.split(self.bias[...], count)
         return [_add_bias(y, bias) for y, bias in zip(ys, biases, strict=True)]
+
+    def joined(self, *xs: Array) -> Array:
+        """Return `self(jnp.concatenate(xs, axis=-1))`, computed by a product for each x [..., n].
+
+        Each is split over devices in its own way, and none is copied into one large array.
+        """
+        widths = np.cumsum([x.shape[-1] for x in xs])[:-1]
+        kernels = jnp.split(self.kernel[...], widths, axis=0)
+        y = sum(_dense(x.astype(self.dtype), k) for x, k in zip(xs, kernels, strict=True))
+        return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
 class Conv(nnx.Module):

@@ -34,10 +34,13 @@ MIN_FSDP_SIZE = 2**14
 EMBEDDINGS = r"_embedding\.embedding$"
 
 TENSOR_RULES: tuple[tuple[str, int], ...] = (
-    (r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj)\.kernel$", 1),
-    (r"\.(to_out\.0|out_proj)\.kernel$", 0),
-    (r"\.(ff\.net\.0\.proj|mlp\.fc1)\.kernel$", 1),
-    (r"\.(ff\.net\.2|mlp\.fc2)\.kernel$", 0),
+    (r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj|add_[qkv]_proj|proj_mlp)\.kernel$", 1),
+    (r"\.(to_out\.0|out_proj|to_add_out)\.kernel$", 0),
+    (r"\.(ff(_context)?\.net\.0\.proj|mlp\.fc1)\.kernel$", 1),
+    (r"\.(ff(_context)?\.net\.2|mlp\.fc2)\.kernel$", 0),
+    # Its rows are those of the heads and then of an MLP: a device's part of both is elsewhere in
+    # the array, so that rows of the weight move between devices when a block runs.
+    (r"\.single_transformer_blocks\..*\.proj_out\.kernel$", 0),
 )
 
 # The fields of a moment in 8 bits: codes uint8, of the parameter's shape, and the scales of blocks.

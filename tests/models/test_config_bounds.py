@@ -12,10 +12,12 @@ from sdjax.diffusion.schedules import MOST_TIMESTEPS, ScheduleConfig
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_vision import CLIPVisionConfig, read_clip_config
 from sdjax.models.config import ConfigError, read_config
+from sdjax.models.flux.config import FluxConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.vae import VAEConfig
 
-CLASSES = (UNetConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig, ScheduleConfig, SamplerConfig)
+CLASSES = (UNetConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig, FluxConfig, ScheduleConfig,
+           SamplerConfig)  # fmt: skip
 HUGE = (10**9, 10**400, float("inf"), float("nan"), -(10**9))
 
 

@@ -1,6 +1,7 @@
 """FLUX.1's transformer against diffusers `FluxTransformer2DModel`, and its config."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from sdjax.models import weights
-from sdjax.models.flux import Flux, FluxConfig
+from sdjax.models.flux.network import Flux, FluxConfig, pack, unpack
+from sdjax.models.layers import timestep_embedding
+from sdjax.models.stacked_paths import shapes_apart
 
 SMALL = FluxConfig(
     in_channels=16,
@@ -23,7 +26,9 @@ SMALL = FluxConfig(
 # Each config with the sides of the latents and of a reference's, and `remat`.
 CASES = {
     "dev": (SMALL, (4, 6), None, "none"),
-    "schnell": (dataclasses.replace(SMALL, guidance_embeds=False, num_layers=1), (6, 2), None, "block"),
+    "schnell": (
+        dataclasses.replace(SMALL, guidance_embeds=False, num_layers=1), (6, 2), None, "block",
+    ),
     "fill": (dataclasses.replace(SMALL, in_channels=96, out_channels=16), (2, 10), None, "none"),
     "control": (
         dataclasses.replace(SMALL, in_channels=32, out_channels=16, axes_dims_rope=(2, 4, 10)),
@@ -34,7 +39,7 @@ CASES = {
         "dots_saveable",
     ),
 }  # fmt: skip
-# transformer/config.json of the releases (families.md of diffusers' converters).
+# transformer/config.json of the releases.
 DEV = {
     "_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0.dev0",
     "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "guidance_embeds": True,
@@ -146,3 +151,177 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
     worst = max(errors, key=errors.get)
     assert errors[worst] <= 2e-5, f"{worst}: {errors[worst]}"
     assert not gradients
+
+
+def random_params(config, seed=0):
+    """Parameters with nothing at zero or one."""
+    _, abstract = weights.abstract(Flux, config)
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(0.2 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {path: draw(value.shape) for path, value in abstract.items()}
+
+
+def products(jaxpr):
+    """The FLOPs of the matrix products of a jaxpr, 2 for a multiplication and an addition."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(
+                equation.outvars[0].aval.shape + tuple(shape[i] for i in contracted)
+            )
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            total += times * products(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_parameters_of_releases_are_those_of_diffusers(release):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    published, count = RELEASES[release]
+    config, ignored = FluxConfig.from_json(published)
+    assert ignored == ["_class_name", "_diffusers_version"]
+    _, params = weights.abstract(Flux, config)
+    shapes = shapes_apart(params)
+    sizes = {weights.weight_name(path): math.prod(p.shape) for path, p in shapes.items()}
+    assert sum(sizes.values()) == count
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel.from_config(published)
+    assert sizes == {name: value.numel() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("side, length, flops", [
+    (64, 256, 17_686_253_273_088), (64, 512, 21_502_600_151_040),
+    (128, 256, 69_466_647_429_120), (128, 512, 74_384_653_418_496),
+])  # fmt: skip
+def test_products_of_dev_are_those_of_its_blocks(side, length, flops):
+    """Blocks (24 N d^2 + 4 N^2 d) and their modulations; torch's counter gives the same numbers."""
+    graph, params = weights.abstract(Flux, FluxConfig(), dtype=jnp.bfloat16)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    context = {"context": shape(1, length, 4096), "pooled": shape(1, 768), "guidance": shape(1)}
+    traced = jax.make_jaxpr(lambda p, *rest: weights.merge(graph, p)(*rest))(
+        params, shape(1, side, side, 16), shape(1), context
+    )
+    assert products(traced.jaxpr) == flops
+
+
+def test_bfloat16_stays_close_to_float32(reference):
+    config = CASES["dev"][0]
+    args, params = inputs(reference, config, (4, 6)), random_params(config)
+    args[1][:], args[2]["guidance"][:] = (750.0, 12.5), (3.5, 1.0)
+    outs = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        graphdef, _ = weights.abstract(Flux, config, dtype=dtype)
+        outs.append(reference.jit(weights.merge(graphdef, params))(*args))
+    assert outs[1].dtype == jnp.float32
+    assert 1e-6 < reference.error(outs[1], outs[0]) < 0.04
+
+
+def test_bfloat16_tells_timesteps_and_guidance_apart(reference):
+    """bfloat16 itself has 498 and 500, 3.484 and 3.5, and nothing between."""
+    config = CASES["dev"][0]
+    latents, timesteps, context = inputs(reference, config, (2, 2))
+    graphdef, _ = weights.abstract(Flux, config, dtype=jnp.bfloat16)
+    run = reference.jit(weights.merge(graphdef, random_params(config)))
+    base = run(latents, timesteps * 0 + 499.0, context | {"guidance": np.full(2, 3.5, np.float32)})
+    other = run(latents, timesteps * 0 + 499.5, context | {"guidance": np.full(2, 3.5, np.float32)})
+    guided = run(
+        latents, timesteps * 0 + 499.0, context | {"guidance": np.full(2, 3.502, np.float32)}
+    )
+    assert np.abs(other - base).max() > 0 and np.abs(guided - base).max() > 0
+
+
+def test_rematerialisation_stores_less(reference):
+    latents, timesteps, context = inputs(reference, SMALL, (4, 6))
+    stored = {}
+    for remat in ("none", "block", "full", "attention", "dots_saveable"):
+        graphdef, params = weights.abstract(Flux, SMALL, remat=remat)
+
+        def loss(p, graphdef=graphdef):
+            return jnp.square(weights.merge(graphdef, p)(latents, timesteps, context)).mean()
+
+        residuals = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))  # noqa: B023
+        stored[remat] = sum(math.prod(r.shape) for r in residuals)
+    assert stored["full"] == stored["block"] < stored["dots_saveable"] < stored["none"]
+    with pytest.raises(ValueError, match="remat = 'blocks'.*'block', 'attention', 'full'.*dots"):
+        weights.abstract(Flux, SMALL, remat="blocks")
+
+
+def test_starts_with_identity_blocks_and_no_prediction(reference):
+    params = reference.jit(lambda key: weights.init(Flux, SMALL, key))(jax.random.key(0))
+    zero = {path for path, value in params.items() if not np.any(value)}
+    kernels = {path for path in zero if not path.endswith(".bias")}
+    gates = (".norm1.linear.kernel", ".norm1_context.linear.kernel", ".norm.linear.kernel")
+    ends = {"norm_out.linear.kernel", "proj_out.kernel"}
+    assert kernels == ends | {path for path in params if path.endswith(gates)}
+    graphdef, _ = weights.abstract(Flux, SMALL)
+    assert not np.any(
+        reference.jit(weights.merge(graphdef, params))(*inputs(reference, SMALL, (2, 4)))
+    )
+
+
+def test_an_output_norm_with_swapped_halves_predicts_something_else(reference):
+    """Files of the original code have shift before scale."""
+    graphdef, _ = weights.abstract(Flux, SMALL)
+    args, params = inputs(reference, SMALL, (2, 4)), random_params(SMALL)
+    run = reference.jit(lambda params: weights.merge(graphdef, params)(*args))
+    swapped = {
+        path: jnp.roll(value, SMALL.width, axis=-1) if path.startswith("norm_out") else value
+        for path, value in params.items()
+    }
+    assert reference.error(run(swapped), run(params)) > 0.1
+
+
+# ---- golden numbers of diffusers 0.42 ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guided, total, squares, first", [
+    (False, -0.333875, 9.243527, [0.087207, -0.162437, 0.122532, -0.179934]),
+    (True, 1.654351, 7.080111, [-0.031701, -0.015245, -0.052441, 0.022224]),
+], ids=["schnell", "dev"])  # fmt: skip
+def test_deterministic_weights_give_the_recorded_prediction(
+    guided, total, squares, first, reference
+):
+    """Weights 0.05 cos(0.1 k + j) of tensor j in the order of names, 1 more for scales of norms."""
+    config = dataclasses.replace(SMALL, num_single_layers=2, guidance_embeds=guided)
+    graphdef, abstract = weights.abstract(Flux, config)
+    names = {}
+    for path, value in shapes_apart(abstract).items():
+        kernel = path.endswith(".kernel")
+        names[weights.weight_name(path)] = value.shape[::-1] if kernel else value.shape
+    tensors = {}
+    for j, (name, shape) in enumerate(sorted(names.items())):
+        values = 0.05 * np.cos(0.1 * np.arange(math.prod(shape)) + j).reshape(shape)
+        norm = len(shape) == 1 and "norm" in name and name.endswith("weight")
+        tensors[name] = (values + norm).astype(np.float32)
+    assert sum(t.size for t in tensors.values()) == (131_536 if guided else 122_256)
+    params = weights.from_diffusers(tensors, abstract)
+
+    def wave(phase, *shape):
+        values = np.sin(0.37 * np.arange(math.prod(shape)) + phase)
+        return values.reshape(shape).astype(np.float32)
+
+    context = {"context": wave(1, 2, 5, 24), "pooled": wave(2, 2, 20)}
+    context |= {"guidance": np.array([3.5, 1.0], np.float32)} if guided else {}
+    latents = np.asarray(unpack(jnp.asarray(wave(0, 2, 6, 16)), 4, 6))
+    timesteps = np.array([750.0, 12.5], np.float32)
+    out = reference.jit(weights.merge(graphdef, params))(latents, timesteps, context)
+    tokens = np.asarray(pack(out), np.float64)
+    # The numbers have six decimals; a phase of 3,500 is known to 1e-4.
+    np.testing.assert_allclose(tokens.ravel()[:4], first, atol=2e-6)
+    np.testing.assert_allclose([tokens.sum(), np.square(tokens).sum()], [total, squares], atol=2e-5)
+
+
+def test_sinusoids_of_timesteps_and_guidance_are_those_of_diffusers():
+    waves = np.asarray(
+        timestep_embedding(jnp.array([500.0, 1000.0, 2.994012, 3500.0, 30_000.0]), 256)
+    )
+    np.testing.assert_allclose(waves[0, :3], [-0.883849, 0.945946, 0.848507], atol=3e-5)
+    np.testing.assert_allclose(waves[0, 128:131], [-0.467772, 0.324325, -0.529184], atol=3e-5)
+    np.testing.assert_allclose(waves[3, :3], [0.964887, -0.675330, -0.723518], atol=2e-4)
+    sums = [57.54698, 50.96479, 131.16983, 29.72850, -5.47517]
+    np.testing.assert_allclose(waves.sum(1), sums, atol=5e-4)
