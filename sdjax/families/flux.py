@@ -20,7 +20,8 @@ from sdjax.families.config import ModelConfig
 from sdjax.families.family import GUIDANCE, Context, Family, Features, Model, Networks, Part
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
-from sdjax.models.flux import Flux, FluxConfig
+from sdjax.models.flux.config import FluxConfig
+from sdjax.models.flux.network import Flux
 from sdjax.models.t5 import T5Config, T5Encoder
 from sdjax.models.vae import VAEConfig
 

@@ -53,9 +53,13 @@ def made(request, torch_pipeline, tmp_path_factory):
 
 def sized(model):
     """The model with as many tokens of T5 as the torch pipeline is asked for."""
-    return dataclasses.replace(
-        model, settings={**model.settings, "max_sequence_length": torch_transformers.LENGTH}
-    )
+    length = torch_transformers.LENGTH
+    tokenizers = {
+        field: tokenizer.of_length(length) if tokenizer.title == "T5" else tokenizer
+        for field, tokenizer in model.tokenizers.items()
+    }
+    settings = {**model.settings, "max_sequence_length": length}
+    return dataclasses.replace(model, settings=settings, tokenizers=tokenizers)
 
 
 def params_of(pipeline):
@@ -65,7 +69,7 @@ def params_of(pipeline):
         if isinstance(part, torch.nn.Module):
             for key, value in part.named_parameters():
                 found[f"{name}.{key.removeprefix('text_model.')}"] = value.detach().numpy()
-            if hasattr(part, "pos_embed"):
+            if hasattr(getattr(part, "pos_embed", None), "pos_embed"):
                 found[f"{name}.pos_embed.pos_embed"] = part.pos_embed.pos_embed.numpy()
     return found
 
@@ -74,7 +78,9 @@ def test_there_and_back_by_way_of_a_workdir_is_bit_equal(made, tmp_path):
     pipeline, folder, _, _ = made
     save_workdir(tmp_path / "workdir", read_diffusers(folder))
     write_diffusers(tmp_path / "out", read_any(tmp_path / "workdir"), max_shard_size="40KB")
-    again = type(pipeline).from_pretrained(tmp_path / "out")
+    # diffusers wants to be told of what a folder of SD3 lacks, of its own folders too.
+    absent = [n for n in ("text_encoder_3", "tokenizer_3") if getattr(pipeline, n, 0) is None]
+    again = type(pipeline).from_pretrained(tmp_path / "out", **dict.fromkeys(absent))
     theirs, ours = params_of(pipeline), params_of(again)
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
@@ -87,7 +93,8 @@ def test_there_and_back_by_way_of_a_workdir_is_bit_equal(made, tmp_path):
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         if getattr(pipeline, name, None) is not None:
             ours, theirs = getattr(again, name), getattr(pipeline, name)
-            assert ours(PROMPTS, padding="max_length") == theirs(PROMPTS, padding="max_length")
+            rows = {"padding": "max_length", "max_length": torch_transformers.LENGTH}
+            assert ours(PROMPTS, **rows) == theirs(PROMPTS, **rows)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16)])
