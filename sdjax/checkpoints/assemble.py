@@ -8,7 +8,7 @@ configuration with what was adopted written into it, so that `DIR/config.json` s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
+from sdjax.models.params import is_buffer
 
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
 _PARTIAL = ("vae_from", "text_encoder_from")  # folders that bring a part of the networks
@@ -107,10 +108,12 @@ def _brought_by(field: str, config: Config) -> tuple[str, ...]:
 def check_complete(config: Config, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
     """Check that every network that is not trained has loaded weights.
 
+    Buffers need none: a new network has the right ones.
+
     Raises:
         ConfigError: naming the network and the fields that can bring it.
     """
-    for name in sorted(_components(frozen)):
+    for name in sorted(_components({path for path in frozen if not is_buffer(path)})):
         if name not in _components(params):
             raise ConfigError(
                 f"the {name} has no weights and (in part) is not trained: set config.init_from (a "
@@ -119,7 +122,7 @@ def check_complete(config: Config, params: Mapping[str, Any], frozen: Mapping[st
             )
 
 
-def _components(params: Mapping[str, Any]) -> set[str]:
+def _components(params: Iterable[str]) -> set[str]:
     return {path.split(".")[0] for path in params}
 
 
