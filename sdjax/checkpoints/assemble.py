@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.reading import locate, read_source
+from sdjax.checkpoints.references import FIELDS, Source
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.tokenizer import Tokenizer
@@ -23,7 +23,6 @@ from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 
-TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
 _SHOWN = 5  # fields of a network that a line names
 
 
@@ -36,6 +35,7 @@ class Assembled:
     tokenizers: by the field of the batch that each fills, one for each text encoder.
     notes: for the log.
     scheduler: the scheduler file of `init_from`, for what is written at the end; None without one.
+    sources: {network: where its parameters were read}.
     """
 
     config: Config
@@ -43,6 +43,7 @@ class Assembled:
     tokenizers: dict[str, Tokenizer]
     notes: tuple[str, ...]
     scheduler: Mapping[str, Any] | None = None
+    sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
 
 
 def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
@@ -58,13 +59,14 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     notes: list[str] = []
     tokenizers: dict[str, Tokenizer] = {}
     scheduler: Mapping[str, Any] | None = None
+    sources: dict[str, Source] = {}
     draws = config.draws
     kind = METHODS[config.method.name]
     for field, folder in _sources(config):
         every = {"vae_from": ("vae",), "text_encoder_from": tuple(config.model.text_encoders)}
         wanted = kind.networks(dict.fromkeys(every.get(field, NETWORKS)))
-        path = TINY_VAE if field == "vae_from" and folder == "tiny" else folder
-        loaded = read_any(path, components=wanted)
+        source = locate(field, folder)
+        loaded = read_source(source, wanted)
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
@@ -77,21 +79,22 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
                     f"{config.sample.sampler.name}. What the run writes keeps the scheduler"
                 )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
+        sources |= dict.fromkeys(_components(loaded.params), source)
         tokenizers |= loaded.tokenizers
     if not (draws and with_tokenizer):
-        return Assembled(config, params, {}, tuple(notes), scheduler)
+        return Assembled(config, params, {}, tuple(notes), scheduler, sources)
     fields = {name: part.tokens for name, part in config.model.parts.items() if part.tokens}
     for name in config.model.text_encoders:
         if fields[name] not in tokenizers:
             tokenizers[fields[name]] = _tokenizer(config, name)
     tokenizers = {fields[name]: tokenizers[fields[name]] for name in config.model.text_encoders}
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
-    return Assembled(config, params, tokenizers, tuple(notes), scheduler)
+    return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
     """(field, folder) of each folder that brings networks, in the order in which they decide."""
-    for field in ("init_from", "vae_from", "text_encoder_from"):
+    for field in FIELDS:
         if folder := getattr(config, field):
             yield field, folder
 
