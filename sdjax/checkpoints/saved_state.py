@@ -55,8 +55,7 @@ def differences(step_folder: paths.PathLike, wanted: Mapping[str, str]) -> list[
 def trained(step_folder: paths.PathLike) -> set[str]:
     """Return the paths of the parameters in a checkpoint, which are those that its run trains."""
     folder = paths.to_path(step_folder) / "state"
-    saved = leaves(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
-    return {name.removeprefix("params/") for name in saved if name.startswith("params/")}
+    return set(ocp.PyTreeCheckpointHandler().metadata(folder).tree["params"])
 
 
 def check_size(step_folder: paths.PathLike, size: int) -> None:

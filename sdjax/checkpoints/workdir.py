@@ -101,7 +101,7 @@ def _read(
     fields: dict[str, Any] = {}
     if with_weights:
         trained = _restore(folder, config, weights, step, model)
-        frozen = _frozen(folder, model, follows)
+        frozen = frozen_params(folder, model, follows=follows)
         fields["params"] = _complete(folder, model, trained, frozen, step)
     if model.family.denoiser in model.networks:
         fields["schedule"] = config.schedule
@@ -164,8 +164,19 @@ def _restore(
     return restore_params(folder, which, step, model.networks)
 
 
-def _frozen(folder: paths.Path, model: Model, follows: bool = True) -> dict[str, np.ndarray]:
-    """The parameters of a model's networks that its run does not train; may be too many."""
+def frozen_params(
+    folder: paths.Path, model: Model, *, follows: bool = True
+) -> dict[str, np.ndarray]:
+    """Return the parameters of a model's networks that its run does not train, float32.
+
+    Of networks that lie elsewhere they are all, also those that it trains.
+
+    Args:
+        follows: whether networks may lie elsewhere.
+
+    Raises:
+        ModelError: they cannot be read, or are not what they were.
+    """
     frozen: dict[str, np.ndarray] = {}
     if (folder / FROZEN_FILE).is_file():
         try:
@@ -207,7 +218,7 @@ def bundle(folder: paths.Path) -> list[str]:
     trained = (
         saved_state.trained(checkpoint_folder(folder) / str(step)) if step is not None else set()
     )
-    frozen = {path: v for path, v in _frozen(folder, model).items() if path not in trained}
+    frozen = {path: v for path, v in frozen_params(folder, model).items() if path not in trained}
     save_file(frozen, folder / FROZEN_FILE)
     write_references(folder, {})
     return list(references)

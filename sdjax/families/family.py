@@ -249,6 +249,7 @@ class Networks:
     configs, parts, graphs: by name.
     settings: the family's own.
     abstract: {path: ShapeDtypeStruct} of all of them; paths start with the network's name.
+    dtypes: {path: dtype} of those that are cast to it before any other use.
     """
 
     family: Family
@@ -257,6 +258,7 @@ class Networks:
     settings: Mapping[str, Any]
     graphs: Mapping[str, Any]
     abstract: dict[str, jax.ShapeDtypeStruct]
+    dtypes: dict[str, Any]
 
     def module(self, name: str, params: Mapping[str, Any]) -> Any:
         """Return a network with its parameters, which may be among those of others."""

@@ -202,6 +202,7 @@ def make(setup: Setup) -> Method:
         maxima=diffusion.maxima,
         timesteps=diffusion.timesteps,
         pictures=_pictures(setup),
+        dtypes=networks.dtypes,
     )
 
 

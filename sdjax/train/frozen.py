@@ -119,7 +119,7 @@ def resumed(
 
 
 def placed(params: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Return arrays on the shardings of `wanted`, {path: shape with sharding}."""
+    """Return arrays as `wanted` has them, {path: shape with sharding, and dtype}."""
 
     def put(value: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_callback(want.shape, want.sharding, lambda index: value[index])
@@ -176,7 +176,7 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Args:
         file: float32 arrays, local or in a bucket.
-        wanted: {path: shape with sharding}.
+        wanted: {path: shape with sharding, and the dtype to give}.
 
     Raises:
         UserError: the file is not there, is cut short, or holds other arrays or NaN or Inf.
@@ -242,7 +242,8 @@ def _read(
             rows = np.frombuffer(data, "<f4")
             if not weight_checks.is_finite(rows):
                 raise ValueError(weight_checks.describe(path, rows))
-            cached[first, last] = rows.reshape((last - first, *shape[1:]) if shape else ())
+            rows = rows.reshape((last - first, *shape[1:]) if shape else ())
+            cached[first, last] = rows.astype(want.dtype, copy=False)
         return cached[first, last][(slice(None), *index[1:]) if shape else ()]
 
     return jax.make_array_from_callback(shape, want.sharding, part)
