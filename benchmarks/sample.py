@@ -33,8 +33,9 @@ import numpy as np
 from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 
-from sdjax.checkpoints.assemble import TINY_VAE
-from sdjax.checkpoints.reading import folder_kind, read_any
+from sdjax.checkpoints.folders import folder_kind
+from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.references import TINY_VAE
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError

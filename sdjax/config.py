@@ -72,6 +72,7 @@ class TrainConfig:
     rollbacks: int = 0
     export: bool = True  # write a diffusers folder at the end
     report: bool = True  # write report.html at every validation and at the end
+    bundle_frozen: bool = False  # copy frozen weights into the workdir, in place of a reference
     xla_options: tuple[
         str, ...
     ] = ()  # of the step, "NAME=VALUE"; they win over sdjax/parallel/xla.py

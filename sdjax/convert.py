@@ -7,6 +7,7 @@
     python -m sdjax.convert --input=WORKDIR --output=FOLDER --average last:5
     python -m sdjax.convert --output=FOLDER --average runs/a runs/b [--average_weights 1 2]
     python -m sdjax.convert --input=WORKDIR --output=FOLDER --ema_length=0.07
+    python -m sdjax.convert --input=WORKDIR --bundle
 
 A diffusers pipeline (or the folder of one network, as a VAE) and a single file, as AUTOMATIC1111
 and ComfyUI read, become a workdir that sdjax.sample, --config.init_from and --config.vae_from
@@ -17,6 +18,9 @@ float32, there and back gives the same bits.
 --average writes the mean of several models in place of one: of checkpoints of a run, or of runs
 that began from the same weights. --ema_length writes the average of a run over another length than
 it tracked. Both are often better models than the last checkpoint (docs/averages.md).
+
+--bundle writes no other folder: it copies the frozen networks that a workdir refers to
+(WORKDIR/frozen.json) into it, so that it can be moved to another machine.
 
 Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """
@@ -69,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
         help="diffusers folder, workdir of sdjax or .safetensors file to read; left out where "
         "--average names folders",
     )
-    p.add_argument("--output", required=True, help="folder or .safetensors file to write; new")
+    p.add_argument("--output", help="folder or .safetensors file to write; new")
+    p.add_argument(
+        "--bundle", action="store_true",
+        help="in place of writing an --output, copy into --input, a workdir, the frozen networks "
+        "that it refers to; no other option goes with it",
+    )  # fmt: skip
     p.add_argument(
         "--to", choices=FORMATS,
         help="what to write; by default a single_file where --output ends in .safetensors, "
@@ -175,8 +184,8 @@ def convert(
         ModelError, CheckpointError: `source` cannot be read or `target` not written.
         OSError: of the disk.
     """
-    from sdjax.checkpoints.folders import ModelError
-    from sdjax.checkpoints.reading import folder_kind, read_any
+    from sdjax.checkpoints.folders import ModelError, folder_kind
+    from sdjax.checkpoints.reading import read_any
     from sdjax.checkpoints.single_file import Hints
 
     found = _sources(source, average, average_weights, ema_length, step, weights)
@@ -221,6 +230,25 @@ def convert(
             )
         options = {"dtype": dtype, "overwrite": force}
         return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
+
+
+def bundle(workdir: paths.PathLike) -> list[str]:
+    """Copy the networks that a workdir refers to into it; what was done, as lines for the user.
+
+    Raises:
+        ModelError: it is no workdir, or a network is not there or has changed.
+    """
+    from sdjax.checkpoints import workdir as runs
+    from sdjax.checkpoints.folders import ModelError, folder_kind
+
+    folder = paths.to_path(workdir)
+    if (kind := folder_kind(folder)) != "workdir" or folder.parent.name == "checkpoints":
+        raise ModelError(f"--bundle: --input={folder} is a {kind}; expected the workdir of a run")
+    with locks.held(folder, "--input", "sdjax.convert"):
+        names = runs.bundle(folder)
+    if not names:
+        return [f"{folder} holds all of its networks"]
+    return [f"copied into {folder}: {', '.join(names)}"]
 
 
 def _sources(
@@ -333,6 +361,16 @@ def _write(
     return [f"wrote the single file {target}, {options['dtype']}", *notes]
 
 
+def _alone(options: dict[str, Any]) -> str:
+    """Return the --input of --bundle. ValueError if other options are given, or it is not."""
+    for name, value in options.items():
+        if name != "input" and value != parser().get_default(name):
+            raise ValueError(f"--{name}={value} does not go with --bundle: leave one out")
+    if options["input"] is None:
+        raise ValueError("--input is missing, the workdir to copy networks into")
+    return options["input"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, convert, and give the exit code."""
     args = parser().parse_args(argv)
@@ -344,7 +382,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = vars(args)
         with progress.shown():
-            lines = convert(options.pop("input"), options.pop("output"), **options)
+            if options.pop("bundle"):
+                lines = bundle(_alone(options))
+            else:
+                if options["output"] is None:
+                    raise ValueError("--output is missing, the folder or file to write")
+                lines = convert(options.pop("input"), options.pop("output"), **options)
     except paths.storage_errors(ValueError, CheckpointError) as error:
         return explain(error)
     print("\n".join(lines))

@@ -44,7 +44,7 @@ optim.scales optim.clip_norm optim.groups optim.moments
 ema.profiles ema.snapshot_every ema.snapshot_dtype
 train.steps train.accumulation train.log_every train.checkpoint_every train.keep_last
 train.keep_every train.sample_every train.timestep_buckets train.max_nonfinite train.spike_factor
-train.rollbacks train.export train.report
+train.rollbacks train.export train.report train.bundle_frozen
 sample.prompts sample.count sample.compare sample.guidance sample.guidance_rescale
 sample.negative_prompt sample.sampler.name sample.sampler.steps sample.sampler.spacing
 sample.sampler.steps_offset sample.sampler.eta sample.sampler.karras

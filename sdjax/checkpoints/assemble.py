@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.reading import locate, read_source
+from sdjax.checkpoints.references import FIELDS, Source
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.text_tokenizer import TextTokenizer
@@ -25,8 +25,6 @@ from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.models.params import is_buffer
 
-TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
-_PARTIAL = ("vae_from", "text_encoder_from")  # folders that bring a part of the networks
 _SHOWN = 5  # fields of a network that a line names
 
 
@@ -39,6 +37,7 @@ class Assembled:
     tokenizers: by the field of the batch that each fills, one for each text encoder.
     notes: for the log.
     scheduler: the scheduler file of `init_from`, for what is written at the end; None without one.
+    sources: {network: where its parameters were read}.
     """
 
     config: Config
@@ -46,6 +45,7 @@ class Assembled:
     tokenizers: dict[str, TextTokenizer]
     notes: tuple[str, ...]
     scheduler: Mapping[str, Any] | None = None
+    sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
 
 
 def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
@@ -61,12 +61,13 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     notes: list[str] = []
     tokenizers: dict[str, TextTokenizer] = {}
     scheduler: Mapping[str, Any] | None = None
+    sources: dict[str, Source] = {}
     draws = config.draws
     kind = METHODS[config.method.name]
     for field, folder in _sources(config):
         wanted = kind.networks(dict.fromkeys(_brought_by(field, config)))
-        path = TINY_VAE if field == "vae_from" and folder == "tiny" else folder
-        loaded = read_any(path, components=wanted)
+        source = locate(field, folder)
+        loaded = read_source(source, wanted)
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
@@ -79,21 +80,22 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
                     f"{config.sample.sampler.name}. What the run writes keeps the scheduler"
                 )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
+        sources |= dict.fromkeys(_components(loaded.params), source)
         tokenizers |= loaded.tokenizers
     if not (draws and with_tokenizer):
-        return Assembled(config, params, {}, tuple(notes), scheduler)
+        return Assembled(config, params, {}, tuple(notes), scheduler, sources)
     fields = {name: part.tokens for name, part in config.model.parts.items() if part.tokens}
     for name in config.model.text_encoders:
         if fields[name] not in tokenizers:
             tokenizers[fields[name]] = _tokenizer(config, name)
     tokenizers = {fields[name]: tokenizers[fields[name]] for name in config.model.text_encoders}
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
-    return Assembled(config, params, tokenizers, tuple(notes), scheduler)
+    return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
     """(field, folder) of each folder that brings networks, in the order in which they decide."""
-    for field in ("init_from", *_PARTIAL):
+    for field in FIELDS:
         if folder := getattr(config, field):
             yield field, folder
 
@@ -118,7 +120,7 @@ def check_complete(config: Config, params: Mapping[str, Any], frozen: Mapping[st
             raise ConfigError(
                 f"the {name} has no weights and (in part) is not trained: set config.init_from (a "
                 f"whole diffusers folder or sdjax workdir)"
-                + "".join(f" or config.{f}" for f in _PARTIAL if name in _brought_by(f, config))
+                + "".join(f" or config.{f}" for f in FIELDS[1:] if name in _brought_by(f, config))
             )
 
 

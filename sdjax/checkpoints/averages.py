@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sdjax.checkpoints.checkpoint import all_steps
+from sdjax.checkpoints import saved_state
+from sdjax.checkpoints.checkpoint import all_steps, checkpoint_folder, latest_step
 from sdjax.checkpoints.folders import ModelError
-from sdjax.checkpoints.workdir import FROZEN_FILE
 from sdjax.config_changes import MISSING, compare_configs
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS
-from sdjax.models.weights import read_header
 from sdjax.optim import ema
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
@@ -233,9 +232,7 @@ def with_averages(
             f"{ema.snapshot_folder(workdir)}: the snapshots are of another model than the "
             f"checkpoint, which has no {strange[0]} of that shape; were they copied here?"
         )
-    trained = set(model.params)
-    if (file := paths.to_path(workdir) / FROZEN_FILE).is_file():
-        trained -= set(read_header(file)[0])
+    trained = saved_state.trained(checkpoint_folder(workdir) / str(latest_step(workdir)))
     if missing := sorted(trained - set(averages)):
         raise ModelError(
             f"{ema.snapshot_folder(workdir)}: the snapshots lack {len(missing)} of the "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -77,7 +77,10 @@ def read_config(workdir: PathLike, step: int | None = None) -> dict[str, Any]:
 
 
 def restore_params(
-    workdir: PathLike, which: str = "params", step: int | None = None
+    workdir: PathLike,
+    which: str = "params",
+    step: int | None = None,
+    networks: Container[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """One set of parameters on the host, without the moments and without knowing the model.
 
@@ -85,6 +88,7 @@ def restore_params(
       workdir: of the run.
       which: "params", or "ema:PROFILE" for an average, as "ema:0.9999".
       step: the newest by default.
+      networks: whose parameters; all by default.
 
     Returns:
       {path: array}
@@ -101,7 +105,11 @@ def restore_params(
             raise CheckpointError(
                 f"which={which!r}: the checkpoint of step {step} in {workdir} has {', '.join(sets)}"
             )
-        item = {"params": sets[which]} if kind == "params" else {"ema": {profile: sets[which]}}
+        wanted = {path for path in sets[which] if not networks or path.split(".")[0] in networks}
+        if not wanted:
+            return {}
+        chosen = {path: leaf for path, leaf in sets[which].items() if path in wanted}
+        item = {"params": chosen} if kind == "params" else {"ema": {profile: chosen}}
         saved_state.check_size(checkpoint_folder(workdir) / str(step), _bytes(item))
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         with _reading(step, item):

@@ -1,4 +1,4 @@
-"""The parts that all folders and files of models share: the error, JSON, replacing a folder."""
+"""The parts that all folders and files of models share: error, JSON, kinds, replacing a folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS
 from sdjax.system import locks, paths, text_files
 from sdjax.system.interrupts import at_end
+from sdjax.system.untrusted import is_number
 
 # In a folder of a bucket from before its first file is written until after its last.
 INCOMPLETE = "INCOMPLETE"
@@ -59,6 +60,42 @@ def read_json(file: paths.Path) -> dict[str, Any]:
 def write_json(file: paths.Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON."""
     paths.write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def folder_kind(path: paths.Path) -> str:
+    """ "diffusers", "workdir" or "single_file". ModelError, with the reason, if none."""
+    if not paths.exists(path):
+        raise ModelError(f"{path}: no such folder or file")
+    if not path.is_dir():
+        if path.suffix == ".safetensors":
+            return "single_file"
+        raise ModelError(
+            f"{path} is a file; expected a diffusers folder (model_index.json, unet/, ...), an "
+            "sdjax workdir, or a single .safetensors file. A .ckpt is a pickle, which can run code "
+            "and is not read: save it as safetensors where torch is installed"
+        )
+    if (path / INCOMPLETE).exists():
+        raise ModelError(
+            f"{path} is incomplete: whatever wrote it was interrupted (it holds {INCOMPLETE}); "
+            "write it again"
+        )
+    if (path / "model_index.json").is_file():
+        return "diffusers"
+    if (path / "checkpoints").is_dir() or (
+        path.parent.name == "checkpoints" and is_number(path.name)
+    ):
+        return "workdir"
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        if "method" in config:
+            return "workdir"
+        if "_class_name" in config or "model_type" in config or "architectures" in config:
+            return "diffusers"
+    has = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+    raise ModelError(
+        f"{path} is neither a diffusers folder (no model_index.json, no network's config.json) nor "
+        f"an sdjax workdir (no checkpoints/). It has: {has}"
+    )
 
 
 @contextmanager

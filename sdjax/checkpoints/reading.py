@@ -6,12 +6,15 @@ single-file checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+from sdjax.checkpoints.checkpoint import all_steps, latest_step
 from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import INCOMPLETE, ModelError, read_json
+from sdjax.checkpoints.folders import folder_kind
+from sdjax.checkpoints.references import TINY, Source
 from sdjax.checkpoints.single_file import Hints, read_single_file
-from sdjax.checkpoints.workdir import read_workdir
+from sdjax.checkpoints.workdir import read_run_config, read_workdir
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS
 from sdjax.system import paths
@@ -59,37 +62,42 @@ def read_any(
     )
 
 
-def folder_kind(path: paths.Path) -> str:
-    """ "diffusers", "workdir" or "single_file". ModelError, with the reason, if none."""
-    if not paths.exists(path):
-        raise ModelError(f"{path}: no such folder or file")
-    if not path.is_dir():
-        if path.suffix == ".safetensors":
-            return "single_file"
-        raise ModelError(
-            f"{path} is a file; expected a diffusers folder (model_index.json, unet/, ...), an "
-            "sdjax workdir, or a single .safetensors file. A .ckpt is a pickle, which can run code "
-            "and is not read: save it as safetensors where torch is installed"
-        )
-    if (path / INCOMPLETE).exists():
-        raise ModelError(
-            f"{path} is incomplete: whatever wrote it was interrupted (it holds {INCOMPLETE}); "
-            "write it again"
-        )
-    if (path / "model_index.json").is_file():
-        return "diffusers"
-    if (path / "checkpoints").is_dir() or (
-        path.parent.name == "checkpoints" and is_number(path.name)
-    ):
-        return "workdir"
-    if (path / "config.json").is_file():
-        config = read_json(path / "config.json")
-        if "method" in config:
-            return "workdir"
-        if "_class_name" in config or "model_type" in config or "architectures" in config:
-            return "diffusers"
-    has = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-    raise ModelError(
-        f"{path} is neither a diffusers folder (no model_index.json, no network's config.json) nor "
-        f"an sdjax workdir (no checkpoints/). It has: {has}"
+def locate(field: str, value: str, *, like: Source | None = None) -> Source:
+    """Return what a field of a recipe names: of a workdir, one checkpoint and one average.
+
+    Args:
+        field: as "vae_from".
+        value: the folder or file, or "tiny".
+        like: the same networks at another place; if both are workdirs, the checkpoint and the
+            average are those, where there is such a checkpoint.
+
+    Raises:
+        ModelError: there are no networks.
+    """
+    if field == "vae_from" and value == TINY:
+        return Source(field, TINY)
+    path, step = paths.absolute(value), None
+    if folder_kind(path) != "workdir":
+        return Source(field, os.fspath(path))
+    if path.parent.name == "checkpoints" and is_number(path.name):
+        path, step = path.parents[1], int(path.name)
+    if like is not None and step is None and like.step in all_steps(path):
+        return Source(field, os.fspath(path), like.step, like.weights)
+    profiles = read_run_config(path).ema.profiles
+    step = latest_step(path) if step is None else step
+    return Source(field, os.fspath(path), step, profiles[0] if profiles else "ema")
+
+
+def read_source(source: Source, components: Sequence[str] = NETWORKS) -> Model:
+    """Return networks of a source. Errors are those of `read_any`."""
+    return read_any(
+        source.place, components=components, weights=source.weights or "ema", step=source.step
     )
+
+
+def lasts(source: Source) -> bool:
+    """Whether a source stays: not a checkpoint that its run, which goes on, may delete.
+
+    Step 0 is that of a conversion, which does not go on.
+    """
+    return not source.step or source.step >= read_run_config(source.place).train.steps

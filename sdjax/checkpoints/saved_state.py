@@ -52,6 +52,12 @@ def differences(step_folder: paths.PathLike, wanted: Mapping[str, str]) -> list[
     return lines[:_MOST] + ([f"... and {len(lines) - _MOST} more"] if len(lines) > _MOST else [])
 
 
+def trained(step_folder: paths.PathLike) -> set[str]:
+    """Return the paths of the parameters in a checkpoint, which are those that its run trains."""
+    folder = paths.to_path(step_folder) / "state"
+    return set(ocp.PyTreeCheckpointHandler().metadata(folder).tree["params"])
+
+
 def check_size(step_folder: paths.PathLike, size: int) -> None:
     """Raise a ValueError if a checkpoint announces far more bytes of parameters than it has.
 

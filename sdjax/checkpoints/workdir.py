@@ -3,7 +3,8 @@
 config.json          the resolved configuration
 tokenizer/           in the layout of transformers; of further encoders, tokenizer_2/ and so on
 scheduler/           the scheduler_config.json of the diffusers folder that it came from, if it did
-frozen.safetensors   {path: array} of what is not trained, under sdjax's own names
+frozen.json          where each network lies that is not trained and not copied (`references`)
+frozen.safetensors   {path: array} of what is not trained and copied, under sdjax's own names
 checkpoints/STEP/    see `sdjax.checkpoints.checkpoint`
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, latest_step, restore_params
 from sdjax.checkpoints.folders import (
     ModelError,
@@ -24,6 +26,7 @@ from sdjax.checkpoints.folders import (
     replaced_folder,
     write_json,
 )
+from sdjax.checkpoints.references import follow, read_references, write_references
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.data.tokenizer_files import TokenizerError
@@ -34,7 +37,7 @@ from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
 from sdjax.machine_settings import of_model
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
-from sdjax.models.weights import WeightsError, check_finite, load_file
+from sdjax.models.weights import WeightsError, check_finite, load_file, save_file
 from sdjax.system import paths, progress
 from sdjax.system.untrusted import explained
 
@@ -68,7 +71,16 @@ def read_workdir(
     folder = paths.to_path(workdir)
     check_components(components)
     with explained(folder, "a workdir of sdjax"):
-        return _read(folder, components, weights, step, with_weights)
+        return _read(folder, components, weights, step, with_weights=with_weights)
+
+
+def read_run_config(folder: paths.Path) -> Config:
+    """Return the configuration of a workdir. ModelError, naming the file, if it has none."""
+    file = folder / CONFIG_FILE
+    try:
+        return resolve(read_json(file))
+    except ConfigError as error:
+        raise ModelError(f"{file}: {error}") from error
 
 
 def _read(
@@ -76,19 +88,22 @@ def _read(
     components: Sequence[str],
     weights: str,
     step: int | None,
-    with_weights: bool,
+    *,
+    with_weights: bool = True,
+    follows: bool = True,
 ) -> Model:
-    """See `read_workdir`."""
-    file = folder / CONFIG_FILE
-    try:
-        config = of_model(resolve(read_json(file)))
-    except ConfigError as error:
-        raise ModelError(f"{file}: {error}") from error
+    """See `read_workdir`.
+
+    Args:
+        follows: whether networks may lie elsewhere.
+    """
+    config = of_model(read_run_config(folder))
     own = METHODS[config.method.name].networks(config.model.networks)
     model = model_of(config.model, [name for name in own if name in components])
     fields: dict[str, Any] = {}
     if with_weights:
-        trained, frozen = _restore(folder, config, weights, step)
+        trained = _restore(folder, config, weights, step, model)
+        frozen = frozen_params(folder, model, follows=follows)
         fields["params"] = _complete(folder, model, trained, frozen, step)
     if model.family.denoiser in model.networks:
         fields["schedule"] = config.schedule
@@ -132,9 +147,9 @@ def write_scheduler(folder: paths.Path, scheduler: Mapping[str, Any]) -> None:
 
 
 def _restore(
-    folder: paths.Path, config: Config, weights: str, step: int | None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(trained parameters of a run, as `weights` asks; those that it did not train)."""
+    folder: paths.Path, config: Config, weights: str, step: int | None, model: Model
+) -> dict[str, np.ndarray]:
+    """The trained parameters of a model's networks, as `weights` asks."""
     profiles = config.ema.profiles
     if weights not in ("ema", "raw", *profiles):
         raise ModelError(
@@ -148,13 +163,67 @@ def _restore(
         )
     profile = profiles[0] if weights == "ema" and profiles else weights
     which = f"ema:{profile}" if profile in profiles else "params"
-    trained, frozen = restore_params(folder, which, step), {}
+    return restore_params(folder, which, step, model.networks)
+
+
+def frozen_params(
+    folder: paths.Path, model: Model, *, follows: bool = True
+) -> dict[str, np.ndarray]:
+    """Return the parameters of a model's networks that its run does not train, float32.
+
+    Of networks that lie elsewhere they are all, also those that it trains.
+
+    Args:
+        follows: whether networks may lie elsewhere.
+
+    Raises:
+        ModelError: they cannot be read, or are not what they were.
+    """
+    frozen: dict[str, np.ndarray] = {}
     if (folder / FROZEN_FILE).is_file():
         try:
-            frozen = load_file(folder / FROZEN_FILE)
+            frozen = load_file(
+                folder / FROZEN_FILE, wanted=lambda path: path.split(".")[0] in model.networks
+            )
         except WeightsError as error:
             raise ModelError(str(error)) from error
-    return trained, frozen
+    for name, reference in read_references(folder).items():
+        if name not in model.networks:
+            continue
+        if not follows:
+            raise ModelError(f"{folder} holds no {name}, but refers to another folder for it")
+        frozen |= follow(folder, name, reference, read_run)
+    return frozen
+
+
+def read_run(path: paths.Path, components: Sequence[str], weights: str, step: int | None) -> Model:
+    """Return networks that a workdir holds itself; see `references.ReadRun`."""
+    with explained(path, "a workdir of sdjax"):
+        return _read(path, components, weights, step, follows=False)
+
+
+def bundle(folder: paths.Path) -> list[str]:
+    """Copy the networks that a workdir refers to into it.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ModelError: one of them cannot be read, or is not what it was.
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    references = read_references(folder)
+    if not references:
+        return []
+    model = model_of(read_run_config(folder).model)
+    step = latest_step(folder)
+    trained = (
+        saved_state.trained(checkpoint_folder(folder) / str(step)) if step is not None else set()
+    )
+    frozen = {path: v for path, v in frozen_params(folder, model).items() if path not in trained}
+    save_file(frozen, folder / FROZEN_FILE)
+    write_references(folder, {})
+    return list(references)
 
 
 def _complete(

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdjax.checkpoints.checkpoint import latest_step
-from sdjax.checkpoints.folders import read_json
-from sdjax.checkpoints.reading import folder_kind, read_any
+from sdjax.checkpoints.folders import folder_kind, read_json
+from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import CONFIG_FILE
 from sdjax.config import Config, resolve
 from sdjax.config_model import method_of_run

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sdjax.families.family import Model, Networks, Part
 from sdjax.models import weights
 from sdjax.models.params import prefixed
+from sdjax.models.products import cast_first
 
 
 def bind(
@@ -30,12 +31,15 @@ def bind(
     chosen = {n: c for n, c in _in_order(model).items() if names is None or n in names}
     graphs: dict[str, Any] = {}
     abstract: dict[str, jax.ShapeDtypeStruct] = {}
+    dtypes: dict[str, Any] = {}
     for name, config in chosen.items():
         network = model.family.parts[name].network
         graphs[name], own = weights.abstract(network, config, dtype=jnp.dtype(dtype), remat=remat)
         abstract |= prefixed(own, name)
-    family, denoiser = model.family, model.networks.get(model.family.denoiser)
-    return Networks(family, chosen, family.parts, model.settings, denoiser, graphs, abstract)
+        dtypes |= prefixed(cast_first(weights.merge(graphs[name], own)), name)
+    family, settings = model.family, model.settings
+    denoiser = model.networks.get(family.denoiser)
+    return Networks(family, chosen, family.parts, settings, denoiser, graphs, abstract, dtypes)
 
 
 def abstract_params(part: Part, config: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -256,6 +256,7 @@ class Networks:
     denoiser: the config of the model's denoiser, which need not be one of these; None if the model
         has none.
     abstract: {path: ShapeDtypeStruct} of all of them; paths start with the network's name.
+    dtypes: {path: dtype} of those that are cast to it before any other use.
     """
 
     family: Family
@@ -265,6 +266,7 @@ class Networks:
     denoiser: Any
     graphs: Mapping[str, Any]
     abstract: dict[str, jax.ShapeDtypeStruct]
+    dtypes: dict[str, Any]
 
     def module(self, name: str, params: Mapping[str, Any]) -> Any:
         """Return a network with its parameters, which may be among those of others."""

@@ -137,6 +137,7 @@ def make(setup: Setup) -> Method:
         timesteps=lambda count: np.zeros(0, np.float32),
         pictures=vae.pictures,
         adjust=vae.adjust,
+        dtypes=networks.dtypes,
     )
 
 

@@ -210,6 +210,7 @@ def make(setup: Setup) -> Method:
         maxima=diffusion.maxima,
         timesteps=diffusion.timesteps,
         pictures=_pictures(setup),
+        dtypes=networks.dtypes,
     )
 
 

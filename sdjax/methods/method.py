@@ -135,6 +135,8 @@ class Method:
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
+    dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
+        for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
 
     abstract: dict[str, jax.ShapeDtypeStruct]
@@ -146,6 +148,7 @@ class Method:
     timesteps: Callable[[int], np.ndarray]
     pictures: Pictures
     adjust: Adjust | None = None
+    dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]

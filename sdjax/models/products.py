@@ -127,6 +127,19 @@ class Embed(nnx.Module):
         return jnp.take(self.embedding[...], index, axis=0).astype(self.dtype)
 
 
+def cast_first(network: nnx.Module) -> dict[str, Any]:
+    """Return {path: dtype} of the parameters that a network casts to a dtype before any other use.
+
+    Kept in that dtype they give the same numbers. The others, of norms, are used in float32.
+    """
+    found: dict[str, Any] = {}
+    for path, module in nnx.iter_graph(network):
+        if isinstance(module, Linear | Conv | Embed):
+            own = [name for name in ("kernel", "bias", "embedding") if hasattr(module, name)]
+            found |= {".".join(map(str, (*path, name))): module.dtype for name in own}
+    return found
+
+
 # ---- the products and their gradients ----------------------------------------------------------
 # Forward rules compute the product themselves instead of calling the function that they belong to:
 # a policy of jax.checkpoint such as "dots_saveable" does not see into such a function.

@@ -13,6 +13,8 @@ import numpy as np
 
 from sdjax.checkpoints.assemble import Assembled
 from sdjax.checkpoints.diffusers_folder import write_diffusers
+from sdjax.checkpoints.folders import ModelError
+from sdjax.checkpoints.workdir import frozen_params
 from sdjax.config import Config
 from sdjax.config_model import model_of_run
 from sdjax.data.builders.shape_reader import score
@@ -55,7 +57,7 @@ def finish(
     exported = None
     # What follows from the weights, as the scale of latents, would be NaN too.
     if config.train.export and (finite or method.adjust is None):
-        exported = export(config, method, assembled, params, folder)
+        exported = export(config, method, assembled, params, folder, telemetry)
     observers.report(telemetry)
     telemetry.close()
     if jax.process_index() == 0:
@@ -84,11 +86,19 @@ def _fidelity(
 
 
 def export(
-    config: Config, method: Method, assembled: Assembled, params: Params, folder: paths.Path
+    config: Config,
+    method: Method,
+    assembled: Assembled,
+    params: Params,
+    folder: paths.Path,
+    telemetry: Telemetry,
 ) -> paths.Path | None:
-    """Write DIR/diffusers: a pipeline, or the one folder of a network; None if there is none."""
+    """Write DIR/diffusers: a pipeline, or the one folder of a network; None if there is none.
+
+    Where the frozen networks are gone, that is only told: the run has its checkpoints.
+    """
     path = folder / "diffusers"
-    host = _on_first(params)
+    host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 
         def images(count: int) -> np.ndarray:
@@ -96,12 +106,27 @@ def export(
 
         config = dataclasses.replace(config, model=method.adjust(config.model, params, images))
         write_config(folder, config)  # who starts from this workdir needs what was set too
+    if jax.process_index() != 0:
+        return path
+    try:
+        host |= _rounded(config, params, folder)
+    except ModelError as error:
+        telemetry.message(f"no diffusers folder is written: {error}")
+        return None
     model = model_of_run(config, assembled.tokenizers, host, assembled.scheduler)
     if not model.networks:
         return None
-    if jax.process_index() == 0:
-        write_diffusers(path, model, overwrite=True)
+    write_diffusers(path, model, overwrite=True)
     return path
+
+
+def _rounded(config: Config, params: Params, folder: paths.Path) -> dict[str, np.ndarray]:
+    """The float32 values of the frozen parameters that lie on the devices in another dtype."""
+    rounded = [path for path, value in params.items() if value.dtype != np.float32]
+    if not rounded:
+        return {}
+    whole = frozen_params(folder, model_of_run(config, {}))
+    return {path: whole[path] for path in rounded}
 
 
 def _on_first(params: Params) -> dict[str, np.ndarray]:

@@ -1,4 +1,8 @@
-"""DIR/frozen.safetensors, read in parts: each host takes from it what its devices hold, no more.
+"""The networks that a run does not train: kept in the workdir or referred to, and placed.
+
+At a fresh start `keep` decides which networks the workdir refers to, and copies the others into
+DIR/frozen.safetensors. To resume, each host reads one network after the other from where it lies,
+and of that file only the rows that its devices hold.
 
 The format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes with the length n of the
 header, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the arrays, row-major. The
@@ -15,13 +19,156 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdjax.checkpoints.assemble import Assembled
+from sdjax.checkpoints.reading import lasts, locate, read_source
+from sdjax.checkpoints.references import (
+    Reference,
+    Source,
+    check,
+    follow,
+    read_references,
+    refer,
+    write_references,
+)
+from sdjax.checkpoints.workdir import FROZEN_FILE, bundle, read_run
+from sdjax.config import Config
 from sdjax.errors import UserError
 from sdjax.models import weight_checks
+from sdjax.models.params import Params, is_buffer
+from sdjax.models.weights import save_file
 from sdjax.system import paths
 from sdjax.system.text_files import pointer_note
 from sdjax.system.untrusted import brief, check_regular, damage, plain, why
 
 _MOST_HEADER = 16 * 2**20  # bytes; that of SDXL has 0.3 MB
+
+
+def keep(
+    config: Config,
+    folder: paths.Path,
+    assembled: Assembled,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Write references to the networks that are not trained, and copies where they do not do.
+
+    Process 0 writes, whatever an earlier start has left.
+    """
+    if jax.process_index() != 0:
+        return
+    references: dict[str, Reference] = {}
+    for name, own in _by_network(wanted).items():
+        source = assembled.sources.get(name)
+        if config.train.bundle_frozen or source is None or not lasts(source):
+            continue
+        if all(is_buffer(path) for path in own):
+            continue  # of a network that is trained
+        whole = {p: v for p, v in assembled.params.items() if p.split(".")[0] == name}
+        reference = refer(
+            source,
+            whole,
+            parameters=sum(math.prod(want.shape) for want in own.values()),
+            inner=_inner(source, name),
+        )
+        if reference.reaches(folder):
+            references[name] = reference
+    copied = {
+        p: np.asarray(assembled.params[p]) for p in wanted if p.split(".")[0] not in references
+    }
+    file = folder / FROZEN_FILE
+    if copied:
+        save_file(copied, file)
+    elif paths.exists(file):
+        file.unlink()
+    write_references(folder, references)
+
+
+def resumed(
+    config: Config,
+    folder: paths.Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    saved: Config,
+) -> Params:
+    """Return what is not trained, on the devices, from the workdir and where it refers to.
+
+    A field of the configuration that names another folder than at first moves the reference, if
+    the networks there are the same.
+
+    Raises:
+        UserError: a network is not where it was, nor where the configuration says, or is another.
+    """
+    references = read_references(folder)
+    current = dict(references)
+    found: Params = {}
+    for name, own in _by_network(wanted).items():
+        if name not in references:
+            continue
+        place = getattr(config, references[name].field)
+        if place and place != getattr(saved, references[name].field):
+            params, current[name] = _moved(folder, name, references[name], place)
+        else:
+            params = follow(folder, name, references[name], read_run)
+        _check_shapes(folder, name, params, own)
+        found |= placed(params, own)
+        del params  # one network at a time on the host
+    rest = {path: want for path, want in wanted.items() if path not in found}
+    if rest:
+        found |= read_frozen(folder / FROZEN_FILE, rest)
+    if jax.process_index() == 0 and current != references:
+        write_references(folder, current)
+    if jax.process_index() == 0 and config.train.bundle_frozen:
+        bundle(folder)
+    return {path: found[path] for path in wanted}
+
+
+def placed(params: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Return arrays as `wanted` has them, {path: shape with sharding, and dtype}."""
+
+    def put(value: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(want.shape, want.sharding, lambda index: value[index])
+
+    return {path: put(np.asarray(params[path], want.dtype), want) for path, want in wanted.items()}
+
+
+def _moved(
+    folder: paths.Path, name: str, reference: Reference, place: str
+) -> tuple[dict[str, np.ndarray], Reference]:
+    """The same network from another place, and its reference there."""
+    source = locate(reference.field, place, like=reference)
+    read = read_source(source, (name,))
+    params = {p: value for p, value in read.params.items() if p.split(".")[0] == name}
+    inner = _inner(source, name)
+    new = refer(source, params, parameters=reference.parameters, inner=inner)
+    check(folder, name, reference, new.digest, place=place)
+    if not new.reaches(folder):
+        raise UserError(
+            f"config.{reference.field} is {place!r}, but {folder} refers to networks on a disk if "
+            "it is on one, and in a bucket if it is in one: copy them there"
+        )
+    return params, new
+
+
+def _inner(source: Source, name: str) -> Reference | None:
+    """The reference that a source has for a network, if it is a workdir with one."""
+    return read_references(source.place).get(name) if source.step is not None else None
+
+
+def _by_network(wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path, want in wanted.items():
+        found.setdefault(path.split(".")[0], {})[path] = want
+    return found
+
+
+def _check_shapes(
+    folder: paths.Path, name: str, params: Mapping[str, np.ndarray], wanted: Mapping[str, Any]
+) -> None:
+    for path, want in wanted.items():
+        if path not in params or params[path].shape != want.shape:
+            raise UserError(
+                f"{folder}: the {name} that its run began with has no {path} {list(want.shape)}, "
+                "which this configuration does not train. Use the one the run began with, or "
+                "another --workdir"
+            )
 
 
 def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -31,7 +178,7 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Args:
         file: float32 arrays, local or in a bucket.
-        wanted: {path: shape with sharding}.
+        wanted: {path: shape with sharding, and the dtype to give}.
 
     Raises:
         UserError: the file is not there, is cut short, or holds other arrays or NaN or Inf.
@@ -49,8 +196,8 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
     except damage() as error:
         raise UserError(
             f"{file} cannot be read: {pointer_note(file) or why(error)}\n"
-            "It holds the networks that this run does not train, and is written when the run "
-            "begins. Restore it from a copy, or start in another --workdir"
+            "It holds networks that this run does not train, and is written when the run begins. "
+            "Restore it from a copy, or start in another --workdir"
         ) from error
 
 
@@ -97,7 +244,8 @@ def _read(
             rows = np.frombuffer(data, "<f4")
             if not weight_checks.is_finite(rows):
                 raise ValueError(weight_checks.describe(path, rows))
-            cached[first, last] = rows.reshape((last - first, *shape[1:]) if shape else ())
+            rows = rows.reshape((last - first, *shape[1:]) if shape else ())
+            cached[first, last] = rows.astype(want.dtype, copy=False)
         return cached[first, last][(slice(None), *index[1:]) if shape else ()]
 
     return jax.make_array_from_callback(shape, want.sharding, part)

@@ -45,7 +45,8 @@ class Split:
 class Program:
     """A training step bound to a mesh.
 
-    state, frozen, batch: its arguments as `jax.ShapeDtypeStruct` with shardings.
+    state, frozen, batch: its arguments as `jax.ShapeDtypeStruct` with shardings; what is frozen is
+        in the dtype that it is used in.
     fresh: trained parameters -> the state at step 0 (jittable).
     step: `(state, frozen, batch) -> (state, metrics)`, jitted; it donates the state.
     """
@@ -105,7 +106,7 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
         optimizations=optimizations,
         fresh=fresh,
         state=placed(abstract, shardings),
-        frozen=placed(split.frozen, state_shardings(split.frozen, split.frozen, mesh)),
+        frozen=_kept(split.frozen, method, mesh),
         batch={
             name: jax.ShapeDtypeStruct(
                 (config.data.batch_size, *one.shape), one.dtype, sharding=batch_sharding(mesh)
@@ -114,6 +115,17 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
         },
         step=step,
     )
+
+
+def _kept(
+    frozen: Mapping[str, jax.ShapeDtypeStruct], method: Method, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of what is not trained on the devices."""
+    kept = {
+        path: jax.ShapeDtypeStruct(want.shape, method.dtypes.get(path, want.dtype))
+        for path, want in frozen.items()
+    }
+    return placed(kept, state_shardings(kept, kept, mesh))
 
 
 def _constrained(shardings: Mapping[str, NamedSharding], params: Params) -> Params:

@@ -6,19 +6,18 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from safetensors.numpy import save_file
 
 from sdjax.checkpoints.assemble import Assembled, assemble, check_complete
 from sdjax.checkpoints.checkpoint import latest_step
+from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import (
     CONFIG_FILE,
-    FROZEN_FILE,
     read_scheduler,
     read_tokenizers,
     write_scheduler,
@@ -33,9 +32,9 @@ from sdjax.families.registry import TOKENIZERS, adopted, model_of
 from sdjax.methods.method import Method
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
-from sdjax.parallel.sharding import param_spec, placed
+from sdjax.parallel.sharding import param_spec
 from sdjax.system import locks, paths, text_files
-from sdjax.train.frozen import read_frozen
+from sdjax.train import frozen
 from sdjax.train.program import Split
 
 
@@ -110,7 +109,11 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
         return assemble(config)
     config = _decided_then(config, saved)
     differences = compare_configs(to_dict(saved), to_dict(config))
-    breaking = [d for d in differences if d.breaks]
+    # The digest says whether what lies at another place is the same.
+    movable = {reference.field for reference in read_references(folder).values()}
+    breaking = [
+        d for d in differences if d.breaks and not (d.field in movable and d.saved and d.current)
+    ]
     if breaking:
         lines = "\n  ".join(str(d) for d in breaking)
         raise ConfigError(
@@ -163,19 +166,18 @@ def write_workdir(
     folder: paths.Path,
     config: Config,
     tokenizers: Mapping[str, TextTokenizer],
-    frozen: Mapping[str, np.ndarray],
     scheduler: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write all that a workdir needs besides checkpoints to be read; the config comes last."""
+    """Write what a workdir needs to be read, besides checkpoints and what `frozen.keep` writes.
+
+    The config comes last.
+    """
     if jax.process_index() != 0:
         return
     for field, tokenizer in tokenizers.items():
         tokenizer.save(folder / TOKENIZERS[field])
     if scheduler is not None:
         write_scheduler(folder, scheduler)
-    if frozen:
-        with paths.writing(folder / FROZEN_FILE) as local:
-            save_file(dict(frozen), local)
     write_config(folder, config)
 
 
@@ -190,21 +192,33 @@ def place_frozen(
     config: Config,
     folder: paths.Path,
     assembled: Assembled,
-    split: Split,
-    mesh: Mesh,
+    method: Method,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
     *,
-    resumed: bool,
+    saved: Config | None,
 ) -> Params:
-    """Everything that is not trained, on the devices."""
-    if resumed:
-        if not split.frozen:
-            return {}
-        shardings = {p: _sharding(p, v.shape, mesh) for p, v in split.frozen.items()}
-        return read_frozen(folder / FROZEN_FILE, placed(dict(split.frozen), shardings))
-    check_complete(config, assembled.params, split.frozen)
-    arrays = {path: np.asarray(assembled.params[path]) for path in split.frozen}
-    write_workdir(folder, config, assembled.tokenizers, arrays, assembled.scheduler)
-    return {path: _put(path, value, mesh) for path, value in arrays.items()}
+    """Everything that is not trained, on the devices; at a fresh start the workdir is written.
+
+    Args:
+        wanted: {path: shape with sharding}.
+        saved: the configuration of the run that is resumed.
+    """
+    if saved is not None:
+        return frozen.resumed(config, folder, wanted, saved)
+    check_complete(config, assembled.params, wanted)
+    buffers = _buffers(method, [path for path in wanted if path not in assembled.params])
+    assembled = dataclasses.replace(assembled, params=assembled.params | buffers)
+    frozen.keep(config, folder, assembled, wanted)
+    write_workdir(folder, config, assembled.tokenizers, assembled.scheduler)
+    return frozen.placed(assembled.params, wanted)
+
+
+def _buffers(method: Method, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The buffers of networks that no folder has brought, {path: array}."""
+    if not names:
+        return {}
+    draw = jax.jit(lambda key: {path: method.init(key)[path] for path in names})
+    return {path: np.asarray(value) for path, value in draw(jax.random.key(0)).items()}
 
 
 def initial_params(

@@ -69,12 +69,13 @@ def test_a_run_in_a_bucket_resumes_and_leaves_what_it_promises(ran):
     names = {name for name in ran.objects if name.startswith("bucket/runs/a [v2]/")}
     names = {name.removeprefix("bucket/runs/a [v2]/") for name in names}
     wanted = {
-        "config.json", "frozen.safetensors", "tokenizer/vocab.json", "metrics.jsonl",
+        "config.json", "frozen.json", "tokenizer/vocab.json", "metrics.jsonl",
         "samples/00000004.png", "ema_snapshots/00000004-power-0.05.safetensors",
         "diffusers/model_index.json", "diffusers/unet/diffusion_pytorch_model.safetensors",
         "checkpoints/3/config/metadata", "checkpoints/4/config/metadata",
     }  # fmt: skip
     assert wanted <= names, wanted - names
+    assert "frozen.safetensors" not in names
     assert not any("INCOMPLETE" in name or "partial" in name for name in ran.objects)
     assert any(name.startswith("tensorboard/events") for name in names)
     assert any(name.startswith("bucket/xla/") for name in ran.objects)

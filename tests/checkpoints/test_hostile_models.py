@@ -117,6 +117,26 @@ def test_folders_that_only_look_like_steps_are_passed_over(workdir):
     assert 0 in read_run(workdir).checkpoints
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("path", "../vae", "expected an absolute one"),
+        ("path", 3, "vae.path is 3"),
+        ("field", "train", "expected one of init_from"),
+        ("digest", "sha256:", "expected sha256: and 64 digits"),
+        ("step", "9" * 5000, "vae.step is"),
+        ("more", 1, "vae.more is not a field"),
+        ("path", "/dev/zero", "no such|is a file; expected"),
+        ("path", "/\0", "no such folder"),
+    ],
+)
+def test_references_that_are_none_are_refused(workdir, field, value, words):
+    entry = {"field": "vae_from", "path": "/", "digest": "sha256:" + "0" * 64}
+    (workdir / "frozen.json").write_text(json.dumps({"vae": {**entry, field: value}}))
+    with pytest.raises(ModelError, match=words):
+        read_any(workdir)
+
+
 HEADERS = {
     "offsets of another type": {"a": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}},
     "no offsets": {"a": {"dtype": "F32", "shape": [2]}},

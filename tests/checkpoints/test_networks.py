@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from sdjax.checkpoints import assemble
+from sdjax.checkpoints.references import Source
 from sdjax.config import Config, to_dict
 from sdjax.families.family import Model
 from sdjax.families.sd import SD
@@ -17,8 +18,9 @@ def recipe():
 
 
 def loaded(monkeypatch, found):
-    """Makes `read_any` give a pipeline without weights."""
-    monkeypatch.setattr(assemble, "read_any", lambda *args, **kw: found)
+    """Every source is a pipeline without weights."""
+    monkeypatch.setattr(assemble, "locate", lambda field, folder: Source(field, f"/{folder}"))
+    monkeypatch.setattr(assemble, "read_source", lambda *args: found)
 
 
 def test_the_tiny_vae_is_told_in_one_line(recipe):

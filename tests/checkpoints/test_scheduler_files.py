@@ -143,7 +143,7 @@ def test_training_from_any_folder_says_what_draws_and_keeps_the_scheduler(
     # What a run writes at its start, and reads when it goes on
     workdir = tmp_path / "run"
     workdir.mkdir()
-    startup.write_workdir(workdir, assembled.config, assembled.tokenizers, {}, assembled.scheduler)
+    startup.write_workdir(workdir, assembled.config, assembled.tokenizers, assembled.scheduler)
     again = startup.load(config, workdir, assembled.config)
     assert again.scheduler == assembled.scheduler == {**SD, **LMS}
     run = model_of_run(again.config, again.tokenizers, assembled.params, again.scheduler)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.assemble import TINY_VAE
 from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.references import TINY_VAE
 from sdjax.data.builders import shapes
 from sdjax.evaluation.fidelity import verdicts
 from sdjax.models import weights

@@ -20,6 +20,8 @@ import pytest
 from PIL import Image
 
 from sdjax import convert, errors, prepare, report
+from sdjax.checkpoints import references
+from sdjax.checkpoints.assemble import Assembled
 from sdjax.checkpoints.folders import replaced_folder
 from sdjax.config import Config, resolve
 from sdjax.data import encoded
@@ -34,7 +36,7 @@ from sdjax.optim import ema
 from sdjax.planning import plan_cache
 from sdjax.sampling import animation, drawing, grids, strips
 from sdjax.system import locks, paths
-from sdjax.train import loop, rollback, startup
+from sdjax.train import frozen, loop, rollback, startup
 from sdjax.train.monitoring import monitor
 from sdjax.train.rollback import Spike
 
@@ -60,6 +62,10 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
 PARAMS = {"unet.conv_in.bias": jnp.arange(64.0)}
 
 
+ASSEMBLED = Assembled(Config(), {"vae.a": np.zeros(9)}, {}, ())
+REFERENCE = references.Reference("vae_from", "tiny", digest=references.digest({}))
+
+
 def records(folder):
     plain = SimpleNamespace(encode_example=dict, serialize_example=lambda _: b"x" * 100)
     example = {"moments": np.zeros((2, 2, 8), np.float32), "text": "a"}
@@ -82,7 +88,8 @@ WRITERS = {
     "batch": lambda folder: monitor.dump_batch(folder, 1, {"image": jnp.zeros((1, 8, 8, 3))}),
     "rollbacks": lambda folder: rollback.record(folder, Spike(3, "loss", 2.0, 1.0)),
     "config": lambda folder: startup.write_config(folder, Config()),
-    "frozen": lambda folder: startup.write_workdir(folder, Config(), {}, {"a": np.zeros(9)}),
+    "frozen": lambda folder: frozen.keep(Config(), folder, ASSEMBLED, {"vae.a": np.zeros(9)}),
+    "references": lambda folder: references.write_references(folder, {"vae": REFERENCE}),
     "work of prepare": lambda folder: Workspace(str(folder)).write_json(folder / "work" / "a", {}),
     "encoded": lambda folder: encoded.write(folder, encoding_of_nothing(), {}),
     "records": records,
@@ -184,6 +191,7 @@ def test_a_dataset_that_cannot_be_stored_is_named(tiny_config, tmp_path):
 
 def test_main_names_the_frozen_weights_that_do_not_fit(tiny_config, tmp_path):
     run = paths.to_path(tmp_path / "run")
+    tiny_config.train.bundle_frozen = True
     config = resolve(tiny_config)
     open_source(config.data, "train")  # which stores the dataset
     with no_file_grows_beyond(20_000), pytest.raises(WriteError, match=WORDS) as failed:

@@ -42,7 +42,7 @@ HARMLESS = (
     # How long, how often, and what is looked at.
     "train.steps", "train.*_every", "train.keep_last", "train.timestep_buckets",
     "train.max_nonfinite", "train.spike_factor", "train.rollbacks", "train.export",
-    "train.report", "ema.snapshot_*", "sample.*",
+    "train.report", "train.bundle_frozen", "ema.snapshot_*", "sample.*",
     "data.eval_split",
 )  # fmt: skip
 EVERY = Config(model=SDXLConfig(), method=AutoencoderConfig())

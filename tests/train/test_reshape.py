@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def runs(folder, tiny_config):
     if not (folder / "moved.npz").exists():
-        tiny_config.train.update(steps=4, checkpoint_every=2)
+        tiny_config.train.update(steps=4, checkpoint_every=2, bundle_frozen=True)
         tiny_config.sample.count = 1
         (folder / "config.json").write_text(json.dumps(to_dict(resolve(tiny_config))))
         finish(start(8, "run", folder / "config.json", folder))

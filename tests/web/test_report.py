@@ -134,7 +134,8 @@ def test_each_part_may_be_missing(workdir, tmp_path, kept):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "checkpoints/5/state/_METADATA", "frozen.safetensors"]
+    "name",
+    ["config.json", "checkpoints/5/state/_METADATA", "frozen.safetensors", "frozen.json"],
 )
 def test_damaged_files_are_named_and_the_rest_is_shown(workdir, tmp_path, name):
     shutil.copy(workdir / "metrics.jsonl", tmp_path)

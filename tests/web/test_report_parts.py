@@ -257,7 +257,7 @@ def test_report_with_fields_of_another_type_is_written(fields, workdir, tmp_path
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "rollbacks.json", "metrics.jsonl", "frozen.safetensors",
+    ["config.json", "rollbacks.json", "metrics.jsonl", "frozen.safetensors", "frozen.json",
      "evaluations/step-1000/metrics.json"],
 )  # fmt: skip
 def test_pipe_in_place_of_a_file_keeps_no_report_waiting(name, workdir, tmp_path):
@@ -269,7 +269,7 @@ def test_pipe_in_place_of_a_file_keeps_no_report_waiting(name, workdir, tmp_path
 
 
 def test_sizes_are_those_of_the_files(tmp_path):
-    """A checkpoint as training writes it, and frozen.safetensors: nothing is restored."""
+    """A checkpoint as training writes it, and what is frozen: nothing is restored."""
     import jax
     from safetensors.numpy import save_file
 
@@ -284,14 +284,17 @@ def test_sizes_are_those_of_the_files(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, jax.tree.map(jax.numpy.asarray, state), {}, {})
     save_file({"vae.x": np.zeros((10, 10), np.float32)}, tmp_path / "frozen.safetensors")
+    elsewhere = {"text_encoder_2": {"path": "/models", "parameters": 300}}
+    (tmp_path / "frozen.json").write_text(json.dumps(elsewhere))
     (tmp_path / "checkpoints" / "9").mkdir()  # under way
     run = read_run(tmp_path)
     assert run.checkpoints == (7,)
-    assert run.sizes.trained == {"unet": 17, "text_encoder": 4} and run.sizes.frozen == {"vae": 100}
+    assert run.sizes.trained == {"unet": 17, "text_encoder": 4}
+    assert run.sizes.frozen == {"vae": 100, "text_encoder_2": 300}
     assert run.sizes.state == {"params": 21, "EMA warmup-0.99": 17, "step": 1}
-    assert ("Networks", "text_encoder (4 trained), unet (17 trained), vae (100 frozen)") in summary(
-        run, parse(b"")
-    )
+    trained = "text_encoder (4 trained), unet (17 trained)"
+    networks = f"{trained}, vae (100 frozen), text_encoder_2 (300 frozen)"
+    assert ("Networks", networks) in summary(run, parse(b""))
 
 
 def test_a_converted_workdir_has_no_counts_but_its_networks(tmp_path):

@@ -21,7 +21,7 @@ PACKAGES = ("sdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grai
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Numbers of values in the newest checkpoint and frozen.safetensors.
+    """Numbers of values in the newest checkpoint, frozen.safetensors and frozen.json.
 
     trained, frozen: {network: parameters}. state: {part of the train state: values}.
     """
@@ -94,7 +94,7 @@ def _metadata(folder: paths.Path, step: int) -> paths.Path:
 
 def _sizes(folder: paths.Path, checkpoints: tuple[int, ...]) -> Sizes:
     """Read the sizes from the table of contents of the newest checkpoint, which Orbax writes as
-    JSON, and the header of the safetensors file: nothing is restored."""
+    JSON, the header of the safetensors file, and references: nothing is restored."""
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     state: Counter[str] = Counter()
@@ -114,6 +114,9 @@ def _sizes(folder: paths.Path, checkpoints: tuple[int, ...]) -> Sizes:
     if file.exists():
         for path, shape in _safetensors_shapes(file).items():
             frozen[path.split(".")[0]] += math.prod(shape)
+    if (elsewhere := folder / "frozen.json").exists():
+        for name, reference in text_files.read_json(elsewhere).items():
+            frozen[name] += int(reference["parameters"])
     return Sizes(trained, frozen, state)
 
 
