@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from sdjax.families.family import Model
 
 FORMATS = ("workdir", "diffusers", "single_file")
-MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
 # Options that only one kind of input, or of output, has.
 _INPUT_OPTIONS = {
     "variant": "diffusers",
@@ -112,7 +111,7 @@ def _add_file_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max_shard_size",
         help="of a file of weights in a diffusers folder to write, as 5GB or 500MB; a network that "
-        f"is larger is spread over several ({MAX_SHARD_SIZE})",
+        "is larger is spread over several (10GB, and 5GB of a text encoder)",
     )
     single = p.add_argument_group("of a single file to read, which does not say everything")
     single.add_argument(
@@ -229,7 +228,7 @@ def convert(
                 "the one there was"
             )
         options = {"dtype": dtype, "overwrite": force}
-        return lines + _write(to, target, read, options, max_shard_size or MAX_SHARD_SIZE)
+        return lines + _write(to, target, read, options, max_shard_size or "")
 
 
 def bundle(workdir: paths.PathLike) -> list[str]:

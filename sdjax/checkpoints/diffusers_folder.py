@@ -24,7 +24,7 @@ from sdjax.checkpoints.folders import (
 )
 from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
 from sdjax.checkpoints.single_file_layout import counted
-from sdjax.checkpoints.weight_files import MAX_SHARD_SIZE, find_weights, parse_size, write_weights
+from sdjax.checkpoints.weight_files import find_weights, parse_size, untied, write_weights
 from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.data.tokenizer_files import TokenizerError
 from sdjax.data.tokenizers import load_tokenizer
@@ -190,7 +190,8 @@ def _read_network(
 
     tensors = load_file(found, wanted=wanted)
     try:
-        return config, [*ignored, *counted(surplus)], from_diffusers(tensors, shapes)
+        own = from_diffusers(untied(tensors, part.tied, found), shapes)
+        return config, [*ignored, *counted(surplus)], own
     except WeightsError as error:
         raise WeightsError(f"{found}: {error}") from error
 
@@ -234,7 +235,7 @@ def write_diffusers(
     model: Model,
     *,
     dtype: str = "float32",
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str = "",
     overwrite: bool = False,
 ) -> paths.Path:
     """Writes a pipeline folder, or the folder of one network if there is but one.
@@ -245,7 +246,8 @@ def write_diffusers(
         folder: to write.
         model: all networks of a pipeline, tokenizers and schedule; or one network.
         dtype: of the weights in the files: float32, bfloat16 or float16.
-        max_shard_size: of a file of weights, as "10GB"; larger networks take several.
+        max_shard_size: of a file of weights, as "2GB"; larger networks take several. "" is what
+            diffusers and transformers take.
         overwrite: replace a folder of networks that is there.
 
     Raises:
@@ -261,7 +263,8 @@ def write_diffusers(
     if single is None and (missing := model.missing()):
         raise ModelError(f"{folder}: a pipeline needs {', '.join(missing)} as well")
     try:
-        limit = parse_size(max_shard_size)
+        if max_shard_size:
+            parse_size(max_shard_size)
         with replaced_folder(folder, overwrite=overwrite) as partial:
             for name, config in networks.items():
                 own, part = partial if single else partial / name, model.family.parts[name]
@@ -269,7 +272,7 @@ def write_diffusers(
                 write_json(own / "config.json", config.to_json())
                 write_weights(
                     own, model.component(name), name=name, text=bool(part.tokens),
-                    prefix=part.prefix, dtype=dtype, max_shard_size=limit,
+                    prefix=part.prefix, dtype=dtype, max_shard_size=max_shard_size,
                 )  # fmt: skip
             if single is None:
                 _write_pipeline(partial, model)

@@ -26,6 +26,7 @@ from sdjax.checkpoints.single_file_layout import (
     sort_out,
     whole_average,
 )
+from sdjax.checkpoints.weight_files import untied
 from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.data.tokenizers import inner_folder, load_tokenizer
 from sdjax.diffusion.prediction import check_prediction
@@ -228,7 +229,8 @@ def _read_network(
     chosen = {key: full for key, full in origin.items() if not labels[key]}
     read = load_file(file, wanted=set(chosen.values()).__contains__)
     tensors = {key: read[full] for key, full in chosen.items()}
-    expected = abstract_params(found.family.parts[name], config)
+    part = found.family.parts[name]
+    expected = abstract_params(part, config)
     shapes, places = tensor_shapes(expected), record.places(config)
 
     def in_file(name: str) -> Place:
@@ -240,7 +242,8 @@ def _read_network(
         return origin.get(key, prefix + key)
 
     try:
-        params = from_diffusers(from_file(tensors, shapes, in_file), expected, spell=spell)
+        own = untied(from_file(tensors, shapes, in_file), part.tied, prefix)
+        params = from_diffusers(own, expected, spell=spell)
     except WeightsError as error:
         raise WeightsError(f"{file}: {name}: {error}") from error
     return params, counted(prefix + label for label in labels.values() if label)

@@ -13,18 +13,19 @@ A network's folder has one of, or several:
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.models.weights import WeightsError, save_file, to_diffusers
+from sdjax.models.weights import WeightsError, save_file, tensor_shapes, to_diffusers
 from sdjax.system import paths
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
-MAX_SHARD_SIZE = "10GB"  # as in diffusers' save_pretrained
+# As in save_pretrained of diffusers, and of transformers until 5.
+MAX_SHARD_SIZES = dict(zip(STEMS, ("10GB", "5GB"), strict=True))
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack")
 
@@ -103,11 +104,11 @@ def write_weights(
     text: bool,
     prefix: str,
     dtype: str = "float32",
-    max_shard_size: int,
+    max_shard_size: str = "",
 ) -> None:
     """Writes one network's parameters under the names of diffusers, in one file or several.
 
-    Only one file's worth of converted weights is in memory at a time.
+    Only one file's worth of converted weights is in memory at a time, and one parameter.
 
     Args:
         folder: of the network; exists.
@@ -116,47 +117,74 @@ def write_weights(
         text: whether it is a text encoder, whose files are those of transformers.
         prefix: put before the name of each weight.
         dtype: of the weights in the files.
-        max_shard_size: bytes; the weights are spread over files of at most this, except that a
-            larger weight has a file of its own.
+        max_shard_size: the weights are spread over files of at most this, as "2GB", except that a
+            larger weight has a file of its own; "" takes the library's.
 
     Raises:
-        WeightsError: a weight overflows in `dtype`.
+        WeightsError: a weight overflows in `dtype`, or the size is none.
         OSError: the disk's own error.
     """
     stem = STEMS[1 if text else 0]
-    shards = _shards(params, jnp.dtype(dtype).itemsize, max_shard_size)
+    itemsize = jnp.dtype(dtype).itemsize
+    limit = parse_size(max_shard_size or MAX_SHARD_SIZES[stem])
+    counts = _shards(tensor_shapes(params), itemsize, limit)
+    files = [f"{stem}.safetensors"]
+    if len(counts) > 1:
+        total = len(counts)
+        files = [f"{stem}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     weight_map: dict[str, str] = {}
-    # transformers 4 insists on this prefix, and 5 takes it off where it is; a head has none.
-    for number, paths_of_file in enumerate(shards, 1):
-        file = f"{stem}.safetensors"
-        if len(shards) > 1:
-            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, np.ndarray] = {}
-        for path in paths_of_file:
-            head = path.startswith("text_projection.")
-            tensors |= to_diffusers({path: params[path]}, prefix="" if head else prefix)
-        tensors = {key: cast(f"{name}: {key}", v, dtype) for key, v in tensors.items()}
-        save_file(tensors, folder / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        total = sum(v.size for v in params.values()) * jnp.dtype(dtype).itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    tensors: dict[str, np.ndarray] = {}
+    file = 0
+    for path, value in params.items():
+        # transformers 4 insists on this prefix, and 5 takes it off where it is; a head has none.
+        head = path.startswith("text_projection.")
+        for key, tensor in to_diffusers({path: value}, prefix="" if head else prefix).items():
+            tensors[key] = cast(f"{name}: {key}", tensor, dtype)
+            if len(tensors) == counts[file]:
+                save_file(tensors, folder / files[file])
+                weight_map |= dict.fromkeys(tensors, files[file])
+                tensors, file = {}, file + 1
+    if len(files) > 1:
+        size = sum(v.size for v in params.values()) * itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         listed = json.dumps(index, indent=2) + "\n"
         paths.write_text(folder / f"{stem}.safetensors.index.json", listed)
 
 
-def _shards(params: Mapping[str, Any], itemsize: int, limit: int) -> list[list[str]]:
-    """The names of each file, in order."""
-    shards: list[list[str]] = [[]]
-    room = limit
-    for name, value in params.items():
-        size = value.size * itemsize
-        if size > room and shards[-1]:
-            shards.append([])
+def _shards(shapes: Mapping[str, Sequence[int]], itemsize: int, limit: int) -> list[int]:
+    """How many weights each file has, in order."""
+    counts, room = [0], limit
+    for shape in shapes.values():
+        size = math.prod(shape) * itemsize
+        if size > room and counts[-1]:
+            counts.append(0)
             room = limit
-        shards[-1].append(name)
+        counts[-1] += 1
         room -= size
-    return shards
+    return counts
+
+
+def untied(
+    tensors: Mapping[str, np.ndarray], tied: Mapping[str, str], file: object
+) -> dict[str, np.ndarray]:
+    """Return the weights of a file with each tied one under one name.
+
+    Args:
+        tied: {another name of a weight: its own}; a file has either or both.
+
+    Raises:
+        WeightsError: a file has both, and they differ.
+    """
+    found = dict(tensors)
+    for alias, name in tied.items():
+        if alias not in found:
+            continue
+        value = found.pop(alias)
+        if not np.array_equal(found.setdefault(name, value), value):
+            raise WeightsError(
+                f"{file}: {alias} and {name} are one weight, and differ; get the file again"
+            )
+    return found
 
 
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:

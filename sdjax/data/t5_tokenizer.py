@@ -78,7 +78,9 @@ class T5Tokenizer(TextTokenizer):
         self._extra_ids = sum(piece.startswith("<extra_id_") for piece in ids)
         self._backend = _backend(pieces, ids[UNK])
         special = [PAD, EOS, UNK, *(f"<extra_id_{i}>" for i in range(self._extra_ids))]
-        flags = {token: {"content": token} for token in special if token in ids}
+        flags: dict[str, dict[str, Any]] = {
+            token: {"content": token} for token in special if token in ids
+        }
         flags |= {token["content"]: dict(token) for token in added if token["content"] in ids}
         for arguments in flags.values():
             self._backend.add_tokens([AddedToken(**{**arguments, "special": True})])

@@ -47,6 +47,7 @@ class Part:
     tokenizer_kind: of `sdjax.data.tokenizers`.
     length_setting: the family's setting that says how many tokens it reads; "" if its config does.
     prefix: of its weights in a file of transformers.
+    tied: {another name that files have for a weight: its own}.
     surplus: (config, name of a weight in its file) -> a label for the log if the network does not
         read it, else "".
     """
@@ -60,6 +61,7 @@ class Part:
     tokenizer_kind: str = "clip"
     length_setting: str = ""
     prefix: str = ""
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     surplus: Callable[[Any, str], str] = lambda config, key: ""
 
 

@@ -94,16 +94,18 @@ def unet(configure: Callable[[Shapes, str], Any]) -> FileNetwork:
     )  # fmt: skip
 
 
-def vae(configure: Callable[[Shapes, str], Any]) -> FileNetwork:
+def vae(
+    configure: Callable[[Shapes, str], Any], prefixes: tuple[str, ...] = (VAE, "")
+) -> FileNetwork:
     """Return the autoencoder of a layout."""
     return FileNetwork(
-        (VAE, ""), configure, ldm_names.vae_places,
+        prefixes, configure, ldm_names.vae_places,
         bare=VAE_NAMES, leftover=_vae_leftover, averages={"": "model_ema."},
     )  # fmt: skip
 
 
 def clip(prefix: str, configure: Callable[[Shapes, str], Any]) -> FileNetwork:
-    """Return CLIP-L, under the names of transformers."""
+    """Return a CLIP text encoder under the names of transformers."""
     return FileNetwork(
         (prefix,), configure, ldm_names.clip_places,
         spelling=ldm_names.clip_spelling, vocabulary=CLIP_VOCABULARY,

@@ -156,12 +156,13 @@ def _as_matrix(value: np.ndarray) -> np.ndarray:
 
 
 def clip_places(config: Any) -> Places:
-    """Return the places of CLIP-L's weights: the names of transformers 4, which A1111 has."""
-    return lambda name: Place(f"text_model.{name}")
+    """Return the places of CLIP's weights: the names of transformers 4, which A1111 has."""
+    heads = ("text_projection.",)
+    return lambda name: Place(name if name.startswith(heads) else f"text_model.{name}")
 
 
 def clip_spelling(name: str) -> str:
-    """Return a name of CLIP-L's as transformers 5 spells it, which some files follow."""
+    """Return a name of CLIP's as transformers 5 spells it, which some files follow."""
     return name.removeprefix("text_model.")
 
 

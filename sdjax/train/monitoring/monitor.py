@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sdjax.config import Config
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text_tokenizer import TextTokenizer
 from sdjax.system import paths
 from sdjax.train.monitoring.health import Diverged, NonFiniteCounter, SpikeDetector
 from sdjax.train.monitoring.telemetry import DelayedMetrics, Telemetry, bucket_scalars
@@ -40,7 +40,7 @@ class Monitor:
         config: Config,
         telemetry: Telemetry,
         folder: paths.Path,
-        tokenizers: Mapping[str, Tokenizer],
+        tokenizers: Mapping[str, TextTokenizer],
         learning_rate: Callable[[int], Any],
         examples_per_epoch: int,
         rollbacks: int = 0,
