@@ -37,6 +37,7 @@ PARTS = {
     T5: Part(
         T5Encoder, T5Config, "t5", tokens="tokens_3", tokenizer="tokenizer_3",
         tokenizer_kind="t5", length_setting="max_sequence_length",
+        tied={"encoder.embed_tokens.weight": "shared.weight"},
     ),
     "vae": sd.PARTS["vae"],
 }  # fmt: skip
