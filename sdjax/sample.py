@@ -229,12 +229,15 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
     Raises:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
+    from sdjax.data.numbers import of_geometry
+
     if model.missing():
         raise UserError(
             f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
             f"takes {model.family.denoiser}, vae, and a text encoder with its tokenizer"
         )
-    if "size" not in model.family.numbers and (args.original_size or any(args.crop)):
+    takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
+    if not takes_geometry and (args.original_size or any(args.crop)):
         raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
 
 
@@ -248,12 +251,17 @@ def _tell_truncated(model: Model) -> None:
         )
 
 
-def _size(args: argparse.Namespace, count: int, height: int, width: int) -> np.ndarray:
-    """The sizes of the original, [count, 4]."""
+def _numbers(
+    args: argparse.Namespace, model: Model, count: int, height: int, width: int
+) -> dict[str, np.ndarray]:
+    """The numbers of the geometry that the model takes, [count, ...]."""
     import numpy as np
 
+    from sdjax.data.numbers import of_geometry
+
     original = args.original_size or (height, width)
-    return np.tile(np.array([*original, *args.crop], np.int32), (count, 1))
+    found = of_geometry(model.family.numbers, tuple(original), tuple(args.crop))
+    return {field: np.tile(value, (count, 1)) for field, value in found.items()}
 
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
@@ -275,8 +283,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt])
     _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
-    if "size" in model.family.numbers:
-        batch["size"] = _size(args, len(prompts), height, width)
+    batch |= _numbers(args, model, len(prompts), height, width)
     return SamplingRequest(
         model=model,
         dtype=args.dtype,
@@ -295,6 +302,8 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
 
 def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
     """Return the settings that a picture's file carries."""
+    from sdjax.data.numbers import of_geometry
+
     drawing = request.drawing
     size = {"original_size": args.original_size, "crop": args.crop}
     return {
@@ -306,7 +315,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         "latents": args.latents or "",
         "guidance": drawing.guidance,
         "guidance_rescale": drawing.guidance_rescale,
-        **(size if "size" in request.model.family.numbers else {}),
+        **(size if of_geometry(request.model.family.numbers, (0, 0)) else {}),
         **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
     }
 
