@@ -95,6 +95,9 @@ def read(folder: paths.PathLike) -> Encoding:
         content = text_files.read_json(file)
         content.pop("dropped")
         found = Encoding(**content)
+        for name in ("networks", "buckets", "selection", "images", "numbers"):
+            if not isinstance(getattr(found, name), dict):
+                raise TypeError(f"{name} is no object")
     except paths.storage_errors(ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"data.path is {str(folder)!r}, which has no readable {FILE} ({error}); expected the "
