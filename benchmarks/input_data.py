@@ -144,7 +144,7 @@ def _encoded(work: Path, photos: Path, resolution: int) -> Path:
     folder.mkdir()
     encoding = Encoding(
         dataset="photos", networks={"vae": "none"}, dtype="bfloat16", resolution=resolution,
-        crop="center", buckets={}, flipped=False, selection={},
+        crop="center", buckets={}, flipped=False, selection={}, images={}, numbers={},
     )  # fmt: skip
     rng, side = np.random.default_rng(0), resolution // 8
     examples = [
@@ -156,7 +156,7 @@ def _encoded(work: Path, photos: Path, resolution: int) -> Path:
         }
         for path, text in read_folder(photos)
     ]  # fmt: skip
-    features = encoded.features(tfds, flipped=False, text=False)
+    features = encoded.features(tfds, encoding)
     file = folder / file_name("encoded", "train", 0, 1)
     stored = Stored([len(examples)], write_records(file, examples, features, encoding))
     write_metadata(folder, dataset="encoded", features=features, splits={"train": stored},

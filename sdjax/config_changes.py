@@ -27,6 +27,7 @@ BREAKING = (
     "data.path",
     "data.split",
     "data.image_key",
+    "data.images",
     "data.text_key",
     "data.label_template",
     "data.validation_share",

@@ -32,6 +32,8 @@ from typing import Any
 
 from absl import flags, logging
 
+from sdjax.data import named_images
+from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.settings import DUPLICATES, Settings, Workspace
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, ScoreRule
@@ -107,6 +109,13 @@ _SCORES = flags.DEFINE_multi_string(
     "nsfw<=0.3 or 4<=quality<=9. Give it once for each.",
     flag_values=FLAGS,
 )  # fmt: skip
+_NAMED_IMAGES = flags.DEFINE_multi_string(
+    "named_image", [],
+    "A picture of each row besides the main one, as NAME=KEY:KIND: control=edge:condition or "
+    "mask=mask:mask; docs/data.md says where KEY is read. KIND is picture, condition or mask. Give "
+    "it once for each.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _DUPLICATES = flags.DEFINE_enum(
     "duplicates", _DEFAULT.duplicates, DUPLICATES,
     "What is dropped: nothing, equal pixels, or also what looks alike.",
@@ -136,6 +145,14 @@ def parse_score(text: str) -> ScoreRule:
     return ScoreRule(match[2], **limits)
 
 
+def parse_image(text: str) -> NamedImage:
+    """ "control=edge:condition" -> NamedImage. Raises UserError."""
+    try:
+        return named_images.parse(text)
+    except UserError as error:
+        raise UserError(f"--named_image is {text!r}: {error}") from error
+
+
 def parse_colour(text: str) -> tuple[int, int, int]:
     """ "255,0,0" -> (255, 0, 0). Raises UserError."""
     parts = text.split(",")
@@ -148,12 +165,14 @@ def parse_colour(text: str) -> tuple[int, int, int]:
 def settings_of_flags() -> Settings:
     """Raises UserError, naming the flag, for a value that cannot be."""
     scores = tuple(parse_score(text) for text in _SCORES.value)
+    images = tuple(parse_image(text) for text in _NAMED_IMAGES.value)
     rules_of_flags: dict[str, Any] = {name: FLAGS[name].value for name in _OF_RULES}
     others: dict[str, Any] = {name: FLAGS[name].value for name in _OF_SETTINGS}
     rules = Rules(
         **rules_of_flags,
         background=parse_colour(_BACKGROUND.value),
         scores=scores,
+        images=images,
     )
     columns = tuple(rule.column for rule in scores)
     found = (
@@ -163,7 +182,7 @@ def settings_of_flags() -> Settings:
     )
     return Settings(
         format=found,
-        fields=Fields(_IMAGE_KEY.value, _TEXT_KEY.value, _CAPTIONS_KEY.value, columns),
+        fields=Fields(_IMAGE_KEY.value, _TEXT_KEY.value, _CAPTIONS_KEY.value, columns, images),
         rules=rules,
         duplicates=_DUPLICATES.value,
         **others,

@@ -205,6 +205,8 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
     Raises:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
+    from sdjax.data.numbers import of_geometry
+
     if model.missing():
         raise UserError(
             f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
@@ -215,7 +217,8 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
             f"--embedded_guidance is for FLUX.1-dev and its kin; --model={args.model} reads no "
             "guidance, --guidance is what it takes"
         )
-    if "size" not in model.family.numbers and (args.original_size or any(args.crop)):
+    takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
+    if not takes_geometry and (args.original_size or any(args.crop)):
         raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
 
 
@@ -230,12 +233,17 @@ def _tell_truncated(model: Model) -> None:
         )
 
 
-def _size(args: argparse.Namespace, count: int, height: int, width: int) -> np.ndarray:
-    """The sizes of the original, [count, 4]."""
+def _numbers(
+    args: argparse.Namespace, model: Model, count: int, height: int, width: int
+) -> dict[str, np.ndarray]:
+    """The numbers of the geometry that the model takes, [count, ...]."""
     import numpy as np
 
+    from sdjax.data.numbers import of_geometry
+
     original = args.original_size or (height, width)
-    return np.tile(np.array([*original, *args.crop], np.int32), (count, 1))
+    found = of_geometry(model.family.numbers, tuple(original), tuple(args.crop))
+    return {field: np.tile(value, (count, 1)) for field, value in found.items()}
 
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
@@ -257,8 +265,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt or ""])
     _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
-    if "size" in model.family.numbers:
-        batch["size"] = _size(args, len(prompts), height, width)
+    batch |= _numbers(args, model, len(prompts), height, width)
     return SamplingRequest(
         model=model,
         dtype=args.dtype,
@@ -279,6 +286,8 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
 
 def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
     """Return the settings that a picture's file carries."""
+    from sdjax.data.numbers import of_geometry
+
     drawing = request.drawing
     size = {"original_size": args.original_size, "crop": args.crop}
     return {
@@ -291,7 +300,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         "guidance": drawing.guidance,
         "guidance_rescale": drawing.guidance_rescale,
         **_special(request.model, drawing),
-        **(size if "size" in request.model.family.numbers else {}),
+        **(size if of_geometry(request.model.family.numbers, (0, 0)) else {}),
         **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
     }
 

@@ -19,6 +19,8 @@ from grain.experimental import index_shuffle
 from sdjax.data import transforms
 from sdjax.data.sources import Source
 
+MAIN: Mapping[str, str] = {"image": "picture"}  # the kinds of a batch without named pictures
+
 
 class ExampleStream(Protocol):
     """The endless stream of examples."""
@@ -60,13 +62,14 @@ class Batches:
         seed: of the randomness at a place, see `grain_seed`.
         floats: whether batches are as the networks take them (`as_floats`), or as they are sent
             between processes.
+        kinds: see `as_floats`.
     """
 
     def __init__(
         self, stream: ExampleStream, transform: Callable[..., dict[str, np.ndarray]], size: int, *,
-        seed: int, floats: bool,
+        seed: int, floats: bool, kinds: Mapping[str, str] = MAIN,
     ):  # fmt: skip
-        self._stream, self._transform = stream, transform
+        self._stream, self._transform, self._kinds = stream, transform, kinds
         self._size, self._floats = size, floats
         # The key of Philox; a generator made from it costs a third of one made from the seed.
         self._key = np.random.Philox(seed).state["state"]["key"]
@@ -78,7 +81,7 @@ class Batches:
         first = index * self._size
         rows = [self._row(place) for place in range(first, first + self._size)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return as_floats(batch) if self._floats else batch
+        return as_floats(batch, self._kinds) if self._floats else batch
 
     def _row(self, place: int) -> dict[str, np.ndarray]:
         """The fields of the example at a place."""
@@ -88,17 +91,22 @@ class Batches:
         return self._transform(self._stream[place], rng)
 
 
-def as_floats(batch: Mapping[str, np.ndarray], *, copy: bool = False) -> dict[str, np.ndarray]:
+def as_floats(
+    batch: Mapping[str, np.ndarray], kinds: Mapping[str, str] = MAIN, *, copy: bool = False
+) -> dict[str, np.ndarray]:
     """A batch as the networks take it: float32, pictures in [-1, 1].
 
-    Before, pictures are uint8 and moments may be bfloat16: less to stack, and to send between
-    processes. copy: whether the result has no memory of `batch`.
+    Conditions and masks are in [0, 1]. Before, pictures are uint8 and moments may be bfloat16: less
+    to stack, and to send between processes. kinds: {field: kind} of the pictures, see
+    `named_images.NamedImage`. copy: whether the result has no memory of `batch`.
     """
     made = {}
     for name, value in batch.items():
         value = np.asarray(value)  # the workers' arrays are of a class of their own
         kind = np.int32 if value.dtype.kind == "i" else np.float32
-        made[name] = (
-            transforms.normalise(value) if name == "image" else value.astype(kind, copy=copy)
-        )
+        if name in kinds:
+            to_float = transforms.normalise if kinds[name] == "picture" else transforms.scaled
+            made[name] = to_float(value)
+        else:
+            made[name] = value.astype(kind, copy=copy)
     return made

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from sdjax.data import mixture
+from sdjax.data import mixture, named_images
 from sdjax.data.buckets import BucketConfig
 from sdjax.data.caption_choice import CaptionConfig
 from sdjax.data.mixture import Part
+from sdjax.data.named_images import NamedImage
 from sdjax.data.splits import parse_fold
 from sdjax.errors import UserError
 
@@ -44,6 +45,7 @@ class DataConfig:
     score_key: str = ""  # a number feature, such as one of quality ...
     min_score: float | None = None  # ... and the least value; other examples are left out
     weight_key: str = ""  # a number feature that multiplies the loss of an example; "" is 1 for all
+    images: tuple[NamedImage, ...] = ()  # pictures of an example besides the main one
     captions: CaptionConfig = CaptionConfig()
     text_embeddings: bool = False  # encoded: train on stored embeddings in place of the captions
     mixture: tuple[Part, ...] = ()  # several sources at once; () is the one called `name`
@@ -97,6 +99,7 @@ class DataConfig:
         if self.min_score is not None and not self.score_key:
             raise UserError(f"data.min_score is {self.min_score}, but data.score_key is empty; "
                             "expected the name of a number feature")  # fmt: skip
+        named_images.check(self.images)
         if self.mixture:
             mixture.check(self.mixture)
         kinds = {part.name == "encoded" for part in parts(self)}

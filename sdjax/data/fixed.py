@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Mapping
 from concurrent.futures import Executor
 
 import numpy as np
 
+from sdjax.data import numbers
 from sdjax.data.batches import as_floats
 from sdjax.data.caption_choice import Caption, CaptionConfig
 from sdjax.data.config import DataConfig, parts
-from sdjax.data.pipeline import CaptionTokenizer, Transform
+from sdjax.data.pipeline import CaptionTokenizer, Transform, kinds_of
 from sdjax.data.sources import Source, open_parts
 from sdjax.data.stream import Shape, bucketed, shuffled
 
@@ -47,13 +49,15 @@ class FixedExamples:
         split: str,
         count: int,
         rows: int,
-        with_size: bool = False,
+        number_shapes: numbers.Shapes = types.MappingProxyType({}),
     ):
         self.rows, self.split = rows, split
-        self._sources = open_parts(config, split)
+        self._sources = open_parts(config, split, columns=numbers.of_columns(number_shapes))
+        self._kinds = kinds_of(config)
         self._transform = Transform(
-            dict(tokenizers), config.text_embeddings, "center", False, CaptionConfig(), with_size
-        )
+            dict(tokenizers), config.text_embeddings, "center", False, CaptionConfig(),
+            tuple(number_shapes),
+        )  # fmt: skip
         own = parts(config)
         shares = [count // len(own) + (i < count % len(own)) for i in range(len(own))]
         self.groups = [
@@ -78,7 +82,7 @@ class FixedExamples:
         Raises:
             DataError: an example cannot be read.
         """
-        numbers = [*group.numbers, *[group.numbers[-1]] * (self.rows - len(group.numbers))]
+        places = [*group.numbers, *[group.numbers[-1]] * (self.rows - len(group.numbers))]
         read = dict(
             zip(
                 group.numbers,
@@ -86,9 +90,10 @@ class FixedExamples:
                 strict=True,
             )
         )
-        rows = [read[number] for number in numbers]
-        batch = as_floats({field: np.stack([row[field] for row in rows]) for field in rows[0]})
-        return {**batch, "name": np.asarray([(group.part, n) for n in numbers], np.int32)}
+        rows = [read[number] for number in places]
+        stacked = {field: np.stack([row[field] for row in rows]) for field in rows[0]}
+        batch = as_floats(stacked, self._kinds)
+        return {**batch, "name": np.asarray([(group.part, n) for n in places], np.int32)}
 
     def _example(self, group: Group, number: int) -> dict[str, np.ndarray]:
         """The fields of an example."""

@@ -14,7 +14,7 @@ import numpy as np
 from sdjax.data import pipeline, transforms
 from sdjax.data.config import DataConfig, parts
 from sdjax.data.image_files import ImageError, read_encoded
-from sdjax.data.raw.folder import safe_name
+from sdjax.data.raw.files import safe_name
 from sdjax.data.raw.metadata import read_rows
 from sdjax.data.raw.rows import BadRow
 from sdjax.errors import UserError

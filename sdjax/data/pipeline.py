@@ -10,14 +10,22 @@ of hosts, workers or threads. The state of an iterator is its number of steps.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import flags, logging
 
-from sdjax.data import transforms
-from sdjax.data.batches import Batches, ExampleStream, ShuffledEpochs, as_floats, grain_seed
+from sdjax.data import named_images, numbers, transforms
+from sdjax.data.batches import (
+    MAIN,
+    Batches,
+    ExampleStream,
+    ShuffledEpochs,
+    as_floats,
+    grain_seed,
+)
 from sdjax.data.buckets import Buckets
 from sdjax.data.caption_choice import CaptionConfig, choose
 from sdjax.data.config import DataConfig, DataError, parts
@@ -47,14 +55,15 @@ class Transform:
     crop: str
     flip: bool
     captions: CaptionConfig
-    with_size: bool
+    numbers: tuple[str, ...] = ()  # the fields of numbers, see `data.numbers`
     with_weight: bool = False
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        picture, size = self._picture(example, rng)
-        fields = dict(picture)
-        if self.with_size:
-            fields["size"] = size
+        fields, size = self._pictures(example, rng)
+        if self.numbers:
+            original, corner = tuple(size[:2].tolist()), tuple(size[2:].tolist())
+            fields |= numbers.of_geometry(self.numbers, original, corner)
+            fields |= example.get("numbers", {})
         if self.with_weight:
             fields["weight"] = example["weight"]
         text = choose(example["caption"], self.captions, rng)
@@ -66,20 +75,23 @@ class Transform:
             fields[name] = tokenizer.encode([text])[0]
         return fields
 
-    def _picture(
+    def _pictures(
         self, example: dict[str, Any], rng: np.random.Generator
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The image or the moments, and the size."""
+        """The image or the moments, the named pictures, and the size."""
         if "moments" in example:
             mirror = self.flip and rng.random() < 0.5
             chosen = example["flipped"] if mirror else example
-            return {"moments": chosen["moments"]}, chosen["size"]
+            pixels = example["images"]
+            if mirror:
+                pixels = {name: picture[:, ::-1] for name, picture in pixels.items()}
+            return {"moments": chosen["moments"], **chosen["others"], **pixels}, chosen["size"]
         height, width = example["target"]
         prepared = transforms.prepare(
             example["image"], rng, height=height, width=width, crop=self.crop, flip=self.flip,
-            original=example.get("original"),
+            original=example.get("original"), images=example["images"],
         )  # fmt: skip
-        return {"image": prepared.pixels}, prepared.size
+        return {"image": prepared.pixels, **prepared.images}, prepared.size
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
@@ -123,7 +135,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         else:
             batch = next(self._iterator)
         if self._config.workers:  # copied out of the workers' shared memory, which is scarce
-            batch = as_floats(batch, copy=True)
+            batch = as_floats(batch, kinds_of(self._config), copy=True)
         self.step += 1
         self._pass()
         return batch
@@ -204,30 +216,25 @@ def make_iterator(
     *,
     split: str,
     seed: int,
-    with_size: bool = False,
+    number_shapes: numbers.Shapes = types.MappingProxyType({}),
     process_index: int = 0,
     process_count: int = 1,
     shuffle: bool = True,
 ) -> BatchIterator:
     """Endless batches {"image": float32 [b, H, W, 3] in [-1, 1], "tokens": int32 [b, L], ...}.
 
-    b is config.batch_size / process_count. Each of `tokenizers` fills the field of its name;
-    `with_size` adds "size" int32 [b, 4], see `transforms.Prepared`. H and W are data.resolution, or
-    those of the batch's bucket. Encoded datasets have "moments" float32 [b, h, w, 2C] in place of
-    the image. With data.weight_key they have "weight" float32 [b]. With data.text_embeddings they
-    have "context" [b, L, D] (for SDXL also "pooled" [b, P]) in place of tokens.
+    b is config.batch_size / process_count. Each of `tokenizers` fills the field of its name.
+    `number_shapes` {field: shape} adds numbers, see `data.numbers`: "size" is int32 [b, 4], others
+    are features of the dataset. H and W are data.resolution, or those of the batch's bucket. Each
+    of data.images adds float32 [b, H, W, 3], a mask [b, H, W, 1].
+    Encoded datasets have "moments" float32 [b, h, w, 2C] in place of the image, and
+    "NAME_moments" in place of a named picture of the kind "picture". With data.weight_key they have
+    "weight" float32 [b]. With data.text_embeddings they have "context" [b, L, D] (for SDXL also
+    "pooled" [b, P]) in place of tokens.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
-    if config.batch_size % process_count:
-        raise DataError(
-            f"data.batch_size is {config.batch_size}, not divisible by the {process_count} hosts; "
-            f"set it to a multiple of {process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index is {process_index}; expected 0 to {process_count - 1}")
-    if not 0 <= seed < 2**32:
-        raise DataError(f"seed is {seed}; expected 0 to 2**32 - 1")
-    sources = open_parts(config, split)
+    _check_hosts(config, seed, process_index, process_count)
+    sources = open_parts(config, split, columns=numbers.of_columns(number_shapes))
     _warn(config, sources)
     transform = Transform(
         dict(tokenizers),
@@ -235,7 +242,7 @@ def make_iterator(
         config.crop,
         config.flip,
         config.captions,
-        with_size,
+        tuple(number_shapes),
         bool(config.weight_key),
     )
     import grain.python as grain
@@ -247,6 +254,7 @@ def make_iterator(
         config.batch_size // process_count,
         seed=grain_seed(seed, depth),
         floats=not config.workers,
+        kinds=kinds_of(config),
     )
     return BatchIterator(
         grain.MapDataset.source(batches),
@@ -257,6 +265,24 @@ def make_iterator(
         shape_at=shape_at,
         summary=summarise(sources, buckets, config.batch_size),
     )
+
+
+def _check_hosts(config: DataConfig, seed: int, process_index: int, process_count: int) -> None:
+    """Raise a DataError for a batch size that does not divide, or a number out of its range."""
+    if config.batch_size % process_count:
+        raise DataError(
+            f"data.batch_size is {config.batch_size}, not divisible by the {process_count} hosts; "
+            f"set it to a multiple of {process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index is {process_index}; expected 0 to {process_count - 1}")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed is {seed}; expected 0 to 2**32 - 1")
+
+
+def kinds_of(config: DataConfig) -> dict[str, str]:
+    """The kinds of the pictures of a batch, {field: kind}."""
+    return {**MAIN, **named_images.kinds_of(config.images)}
 
 
 def _endless(
@@ -290,7 +316,9 @@ def _identity(
         "seed": seed,
         "shuffle": shuffle,
     }
-    # Only streams with mixtures or buckets have these fields.
+    # Only streams with named pictures, mixtures or buckets have these fields.
+    if config.images:
+        identity["images"] = [[image.name, image.origin, image.kind] for image in config.images]
     if config.mixture:
         identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
     if config.buckets.step:

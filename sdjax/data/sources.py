@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from sdjax.data import columns, encoded, splits, transforms
+from sdjax.data import encoded, splits, transforms
 from sdjax.data.builders.opening import prepared_builder
 from sdjax.data.caption_choice import Caption
+from sdjax.data.columns import Columns
+from sdjax.data.columns import Row as ColumnsRow
+from sdjax.data.columns import load as load_columns
 from sdjax.data.config import WITH_PATH, DataConfig, DataError, parts
 from sdjax.data.image_files import ImageError
+from sdjax.data.stored_pictures import as_array, decoded, original_size
 from sdjax.data.tfds import stored
-from sdjax.data.tfds.features import as_text, check_format, decoders_and_text
+from sdjax.data.tfds.features import (
+    as_text,
+    check_format,
+    check_numbers,
+    decoders_and_text,
+)
 from sdjax.data.tfds.records import Records
 from sdjax.system import untrusted
 
 _AT_ONCE = 4096  # records read together where all are
+_NO_COLUMNS: Mapping[str, tuple[int, ...]] = {}
 
 
 class Source:
@@ -32,17 +42,19 @@ class Source:
 
     An example is {"image": uint8 [H, W, 3], "text": the main caption, "caption": all captions,
     "target": (height, width) of the picture to make of it, "original": (height, width) before
-    it was stored smaller, or None}. For encoded datasets, the fields of `encoded.example` replace
+    it was stored smaller, or None, "images": {name: a picture of data.images}}. With `columns` it
+    has "numbers", {column: float32}. For encoded datasets, the fields of `encoded.example` replace
     image and original.
     Raises DataError, naming dataset, split and index, when a record cannot be read or decoded.
     """
 
     def __init__(
         self, records: Any, *, name: str, directory: str, split: str, config: DataConfig,
-        to_text: Callable[[Any], Caption], table: columns.Columns | None = None,
-        encoding: encoded.Encoding | None = None,
+        to_text: Callable[[Any], Caption], table: Columns | None = None,
+        encoding: encoded.Encoding | None = None, columns: Collection[str] = (),
     ):  # fmt: skip
         self.encoding = encoding
+        self._columns = tuple(columns)
         self._records = records
         self._to_text = to_text
         self._config = config
@@ -61,7 +73,10 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.example(index)
-        return example | {"image": np.asarray(example["image"])} if "image" in example else example
+        if "image" not in example:
+            return example
+        images = {name: as_array(picture) for name, picture in example["images"].items()}
+        return example | {"image": np.asarray(example["image"]), "images": images}
 
     def example(self, index: int) -> dict[str, Any]:
         """The example source[index], whose decoded picture is still Pillow's image."""
@@ -71,6 +86,10 @@ class Source:
             caption = self._caption(record)
             if self._config.weight_key:
                 picture["weight"] = np.float32(record[self._config.weight_key])
+            if self._columns:
+                picture["numbers"] = {
+                    name: np.asarray(record[name], np.float32) for name in self._columns
+                }
         weight = picture.get("weight", 1.0)
         if not 0 <= weight < np.inf:
             raise DataError(
@@ -86,19 +105,22 @@ class Source:
         return {**picture, "text": caption.main, "caption": caption, "target": (side, side)}
 
     def _picture(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        """The fields "image" and "original" of a record, or those of `encoded.example`."""
+        """The fields "image", "images" and "original", or those of `encoded.example`."""
         if self.encoding is not None:
-            return encoded.example(record, self.encoding)
-        image = record[self._config.image_key]
+            return encoded.example(record, self.encoding, self._config.images)
+        most = self._config.max_pixels
+        name = "the image"
         try:
-            picture = (
-                transforms.decode_image(image, max_pixels=self._config.max_pixels)
-                if isinstance(image, bytes)
-                else _three_channels(np.asarray(image))
-            )
-            return {"image": picture, "original": _original(record)}
+            found = {"image": decoded(record[self._config.image_key], most)}
+            others = {}
+            for image in self._config.images:
+                name = f"the picture {image.name!r}"
+                others[image.name] = decoded(record[image.origin], most, image)
+                size, main = map(transforms.size_of, (others[image.name], found["image"]))
+                transforms.check_geometry(image.name, size, main)
+            return {**found, "images": others, "original": original_size(record)}
         except ImageError as error:
-            raise self._error(index, f"the image cannot be decoded ({error})") from error
+            raise self._error(index, f"{name} cannot be decoded ({error})") from error
 
     def key(self, index: int) -> str:
         """The name of an example: its file name, or the number it is stored under."""
@@ -144,11 +166,11 @@ class Source:
         return Caption(caption.main, others, choice.main_share)
 
     @property
-    def table(self) -> columns.Columns:
+    def table(self) -> Columns:
         """The facts about every example that need no decoding; the first access reads them all."""
         if self._table is None:
             config = self._config
-            self._table = columns.load(
+            self._table = load_columns(
                 len(self),
                 self._row,
                 directory=self.directory,
@@ -159,13 +181,13 @@ class Source:
             )
         return self._table
 
-    def _row(self, index: int) -> columns.Row:
+    def _row(self, index: int) -> ColumnsRow:
         """The row of an example in the table."""
         record = self._record(index)
         with self._named(index):
             return self._facts(index, record)
 
-    def _facts(self, index: int, record: dict[str, Any]) -> columns.Row:
+    def _facts(self, index: int, record: dict[str, Any]) -> ColumnsRow:
         """The row of a record in the table."""
         image = record[self._config.image_key]
         if "height" in record and "width" in record:
@@ -193,6 +215,7 @@ class Source:
             to_text=self._to_text,
             table=self.table.take(numbers),
             encoding=self.encoding,
+            columns=self._columns,
         )
 
     def _record(self, index: int) -> dict[str, Any]:
@@ -224,38 +247,20 @@ class Source:
         )
 
 
-def _original(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The height and width of the picture before it was stored smaller; None if not known."""
-    if "original_height" not in record or "original_width" not in record:
-        return None
-    height, width = int(record["original_height"]), int(record["original_width"])
-    return (height, width) if height > 0 and width > 0 else None
-
-
-def _three_channels(image: np.ndarray) -> np.ndarray:
-    """Convert a grey or grey-alpha array of TFDS to uint8 [H, W, 3]; ImageError for other kinds."""
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ImageError(
-            "unsupported_mode", f"{image.dtype} {list(image.shape)}, not uint8 [H, W, C]"
-        )
-    if image.ndim == 3 and image.shape[-1] == 3:
-        return image
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.shape[-1] == 1:
-        return np.repeat(image, 3, -1)
-    raise ImageError("unsupported_mode", f"{image.shape[-1]} channels")
-
-
-def open_source(config: DataConfig, split: str) -> Source:
+def open_source(
+    config: DataConfig, split: str, *, columns: Mapping[str, tuple[int, ...]] = _NO_COLUMNS
+) -> Source:
     """Open a split (TFDS slices such as "train[:90%]" too) of the configured dataset.
+
+    columns: {number feature: its shape}, to be read with every example.
 
     Raises DataError naming the cause: dataset, split, feature names, or storage format.
     """
     builder = prepared_builder(config)
     encoding = encoded.read(config.path) if config.name == "encoded" else None
     if config.name in WITH_PATH:  # these datasets have feature names of their own
-        config = dataclasses.replace(config, image_key="image", text_key="text")
+        stored_as = tuple(dataclasses.replace(image, key="") for image in config.images)
+        config = dataclasses.replace(config, image_key="image", text_key="text", images=stored_as)
     if encoding is not None:
         config = _as_encoded(config, encoding)
     check_format(builder)
@@ -273,6 +278,7 @@ def open_source(config: DataConfig, split: str) -> Source:
             "data.validation_share and data.test_share to have them made of train)"
         )
     decoders, to_text = decoders_and_text(builder, config)
+    check_numbers(builder, columns)
     # From the files alone: worker processes then need neither our builder nor TensorFlow.
     files = stored.builder_from_directory(builder.data_path)
     with untrusted.explained(builder.data_path, "a dataset of TFDS", error=DataError):
@@ -287,6 +293,7 @@ def open_source(config: DataConfig, split: str) -> Source:
         config=config,
         to_text=to_text,
         encoding=encoding,
+        columns=columns,
     )
     source.notes = tuple(getattr(builder, "notes", ()))
     return _chosen(source, split, cut, config)
@@ -299,6 +306,7 @@ def _as_encoded(config: DataConfig, encoding: encoded.Encoding) -> DataConfig:
         choice = dataclasses.replace(choice, others_key="captions")
     if encoding.selection:
         config = encoded.unselected(config)
+    encoded.check_images(config, encoding)
     return dataclasses.replace(config, image_key="moments", captions=choice)
 
 
@@ -333,21 +341,27 @@ def _chosen(source: Source, split: str, cut: splits.Cut | None, config: DataConf
     return chosen
 
 
-def open_parts(config: DataConfig, split: str) -> list[Source]:
+def open_parts(
+    config: DataConfig, split: str, *, columns: Mapping[str, tuple[int, ...]] = _NO_COLUMNS
+) -> list[Source]:
     """The sources of a mixture; without a mixture, the one source.
 
     split: data.split or data.eval_split; a part of a mixture may have another in its place.
+    columns: see `open_source`.
     Raises DataError as `open_source`.
     """
     if not config.mixture:
-        return [open_source(config, split)]
+        return [open_source(config, split, columns=columns)]
     if split not in (config.split, config.eval_split):
         raise DataError(
             f"split {split!r} is neither data.split = {config.split!r} nor data.eval_split = "
             f"{config.eval_split!r}, and data.mixture has no other"
         )
     train = split == config.split
-    return [open_source(part, part.split if train else part.eval_split) for part in parts(config)]
+    return [
+        open_source(part, part.split if train else part.eval_split, columns=columns)
+        for part in parts(config)
+    ]
 
 
 def captions(config: DataConfig, split: str) -> list[str]:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from sdjax.data.config import MAX_PIXELS
 from sdjax.data.image_files import ImageError, damaged, open_image
+
+Picture: TypeAlias = np.ndarray | Image.Image  # uint8 [H, W, 3], of a mask [H, W, 1], or Pillow's
+_NONE: Mapping[str, Picture] = {}
 
 # The operation that undoes each EXIF orientation.
 _TURNS = {
@@ -45,6 +50,40 @@ def decode_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         raise
     except Exception as error:  # Pillow's decoders raise any error for damaged data
         raise damaged(error) from error
+
+
+def decode_mask(
+    encoded: bytes, *, alpha: bool = False, orient: bool = True, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image file to a mask, Pillow's of one channel.
+
+    Colours become their luma, and transparent pixels are black.
+
+    Args:
+        alpha: take the alpha channel, which is 255 everywhere in a picture without one.
+        orient: apply the EXIF orientation.
+
+    Raises ImageError as `decode`.
+    """
+    image = open_image(encoded, max_pixels=max_pixels)
+    try:
+        image.load()
+        return _to_mask(upright(image) if orient else image, alpha=alpha)
+    except ImageError:
+        raise
+    except Exception as error:  # as `decode_image`
+        raise damaged(error) from error
+
+
+def _to_mask(image: Image.Image, *, alpha: bool) -> Image.Image:
+    """Convert a picture to a mask, see `decode_mask`."""
+    if image.has_transparency_data and not image.mode.startswith("I"):
+        rgba = image.convert("RGBA")
+        if alpha:
+            return rgba.getchannel("A")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+        image = image.convert("RGB")
+    return Image.new("L", image.size, 255) if alpha else to_rgb(image).convert("L")
 
 
 def upright_size(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -173,39 +212,101 @@ def normalise(image: np.ndarray) -> np.ndarray:
     return scaled
 
 
+def scaled(values: np.ndarray) -> np.ndarray:
+    """Convert uint8 0..255 to float32 0..1, of the same shape."""
+    return np.divide(values, np.float32(255), dtype=np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """An image as a network takes it, and the numbers about it that SDXL takes.
 
-    pixels: uint8 [H, W, 3].
+    pixels: uint8 [*frames, H, W, 3].
     size: int32 [4], height and width of the original, then top and left of the crop. These are in
     pixels of the resized picture as it is shown: mirrored, if it was.
+    images: those of `prepare`, uint8 [*frames, H, W, 3] and of masks [*frames, H, W, 1].
     """
 
     pixels: np.ndarray
     size: np.ndarray
+    images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def image(self) -> np.ndarray:
-        """The image, float32 [H, W, 3] in [-1, 1]."""
+        """The image, float32 of the same shape in [-1, 1]."""
         return normalise(self.pixels)
 
 
 def prepare(
-    image: np.ndarray | Image.Image, rng: np.random.Generator, *, height: int, width: int,
+    image: Picture | Sequence[Picture], rng: np.random.Generator, *, height: int, width: int,
     crop: str, flip: bool, mirror: bool = False, original: tuple[int, int] | None = None,
+    images: Mapping[str, Picture | Sequence[Picture]] = _NONE,
 ) -> Prepared:  # fmt: skip
     """Resize an RGB picture to cover height x width, crop it, and perhaps mirror it.
 
-    image: uint8 [H, W, 3] or Pillow's. flip: mirror it with probability 1/2; mirror: always.
+    image: uint8 [H, W, 3] or Pillow's; or a sequence of those, the frames of one picture, which
+    share one crop and one flip. flip: mirror it with probability 1/2; mirror: always.
     original: its height and width before it was stored smaller, which SDXL takes instead of the
-    size. All randomness is rng's, which the pipeline seeds by the place in the stream.
+    size. images: other pictures and masks, which get the same window, crop and flip.
+    All randomness is rng's, which the pipeline seeds by the place in the stream.
+    Raises ImageError size_differs: a frame or one of `images` has another aspect.
     """
-    stored = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+    stored = size_of(image)
     size = covering_size(stored, height, width)
     top, left = crop_corner(size, height, width, rng if crop == "random" else None)
-    cut = resized_crop(image, size, (top, left), height, width)
-    if mirror or (flip and rng.random() < 0.5):
-        cut = cut[:, ::-1]
+    mirrored = mirror or (flip and rng.random() < 0.5)
+
+    def cut(picture: Picture | Sequence[Picture], name: str) -> np.ndarray:
+        if isinstance(picture, Sequence):
+            return np.stack([cut(frame, name) for frame in picture])
+        if picture is not image:
+            check_geometry(name, size_of(picture), stored)
+        is_mask = picture.mode == "L" if isinstance(picture, Image.Image) else (
+            picture.shape[-1] == 1)  # fmt: skip
+        part = (_mask_crop if is_mask else resized_crop)(picture, size, (top, left), height, width)
+        return part[:, ::-1] if mirrored else part
+
+    pixels = cut(image, "a frame")
+    others = {name: cut(other, name) for name, other in images.items()}
+    if mirrored:
         left = size[1] - width - left  # the crop's position in the mirrored picture
-    return Prepared(cut, np.array([*(original or stored), top, left], np.int32))
+    return Prepared(pixels, np.array([*(original or stored), top, left], np.int32), others)
+
+
+def size_of(image: Picture | Sequence[Picture]) -> tuple[int, int]:
+    """The height and width of a picture, or of the first of its frames."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, Sequence):
+        return size_of(image[0])
+    return image.shape[0], image.shape[1]
+
+
+def check_geometry(name: str, size: tuple[int, int], main: tuple[int, int]) -> None:
+    """Raise an ImageError size_differs unless two pictures differ by a uniform scale alone.
+
+    The larger one, scaled to the width or to the height of the smaller, may be off by a pixel.
+    """
+    small, large = sorted((size, main))
+    ratios = small[0] / large[0], small[1] / large[1]
+    fits = (abs(large[1] * ratios[0] - small[1]) <= 1, abs(large[0] * ratios[1] - small[0]) <= 1)
+    if not any(fits):
+        raise ImageError(
+            "size_differs",
+            f"{name} is {size[1]}x{size[0]}, the picture {main[1]}x{main[0]}; expected one aspect",
+        )
+
+
+def _mask_crop(
+    mask: Picture, size: tuple[int, int], corner: tuple[int, int], height: int, width: int
+) -> np.ndarray:
+    """Resize a mask to `size` and crop it: uint8 [height, width, 1].
+
+    A pixel is the mean of the area it covers, so values never leave the range of the mask. An
+    enlarged mask keeps its hard edges.
+    """
+    (top, left), (rows, columns) = corner, size
+    image = Image.fromarray(mask[..., 0]) if isinstance(mask, np.ndarray) else mask
+    if (image.height, image.width) != size:
+        image = image.resize((columns, rows), Image.Resampling.BOX)
+    return np.asarray(image)[top : top + height, left : left + width, None]

@@ -231,6 +231,31 @@ def pointwise_loss(difference: jax.Array, width: jax.Array | None) -> jax.Array:
     return 2.0 * c * difference**2 / (jnp.sqrt(difference**2 + c**2) + c)
 
 
+def area_mean(mask: jax.Array, factor: int) -> jax.Array:
+    """The mean of each factor x factor square of a mask: [..., H, W, 1] -> [..., H/f, W/f, 1]."""
+    *outer, height, width, channels = mask.shape
+    squares = (*outer, height // factor, factor, width // factor, factor, channels)
+    return mask.reshape(squares).mean(axis=(-4, -2))  # [..., H/f, W/f, 1]
+
+
+def _noise(
+    keys: jax.Array, x0: jax.Array, objective: ObjectiveConfig
+) -> tuple[jax.Array, jax.Array]:
+    """The noise of the target, and that of xt, both of the shape of x0 [b, *frames, h, w, c].
+
+    Offset noise is constant over each channel of a frame.
+    """
+    eps = normal_like(fold_keys(keys, NOISE), x0)
+    if objective.offset_noise:
+        offset = normal_like(fold_keys(keys, OFFSET), x0[..., 0, 0, :])  # [b, *frames, c]
+        eps = eps + objective.offset_noise * offset[..., None, None, :]
+    noise = eps
+    if objective.input_perturbation:
+        extra = normal_like(fold_keys(keys, PERTURBATION), x0)
+        noise = eps + objective.input_perturbation * extra
+    return eps, noise
+
+
 def denoising_loss(
     denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
     x0: jax.Array,
@@ -242,11 +267,20 @@ def denoising_loss(
     objective: ObjectiveConfig,
     batch_key: jax.Array | None = None,
     t: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted loss of each example, float32 [b], and a dict of arrays to log.
 
-    denoise_fn: (xt [b,h,w,c] float32, timesteps [b] float32) -> prediction [b,h,w,c].
-    x0: clean latents [b,h,w,c].
+    With a mask m, weight w and pointwise loss e it is
+
+        L_i = w(t_i) / (F h w c) * sum_{f,y,x,c} m_i[f,y,x] e_i[f,y,x,c].
+
+    The mean is over all positions, as in kohya's sd-scripts: a mask of 15 % of ones has 15 % of the
+    loss, and one of ones changes nothing.
+
+    denoise_fn: (xt [b,*frames,h,w,c] float32, timesteps [b] float32) -> prediction of that shape.
+    x0: clean latents [b,*frames,h,w,c].
+    mask: float32 [b,*frames,h,w,1] on the grid of the latents, see `area_mean`; None for ones.
     keys: [b], from example_keys; positions: int32 [b], in the global batch of batch_size examples.
     batch_key: the step's key, needed only when the objective is stratified.
     t: timesteps float32 [b] to use; None draws them.
@@ -257,14 +291,7 @@ def denoising_loss(
         t = sample_timesteps(keys, positions, batch_size, schedule, objective, batch_key)
     alpha, sigma = schedule_at(schedule, t)
 
-    eps = normal_like(fold_keys(keys, NOISE), x0)
-    if objective.offset_noise:
-        offset = normal_like(fold_keys(keys, OFFSET), x0[:, 0, 0, :])  # [b, c]
-        eps = eps + objective.offset_noise * offset[:, None, None, :]
-    noise = eps
-    if objective.input_perturbation:
-        extra = normal_like(fold_keys(keys, PERTURBATION), x0)
-        noise = eps + objective.input_perturbation * extra
+    eps, noise = _noise(keys, x0, objective)
     xt = prediction.add_noise(x0, noise, alpha, sigma)
 
     out = denoise_fn(xt, t).astype(jnp.float32)
@@ -273,6 +300,8 @@ def denoising_loss(
     if objective.loss == "huber":
         width = huber_width(objective, t, alpha, sigma, schedule.num_train_timesteps)
     errors = pointwise_loss(out - wanted, width)
+    if mask is not None:
+        errors = errors * mask
     loss = errors.mean(axis=tuple(range(1, errors.ndim)))  # [b]
     weight = weighting.loss_weight(
         objective.weighting,

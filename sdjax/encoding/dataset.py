@@ -19,7 +19,7 @@ import numpy as np
 
 from sdjax.checkpoints.assemble import Assembled, assemble, check_complete
 from sdjax.config import Config, to_dict
-from sdjax.data import encoded
+from sdjax.data import encoded, named_images, numbers
 from sdjax.data.config import is_encoded, parts
 from sdjax.data.encoded import Encoding
 from sdjax.data.sources import Source, open_source
@@ -33,6 +33,7 @@ from sdjax.encoding.encoder import (
     write_records,
 )
 from sdjax.errors import UserError
+from sdjax.families.registry import FAMILIES
 from sdjax.models.params import component
 from sdjax.system import locks, paths, progress
 
@@ -94,6 +95,7 @@ def encode_dataset(
             f"--splits: {slices} cannot be names of encoded splits; encode them whole, and give "
             "slices to data.split when you train"
         )
+    columns = numbers.of_columns(FAMILIES[config.model.family].numbers)
     encoding = Encoding(
         dataset=open_source(data, data.split).name,
         networks={name: fingerprint(assembled, name) for name in wanted},
@@ -103,6 +105,8 @@ def encode_dataset(
         buckets=encoded.bucket_fields(data),
         flipped=options.flipped,
         selection=encoded.selection(data),
+        images=named_images.kinds_of(data.images),
+        numbers={name: list(shape) for name, shape in columns.items()},
     )
     folder = paths.to_path(output)
     _begin(folder, encoding, options)
@@ -113,10 +117,10 @@ def encode_dataset(
         embed = make_text_encoder(config, assembled.params, assembled.tokenizers, batch)
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
-    features = encoded.features(tfds, flipped=options.flipped, text=options.text)
+    features = encoded.features(tfds, encoding)
     every = []
     for split in splits:
-        source = open_source(data, split)
+        source = open_source(data, split, columns=columns)
         shards = Shards(folder, split, len(source), options.shard_examples)
         job = Job(source, _shapes(config, source), config, batch, encoding, encode, embed)
         _encode_split(job, shards, features, host=host, hosts=hosts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -139,21 +140,29 @@ def _encode_some(
                 raise
             print(f"left out: {error}", file=sys.stderr, flush=True)
             dropped.setdefault("cannot be read", []).append(f"example {index}")
-    for side in ("", "_flipped")[: 1 + job.encoding.flipped] if loaded else ():
-        images = np.stack([example.pop(f"image{side}") for example in loaded.values()])
-        for example, moments in zip(loaded.values(), job.encode(images), strict=True):
-            example[f"moments{side}"] = moments
+    names = ("image", *job.encoding.encoded_images)
+    fields = zip(names, encoded.moment_fields(names[1:]), strict=True)
+    for (name, field), side in itertools.product(fields, encoded.sides(job.encoding)):
+        if loaded:
+            images = np.stack([example.pop(f"{name}{side}") for example in loaded.values()])
+            for example, moments in zip(loaded.values(), job.encode(images), strict=True):
+                example[f"{field}{side}"] = moments
     return loaded
 
 
 def _is_finite(example: Example, dropped: dict[str, list[str]]) -> bool:
     for name, array in example.items():
-        if name.startswith("moments") or name in encoded.TEXT_FIELDS:
+        if _is_moments(name) or name in encoded.TEXT_FIELDS:
             if not np.isfinite(array).all():
                 what = name.removesuffix("_flipped")
                 dropped.setdefault(f"NaN or Inf in {what}", []).append(example["file_name"])
                 return False
     return True
+
+
+def _is_moments(field: str) -> bool:
+    """Whether a field of a record holds moments."""
+    return field.removesuffix("_flipped").rpartition("_")[2] == "moments"
 
 
 def _load(job: Job, index: int, height: int, width: int) -> Example:
@@ -164,11 +173,18 @@ def _load(job: Job, index: int, height: int, width: int) -> Example:
         prepared = transforms.prepare(
             example["image"], np.random.default_rng([job.config.seed, index]), height=height,
             width=width, crop=data.crop, flip=False, mirror=mirror, original=example["original"],
+            images=example["images"],
         )  # fmt: skip
         side = "_flipped" if mirror else ""
         made |= {f"image{side}": prepared.image, f"size{side}": prepared.size}
+        for name in job.encoding.encoded_images:
+            made[f"{name}{side}"] = transforms.normalise(prepared.images[name])
+        if not mirror:
+            kept = job.encoding.kept_images
+            made |= {name: encoded.to_png(prepared.images[name]) for name in kept}
     caption = example["caption"]
     return made | {
+        **example.get("numbers", {}),
         "text": caption.main,
         "captions": list(caption.others),
         # Of label templates; which of several captions to take is decided by those who train.
@@ -196,7 +212,7 @@ def _packed(example: Example, encoding: Encoding) -> Example:
     if encoding.has_text:  # some families have no pooled caption
         packed |= {"pooled": b"", "pooled_shape": np.zeros(2, np.int32)}
     for name, value in example.items():
-        if name.startswith("moments") or name in encoded.TEXT_FIELDS:
+        if _is_moments(name) or name in encoded.TEXT_FIELDS:
             packed[name] = encoded.pack(value, encoding.dtype)
             if name in encoded.TEXT_FIELDS:
                 packed[f"{name}_shape"] = np.asarray(value.shape, np.int32)

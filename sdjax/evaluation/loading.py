@@ -109,7 +109,8 @@ def choose_data(
         changes |= {"split_key": "", "score_key": "", "min_score": None}
     if changes["name"] in WITH_PATH:
         changes |= {"image_key": "image", "text_key": "text"}
-    return dataclasses.replace(base, mixture=(), text_embeddings=False, **changes)
+    # Another dataset need not have the masks or the controls of the run's own.
+    return dataclasses.replace(base, mixture=(), text_embeddings=False, images=(), **changes)
 
 
 def _kind(path: str) -> str:

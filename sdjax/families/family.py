@@ -122,7 +122,8 @@ class Family:
     embed, context: see `Embed` and `MakeContext`.
     features: names of what `embed` makes; "context" [B, L, D] is one.
     numbers: {field of a batch: its shape for one example} that an example carries besides pictures
-        and captions.
+        and captions. "size" follows from the geometry of the picture, and others are number
+        features of the dataset, see `sdjax.data.numbers`.
     pipelines: classes of diffusers whose folders are read, the plain one first.
     pipeline_class: the one that draws with a model.
     index: entries of model_index.json besides the class and the parts.

@@ -15,6 +15,7 @@ from sdjax.families.bind import bind
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Networks
 from sdjax.methods.denoise import LATENTS
+from sdjax.methods.fields import picture_fields, weight_field
 from sdjax.methods.method import (
     Aux,
     Averages,
@@ -123,10 +124,7 @@ def make(setup: Setup) -> Method:
     """Bind the method to the VAE of a model; see `Reconstruction`."""
     networks = bind(setup.model, ("vae",), dtype=setup.dtype, remat=setup.remat)
     vae = Reconstruction(setup.config, networks)
-    side = setup.data.resolution
-    example = {"image": jax.ShapeDtypeStruct((side, side, 3), jnp.float32)}
-    if setup.data.weight_key:
-        example["weight"] = jax.ShapeDtypeStruct((), jnp.float32)
+    example = picture_fields(setup) | weight_field(setup.data)
     return Method(
         abstract=networks.abstract,
         init=networks.init,

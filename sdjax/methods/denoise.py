@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.data.config import is_encoded
 from sdjax.diffusion.guidance import SkipLayers
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
     ObjectiveConfig,
+    area_mean,
     denoising_loss,
     fold_keys,
     normal_like,
@@ -25,6 +25,7 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, encode_text, make_conditioner
 from sdjax.families.family import Context, Networks
+from sdjax.methods.fields import number_fields, picture_fields, weight_field
 from sdjax.methods.method import (
     Aux,
     Averages,
@@ -45,6 +46,7 @@ from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
 LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
+MASK = "mask"  # the picture of data.images that multiplies the loss at each position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class LatentDiffusion:
             batch_key=key,
             schedule=self.schedule,
             objective=self.setup.objective,
+            mask=self._mask(batch),
         )
 
     def validate(
@@ -97,7 +100,7 @@ class LatentDiffusion:
         denoiser = self._denoiser(every)
         x0 = self._latents(every, batch, keys)
         context = self._context(every, self._captions(every, batch, keys), x0)
-        plain = plain_objective(self.setup.objective)
+        plain, mask = plain_objective(self.setup.objective), self._mask(batch)
 
         def at(stratum):
             number, t = stratum
@@ -110,6 +113,7 @@ class LatentDiffusion:
                 schedule=self.schedule,
                 objective=plain,
                 t=jnp.full(len(x0), t),
+                mask=mask,
             )
             return per_example
 
@@ -139,12 +143,16 @@ class LatentDiffusion:
         noise = normal_like(fold_keys(keys, LATENTS), moments[..., : vae_config.latent_channels])
         return scale_latents(sample_moments(moments, noise), vae_config)
 
+    def _mask(self, batch: Batch) -> jax.Array | None:
+        """The mask on the grid of the latents, [b, h, w, 1]; None if the batch has none."""
+        return area_mean(batch[MASK], self.setup.model.vae.downscale) if MASK in batch else None
+
     def _context(
         self, every: Params, batch: Batch, x0: jax.Array, key: jax.Array | None = None
     ) -> Context:
-        """For pictures of the latents x0 [b, h, w, c]."""
+        """For pictures of the latents x0 [b, *frames, h, w, c]."""
         factor = self.setup.model.vae.downscale
-        target = x0.shape[1] * factor, x0.shape[2] * factor
+        target = x0.shape[-3] * factor, x0.shape[-2] * factor
         return self.conditioner(every, batch, target=target, key=key)
 
     def _captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
@@ -185,21 +193,13 @@ def make(setup: Setup) -> Method:
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
     diffusion = LatentDiffusion(setup, networks, conditioner, make_schedule(model.schedule))
-    side = data.resolution
-    example = {"image": jax.ShapeDtypeStruct((side, side, 3), jnp.float32)}
-    if is_encoded(data):
-        side //= model.vae.downscale
-        moments = (side, side, 2 * model.vae.latent_channels)
-        example = {"moments": jax.ShapeDtypeStruct(moments, jnp.float32)}
+    example = picture_fields(setup, optional={MASK: "mask"})
     if data.text_embeddings:
         example |= conditioner.embedding()
     else:
         for field, tokens in conditioner.null.items():
             example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
-    if data.weight_key:
-        example["weight"] = jax.ShapeDtypeStruct((), jnp.float32)
-    for field, shape in model.family.numbers.items():
-        example[field] = jax.ShapeDtypeStruct(shape, jnp.int32)
+    example |= weight_field(data) | number_fields(model.family.numbers)
     trained = (model.family.denoiser, *model.text_encoders)
     return Method(
         abstract=networks.abstract,
@@ -211,6 +211,7 @@ def make(setup: Setup) -> Method:
         timesteps=diffusion.timesteps,
         pictures=_pictures(setup),
         dtypes=networks.dtypes,
+        numbers=model.family.numbers,
     )
 
 

@@ -126,10 +126,11 @@ class Method:
     abstract: {path: ShapeDtypeStruct} of every network; paths start with the network's name.
     init: key -> parameters of every network, untrained (jittable).
     phases: in the order in which they follow one another within a step.
-    example: {name: ShapeDtypeStruct} of one example of a batch.
+    example: {name: ShapeDtypeStruct} of one example of a batch, see `methods.fields`.
+    numbers: {name: shape} of those fields that are numbers, see `sdjax.data.numbers`.
     validate: (params of every network, batch, keys [b], timesteps [n]) -> losses [b, n] float32, a
-        column for each timestep, of the plain objective: nothing is dropped, weighed or perturbed.
-        An autoencoder has no timesteps, and one column.
+        column for each timestep, of the plain objective: nothing is dropped, weighed or perturbed,
+        but a mask counts. An autoencoder has no timesteps, and one column.
     maxima: the same arguments -> {path: scalar}, the largest activations and attention logits of
         what is trained; None where that is not offered.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
@@ -147,6 +148,7 @@ class Method:
     maxima: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None
     timesteps: Callable[[int], np.ndarray]
     pictures: Pictures
+    numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sdjax.data.numbers import of_geometry
 from sdjax.data.pictures import METADATA, Folder, open_folder
 from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text
@@ -70,8 +71,8 @@ class Artist:
             FloatingPointError: a picture has NaN pixels.
         """
         batch = encode_text(self.model.tokenizers, texts)
-        if "size" in self.model.family.numbers:
-            batch["size"] = np.tile(np.array([*self.size, 0, 0], np.int32), (len(texts), 1))
+        for field, value in of_geometry(self.model.family.numbers, self.size).items():
+            batch[field] = np.tile(value, (len(texts), 1))
         images, _ = draw(
             self.generate,
             self.params,

@@ -107,7 +107,9 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
         # 4. The step, compiled before the first batch is asked for. (Other shapes when they come.)
         # It takes longest, and other cores: what else takes a while is done meanwhile.
         train_step = Steps(program, config)
-        first_batch = with_pictures(program.batch, data.next_shape, config.model.vae.downscale)
+        named = [image.name for image in config.data.images]
+        downscale = config.model.vae.downscale
+        first_batch = with_pictures(program.batch, data.next_shape, downscale, named)
         with train_step.compiling(first_batch) as compiling:
             if newest is None:
                 params = startup.initial_params(config, method, assembled, split, mesh)
@@ -208,7 +210,7 @@ def _open_data(
     data = make_iterator(
         config.data,
         assembled.tokenizers,
-        with_size="size" in method.example,
+        number_shapes=method.numbers,
         split=config.data.split,
         seed=stage.seed,
         process_index=share.index,

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.config import Config
+from sdjax.data.encoded import moment_fields
 from sdjax.families.registry import FAMILIES
 from sdjax.methods.method import Method
 from sdjax.models import placement
@@ -250,13 +251,18 @@ def _shapes(batch: Batch) -> tuple:
 
 
 def with_pictures(
-    batch: Batch, shape: tuple[int, int], downscale: int
+    batch: Batch, shape: tuple[int, int], downscale: int, named: Collection[str] = ()
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """An abstract batch with pictures of another (height, width), or the moments of such."""
-    if "image" in batch:
-        return {**batch, "image": _resized(batch["image"], *shape)}
-    moments = batch["moments"]
-    return {**batch, "moments": _resized(moments, *(side // downscale for side in shape))}
+    """An abstract batch with pictures of another (height, width), or the moments of such.
+
+    named: names of pictures besides the main one.
+    """
+    small = shape[0] // downscale, shape[1] // downscale
+    sizes = dict.fromkeys(("image", *named), shape) | dict.fromkeys(moment_fields(named), small)
+    return {
+        name: _resized(value, *sizes[name]) if name in sizes else value
+        for name, value in batch.items()
+    }
 
 
 def _resized(array: jax.ShapeDtypeStruct, height: int, width: int) -> jax.ShapeDtypeStruct:

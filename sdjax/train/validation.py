@@ -58,7 +58,7 @@ class Validator:
             split=split,
             count=count,
             rows=config.validation.rows,
-            with_size="size" in method.example,
+            number_shapes=method.numbers,
         )
         if not len(self.examples):
             raise ConfigError(

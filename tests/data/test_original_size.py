@@ -89,7 +89,9 @@ def test_sdxl_is_told_the_original_size(write, tmp_path):
     )  # fmt: skip
     told = {}
     for split in ("train", "test"):
-        iterator = make_iterator(config, {"tokens": First()}, split=split, seed=0, with_size=True)
+        iterator = make_iterator(
+            config, {"tokens": First()}, split=split, seed=0, number_shapes={"size": (4,)}
+        )
         for _ in range(3):
             batch = next(iterator)
             for number, size in zip(batch["tokens"][:, 0], batch["size"], strict=True):

@@ -104,7 +104,9 @@ def test_batches_have_the_promised_form(config):
     (batch,) = take(make_iterator(config, {}, split="test", seed=1), 1)
     assert batch.keys() == {"image"}
     both = {"tokens": Letters(), "tokens_2": Letters()}
-    (batch,) = take(make_iterator(config, both, split="test", seed=1, with_size=True), 1)
+    (batch,) = take(
+        make_iterator(config, both, split="test", seed=1, number_shapes={"size": (4,)}), 1
+    )
     assert batch.keys() == {"image", "size", "tokens", "tokens_2"}
     assert batch["size"].shape == (8, 4) and batch["size"].dtype == np.int32
     assert (batch["size"] == [64, 64, 0, 0]).all()

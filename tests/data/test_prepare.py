@@ -1,6 +1,7 @@
 """sdjax.prepare: what is kept, what is dropped and why, the same bytes after a kill."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.settings import Settings, Workspace, assign_splits
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, fraction
@@ -226,6 +228,27 @@ def test_pictures_without_a_caption_can_stay(tmp_path):
     assert prepare(tmp_path / "in", tmp_path / "all", chosen)["kept"] == 2
     source = open_source(DataConfig(name="prepared", path=str(tmp_path / "all")), "train")
     assert [source[i]["text"] for i in range(2)] == ["", "one"]
+
+
+def test_named_pictures_are_stored_and_tell_duplicates_apart(tmp_path):
+    """Two rows of one picture stay if their masks differ; a row without a mask is dropped."""
+    masks = [picture(seed).convert("L") for seed in (7, 8, 7)]
+    main, members = encoded(picture(0)), []
+    for i, mask in enumerate(masks):
+        members += [(f"{i}.png", main), (f"{i}.txt", b"one"), (f"{i}.matte.png", encoded(mask))]
+    write_tar(tmp_path / "in" / "a.tar", [*members, ("3.png", main), ("3.txt", b"one")])
+    images = (NamedImage("mask", "matte", "mask"),)
+    chosen = settings("webdataset", Rules(images=images), test_share=0.0)
+    chosen = dataclasses.replace(chosen, fields=Fields(images=images))
+    found = prepare(tmp_path / "in", tmp_path / "out", chosen)
+    assert found["dropped"] == {"missing_image": 1, "duplicate": 1} and found["kept"] == 2
+    config = DataConfig(name="prepared", path=str(tmp_path / "out"), images=images)
+    source = open_source(config, "train")
+    for i, mask in enumerate(masks[:2]):
+        np.testing.assert_array_equal(source[i]["images"]["mask"][..., 0], np.asarray(mask))
+    with pytest.raises(DataError, match="'control', which is read from the feature 'control'"):
+        missing = dataclasses.replace(config, images=(NamedImage("control", "edge"),))
+        open_source(missing, "train")
 
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):

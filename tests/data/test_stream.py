@@ -326,8 +326,8 @@ def test_batches_share_a_bucket_and_an_epoch_is_everything(config):
 
 def test_hosts_agree_on_the_bucket_and_share_the_batch(config):
     config = buckets(dataclasses.replace(config, crop="random", flip=True))
-    whole = take(start(config, with_size=True), 20)
-    parts = [take(start(config, with_size=True, process_index=i, process_count=2), 20)
+    whole = take(start(config, number_shapes={"size": (4,)}), 20)
+    parts = [take(start(config, number_shapes={"size": (4,)}, process_index=i, process_count=2), 20)
              for i in range(2)]  # fmt: skip
     joined = [{name: np.concatenate([one[name], other[name]]) for name in one}
               for one, other in zip(*parts, strict=True)]  # fmt: skip

@@ -116,7 +116,12 @@ def on(config, folder, **changes):
 def batches(config, count, **options):
     assembled = assemble(resolve(config))
     data = make_iterator(
-        resolve(config).data, assembled.tokenizers, seed=3, with_size=True, split="train", **options
+        resolve(config).data,
+        assembled.tokenizers,
+        seed=3,
+        number_shapes={"size": (4,)},
+        split="train",
+        **options,
     )
     with_shape = [(data.next_shape, next(data)) for _ in range(count)]
     data.close()
@@ -181,7 +186,9 @@ def test_a_stream_of_moments_goes_on_where_it_stood(snaps, tmp_path):
     want = batches(ahead, 7)
     config = resolve(ahead)
     tokenizers = assemble(config).tokenizers
-    data = make_iterator(config.data, tokenizers, seed=3, with_size=True, split="train")
+    data = make_iterator(
+        config.data, tokenizers, seed=3, number_shapes={"size": (4,)}, split="train"
+    )
     data.set_state(json.loads(json.dumps({**data.get_state(), "step": 4})))
     for _, batch in want[4:]:
         jax.tree.map(np.testing.assert_array_equal, next(data), batch)
@@ -215,8 +222,8 @@ def test_sdxl_is_told_the_same(snaps, xl_folder, tmp_path):
     params = assembled.params
     conditioner = make_conditioner(model_of(assembled.config.model), assembled.tokenizers)
     data = make_iterator(
-        assembled.config.data, assembled.tokenizers, seed=3, with_size=True, split="train",
-        shuffle=False,
+        assembled.config.data, assembled.tokenizers, seed=3, number_shapes={"size": (4,)},
+        split="train", shuffle=False,
     )  # fmt: skip
     batch = next(data)
     data.close()

@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from sdjax.data.config import DataConfig, DataError
+from sdjax.data.named_images import NamedImage
 from sdjax.data.raw import clean, folder, formats, parquet, webdataset
 from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import SPLITS, Chosen, Fields, Row, Shard, Skip, fraction, passed_over
@@ -71,8 +72,13 @@ def import_config(
     )  # fmt: skip
 
 
-def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The features of every dataset made of raw data; scores become float32 features."""
+def feature_types(
+    scores: tuple[str, ...] = (), images: tuple[NamedImage, ...] = ()
+) -> dict[str, Any]:
+    """The features of every dataset made of raw data.
+
+    Scores become float32 features, and named pictures images of their names.
+    """
     return {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "text": tfds.features.Text(),
@@ -83,6 +89,7 @@ def feature_types(scores: tuple[str, ...] = ()) -> dict[str, Any]:
         "original_width": tfds.features.Scalar(np.int32),
         "original_height": tfds.features.Scalar(np.int32),
         **{score: tfds.features.Scalar(np.float32) for score in scores},
+        **{one.name: tfds.features.Image(shape=(None, None, one.channels)) for one in images},
     }
 
 
@@ -99,6 +106,7 @@ def feature_values(example: clean.Example) -> dict[str, Any]:
         "original_width": example.original[1],
         "original_height": example.original[0],
         **example.scores,
+        **{name: io.BytesIO(encoded) for name, encoded in example.images.items()},
     }
 
 
@@ -139,7 +147,9 @@ class RawImport(  # type: ignore[call-arg]
     def _info(self) -> Any:
         return self.dataset_info_from_configs(
             description=__doc__,
-            features=tfds.features.FeaturesDict(feature_types()),
+            features=tfds.features.FeaturesDict(
+                feature_types(images=self.builder_config.fields.images)
+            ),
             supervised_keys=None,
             disable_shuffling=True,
         )
@@ -149,7 +159,7 @@ class RawImport(  # type: ignore[call-arg]
         self._skipped: list[Skip] = []
         self._passed_over: dict[str, Counter[str]] = {}  # by shard
         generators = {}
-        for split, shards, chosen in _splits(config.shards):
+        for split, shards, chosen in _splits(config.shards, config.fields):
             # A split without any usable image must not be written: read the first one.
             examples = self._examples(shards, chosen)
             first = next(examples, None)
@@ -211,7 +221,7 @@ _BUILDERS = {
 }  # fmt: skip
 
 
-def _splits(shards: list[Shard]) -> Iterator[tuple[str, list[Shard], Chosen]]:
+def _splits(shards: list[Shard], fields: Fields) -> Iterator[tuple[str, list[Shard], Chosen]]:
     """Yield each split, its shards, and a function that chooses its rows.
 
     A source of train alone is split by name. Every row, and every skip, is in exactly one split.
@@ -222,7 +232,7 @@ def _splits(shards: list[Shard]) -> Iterator[tuple[str, list[Shard], Chosen]]:
             if group:
                 yield wanted, group, functools.partial(_is_of, wanted)
         return
-    limit = limit_of_test({name for shard in shards for name in formats.names(shard)})
+    limit = limit_of_test({name for shard in shards for name in formats.names(shard, fields)})
     yield "train", shards, lambda name, split: fraction(name) > limit
     if limit >= 0:
         yield "test", shards, lambda name, split: fraction(name) <= limit
@@ -267,10 +277,11 @@ def prepare(config: DataConfig) -> Any:
 
     Raises DataError when nothing is usable, or more is skipped than config.max_bad_examples.
     """
-    fields = Fields(image=config.image_key, text=config.text_key)
+    fields = Fields(image=config.image_key, text=config.text_key, images=config.images)
     rules = clean.Rules(
-        min_side=config.min_side, max_aspect=config.max_aspect, max_pixels=config.max_pixels
-    )
+        min_side=config.min_side, max_aspect=config.max_aspect, max_pixels=config.max_pixels,
+        images=config.images,
+    )  # fmt: skip
     with quiet_tfds():
         builder = _BUILDERS[config.name](
             config=import_config(

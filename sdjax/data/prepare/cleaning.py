@@ -19,6 +19,7 @@ from PIL import Image
 
 from sdjax.data import transforms
 from sdjax.data.image_files import ImageError
+from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.duplicates import difference_hash
 from sdjax.data.prepare.index import Index, IndexEntry, counts, read_index
 from sdjax.data.prepare.settings import Settings, Workspace
@@ -44,7 +45,7 @@ def clean_shard(
         return counts(read_index(workspace, number))
     passed_over: Counter[str] = Counter()
     index = Index([], [], {}, {})
-    serialize = _serializer(settings.scores)
+    serialize = _serializer(settings.scores, settings.fields.images)
     note_row = _progress_writer(workspace, number, shard)
     with workspace.writing(workspace.cleaned(number)) as local:
         writer = array_record_module.ArrayRecordWriter(str(local), "group_size:1")
@@ -99,20 +100,22 @@ def how_far(workspace: Workspace, numbers: list[int]) -> Callable[[], float]:
 
 
 @functools.cache
-def features(scores: tuple[str, ...]) -> Any:
+def features(scores: tuple[str, ...], images: tuple[NamedImage, ...] = ()) -> Any:
     """The TFDS features of the dataset."""
     from sdjax.data.builders.raw_import import feature_types
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
-    return tfds.features.FeaturesDict(feature_types(scores))
+    return tfds.features.FeaturesDict(feature_types(scores, images))
 
 
-def _serializer(scores: tuple[str, ...]) -> Callable[[Example], bytes]:
+def _serializer(
+    scores: tuple[str, ...], images: tuple[NamedImage, ...]
+) -> Callable[[Example], bytes]:
     """A function from an example to the bytes of TFDS's record, the same in every process."""
     from sdjax.data.builders.raw_import import feature_values
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
-    types = features(scores)
+    types = features(scores, images)
     maker = tfds.core.example_serializer.ExampleSerializer(types.get_serialized_info())
 
     def serialize(example: Example) -> bytes:
@@ -127,10 +130,13 @@ def _entry(example: Example, size: int) -> IndexEntry:
     """The index entry of an example."""
     height, width = example.pixels.shape[:2]
     shape = f"{width}x{height} ".encode()
+    digest = hashlib.sha256(shape + example.pixels.tobytes())
+    for encoded in example.images.values():  # pictures of one subject may differ in these alone
+        digest.update(encoded)
     return IndexEntry(
         name=example.name,
         split=example.split,
-        digest=hashlib.sha256(shape + example.pixels.tobytes()).hexdigest()[:32],
+        digest=digest.hexdigest()[:32],
         alike=f"{difference_hash(example.pixels):016x}",
         width=width,
         height=height,

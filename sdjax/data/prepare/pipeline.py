@@ -88,7 +88,7 @@ def run(
     write_metadata(
         workspace.folder,
         dataset=outputs[0].dataset,
-        features=cleaning.features(settings.scores),
+        features=cleaning.features(settings.scores, settings.fields.images),
         splits=writing.stored(outputs),
         description=description,
     )

@@ -158,8 +158,10 @@ def _thumbnail(workspace: Workspace, at: int, settings: Settings) -> str:
     shard, row = at >> 32, at & (1 << 32) - 1
     assert position(shard, row) == at
     (record,) = cleaning.read_records(workspace, shard, [row])
-    example = cleaning.features(settings.scores).deserialize_example_np(
-        record, decoders={"image": _encoded()}
+    images = settings.fields.images
+    decoders = dict.fromkeys(("image", *(image.name for image in images)), _encoded())
+    example = cleaning.features(settings.scores, images).deserialize_example_np(
+        record, decoders=decoders
     )
     return cleaning.thumbnail(example["image"], settings.rules.pixel_limit)
 

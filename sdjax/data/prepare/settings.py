@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdjax.data import named_images
 from sdjax.data.image_files import MOST_PIXELS
 from sdjax.data.raw.clean import Rules
 from sdjax.data.raw.rows import ORIGINAL, Fields, fraction
@@ -72,6 +73,10 @@ class Settings:
             raise UserError(
                 f"--drop_pattern is {self.rules.drop_pattern!r}, no regular expression: {error}"
             ) from error
+        named_images.check(self.fields.images)
+        if taken := set(self.scores) & {image.name for image in self.fields.images}:
+            raise UserError(f"--score and --named_image both name {sorted(taken)}; give other names"
+                            " to the pictures")  # fmt: skip
         for score in self.rules.scores:
             if score.column in FEATURES or not re.fullmatch(r"[A-Za-z]\w*", score.column):
                 raise UserError(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from sdjax.data import transforms
 from sdjax.data.image_files import MOST_PIXELS, ImageError, damaged, open_image
+from sdjax.data.named_images import NamedImage
 from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_CAPTION_CHARS
 from sdjax.data.raw.rows import ORIGINAL, BadRow, Row, Skip, raised, shown
 from sdjax.system import text_files
@@ -53,6 +54,7 @@ class Rules:
     strip_control: bool = False  # control characters that are not white space
     drop_pattern: str = ""  # captions that contain this regular expression are skipped
     scores: tuple[ScoreRule, ...] = ()
+    images: tuple[NamedImage, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def pixel_limit(self) -> int:
@@ -73,14 +75,15 @@ class Example:
     scores: dict[str, float]
     original: tuple[int, int]  # height and width, before it was stored smaller if the row has them
     changed: tuple[str, ...] = ()  # the changes, in words for counting
+    images: dict[str, bytes] = dataclasses.field(default_factory=dict)  # encoded, by name
 
 
 def clean(row: Row, rules: Rules) -> Example | Skip:
     """Check and mend one row; any error is a reason to skip it.
 
     Skips for the reasons of `transforms.decode`, and: missing_image, too_small, aspect_ratio,
-    colour_mode, no_caption, caption_not_text, bad_encoding, caption_too_short, caption_too_long,
-    caption_pattern, git_lfs_pointer, no_score, score, bad_record.
+    size_differs, colour_mode, no_caption, caption_not_text, bad_encoding, caption_too_short,
+    caption_too_long, caption_pattern, git_lfs_pointer, no_score, score, bad_record.
     """
     try:
         return _cleaned(row, rules)
@@ -98,6 +101,7 @@ def _cleaned(row: Row, rules: Rules) -> Example | Skip:
         if row.image is None:
             raise BadRow("missing_image")
         image, pixels, changed = checked(row.image, rules)
+        images = {one.name: _named(row, one, pixels, rules) for one in rules.images}
     except BadRow as bad:
         detail = row.sought if bad.reason == "no_caption" and not bad.detail else bad.detail
         return Skip(shown(row.place or row.name), bad.reason, shown(detail))
@@ -107,7 +111,40 @@ def _cleaned(row: Row, rules: Rules) -> Example | Skip:
         return Skip(shown(row.name), "truncated" if cut else bad.reason, shown(bad.detail))
     original = _original(row, pixels, turned="turned_upright" in changed)
     changed = mended + changed
-    return Example(row.name, row.split, image, pixels, text, captions, scores, original, changed)
+    return Example(
+        row.name, row.split, image, pixels, text, captions, scores, original, changed, images
+    )
+
+
+def _named(row: Row, named: NamedImage, main: np.ndarray, rules: Rules) -> bytes:
+    """The bytes to store of a named picture. Raises BadRow and ImageError, which name it."""
+    what = f"the picture {named.name!r}"
+    encoded = row.image if named.is_alpha else row.images.get(named.name)
+    if encoded is None:
+        raise BadRow("missing_image", f"{what}, of the key {named.origin!r}")
+    try:
+        if named.kind == "mask":
+            stored, pixels = _checked_mask(encoded, named, rules)
+        else:
+            stored, pixels, _ = checked(encoded, rules)
+        transforms.check_geometry(named.name, transforms.size_of(pixels), main.shape[:2])
+    except ImageError as bad:
+        raise ImageError(bad.reason, f"{what}: {bad.detail}") from bad
+    return stored
+
+
+def _checked_mask(encoded: bytes, named: NamedImage, rules: Rules) -> tuple[bytes, np.ndarray]:
+    """The PNG of a mask, and its pixels, uint8 [H, W]. Raises ImageError as `checked`."""
+    try:
+        mask = transforms.decode_mask(
+            encoded, alpha=named.is_alpha, orient=rules.orient, max_pixels=rules.pixel_limit
+        )
+        pixels = np.asarray(mask)
+        return _png(pixels), pixels
+    except ImageError:
+        raise
+    except Exception as error:
+        raise damaged(error) from error
 
 
 def clean_captions(

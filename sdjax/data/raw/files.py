@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sdjax.data.raw.rows import BadRow, Shard
+from sdjax.data.raw.limits import MOST_NAME_CHARS
+from sdjax.data.raw.rows import BadRow, Shard, shown
 from sdjax.system import paths
 
 
@@ -86,3 +87,17 @@ def open_shard(shard: Shard) -> Iterator[Any]:
     PathGuard(shard.root, outside=shard.outside).check(path)
     with path.open("rb") as file:
         yield file
+
+
+def safe_name(name: Any) -> str:
+    """A path that stays below the folder. Raises BadRow for any other."""
+    if not isinstance(name, str) or not name:
+        raise BadRow("no_file_name")
+    parts = name.split("/")
+    if name[0] == "/" or ".." in parts or "\0" in name or "\\" in name:
+        raise BadRow("unsafe_path", "expected a path below the folder")
+    if len(name) > MOST_NAME_CHARS:
+        raise BadRow("unsafe_path", f"a file_name of {len(name):,} characters")
+    if shown(name) != name:
+        raise BadRow("bad_encoding", "a file_name with half of a surrogate pair")
+    return "/".join(part for part in parts if part not in ("", "."))

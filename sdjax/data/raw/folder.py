@@ -7,6 +7,7 @@ every row. Without any metadata file every image is taken, with the caption besi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,9 +18,10 @@ from typing import Any
 
 from sdjax.data.config import DataError
 from sdjax.data.raw import metadata_parquet
-from sdjax.data.raw.files import PathGuard
+from sdjax.data.raw.beside import NamedFiles, is_named
+from sdjax.data.raw.files import PathGuard, safe_name
 from sdjax.data.raw.layout import FolderContents, join, made_by_folders, split_folders, with_splits
-from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_NAME_CHARS, MOST_PICTURE_BYTES
+from sdjax.data.raw.limits import MOST_CAPTION_BYTES, MOST_PICTURE_BYTES
 from sdjax.data.raw.metadata import parse, read_dialect, row_ends
 from sdjax.data.raw.rows import (
     OUTSIDE,
@@ -43,10 +45,11 @@ FORMAT = "image_text_folder"
 METADATA = "metadata.jsonl"
 CSV = "metadata.csv"
 ROWS_PER_SHARD = 500  # small enough to distribute, large enough to be worth a file of its own
+_PLAIN = Fields()
 _LONGEST_SHOWN = 200  # letters of a name in what is said of a row
 
 
-def survey(path: str, *, outside: bool) -> Survey:
+def survey(path: str, fields: Fields, *, outside: bool) -> Survey:
     """The images of a folder, in shards. Raises DataError when it is no folder or has none.
 
     outside: links may lead out of it.
@@ -64,24 +67,25 @@ def survey(path: str, *, outside: bool) -> Survey:
         chosen = metadata_of(folder / below, files, inside)
         remarks += [f"{join(below, name)} is not read, for {chosen[0]} beside it is"
                     for name in chosen[1:]]  # fmt: skip
-        contents.add(below, files, chosen[0] if chosen else "")
+        rows = [file for file in files if not is_named(below, file, fields)]
+        contents.add(below, rows, chosen[0] if chosen else "")
     if contents.metadata:
-        parts = _described(folder, contents)
+        parts = _described(folder, contents, fields)
     elif contents.names:
         parts = _captioned(folder, contents)
     else:
         raise DataError(_no_images(path, contents))
-    rows = Counter[str]()
+    counts = Counter[str]()
     for _, of_part in parts:
-        rows.update(of_part)
-    made, classes = split_folders(rows)
+        counts.update(of_part)
+    made, classes = split_folders(counts)
     shards = [
         dataclasses.replace(with_splits(shard, of_part, made), outside=outside)
         for shard, of_part in parts
     ]
     return Survey(
         shards,
-        made_by_folders(rows, made),
+        made_by_folders(counts, made),
         "row",
         contents.passed_over(),
         contents.unnamed(),
@@ -127,7 +131,7 @@ def _no_images(path: str, contents: FolderContents) -> str:
 Parts = list[tuple[Shard, Counter[str]]]  # a shard, and its number of rows in each folder
 
 
-def _described(folder: paths.Path, contents: FolderContents) -> Parts:
+def _described(folder: paths.Path, contents: FolderContents, fields: Fields) -> Parts:
     """The rows of all metadata files."""
     parts = []
     for name in contents.metadata:
@@ -137,11 +141,21 @@ def _described(folder: paths.Path, contents: FolderContents) -> Parts:
         for shard in _stretches(folder, "train", folder / name):
             pictures = list(names(shard))
             contents.name(pictures)
+            contents.name(_named_beside(shard, fields))
             if close := _nearer(set(map(posixpath.dirname, pictures)), nearer):
                 shard = dataclasses.replace(shard, nearer=close)
                 pictures = list(names(shard))  # without those that nearer files name
             parts.append((shard, Counter(map(posixpath.dirname, pictures))))
     return parts
+
+
+def _named_beside(shard: Shard, fields: Fields) -> Iterator[str]:
+    """The files of the named pictures of a shard, as far as there are any."""
+    beside = NamedFiles(shard.root, posixpath.dirname(shard.name), fields, outside=shard.outside)
+    for _, entry in _entries(shard) if fields.images else ():
+        if not isinstance(entry, BadRow):
+            with contextlib.suppress(BadRow):  # reading reports it
+                yield from filter(None, beside.files(entry).values())
 
 
 def _nearer(folders: Iterable[str], metadata: tuple[str, ...]) -> tuple[str, ...]:
@@ -200,6 +214,8 @@ def read(
     """The rows of a shard, each with its image's bytes, or a skip with the reason."""
     root, splits = paths.to_path(shard.root), dict(shard.folders)
     inside = PathGuard(shard.root, outside=shard.outside)
+    base = "" if shard.names else posixpath.dirname(shard.name)
+    beside = NamedFiles(shard.root, base, fields, outside=shard.outside)
     captions = dict(zip(shard.names, shard.captions, strict=True))
     looked = False
     for place, entry in _entries(shard):
@@ -216,6 +232,7 @@ def read(
             image = inside.read(root / name, MOST_PICTURE_BYTES, "too_many_bytes")
             if captions.get(name):
                 entry[fields.text] = _caption_beside(root, name, captions[name], inside)
+            images = beside.read(entry)
         except BadRow as bad:
             yield Skip(place, bad.reason, bad.detail)
             continue
@@ -230,7 +247,7 @@ def read(
             sought = fields.sought(entry)
         columns = {column: entry.get(column) for column in fields.handed_on}
         place = "" if shard.names else place
-        yield Row(name, split, image, text, others, columns, place, sought)
+        yield Row(name, split, image, text, others, columns, place, sought, images)
 
 
 def _caption_beside(root: paths.Path, name: str, ending: str, inside: PathGuard) -> bytes | None:
@@ -258,15 +275,17 @@ def _sought_beside(root: paths.Path, name: str, *, look: bool) -> str:
     return f"{sought}, but {', '.join(beside[:5])}" if beside else sought
 
 
-def names(shard: Shard) -> Iterator[str]:
+def names(shard: Shard, fields: Fields = _PLAIN) -> Iterator[str]:
     """The names of a shard's rows, without reading any image."""
     for _, entry in _entries(shard):
         if not isinstance(entry, BadRow):
             yield entry["file_name"]
 
 
-def marks(shard: Shard) -> Iterator[str]:
+def marks(shard: Shard, fields: Fields) -> Iterator[str]:
     """Texts that change whenever the shard's metadata, or an image or caption of it, changes."""
+    base = "" if shard.names else posixpath.dirname(shard.name)
+    beside = NamedFiles(shard.root, base, fields, outside=shard.outside)
     root = paths.to_path(shard.root)
     captions = dict(zip(shard.names, shard.captions, strict=True))
     yield f"{shard.folders}"
@@ -278,6 +297,8 @@ def marks(shard: Shard) -> Iterator[str]:
         files = [root / name]
         if captions.get(name):
             files.append(root / f"{name.rpartition('.')[0]}{captions[name]}")
+        with contextlib.suppress(BadRow):  # reading reports it
+            files += [root / file for file in beside.files(entry).values() if file]
         yield f"{json.dumps(entry, default=str)} {' '.join(stamp(file) for file in files)}"
 
 
@@ -344,17 +365,3 @@ def _parsed(shard: Shard) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     with file.open("rb") as opened:
         opened.seek(shard.start)
         yield from parse(opened, shard.stop - shard.start, shard.dialect, shard.line)
-
-
-def safe_name(name: Any) -> str:
-    """A path that stays below the folder. Raises BadRow for any other."""
-    if not isinstance(name, str) or not name:
-        raise BadRow("no_file_name")
-    parts = name.split("/")
-    if name[0] == "/" or ".." in parts or "\0" in name or "\\" in name:
-        raise BadRow("unsafe_path", "expected a path below the folder")
-    if len(name) > MOST_NAME_CHARS:
-        raise BadRow("unsafe_path", f"a file_name of {len(name):,} characters")
-    if shown(name) != name:
-        raise BadRow("bad_encoding", "a file_name with half of a surrogate pair")
-    return "/".join(part for part in parts if part not in ("", "."))

@@ -29,6 +29,7 @@ from sdjax.system import paths
 _READERS = {folder.FORMAT: folder, webdataset.FORMAT: webdataset, parquet.FORMAT: parquet}
 FORMATS = tuple(_READERS)
 _IMAGES = frozenset(IMAGE_SUFFIXES)
+_PLAIN = Fields()
 
 
 def all_rows(name: str, split: str) -> bool:
@@ -43,7 +44,7 @@ def survey(path: str, format: str, fields: Fields, *, outside: bool = False) -> 
 
     Raises DataError when there is none, or parquet files lack the columns of `fields`.
     """
-    found = _READERS[format].survey(path, outside=outside)
+    found = _READERS[format].survey(path, fields, outside=outside)
     if format == parquet.FORMAT:
         any(parquet.check_fields(shard, fields) for shard in found.shards)
     return found
@@ -74,10 +75,10 @@ def read(
             yield Skip(shard.name, "bad_shard", f"not read from here on: {raised(error)[1]}")
 
 
-def names(shard: Shard) -> Iterator[str]:
+def names(shard: Shard, fields: Fields = _PLAIN) -> Iterator[str]:
     """The names of all rows of a shard, without decoding anything."""
     try:
-        yield from _READERS[shard.format].names(shard)
+        yield from _READERS[shard.format].names(shard, fields)
     except UserError:
         raise
     except Exception:  # `read` reports the error
@@ -87,9 +88,11 @@ def names(shard: Shard) -> Iterator[str]:
 def fingerprint(shards: list[Shard], fields: Fields) -> str:
     """A digest that changes with the size or time of any file of the source, or with the fields."""
     digest = hashlib.sha256(repr(fields).encode())
+    if fields.images:
+        digest.update(repr(fields.images).encode())
     for shard in shards:
         of_folder = shard.format == folder.FORMAT
-        marks = folder.marks(shard) if of_folder else [stamp(paths.to_path(shard.path))]
+        marks = folder.marks(shard, fields) if of_folder else [stamp(paths.to_path(shard.path))]
         digest.update(f"{shard.name} {shard.split} {shard.start}\n".encode("utf-8", "replace"))
         for mark in marks:
             digest.update(f"{mark}\n".encode("utf-8", "replace"))

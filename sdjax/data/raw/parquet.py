@@ -36,7 +36,7 @@ SUFFIXES = (".parquet",)
 _ROWS = 64  # read at a time, if they are not large
 
 
-def survey(path: str, *, outside: bool) -> Survey:
+def survey(path: str, fields: Fields, *, outside: bool) -> Survey:
     """The parquet files of a folder or a pattern. Raises DataError when there is none."""
     return find_shards(path, SUFFIXES, FORMAT, outside=outside)
 
@@ -127,6 +127,13 @@ def check_fields(shard: Shard, fields: Fields) -> bool:
             columns = table.schema_arrow.names
     except Exception:  # `read` reports the error
         return False
+    for named in fields.images:
+        if not named.is_alpha and named.origin not in columns:
+            raise DataError(
+                f"{shard.path} has the columns {columns}, but data.images reads {named.name!r} "
+                f"from {named.origin!r}; set its key to a column of images (--named_image of "
+                "sdjax.prepare)"
+            )
     for what, names in (("image", (fields.image,)), ("text", fields.texts)):
         if not set(names) & set(columns):
             raise DataError(
@@ -141,23 +148,29 @@ def read(
     shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
 ) -> Iterator[Row | Skip]:
     """The rows of a file in order; a file that cannot be read to its end gives a skip."""
-    wanted = [fields.image, *fields.texts, fields.captions, *fields.handed_on]
-    for name, entry in _entries(shard, wanted, chosen):
+    pictures = [fields.image, *(named.origin for named in fields.images)]
+    wanted = [*pictures, *fields.texts, fields.captions, *fields.handed_on]
+    for name, entry in _entries(shard, wanted, pictures, chosen):
         if isinstance(entry, Skip):
             yield entry
             continue
-        image = entry.get(fields.image)
-        if isinstance(image, dict):
-            image = image.get("bytes")
-        if not isinstance(image, bytes):
+        image = _picture(entry.get(fields.image))
+        if image is None:
             yield Skip(name, "missing_image", "no bytes in the column")
             continue
         columns = {column: entry.get(column) for column in fields.handed_on}
         text, captions = fields.caption(entry), entry.get(fields.captions)
-        yield Row(name, shard.split, image, text, captions, columns)
+        images = {named.name: _picture(entry.get(named.origin)) for named in fields.images}
+        yield Row(name, shard.split, image, text, captions, columns, images=images)
 
 
-def names(shard: Shard) -> Iterator[str]:
+def _picture(value: Any) -> bytes | None:
+    """The bytes of a cell with a picture; None if it has none."""
+    value = value.get("bytes") if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) else None
+
+
+def names(shard: Shard, fields: Fields) -> Iterator[str]:
     """The names of a file's rows: its path and their number."""
     try:
         with _opened(shard) as table:
@@ -168,7 +181,7 @@ def names(shard: Shard) -> Iterator[str]:
 
 
 def _entries(
-    shard: Shard, wanted: list[str], chosen: Chosen
+    shard: Shard, wanted: list[str], pictures: list[str], chosen: Chosen
 ) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
     index = 0
     try:
@@ -180,7 +193,7 @@ def _entries(
                     name = f"{shard.name}/{index}"
                     index += 1
                     if chosen(name, shard.split):
-                        yield name, _entry(name, batch, position, columns, wanted[0])
+                        yield name, _entry(name, batch, position, columns, pictures)
     except BadRow as bad:
         if chosen(shard.name, shard.split):
             yield shard.name, Skip(shard.name, bad.reason, bad.detail)
@@ -191,14 +204,17 @@ def _entries(
 
 
 def _entry(
-    name: str, batch: Any, position: int, columns: list[str], image: str
+    name: str, batch: Any, position: int, columns: list[str], pictures: list[str]
 ) -> dict[str, Any] | Skip:
     """The cells of a row by column, or a skip."""
     numbers = {column: batch.schema.names.index(column) for column in columns}
     try:
         return {
             column: cell(
-                batch, number, position, MOST_PICTURE_BYTES if column == image else MOST_ROW_BYTES
+                batch,
+                number,
+                position,
+                MOST_PICTURE_BYTES if column in pictures else MOST_ROW_BYTES,
             )
             for column, number in numbers.items()
         }

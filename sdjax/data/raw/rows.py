@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from sdjax.data.config import DataError
+from sdjax.data.named_images import NamedImage
 from sdjax.data.raw.tree import Links, walk
 from sdjax.system import paths, untrusted
 
@@ -45,6 +46,7 @@ class Fields:
     text: str = "text"  # the main caption; in tars "text" is the .txt, else a field of the .json
     captions: str = "captions"  # a list of alternatives, optional
     columns: tuple[str, ...] = ()  # others to pass on, such as scores
+    images: tuple[NamedImage, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def handed_on(self) -> tuple[str, ...]:
@@ -78,6 +80,7 @@ class Row:
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     place: str = ""  # the line of the metadata, where it is not the name
     sought: str = ""  # the places where a caption was not found
+    images: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)  # by name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from sdjax.data.raw import tar
@@ -48,10 +48,10 @@ _MOST = {  # bytes of each kind
     "json": MOST_ROW_BYTES,
     **dict.fromkeys(CAPTION_SUFFIXES, MOST_CAPTION_BYTES),
 }
-_Sample = dict[str, tar.TarMember]  # by kind: "image", "json", ".txt" ...
+_Sample = dict[str, tar.TarMember]  # by kind: "image", "json", ".txt", "image of edge" ...
 
 
-def survey(path: str, *, outside: bool) -> Survey:
+def survey(path: str, fields: Fields, *, outside: bool) -> Survey:
     """The tar files of a folder or a pattern. Raises DataError when there is none."""
     return find_shards(path, SUFFIXES, FORMAT, outside=outside)
 
@@ -60,7 +60,7 @@ def read(
     shard: Shard, fields: Fields, chosen: Chosen, passed_over: Counter[str]
 ) -> Iterator[Row | Skip]:
     """The rows of a tar in order; a tar that breaks off gives a skip."""
-    for name, sample in _samples(shard, passed_over):
+    for name, sample in _samples(shard, fields, passed_over):
         if not chosen(name, shard.split):
             continue
         if isinstance(sample, Skip):
@@ -88,7 +88,20 @@ def _row(name: str, shard: Shard, sample: _Sample, fields: Fields) -> Row:
         _content(sample, "json")
     columns = {column: entry.get(column) for column in fields.handed_on}
     sought = "" if text is not None else _sought(name, fields, entry)
-    return Row(name, shard.split, image, text, entry.get(fields.captions), columns, sought=sought)
+    images = {
+        named.name: _content(sample, kind)
+        for named in fields.images
+        if (kind := _kind_of(named.origin)) in sample
+    }
+    return Row(
+        name, shard.split, image, text, entry.get(fields.captions), columns, sought=sought,
+        images=images,
+    )  # fmt: skip
+
+
+def _kind_of(key: str) -> str:
+    """The kind of the picture KEY.edge.png in a sample, for the key "edge"."""
+    return f"image of {key.lower()}"
 
 
 def _content(sample: _Sample, kind: str) -> bytes:
@@ -98,8 +111,9 @@ def _content(sample: _Sample, kind: str) -> bytes:
         return member.data
     if member.is_sparse:
         raise BadRow("bad_record", "a sparse member, of which parts are not there")
-    reason = "too_many_bytes" if kind == "image" else "caption_too_long"
-    raise BadRow(reason, f"{member.size:,} bytes; at most {_MOST[kind]:,} are read")
+    is_image = kind.startswith("image")
+    reason, most = "too_many_bytes" if is_image else "caption_too_long", _MOST.get(kind)
+    raise BadRow(reason, f"{member.size:,} bytes; at most {most or MOST_PICTURE_BYTES:,} are read")
 
 
 def _sought(name: str, fields: Fields, entry: dict[str, Any]) -> str:
@@ -109,9 +123,9 @@ def _sought(name: str, fields: Fields, entry: dict[str, Any]) -> str:
     return f"{beside if fields.text == 'text' else ''}in {stem}.json {fields.sought(entry)}"
 
 
-def names(shard: Shard) -> Iterator[str]:
+def names(shard: Shard, fields: Fields) -> Iterator[str]:
     """The names of a shard's samples that have an image."""
-    for name, sample in _samples(shard, Counter(), contents=False):
+    for name, sample in _samples(shard, fields, Counter(), contents=False):
         if not isinstance(sample, Skip) and "image" in sample:
             yield name
 
@@ -126,10 +140,11 @@ def _json(encoded: bytes | None) -> dict[str, Any]:
 
 
 def _samples(
-    shard: Shard, passed_over: Counter[str], *, contents: bool = True
+    shard: Shard, fields: Fields, passed_over: Counter[str], *, contents: bool = True
 ) -> Iterator[tuple[str, _Sample | Skip]]:
     """The name and the sample of each; the name is its image's path in the tar."""
     seen: dict[str, int] = {}
+    keys = tuple(named.origin.lower() for named in fields.images)
 
     def named(sample: _Sample) -> tuple[str, _Sample]:
         first = sample.get("image") or next(iter(sample.values()))
@@ -151,7 +166,7 @@ def _samples(
 
     for member in _members(shard, wanted):
         if isinstance(member, Skip):
-            yield from map(named, _finished(parts, passed_over))
+            yield from map(named, _finished(parts, keys, passed_over))
             parts = {}
             yield member.name, member
             continue
@@ -166,21 +181,39 @@ def _samples(
             passed_over[ending(file)] += 1
             continue
         if (folder, stem) != key or kind in parts.get(middle, ()):
-            yield from map(named, _finished(parts, passed_over))
+            yield from map(named, _finished(parts, keys, passed_over))
             key, parts = (folder, stem), {}
-        if len(parts) >= _MOST_PARTS and middle not in parts and "image" not in parts.get("", ()):
-            oldest = next(part for part in parts if part)
-            yield from map(named, _finished({oldest: parts.pop(oldest)}, passed_over))
+        if (
+            len(parts) >= _MOST_PARTS + len(keys)
+            and middle not in parts
+            and "image" not in parts.get("", ())
+        ):
+            oldest = next(part for part in parts if part and part not in keys)
+            yield from map(named, _finished({oldest: parts.pop(oldest)}, (), passed_over))
         parts.setdefault(middle, {})[kind] = member
-    yield from map(named, _finished(parts, passed_over))
+    yield from map(named, _finished(parts, keys, passed_over))
 
 
-def _finished(parts: dict[str, _Sample], passed_over: Counter[str]) -> Iterator[_Sample]:
+def _finished(
+    parts: dict[str, _Sample], keys: Collection[str], passed_over: Counter[str]
+) -> Iterator[_Sample]:
     """The samples that the members of a key make; the other members are counted.
 
+    Pictures of `keys` (000.edge.png for "edge") belong to the samples and make none.
     A plain picture (000.jpg) is the sample of its key, and others (000.mask.png) are passed over
     unless they have captions of their own. Without one, a single picture takes the key's caption.
     """
+    named = {_kind_of(key): parts[key]["image"] for key in keys if "image" in parts.get(key, ())}
+    others = {middle: part for middle, part in parts.items() if middle not in keys}
+    for sample in _unnamed(others, passed_over):
+        yield sample | named
+    if not others:
+        members = [(middle, member) for middle in parts for member in parts[middle].values()]
+        passed_over.update(f".{middle}{ending(member.name)}" for middle, member in members)
+
+
+def _unnamed(parts: dict[str, _Sample], passed_over: Counter[str]) -> Iterator[_Sample]:
+    """The samples of `_finished`, without named pictures."""
     plain = parts.get("", {})
     dotted = {middle: part for middle, part in parts.items() if middle and "image" in part}
     if plain and "image" not in plain and len(dotted) == 1:

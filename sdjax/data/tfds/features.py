@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import DataConfig, DataError
+from sdjax.data.named_images import NamedImage
 
 FORMAT = "array_record"
+MOMENTS = "moments"  # the feature of an encoded dataset in place of the image
 
 
 def as_text(value: Any) -> str:
@@ -86,6 +88,7 @@ def decoders_and_text(
                 f"data.{field} is {key!r}, which is no number feature of "
                 f"{builder.info.full_name}; it has the features {sorted(features)}"
             )
+    images = _named_images(builder, config)
     others = config.captions.others_key and features[config.captions.others_key]
     if others and not (
         isinstance(others, tfds.features.Sequence)
@@ -95,9 +98,12 @@ def decoders_and_text(
             f"data.captions.others_key is {config.captions.others_key!r}, but that feature of "
             f"{builder.info.full_name} is {others}; expected a sequence of texts"
         )
-    encoded = isinstance(features[config.image_key], tfds.features.Image)
     # `transforms` decodes the bytes, with its checks, instead of TFDS.
-    decoders = {config.image_key: tfds.decode.SkipDecoding()} if encoded else {}
+    decoders = {
+        key: tfds.decode.SkipDecoding()
+        for key in (config.image_key, *(image.origin for image in images))
+        if isinstance(features[key], tfds.features.Image)
+    }
     text = features[config.text_key]
     if isinstance(text, tfds.features.ClassLabel):
         return decoders, LabelFeature(
@@ -109,3 +115,48 @@ def decoders_and_text(
         f"data.text_key is {config.text_key!r}, but that feature of {builder.info.full_name} is "
         f"{text}; expected a text or a class label"
     )
+
+
+def _named_images(builder: Any, config: DataConfig) -> tuple[NamedImage, ...]:
+    """The named pictures that are features of a dataset.
+
+    Raises DataError where one is missing or no picture. An encoded dataset has checked its own.
+    """
+    from sdjax.data.tfds.tfds_on_cpu import tfds
+
+    features = builder.info.features
+    images = () if config.image_key == MOMENTS else config.images
+    for image in images:
+        found = features[image.origin] if image.origin in features else None
+        if not (isinstance(found, tfds.features.Image) or _is_array(found, image.channels)):
+            raise DataError(
+                f"data.images has {image.name!r}, which is read from the feature "
+                f"{image.origin!r}, but that of {builder.info.full_name} is {found}; expected an "
+                f"image among {sorted(features)} (prepare it with --named_image, or set its key)"
+            )
+    return images
+
+
+def _is_array(feature: Any, channels: int) -> bool:
+    """Whether a feature is an array of uint8 that can be a picture of so many channels."""
+    shape = getattr(feature, "shape", None)
+    if not shape or len(shape) not in (2, 3) or np.dtype(feature.np_dtype) != np.uint8:
+        return False
+    return len(shape) == 2 or shape[-1] in (1, channels)
+
+
+def check_numbers(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a DataError unless the dataset has number features of these names and shapes."""
+    features = builder.info.features
+    for name, shape in shapes.items():
+        found = features[name] if name in features else None
+        if (
+            found is None
+            or tuple(getattr(found, "shape", None) or ()) != shape
+            or np.dtype(found.np_dtype).kind not in "iuf"
+        ):
+            raise DataError(
+                f"the model takes the numbers {name!r} of shape {list(shape)} with every example, "
+                f"but that feature of {builder.info.full_name} is {found}; it has the features "
+                f"{sorted(features)}"
+            )
