@@ -30,12 +30,12 @@ __all__ = ["MMDiT", "MMDiTConfig"]
 
 
 def position_codes(size: int, width: int, base: int) -> np.ndarray:
-    """Return the sine-cosine code of each of `size` positions along an axis, [size, width] float64.
+    """Return the sine-cosine code of each of `size` positions along an axis, [size, width].
 
     Positions count in patches of a picture with `base` of them (diffusers embeddings.py,
     get_2d_sincos_pos_embed).
     """
-    positions = np.arange(size) / (size / base)
+    positions = np.arange(size, dtype=np.float32) / np.float32(size / base)  # as the reference
     frequencies = 10000.0 ** -(np.arange(width // 2) / (width / 2))
     phases = np.outer(positions, frequencies)
     return np.concatenate([np.sin(phases), np.cos(phases)], axis=1)

@@ -210,12 +210,11 @@ class T5Encoder(nnx.Module):
             mask: [B, L], 0 at tokens that no token attends to; None attends to all, padding
                 included, as SD3 and FLUX do.
         """
-        hidden = self.encoder(activation(self.shared(tokens)), mask, remat=self.remat)
-        return hidden.astype(jnp.float32)
+        return self.encoder(activation(self.shared(tokens)), mask, remat=self.remat)
 
 
 class Stack(nnx.Module):
-    """The blocks and the final norm: [B, L, D] float32 to [B, L, D].
+    """The blocks and the final norm: [B, L, D] to the same, float32.
 
     The first block is a run of its own, because it holds the table of positions.
     """
@@ -227,7 +226,9 @@ class Stack(nnx.Module):
             more = config.num_layers - 1
             runs.append((lambda rngs: Block(config, first=False, **kw, rngs=rngs), more))
         self.block = Blocks(*runs, rngs=rngs)
-        self.final_layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **kw)
+        self.final_layer_norm = RMSNorm(
+            config.d_model, eps=config.layer_norm_epsilon, **{**kw, "dtype": jnp.float32}
+        )
         self.config = config
 
     def __call__(self, x: Array, mask: Array | None, *, remat: str) -> Array:

@@ -28,18 +28,27 @@ from sdjax.parallel.mesh import MeshConfig, count_slices
 # Below this many elements splitting costs more in latency than it saves in memory.
 MIN_FSDP_SIZE = 2**14
 
+EMBEDDINGS = r"(^|\.)embedding$"
+# Tables that are read by rows, and the first axis that may be split, stacked blocks aside. A
+# look-up in a table that is split by rows would add up whole batches over all devices.
+TABLES = ((EMBEDDINGS, 1), (r"(^|\.)pos_embed\.pos_embed$", 2))
+
 # (path, dimension split over `tensor`). Column-parallel into the heads or the hidden width, then
 # row-parallel out of it (Megatron-LM, arXiv:1909.08053, section 3).
-# A look-up in a table that is split by rows would add up whole batches over all devices.
-EMBEDDINGS = r"_embedding\.embedding$"
-
 TENSOR_RULES: tuple[tuple[str, int], ...] = (
-    (r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj|add_[qkv]_proj|proj_mlp)\.kernel$", 1),
+    (r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj|add_q_proj|add_k_proj|add_v_proj)\.kernel$", 1),
     (r"\.(to_out\.0|out_proj|to_add_out)\.kernel$", 0),
-    (r"\.(ff(_context)?\.net\.0\.proj|mlp\.fc1)\.kernel$", 1),
-    (r"\.(ff(_context)?\.net\.2|mlp\.fc2)\.kernel$", 0),
-    # Its rows are those of the heads and then of an MLP: a device's part of both is elsewhere in
-    # the array, so that rows of the weight move between devices when a block runs.
+    (r"\.((ff|ff_context)\.net\.0\.proj|mlp\.fc1)\.kernel$", 1),
+    (r"\.((ff|ff_context)\.net\.2|mlp\.fc2)\.kernel$", 0),
+    # T5
+    (r"\.(SelfAttention\.[qkv]|DenseReluDense\.(wi|wi_0|wi_1))\.kernel$", 1),
+    (r"\.(SelfAttention\.o|DenseReluDense\.wo)\.kernel$", 0),
+    # The modulations of a block, a quarter of an MMDiT, from one vector of each example.
+    (r"\.(norm1|norm1_context)\.linear\.kernel$", 1),
+    # FLUX.1's single blocks. The rows of proj_out are those of the heads and then of an MLP: a
+    # device's part of both is elsewhere in the array, so that rows of the weight move between
+    # devices when a block runs.
+    (r"\.single_transformer_blocks\..*\.(norm\.linear|proj_mlp)\.kernel$", 1),
     (r"\.single_transformer_blocks\..*\.proj_out\.kernel$", 0),
 )
 
@@ -101,7 +110,9 @@ def split_dim(path: str, shape: tuple[int, ...]) -> int:
 
 
 def _first_dim(path: str) -> int:
-    return leading_axes(path) + (1 if re.search(EMBEDDINGS, path) else 0)
+    """The first axis that may be split."""
+    rows = next((first for pattern, first in TABLES if re.search(pattern, path)), 0)
+    return leading_axes(path) + rows
 
 
 def _size(path: str, shape: tuple[int, ...]) -> int:
