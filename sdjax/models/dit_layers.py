@@ -271,8 +271,9 @@ class JointBlock(nnx.Module):
             rotate: see `JointAttention`.
         """
         shift, scale, gate, *own = self.norm1(conditioning)
+        text_gate: Any = None
         if self.last:
-            text_in, text_gate, text_own = self.norm1_context(context, conditioning), None, []
+            text_in = self.norm1_context(context, conditioning)
         else:
             text_shift, text_scale, text_gate, *text_own = self.norm1_context(conditioning)
             text_in = modulated(context, text_shift, text_scale, self.dtype)

@@ -53,8 +53,8 @@ class PatchEmbed(nnx.Module):
         self.proj = conv(
             config.in_channels, width, patch, stride=patch, padding=((0, 0), (0, 0)), **kw
         )
-        codes = position_codes(size, width // 2, config.sample_size // patch)
-        codes = jnp.asarray(codes, kw["param_dtype"])  # [M, C / 2]
+        exact = position_codes(size, width // 2, config.sample_size // patch)
+        codes = jnp.asarray(exact, kw["param_dtype"])  # [M, C / 2]
         shape = (size, size, width // 2)
         # The first half is the column's code, the second the row's.
         halves = jnp.broadcast_to(codes[None], shape), jnp.broadcast_to(codes[:, None], shape)
@@ -158,7 +158,7 @@ class MMDiT(nnx.Module):
 
     def _blocks(self, x: Array, text: Array, vector: Array, skip_layers: Collection[int]) -> Array:
         def step(block: JointBlock, carry: Any, skipped: Array | None) -> tuple[Any, None]:
-            run = lambda carry: block(*carry, vector)  # noqa: E731
+            run = lambda carry: block(carry[0], carry[1], vector)  # noqa: E731
             if skipped is None:
                 return run(carry), None
             # A branch, not a selection: what is left out is not computed either.

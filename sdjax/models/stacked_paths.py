@@ -46,7 +46,7 @@ def blocks_apart(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def shapes_apart(shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return {path: ShapeDtypeStruct} of every parameter, stacked ones block by block."""
-    apart = {}
+    apart: dict[str, Any] = {}
     for path, value in shapes.items():
         if leading_axes(path):
             one = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)

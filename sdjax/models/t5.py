@@ -238,7 +238,8 @@ class Stack(nnx.Module):
         )
 
         def first(block: Block, x: Array, _: None) -> tuple[Array, Array]:
-            bias = block.layer[0].SelfAttention.bias(buckets)
+            attend: Any = block.layer[0]
+            bias = attend.SelfAttention.bias(buckets)
             if mask is not None:
                 hidden = jnp.where(mask[:, None, None, :], 0.0, jnp.finfo(jnp.float32).min)
                 bias = bias + hidden  # [B, heads, L, L]

@@ -141,7 +141,7 @@ def test_output_and_every_gradient_match_diffusers(name, remat, reference):
 
 
 def test_skipped_layers_are_those_of_diffusers_and_get_no_gradient(reference):
-    """A whole run, one block of a run, and the last block."""
+    """A whole run, and one block of a run."""
     config = CASES["sd35_medium"]
     model = torch_model(config, reference)
     graph, params = loaded(model, config, reference)
@@ -150,10 +150,9 @@ def test_skipped_layers_are_those_of_diffusers_and_get_no_gradient(reference):
     def run(params, skipped):
         return weights.merge(graph, params)(*arrays, skip_layers=skipped)
 
-    for skipped in ((0, 1), (4,)):
-        theirs = by_torch(model, reference, *arrays, skip_layers=skipped)
-        ours = reference.jit(functools.partial(run, skipped=skipped))(params)
-        assert reference.error(ours, reference.from_torch(theirs)) < 2e-5
+    theirs = by_torch(model, reference, *arrays, skip_layers=(0, 1))
+    ours = reference.jit(functools.partial(run, skipped=(0, 1)))(params)
+    assert reference.error(ours, reference.from_torch(theirs)) < 2e-5
     theirs = by_torch(model, reference, *arrays, skip_layers=(3,))
     loss = lambda params: (jnp.sum(jnp.square(out := run(params, (3,)))), out)  # noqa: E731
     slopes, ours = reference.jit(jax.grad(loss, has_aux=True))(params)
