@@ -70,7 +70,10 @@ class Linear(nnx.Module):
         """
         widths = np.cumsum([x.shape[-1] for x in xs])[:-1]
         kernels = jnp.split(self.kernel[...], widths, axis=0)
-        y = sum(_dense(x.astype(self.dtype), k) for x, k in zip(xs, kernels, strict=True))
+        first, *others = (
+            _dense(x.astype(self.dtype), kernel) for x, kernel in zip(xs, kernels, strict=True)
+        )
+        y = sum(others, start=first)
         return y if self.bias is None else _add_bias(y, self.bias[...])
 
 

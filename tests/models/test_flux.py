@@ -10,8 +10,8 @@ import pytest
 
 from sdjax.models import weights
 from sdjax.models.flux.network import Flux, FluxConfig, pack, unpack
-from sdjax.models.layers import timestep_embedding
-from sdjax.models.stacked_paths import shapes_apart
+from tests.models.flops import flops
+from tests.models.waves import filled, summary, wave
 
 SMALL = FluxConfig(
     in_channels=16,
@@ -161,23 +161,6 @@ def random_params(config, seed=0):
     return {path: draw(value.shape) for path, value in abstract.items()}
 
 
-def products(jaxpr):
-    """The FLOPs of the matrix products of a jaxpr, 2 for a multiplication and an addition."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(
-                equation.outvars[0].aval.shape + tuple(shape[i] for i in contracted)
-            )
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            total += times * products(inner) if hasattr(inner, "eqns") else 0
-    return total
-
-
 @pytest.mark.parametrize("release", RELEASES)
 def test_parameters_of_releases_are_those_of_diffusers(release):
     torch = pytest.importorskip("torch")
@@ -186,19 +169,18 @@ def test_parameters_of_releases_are_those_of_diffusers(release):
     config, ignored = FluxConfig.from_json(published)
     assert ignored == ["_class_name", "_diffusers_version"]
     _, params = weights.abstract(Flux, config)
-    shapes = shapes_apart(params)
-    sizes = {weights.weight_name(path): math.prod(p.shape) for path, p in shapes.items()}
-    assert sum(sizes.values()) == count
+    shapes = weights.tensor_shapes(params)
+    assert sum(map(math.prod, shapes.values())) == count
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel.from_config(published)
-    assert sizes == {name: value.numel() for name, value in model.state_dict().items()}
+    assert shapes == {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("side, length, flops", [
+@pytest.mark.parametrize("side, length, expected", [
     (64, 256, 17_686_253_273_088), (64, 512, 21_502_600_151_040),
     (128, 256, 69_466_647_429_120), (128, 512, 74_384_653_418_496),
 ])  # fmt: skip
-def test_products_of_dev_are_those_of_its_blocks(side, length, flops):
+def test_products_of_dev_are_those_of_its_blocks(side, length, expected):
     """Blocks (24 N d^2 + 4 N^2 d) and their modulations; torch's counter gives the same numbers."""
     graph, params = weights.abstract(Flux, FluxConfig(), dtype=jnp.bfloat16)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
@@ -206,7 +188,7 @@ def test_products_of_dev_are_those_of_its_blocks(side, length, flops):
     traced = jax.make_jaxpr(lambda p, *rest: weights.merge(graph, p)(*rest))(
         params, shape(1, side, side, 16), shape(1), context
     )
-    assert products(traced.jaxpr) == flops
+    assert flops(traced.jaxpr) == expected
 
 
 def test_bfloat16_stays_close_to_float32(reference):
@@ -252,15 +234,16 @@ def test_rematerialisation_stores_less(reference):
 
 
 def test_starts_with_identity_blocks_and_no_prediction(reference):
-    params = reference.jit(lambda key: weights.init(Flux, SMALL, key))(jax.random.key(0))
+    config = dataclasses.replace(SMALL, num_layers=1, num_single_layers=1)
+    params = reference.jit(lambda key: weights.init(Flux, config, key))(jax.random.key(0))
     zero = {path for path, value in params.items() if not np.any(value)}
     kernels = {path for path in zero if not path.endswith(".bias")}
     gates = (".norm1.linear.kernel", ".norm1_context.linear.kernel", ".norm.linear.kernel")
     ends = {"norm_out.linear.kernel", "proj_out.kernel"}
     assert kernels == ends | {path for path in params if path.endswith(gates)}
-    graphdef, _ = weights.abstract(Flux, SMALL)
+    graphdef, _ = weights.abstract(Flux, config)
     assert not np.any(
-        reference.jit(weights.merge(graphdef, params))(*inputs(reference, SMALL, (2, 4)))
+        reference.jit(weights.merge(graphdef, params))(*inputs(reference, config, (2, 4)))
     )
 
 
@@ -289,39 +272,15 @@ def test_deterministic_weights_give_the_recorded_prediction(
     """Weights 0.05 cos(0.1 k + j) of tensor j in the order of names, 1 more for scales of norms."""
     config = dataclasses.replace(SMALL, num_single_layers=2, guidance_embeds=guided)
     graphdef, abstract = weights.abstract(Flux, config)
-    names = {}
-    for path, value in shapes_apart(abstract).items():
-        kernel = path.endswith(".kernel")
-        names[weights.weight_name(path)] = value.shape[::-1] if kernel else value.shape
-    tensors = {}
-    for j, (name, shape) in enumerate(sorted(names.items())):
-        values = 0.05 * np.cos(0.1 * np.arange(math.prod(shape)) + j).reshape(shape)
-        norm = len(shape) == 1 and "norm" in name and name.endswith("weight")
-        tensors[name] = (values + norm).astype(np.float32)
+    tensors = filled(abstract)
     assert sum(t.size for t in tensors.values()) == (131_536 if guided else 122_256)
     params = weights.from_diffusers(tensors, abstract)
-
-    def wave(phase, *shape):
-        values = np.sin(0.37 * np.arange(math.prod(shape)) + phase)
-        return values.reshape(shape).astype(np.float32)
-
     context = {"context": wave(1, 2, 5, 24), "pooled": wave(2, 2, 20)}
     context |= {"guidance": np.array([3.5, 1.0], np.float32)} if guided else {}
     latents = np.asarray(unpack(jnp.asarray(wave(0, 2, 6, 16)), 4, 6))
     timesteps = np.array([750.0, 12.5], np.float32)
     out = reference.jit(weights.merge(graphdef, params))(latents, timesteps, context)
-    tokens = np.asarray(pack(out), np.float64)
     # The numbers have six decimals; a phase of 3,500 is known to 1e-4.
-    np.testing.assert_allclose(tokens.ravel()[:4], first, atol=2e-6)
-    np.testing.assert_allclose([tokens.sum(), np.square(tokens).sum()], [total, squares], atol=2e-5)
-
-
-def test_sinusoids_of_timesteps_and_guidance_are_those_of_diffusers():
-    waves = np.asarray(
-        timestep_embedding(jnp.array([500.0, 1000.0, 2.994012, 3500.0, 30_000.0]), 256)
-    )
-    np.testing.assert_allclose(waves[0, :3], [-0.883849, 0.945946, 0.848507], atol=3e-5)
-    np.testing.assert_allclose(waves[0, 128:131], [-0.467772, 0.324325, -0.529184], atol=3e-5)
-    np.testing.assert_allclose(waves[3, :3], [0.964887, -0.675330, -0.723518], atol=2e-4)
-    sums = [57.54698, 50.96479, 131.16983, 29.72850, -5.47517]
-    np.testing.assert_allclose(waves.sum(1), sums, atol=5e-4)
+    found = summary(pack(out))
+    np.testing.assert_allclose(found[2:], first, atol=2e-6)
+    np.testing.assert_allclose(found[:2], [total, squares], atol=2e-5)

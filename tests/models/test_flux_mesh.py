@@ -38,7 +38,8 @@ def test_heads_and_hidden_channels_are_split_over_tensor(found):
              "to_add_out"]  # fmt: skip
     double = [f"attn.{name}" for name in joint]
     double += [f"{ff}.{name}" for ff in ("ff", "ff_context") for name in ("net.0.proj", "net.2")]
-    single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"]
+    double += ["norm1.linear", "norm1_context.linear"]
+    single = ["norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"]
     expected = [f"transformer_blocks.0-1.{name}.kernel" for name in double]
     expected += [f"single_transformer_blocks.0-1.{name}.kernel" for name in single]
     assert found["split"] == sorted(expected)

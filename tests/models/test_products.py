@@ -130,3 +130,17 @@ def test_parts_of_a_product_are_those_of_the_whole():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     bare = Linear(5, 12, bias=False, kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(1))
     np.testing.assert_allclose(jnp.concatenate(bare.parts(x, 2), -1), bare(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_product_of_several_arrays_is_that_of_their_concatenation():
+    dense = Linear(12, 5, kernel_init=nnx.initializers.normal(0.3), rngs=nnx.Rngs(0))
+    dense.bias[...] = jnp.arange(5.0)
+    rng = np.random.default_rng(0)
+    xs = [jnp.asarray(rng.normal(size=(2, 3, n)), jnp.float32) for n in (4, 7, 1)]
+    graph, params = nnx.split(dense)
+    joined = lambda params, *xs: nnx.merge(graph, params).joined(*xs)  # noqa: E731
+    whole = lambda params, *xs: nnx.merge(graph, params)(jnp.concatenate(xs, axis=-1))  # noqa: E731
+    np.testing.assert_allclose(joined(params, *xs), whole(params, *xs), atol=1e-6)
+    ours, theirs = gradients(joined, params, *xs), gradients(whole, params, *xs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)

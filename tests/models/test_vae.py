@@ -30,8 +30,9 @@ CASES = {
     "two_levels": (dataclasses.replace(SMALL, layers_per_block=2), (8, 12)),
     "one_level": (shape(16, latent_channels=3), (5, 4)),
     "three_levels_odd_sizes": (shape(16, 24, 32, in_channels=1, out_channels=2), (11, 14)),
-    "four_levels": (
-        shape(16, 32, 24, 24, use_quant_conv=False, use_post_quant_conv=False), (16, 24)
+    "sd3_and_flux_like": (
+        shape(16, 32, 24, 24, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
+              scaling_factor=0.3611, shift_factor=0.1159), (16, 24)
     ),
     "no_attention": (shape(16, 16, mid_block_add_attention=False, latent_channels=16), (8, 8)),
 }  # fmt: skip
@@ -50,6 +51,16 @@ SD15 = {
     "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
+
+
+# vae/config.json of SD3 and FLUX.1, which have the same shape.
+SIXTEEN = SD15 | {
+    "force_upcast": True, "latent_channels": 16, "latents_mean": None, "latents_std": None,
+    "mid_block_add_attention": True, "sample_size": 1024, "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}  # fmt: skip
+SD3 = SIXTEEN | {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX = SIXTEEN | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 def random_params(config):
@@ -109,18 +120,36 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
         assert np.abs(gradient).max() < 1e-4
 
 
-def test_parameter_count_and_names_of_the_published_model():
+@pytest.mark.parametrize("published, count", [(SD15, 83_653_863), (FLUX, 83_819_683)])
+def test_parameter_count_and_names_of_published_models(published, count):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    config, ignored = VAEConfig.from_json(SD15)
-    assert config == VAEConfig()
+    config, ignored = VAEConfig.from_json(published)
     assert config.downscale == 8
-    assert ignored == ["_class_name", "_diffusers_version"]
+    assert set(ignored) <= {"_class_name", "_diffusers_version", "force_upcast"}
     _, params = weights.abstract(VAE, config)
-    assert sum(math.prod(p.shape) for p in params.values()) == 83_653_863
+    assert sum(math.prod(p.shape) for p in params.values()) == count
     with torch.device("meta"):
-        torch_vae = diffusers.AutoencoderKL.from_config(SD15)
-    assert {weights.weight_name(path) for path in params} == set(torch_vae.state_dict())
+        torch_vae = diffusers.AutoencoderKL.from_config(published)
+    assert weights.tensor_shapes(params) == {
+        name: tuple(value.shape) for name, value in torch_vae.state_dict().items()
+    }
+
+
+def test_the_default_is_the_published_config():
+    assert VAEConfig.from_json(SD15)[0] == VAEConfig()
+
+
+@pytest.mark.parametrize("published, first", [(SD3, 2.967793), (FLUX, 0.680349)])
+def test_sixteen_channels_are_shifted_before_they_are_scaled(published, first):
+    config, ignored = VAEConfig.from_json(published)
+    neutral = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+    assert config.to_json() | neutral == {
+        k: v for k, v in published.items() if k not in ignored
+    } | {"_class_name": "AutoencoderKL"}
+    z = np.full((1, 1, 1, 16), 2.0, np.float32)
+    np.testing.assert_allclose(scale_latents(z, config), first, rtol=1e-6)
+    np.testing.assert_allclose(unscale_latents(scale_latents(z, config), config), z, rtol=1e-6)
 
 
 def test_the_preset_of_sdxl_is_the_published_config():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from sdjax.models.config import check, check_bounds, json_values, read_config
 
@@ -54,6 +54,8 @@ class FluxConfig:
     pooled_projection_dim: int = 768
     guidance_embeds: bool = True
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    # Latent size that pipelines draw by default, which files do not say (pipeline_flux.py).
+    sample_size: ClassVar[int] = 128
 
     def __post_init__(self) -> None:
         check_bounds(self, _BOUNDS)
