@@ -58,25 +58,41 @@ def scale_by_muon(
         now = optax.tree.bias_correction(grads, momentum, count)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
         updates = jax.tree.map(
-            lambda m: m * (rms * math.sqrt(max(_sides(m)))), orthogonalized(nesterov, eps)
+            lambda m: m * (rms * math.sqrt(max(_sides(m)))), orthogonalized(nesterov, eps, count)
         )
         return updates, MuonState(count, optax.tree.cast(mu, mu_dtype))
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalized(matrices: Any, eps: float) -> Any:
-    """A tree of matrices [..., outputs] with their singular values brought to about 1."""
+def orthogonalized(matrices: Any, eps: float, count: jax.typing.ArrayLike) -> Any:
+    """A tree of matrices [..., outputs] with their singular values brought to about 1.
+
+    Args:
+      count: any number from 0 on that XLA does not know while it compiles.
+    """
     leaves, tree = jax.tree.flatten(matrices)
     alike = collections.defaultdict(list)
     for index, matrix in enumerate(leaves):
         alike[tuple(sorted(_sides(matrix)))].append(index)
+    places = _unknown_range(max(map(len, alike.values()), default=0), count)
     for indices in alike.values():
         wide = _iterated(jnp.stack([_wide(leaves[i]) for i in indices]), eps)
-        for i, matrix in zip(indices, wide, strict=True):
+        for i, place in zip(indices, places, strict=False):
+            matrix = jax.lax.dynamic_index_in_dim(wide, place, keepdims=False)
             rows, columns = _sides(leaves[i])
             leaves[i] = (matrix.T if rows > columns else matrix).reshape(leaves[i].shape)
     return jax.tree.unflatten(tree, leaves)
+
+
+def _unknown_range(n: int, count: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
+    """Return the numbers 0 to n - 1 such that XLA does not know them while it compiles.
+
+    XLA compiles what reads a matrix out of a stack once for each place that it knows, and once in
+    all for places that it does not know.
+    """
+    zeros, numbers = jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)
+    return jax.lax.cond(jnp.asarray(count) < 0, lambda: tuple(zeros), lambda: tuple(numbers))
 
 
 def _sides(matrix: jax.Array) -> tuple[int, int]:
