@@ -88,8 +88,8 @@ def orthogonalized(matrices: Any, eps: float, count: jax.typing.ArrayLike) -> An
 def _unknown_range(n: int, count: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
     """Return the numbers 0 to n - 1 such that XLA does not know them while it compiles.
 
-    XLA compiles what reads a matrix out of a stack once for each place that it knows, and once in
-    all for places that it does not know.
+    XLA compiles what reads a matrix out of a stack once for each place that it knows, but once
+    for all places that it does not know.
     """
     zeros, numbers = jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)
     return jax.lax.cond(jnp.asarray(count) < 0, lambda: tuple(zeros), lambda: tuple(numbers))
