@@ -62,15 +62,20 @@ def scale_by_muon(
         now = optax.tree.bias_correction(grads, momentum, count)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
         updates = jax.tree_util.tree_map_with_path(
-            lambda at, m: m * (rms * math.sqrt(max(_sides(at, m)))), orthogonalized(nesterov, eps)
+            lambda at, m: m * (rms * math.sqrt(max(_sides(at, m)))),
+            orthogonalized(nesterov, eps, count),
         )
         return updates, MuonState(count, optax.tree.cast(mu, mu_dtype))
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalized(matrices: Any, eps: float) -> Any:
-    """The matrices of parameters by path, with their singular values brought to about 1."""
+def orthogonalized(matrices: Any, eps: float, count: jax.typing.ArrayLike) -> Any:
+    """The matrices of parameters by path, with their singular values brought to about 1.
+
+    Args:
+      count: any number from 0 on that XLA does not know while it compiles.
+    """
     paired, tree = jax.tree_util.tree_flatten_with_path(matrices)
     leaves = [leaf for _, leaf in paired]
     sides = [_sides(at, leaf) for at, leaf in paired]
@@ -80,11 +85,24 @@ def orthogonalized(matrices: Any, eps: float) -> Any:
     for indices in alike.values():
         # [k, rows, columns] of each parameter, k being 1 but for stacked blocks
         wide = [_transposed(leaves[i].reshape(-1, *sides[i]), sides[i]) for i in indices]
-        ends = np.cumsum([len(matrix) for matrix in wide])[:-1]
-        parts = jnp.split(_iterated(jnp.concatenate(wide), eps), ends)
-        for i, part in zip(indices, parts, strict=True):
+        lengths = [len(matrix) for matrix in wide]
+        places = _unknown((0, *np.cumsum(lengths)[:-1]), count)
+        stack = _iterated(jnp.concatenate(wide), eps)
+        for i, place, length in zip(indices, places, lengths, strict=True):
+            part = jax.lax.dynamic_slice_in_dim(stack, place, length)
             leaves[i] = _transposed(part, sides[i]).reshape(leaves[i].shape)
     return jax.tree.unflatten(tree, leaves)
+
+
+def _unknown(numbers: tuple[int, ...], count: jax.typing.ArrayLike) -> tuple[jax.Array, ...]:
+    """Return numbers such that XLA does not know them while it compiles.
+
+    XLA compiles what reads a matrix out of a stack once for each place that it knows, but once
+    for all places that it does not know.
+    """
+    known = jnp.asarray(numbers, jnp.int32)
+    zeros = jnp.zeros_like(known)
+    return jax.lax.cond(jnp.asarray(count) < 0, lambda: tuple(zeros), lambda: tuple(known))
 
 
 def _sides(at: tuple[Any, ...], parameter: jax.Array) -> tuple[int, int]:

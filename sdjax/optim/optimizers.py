@@ -250,7 +250,7 @@ def make_optimizer(
     every = set(abstract_params) | set(all_paths or ())
     rates = multipliers(cfg, sorted(every))
     trained = {p: leaf for p, leaf in abstract_params.items() if rates[p] != 0}
-    schedule = make_lr_schedule(cfg, total_steps)
+    schedule = _apart(make_lr_schedule(cfg, total_steps))
     decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(trained))
     direction = _direction(cfg, trained)
     parts = [decay, direction] if cfg.name in _L2_DECAY else [direction, decay]
@@ -262,6 +262,24 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()
     tx = optax.chain(clip, tx)
     return _on_trained(tx, tuple(trained))
+
+
+def _apart(schedule: optax.Schedule) -> optax.Schedule:
+    """The same learning rate, which XLA computes in one place.
+
+    XLA for CPUs would compute it, cosine and all, in the kernel of every array's update, which
+    takes the compiler long. It moves nothing out of a conditional.
+    """
+
+    def rate(count: jax.Array) -> jax.Array:
+        return jax.lax.cond(  # no count is below 0, but XLA does not know that
+            count < 0,
+            lambda _: jnp.zeros((), jnp.float32),
+            lambda count: jnp.asarray(schedule(count), jnp.float32),
+            count,
+        )
+
+    return rate
 
 
 def _direction(cfg: OptimConfig, params: Params) -> optax.GradientTransformation:

@@ -20,7 +20,13 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.methods.method import Aux, Averages, Batch, Draw
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
-from sdjax.train.monitoring.telemetry import bucket_means, group_norms
+from sdjax.train.monitoring.telemetry import (
+    bucket_means,
+    group_norms,
+    squares,
+    squares_together,
+    total_norm,
+)
 from sdjax.train.state import Optimization, State
 
 TrainStep = Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]
@@ -137,14 +143,15 @@ def _advance(
     kept = jax.tree.map(
         lambda a, b: jnp.where(finite, a, b), (new, new_opt_state), (own, opt_state)
     )
+    moved = squares_together(updates)
     metrics = {
         "finite": finite,
         "loss": loss,
         "aux": aux,
         "grad_norm": grad_norm,
-        "grad_norms": group_norms(grads),
-        "update_norm": optax.tree.norm(updates),
-        **_relative(group_norms(updates), group_norms(kept[0])),
+        "grad_norms": group_norms(squares(grads)),  # which clipping computes too
+        "update_norm": total_norm(moved),
+        **_relative(group_norms(moved), group_norms(squares_together(kept[0]))),
     }
     return new, {**others, **kept[0]}, kept[1], metrics
 

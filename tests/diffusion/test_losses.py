@@ -270,3 +270,10 @@ def test_stratified_timesteps_need_the_batch_key():
         losses.sample_timesteps(
             example_keys(STEP_KEY, jnp.arange(4)), jnp.arange(4), 4, SD, EVERYTHING
         )
+
+
+def test_noise_of_an_example_is_what_its_key_draws_in_its_shape():
+    keys = example_keys(STEP_KEY, jnp.arange(BATCH))
+    drawn = losses.normal_like(keys, X0)
+    for key, noise in zip(keys, drawn, strict=True):
+        np.testing.assert_array_equal(noise, jax.random.normal(key, X0.shape[1:]))

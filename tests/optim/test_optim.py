@@ -366,6 +366,14 @@ def test_other_optimizers_are_evaluated_as_they_are():
     assert_close(optimizers.eval_params(state, params), params, rtol=0)
 
 
+def test_learning_rate_is_computed_once_and_not_in_every_update():
+    config = OptimConfig(schedule="cosine", warmup_steps=3, clip_norm=0.0)
+    params = tree(0)
+    tx = make_optimizer(config, TOTAL, params)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert text.count(" cosine(") == 1
+
+
 # ---- configuration ---------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ def rows(workdir) -> list[dict]:
 # ---- on the device ---------------------------------------------------------------------------
 
 
-def test_group_norms():
+@pytest.mark.parametrize("squares", [telemetry.squares, telemetry.squares_together])
+def test_group_norms(squares):
     rng = np.random.default_rng(0)
     shapes = {
         "unet.conv_in.kernel": (3, 3, 2, 4),
@@ -41,7 +42,7 @@ def test_group_norms():
         "bare": (2,),
     }
     tree = {p: jnp.asarray(rng.normal(size=s), jnp.bfloat16) for p, s in shapes.items()}
-    norms = jax.jit(telemetry.group_norms)(tree)
+    norms = jax.jit(lambda tree: telemetry.group_norms(squares(tree)))(tree)
     groups = {
         "unet.conv_in": "unet.conv_in.",
         "unet.down_blocks.0": "unet.down_blocks.0",
@@ -54,9 +55,12 @@ def test_group_norms():
         values = [np.asarray(v, np.float64).ravel() for p, v in tree.items() if p.startswith(start)]
         assert norms[group].dtype == jnp.float32
         np.testing.assert_allclose(norms[group], np.linalg.norm(np.concatenate(values)), rtol=1e-6)
-    deep = telemetry.group_norms(tree, 3)
+    deep = telemetry.group_norms(squares(tree), 3)
     assert "unet.down_blocks.0" in deep and "text_encoder.encoder.layers.0" in deep
-    assert set(telemetry.group_norms(tree, 1)) == {"unet", "text_encoder", "bare"}
+    assert set(telemetry.group_norms(squares(tree), 1)) == {"unet", "text_encoder", "bare"}
+    total = np.linalg.norm(np.concatenate([np.asarray(v, np.float64).ravel()
+                                           for v in tree.values()]))  # fmt: skip
+    np.testing.assert_allclose(telemetry.total_norm(squares(tree)), total, rtol=1e-6)
 
 
 def test_bucket_means_add_up_over_micro_batches():

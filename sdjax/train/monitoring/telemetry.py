@@ -35,16 +35,43 @@ from sdjax.train.monitoring.speed import Throughput, device_memory
 # ---- on the device, jittable -----------------------------------------------------------------
 
 
-def group_norms(tree: Mapping[str, jax.Array], depth: int = 2) -> dict[str, jax.Array]:
-    """L2 norm, float32, of the parameters (or gradients) of each module group.
+def squares(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the sum of the squares of each array, float32."""
+    return {path: jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in tree.items()}
+
+
+def squares_together(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return `squares`, those of vectors of one length computed together.
+
+    A network has hundreds of biases and scales. A sum for each would be most of a program, which
+    takes the compiler long. Sums may differ from those of `squares` by rounding.
+    """
+    found = squares({path: leaf for path, leaf in tree.items() if leaf.ndim > 1})
+    alike: dict[int, list[str]] = collections.defaultdict(list)
+    for path, leaf in tree.items():
+        if leaf.ndim <= 1:
+            alike[leaf.size].append(path)
+    for paths in alike.values():
+        stacked = jnp.stack([tree[path].astype(jnp.float32).reshape(-1) for path in paths])
+        found |= dict(zip(paths, jnp.sum(jnp.square(stacked), axis=1), strict=True))
+    return found
+
+
+def total_norm(squares: Mapping[str, jax.Array]) -> jax.Array:
+    """Return the L2 norm of all arrays from the `squares` of each."""
+    return jnp.sqrt(jnp.sum(jnp.stack(list(squares.values()))))
+
+
+def group_norms(squares: Mapping[str, jax.Array], depth: int = 2) -> dict[str, jax.Array]:
+    """Return the L2 norm, float32, of each module group from the `squares` of its arrays.
 
     A group is the first `depth` names of the path, and the index if one follows:
     `unet.down_blocks.0`, `unet.conv_in`, `text_encoder.encoder`.
     """
-    squares: dict[str, list[jax.Array]] = collections.defaultdict(list)
-    for path, leaf in tree.items():
-        squares[_group(path, depth)].append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
-    return {group: jnp.sqrt(sum(parts)) for group, parts in sorted(squares.items())}
+    parts: dict[str, list[jax.Array]] = collections.defaultdict(list)
+    for path, square in squares.items():
+        parts[_group(path, depth)].append(square)
+    return {group: jnp.sqrt(sum(own)) for group, own in sorted(parts.items())}
 
 
 def _group(path: str, depth: int) -> str:
