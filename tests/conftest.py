@@ -97,7 +97,7 @@ def torch_pipeline(tmp_path_factory):
     import diffusers
     import transformers
 
-    from sdjax.data.tokenizer import Tokenizer
+    from sdjax.data.text.tokenizer import Tokenizer
 
     words = ["a red circle", "a blue square", "a green star and a small red circle"]
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -171,7 +171,7 @@ def torch_xl_pipeline(torch_pipeline, tmp_path_factory):
     import diffusers
     import transformers
 
-    from sdjax.data.tokenizer import Tokenizer
+    from sdjax.data.text.tokenizer import Tokenizer
 
     first = torch_pipeline.tokenizer
     folder = tmp_path_factory.mktemp("tokenizer_2")

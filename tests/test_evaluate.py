@@ -319,7 +319,7 @@ def clip(tmp_path_factory):
 def test_clip_score_is_that_of_transformers(run, whole, clip, tmp_path):
     import torch
 
-    from sdjax.data.tokenizer import Tokenizer
+    from sdjax.data.text.tokenizer import Tokenizer
     from tests.evaluation.test_clip_tower import pillow_pixels
 
     folder, model = clip

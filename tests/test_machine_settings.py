@@ -21,6 +21,7 @@ from sdjax.train.agreement import OWN
 MODEL = """
 method.* seed tokenizer.vocab_size
 model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family
+model.transformer.* model.text_encoder_3.* model.max_sequence_length data.images
 model.zero_empty_prompt
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
@@ -29,7 +30,7 @@ objective.prediction_type objective.timestep_sampling objective.stratified objec
 objective.timestep_max objective.logit_mean objective.logit_std objective.mode_scale
 objective.weighting objective.min_snr_gamma objective.p2_k objective.p2_gamma objective.sigma_data
 objective.loss objective.huber_c objective.huber_schedule objective.offset_noise
-objective.input_perturbation objective.caption_dropout
+objective.input_perturbation objective.caption_dropout objective.encoder_dropout
 data.split data.eval_split data.image_key data.text_key data.label_template data.validation_share
 data.test_share data.fold data.split_key data.score_key data.min_score data.weight_key
 data.captions.others_key
@@ -49,7 +50,7 @@ sample.prompts sample.count sample.compare sample.guidance sample.guidance_resca
 sample.negative_prompt sample.sampler.name sample.sampler.steps sample.sampler.spacing
 sample.sampler.steps_offset sample.sampler.eta sample.sampler.karras
 sample.sampler.set_alpha_to_one sample.sampler.clip_sample sample.sampler.clip_sample_range
-sample.sampler.flow.*
+sample.sampler.flow.* sample.embedded_guidance sample.skip.*
 validation.every validation.examples validation.train_examples validation.strata validation.rows
 validation.metric validation.metrics validation.num_samples validation.mode validation.patience
 validation.maxima_every

@@ -17,8 +17,8 @@ from sdjax.checkpoints.reading import locate, read_source
 from sdjax.checkpoints.references import FIELDS, Source
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
-from sdjax.data.text_tokenizer import TextTokenizer
-from sdjax.data.tokenizers import KINDS, inner_folder, load_tokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizers import KINDS, inner_folder, load_tokenizer
 from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted
 from sdjax.methods.registry import METHODS

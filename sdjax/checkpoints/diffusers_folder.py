@@ -25,9 +25,9 @@ from sdjax.checkpoints.folders import (
 from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
 from sdjax.checkpoints.single_file_layout import counted
 from sdjax.checkpoints.weight_files import find_weights, parse_size, untied, write_weights
-from sdjax.data.text_tokenizer import TextTokenizer
-from sdjax.data.tokenizer_files import TokenizerError
-from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizer_files import TokenizerError
+from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Family, Model, Part
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS

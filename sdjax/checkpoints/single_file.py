@@ -27,8 +27,8 @@ from sdjax.checkpoints.single_file_layout import (
     whole_average,
 )
 from sdjax.checkpoints.weight_files import untied
-from sdjax.data.text_tokenizer import TextTokenizer
-from sdjax.data.tokenizers import inner_folder, load_tokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizers import inner_folder, load_tokenizer
 from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.families.bind import abstract_params

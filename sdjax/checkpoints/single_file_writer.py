@@ -11,7 +11,7 @@ import numpy as np
 from sdjax.checkpoints.folders import ModelError, scheduler_file
 from sdjax.checkpoints.single_file import METADATA
 from sdjax.checkpoints.weight_files import cast
-from sdjax.data.tokenizers import KINDS
+from sdjax.data.text.tokenizers import KINDS
 from sdjax.families.family import Model
 from sdjax.families.single_file import Shapes, SingleFile, to_file
 from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name

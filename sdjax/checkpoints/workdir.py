@@ -28,9 +28,9 @@ from sdjax.checkpoints.folders import (
 )
 from sdjax.checkpoints.references import follow, read_references, write_references
 from sdjax.config import Config, resolve, to_dict
-from sdjax.data.text_tokenizer import TextTokenizer
-from sdjax.data.tokenizer_files import TokenizerError
-from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizer_files import TokenizerError
+from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -122,7 +122,7 @@ def with_skipped_layers(
 
 
 def skipped_timesteps(
-    timesteps: Sequence[float], start: float, stop: float
+    timesteps: Iterable[float], start: float, stop: float
 ) -> tuple[float, float] | None:
     """Return the lowest and the highest timestep of the steps start * n < i < stop * n.
 
@@ -132,6 +132,7 @@ def skipped_timesteps(
     Returns:
         None if no step lies there.
     """
-    count = len(timesteps)
-    inside = [float(t) for i, t in enumerate(timesteps) if start * count < i < stop * count]
+    values = [float(t) for t in timesteps]
+    count = len(values)
+    inside = [t for i, t in enumerate(values) if start * count < i < stop * count]
     return (min(inside), max(inside)) if inside else None

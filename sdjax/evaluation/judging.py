@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sdjax.config import Config
 from sdjax.config_model import model_of_run
-from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.request import Request

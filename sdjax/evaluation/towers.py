@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.inception import InceptionConfig, InceptionV3
 from sdjax.evaluation.preprocess import ClipPreprocess

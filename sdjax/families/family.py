@@ -23,7 +23,7 @@ from sdjax.models import weights
 from sdjax.models.params import Params, component, prefixed
 
 if TYPE_CHECKING:  # a step needs no tokenizer
-    from sdjax.data.text_tokenizer import TextTokenizer
+    from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Context = jax.Array | dict[str, jax.Array]
 Features = dict[str, jax.Array]
@@ -44,7 +44,7 @@ class Part:
     owns: whether a config.json of this kind is this part's, and not another family's.
     tokens, tokenizer: of a text encoder, the field of a batch that it reads and the folder of its
         tokenizer; "" for other networks.
-    tokenizer_kind: of `sdjax.data.tokenizers`.
+    tokenizer_kind: of `sdjax.data.text.tokenizers`.
     length_setting: the family's setting that says how many tokens it reads; "" if its config does.
     prefix: of its weights in a file of transformers.
     tied: {another name that files have for a weight: its own}.
@@ -132,6 +132,7 @@ class Family:
     single_files: layouts of single files, from the most to the least particular.
     single_file: the name of the layout that a model is written in.
     presets: published shapes by name; "base" is the one that a recipe begins with.
+    latent_channels: channels of latents that the denoiser reads, from its config.
     reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
     skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
@@ -158,6 +159,7 @@ class Family:
     single_files: tuple[SingleFile, ...]
     single_file: Callable[[Model], str]
     presets: Mapping[str, Any]
+    latent_channels: Callable[[Any], int] = lambda denoiser: denoiser.in_channels
     reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
     skips_layers: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -145,6 +145,7 @@ FLUX = Family(
     scheduler_changes=lambda pipeline: {"timestep_spacing": "trailing"},
     single_files=(),
     single_file=lambda model: "flux",
+    latent_channels=lambda denoiser: denoiser.latent_channels + denoiser.added_channels,
     reads_guidance=lambda networks: networks["transformer"].guidance_embeds,
     presets={
         "base": FluxModelConfig(),

@@ -217,12 +217,13 @@ def make(setup: Setup) -> Method:
 
 def _check_channels(setup: Setup) -> None:
     model = setup.model
-    if model.denoiser.in_channels == model.vae.latent_channels:
+    channels = model.family.latent_channels(model.denoiser)
+    if channels == model.vae.latent_channels:
         return
     hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
     name = model.family.denoiser
     raise UserError(
-        f"model.{name}.in_channels is {model.denoiser.in_channels} and model.vae.latent_channels "
+        f"model.{name} reads latents of {channels} channels and model.vae.latent_channels "
         f"is {model.vae.latent_channels}: training takes equal numbers (an inpainting UNet of 9 "
         f"can be loaded and converted, not trained){hint}"
     )

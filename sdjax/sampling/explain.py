@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
 from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
 from sdjax.sampling.grids import grid, save_png

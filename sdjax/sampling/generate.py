@@ -123,18 +123,14 @@ def make_generator(
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
-    schedule, family = model.schedule, model.family
-    assert schedule is not None
+    family = model.family
+    assert model.schedule is not None
     networks = bind(model, (family.denoiser, "vae"), dtype=dtype)
     conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
-    tables = make_schedule(schedule)
+    tables = make_schedule(model.schedule)
     make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
-    if drawing.skip.layers and not family.skips_layers:
-        raise UserError(
-            f"skip.layers is {drawing.skip.layers}, but the family {family.name!r} has no "
-            "skip-layer guidance; leave it empty"
-        )
+    _check_skip(drawing, family)
 
     @jax.jit
     def generate(
@@ -146,8 +142,7 @@ def make_generator(
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         denoiser, vae = (networks.module(name, params) for name in (family.denoiser, "vae"))
         target = latents.shape[1] * model.vae.downscale, latents.shape[2] * model.vae.downscale
-        strength = jnp.full(len(latents), drawing.embedded_guidance, jnp.float32)
-        prompts = {GUIDANCE: strength, **prompts}
+        prompts = {GUIDANCE: jnp.full(len(latents), drawing.embedded_guidance), **prompts}
         context = conditioner(params, prompts, target=target)
         denoise = _guided(
             drawing,
@@ -161,9 +156,8 @@ def make_generator(
 
             def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
                 # Guidance runs the prompts before the negative ones.
-                attention = {path: p[: len(x0)] for path, p in found.take().items()}
-                pairs = zip(callbacks, states, strict=True)
-                return tuple(each.see(state, i, x0, attention) for each, state in pairs)
+                seen = {path: p[: len(x0)] for path, p in found.take().items()}
+                return tuple(c.see(s, i, x0, seen) for c, s in zip(callbacks, states, strict=True))
 
             x0, seen = sample(
                 denoise,
@@ -178,6 +172,14 @@ def make_generator(
         return to_images(vae, x0), seen
 
     return generate
+
+
+def _check_skip(drawing: Drawing, family: Family) -> None:
+    if drawing.skip.layers and not family.skips_layers:
+        raise UserError(
+            f"skip.layers is {drawing.skip.layers}, but the family {family.name!r} has no "
+            "skip-layer guidance; leave it empty"
+        )
 
 
 def _guided(
@@ -248,7 +250,7 @@ def latent_shape(model: Model, height: int, width: int) -> tuple[int, int, int]:
             raise UserError(
                 f"{name} is {size}; expected a multiple of {factor}, the VAE's downsampling factor"
             )
-    return height // factor, width // factor, model.denoiser.out_channels
+    return height // factor, width // factor, model.vae.latent_channels
 
 
 def draw(

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdjax.config import Config
 from sdjax.data import pipeline, transforms
-from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.families.conditioning import encode_text
 from sdjax.methods.method import Examples, Method
 from sdjax.models.params import Params

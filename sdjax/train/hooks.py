@@ -11,7 +11,7 @@ from sdjax.system import paths
 
 if TYPE_CHECKING:  # sdjax.report, which starts at once, needs the file's name alone
     from sdjax.config import Config
-    from sdjax.data.text_tokenizer import TextTokenizer
+    from sdjax.data.text.text_tokenizer import TextTokenizer
     from sdjax.models.params import Params
 
 REPORT_FILE = "report.html"

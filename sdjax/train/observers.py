@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sdjax.config import Config
-from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.methods.method import Method
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params

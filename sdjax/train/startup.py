@@ -25,8 +25,8 @@ from sdjax.checkpoints.workdir import (
 from sdjax.config import Config, resolve, to_dict
 from sdjax.config_changes import compare_configs
 from sdjax.config_model import model_of_run
-from sdjax.data.text_tokenizer import TextTokenizer
-from sdjax.data.tokenizer_files import TokenizerError
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.errors import UserError
 from sdjax.families.registry import TOKENIZERS, adopted, model_of
 from sdjax.methods.method import Method

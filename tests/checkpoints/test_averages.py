@@ -14,7 +14,7 @@ from sdjax.checkpoints.diffusers_folder import read_diffusers
 from sdjax.checkpoints.folders import ModelError
 from sdjax.config import Config, to_dict
 from sdjax.convert import convert, main
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.optim import ema
 

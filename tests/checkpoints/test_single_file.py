@@ -396,7 +396,7 @@ def test_a_release_is_recognised_by_its_shapes(tmp_path):
         for name, (cls, config) in configs.items()
         for path, leaf in weights.abstract(cls, config)[1].items()
     }
-    from sdjax.data.tokenizer import Tokenizer
+    from sdjax.data.text.tokenizer import Tokenizer
     from sdjax.families.sd import SD
 
     tokenizer = Tokenizer.train(["a red circle"], 560)

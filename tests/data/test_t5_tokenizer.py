@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdjax.data.sentencepiece_file import read_pieces
-from sdjax.data.t5_tokenizer import T5Tokenizer
-from sdjax.data.tokenizer import Tokenizer
-from sdjax.data.tokenizer_files import TokenizerError
-from sdjax.data.tokenizers import inner_folder, load_tokenizer
+from sdjax.data.text.sentencepiece_file import read_pieces
+from sdjax.data.text.t5_tokenizer import T5Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer_files import TokenizerError
+from sdjax.data.text.tokenizers import inner_folder, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 SPIECE = Path(__file__).with_name("tiny_spiece.model")

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.text.tokenizer import Tokenizer, TokenizerError
 
 CAPTIONS = [f"a {c} {s}" for c in ("red", "blue", "green") for s in ("circle", "square", "star")]
 CAPTIONS += ["a small red circle left of a large blue square", "Naïve café, 東京 & 😀!"]
@@ -194,7 +194,7 @@ def test_a_caption_that_comes_again_is_encoded_once(trained, monkeypatch):
     assert tokenizer.encode_with_lengths([long])[1][0] > 6
     assert tokenizer.truncated == 4  # each time
     monkeypatch.undo()
-    monkeypatch.setattr("sdjax.data.text_tokenizer.KEPT", 2)
+    monkeypatch.setattr("sdjax.data.text.text_tokenizer.KEPT", 2)
     for text in ("one", "two", "three", "one", long):  # more than are remembered
         np.testing.assert_array_equal(tokenizer.encode([text]), tokenizer.encode([text, ""])[:1])
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.text.tokenizer import Tokenizer, TokenizerError
 
 
 @pytest.fixture(scope="module")

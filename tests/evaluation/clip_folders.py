@@ -2,7 +2,7 @@
 
 import json
 
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 
 WORDS = ["a red circle", "a photo of a cat", "two blue squares and a green star"]
 CASES = {

@@ -21,8 +21,8 @@ from sdjax.checkpoints.single_file import Hints
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import Config
-from sdjax.data.t5_tokenizer import T5Tokenizer
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.t5_tokenizer import T5Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.errors import UserError
 from sdjax.evaluation import reference

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdjax import sample
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.models.unet_config import UNetConfig
 from sdjax.sampling import explain

@@ -28,7 +28,7 @@ from sdjax.data import encoded
 from sdjax.data.config import DataError
 from sdjax.data.prepare.settings import Workspace
 from sdjax.data.sources import open_source
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.encoding import encoder
 from sdjax.errors import UserError, WriteError
 from sdjax.evaluation import reference

@@ -17,7 +17,7 @@ WITHOUT = """
 import sys
 from sdjax.data.config import DataConfig
 from sdjax.data.pipeline import captions, make_iterator
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 
 config = DataConfig(
     name="captioned_shapes", data_dir=sys.argv[1], shapes_train=16, shapes_test=4, batch_size=4

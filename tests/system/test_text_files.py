@@ -18,7 +18,7 @@ from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, clean
 from sdjax.data.raw.metadata import read_dialect
 from sdjax.data.raw.rows import Fields, Row
-from sdjax.data.tokenizer import Tokenizer, TokenizerError
+from sdjax.data.text.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
 from sdjax.evaluation import audit, reference, torch_file
 from sdjax.models import weights

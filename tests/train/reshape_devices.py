@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sdjax.checkpoints.checkpoint import Checkpoints
 from sdjax.config import resolve
 from sdjax.config_model import method_of_run
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.parallel import sharding
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.train import loop, program

@@ -12,7 +12,7 @@ import pytest
 from sdjax.checkpoints.assemble import assemble
 from sdjax.config import resolve
 from sdjax.config_model import method_of_run
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.losses import example_keys
 from sdjax.methods.method import Draw, Phase
 from sdjax.optim.ema import EMAConfig

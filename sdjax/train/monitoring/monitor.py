@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sdjax.config import Config
-from sdjax.data.text_tokenizer import TextTokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.system import paths
 from sdjax.train.monitoring.health import Diverged, NonFiniteCounter, SpikeDetector
 from sdjax.train.monitoring.telemetry import DelayedMetrics, Telemetry, bucket_scalars

@@ -15,8 +15,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from sdjax.data.text_tokenizer import TextTokenizer, valid_text
-from sdjax.data.tokenizer_files import (
+from sdjax.data.text.text_tokenizer import TextTokenizer, valid_text
+from sdjax.data.text.tokenizer_files import (
     BOS,
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_SPECIAL,

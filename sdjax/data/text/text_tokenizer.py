@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from sdjax.data.tokenizer_files import TokenizerError
+from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.system import paths
 
 KEPT = 16_384  # captions whose tokens are kept, some 10 MB: they come again every epoch

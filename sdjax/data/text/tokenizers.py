@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sdjax.data.t5_tokenizer import T5Tokenizer
-from sdjax.data.text_tokenizer import TextTokenizer
-from sdjax.data.tokenizer import Tokenizer
+from sdjax.data.text.t5_tokenizer import T5Tokenizer
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.system import paths
 
 KINDS: dict[str, type[Tokenizer] | type[T5Tokenizer]] = {"clip": Tokenizer, "t5": T5Tokenizer}

@@ -26,9 +26,9 @@ from tokenizers import (
     trainers,
 )
 
-from sdjax.data.sentencepiece_file import Pieces, read_pieces
-from sdjax.data.text_tokenizer import TextTokenizer, valid_text
-from sdjax.data.tokenizer_files import (
+from sdjax.data.text.sentencepiece_file import Pieces, read_pieces
+from sdjax.data.text.text_tokenizer import TextTokenizer, valid_text
+from sdjax.data.text.tokenizer_files import (
     MOST_ADDED,
     MOST_TOKENS,
     TokenizerError,

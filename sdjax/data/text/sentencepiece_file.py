@@ -10,7 +10,7 @@ import dataclasses
 import struct
 from collections.abc import Iterator
 
-from sdjax.data.tokenizer_files import MOST_TOKENS, TokenizerError
+from sdjax.data.text.tokenizer_files import MOST_TOKENS, TokenizerError
 from sdjax.system import paths
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
