@@ -36,9 +36,27 @@ def traffic(module: Module, instruction: Instruction, names: Mapping[str, Instru
     if library_call(instruction):  # without its workspace
         return total + _hbm(instruction, 1)
     root = next((one for one in inside if one.root), instruction)
-    update = fused.get(root.operands[1], names.get(root.operands[1])) if root.opcode == _UPDATE \
-        else None  # fmt: skip
-    return total + (_hbm(instruction) if update is None else _hbm(update))
+    return total + _written(instruction, root, {**names, **fused})
+
+
+def _written(instruction: Instruction, root: Instruction, names: Mapping[str, Instruction]) -> int:
+    """The bytes of a result in HBM; of arrays that a slice is put into, the slice's alone.
+
+    root: the last instruction of a fusion, which may be a tuple of several results.
+    """
+    results = [root]
+    if root is not instruction and root.opcode == "tuple":
+        results = [names[name] for name in root.operands]
+    if len(results) != len(instruction.arrays):
+        return _hbm(instruction)
+    total = 0
+    for result, array in zip(results, instruction.arrays, strict=True):
+        while result.opcode == "bitcast" and result.operands[0] in names:
+            result = names[result.operands[0]]
+        update = names.get(result.operands[1]) if result.opcode == _UPDATE else None
+        size = array.bytes if update is None else sum(one.bytes for one in update.arrays)
+        total += 0 if array.on_chip else min(array.bytes, size)
+    return total
 
 
 def _hbm(instruction: Instruction, arrays: int | None = None) -> int:

@@ -475,3 +475,36 @@ def test_training_costs_three_times_the_forward_whatever_is_recomputed(tiny_conf
 def resolve_without_data(c):
     c.data.path = "unused"
     return resolve(c)
+
+
+# A loop's fusion that puts one block's results into stacks of eight, one of them by a bitcast.
+STACKED = """HloModule jit_f, is_scheduled=true
+
+%fused (p0: f32[8,128,128], p1: f32[128,128], p2: s32[], p3: bf16[8,128,128]) -> (f32[8,128,128], bf16[8,128,128]) {
+  %p0 = f32[8,128,128]{2,1,0:T(8,128)} parameter(0)
+  %p1 = f32[128,128]{1,0:T(8,128)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %p3 = bf16[8,128,128]{2,1,0:T(8,128)(2,1)} parameter(3)
+  %one = f32[1,128,128]{2,1,0:T(8,128)} bitcast(%p1)
+  %zero = s32[]{:T(128)} constant(0)
+  %half = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} convert(%one)
+  %first = f32[8,128,128]{2,1,0:T(8,128)} dynamic-update-slice(%p0, %one, %p2, %zero, %zero)
+  %second = bf16[8,128,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%p3, %half, %p2, %zero, %zero)
+  %same = bf16[8,128,128]{2,1,0:T(8,128)(2,1)} bitcast(%second)
+  ROOT %both = (f32[8,128,128]{2,1,0:T(8,128)}, bf16[8,128,128]{2,1,0:T(8,128)(2,1)}) tuple(%first, %same)
+}
+
+ENTRY %main (a: f32[8,128,128], b: f32[128,128], i: s32[], c: bf16[8,128,128]) -> (f32[8,128,128], bf16[8,128,128]) {
+  %a = f32[8,128,128]{2,1,0:T(8,128)} parameter(0)
+  %b = f32[128,128]{1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %c = bf16[8,128,128]{2,1,0:T(8,128)(2,1)} parameter(3)
+  ROOT %fusion.1 = (f32[8,128,128]{2,1,0:T(8,128)}, bf16[8,128,128]{2,1,0:T(8,128)(2,1)}) fusion(%a, %b, %i, %c), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+}
+"""  # noqa: E501
+
+
+def test_slices_put_into_several_arrays_count_alone():
+    (operation,) = hlo.read(STACKED, 1).operations
+    block = 128 * 128
+    assert operation.bytes == 4 * block + 4 * block + 2 * block  # read, and written to each stack
