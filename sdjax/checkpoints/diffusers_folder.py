@@ -269,7 +269,7 @@ def write_diffusers(
             for name, config in networks.items():
                 own, part = partial if single else partial / name, model.family.parts[name]
                 own.mkdir(exist_ok=True)
-                write_json(own / "config.json", config.to_json())
+                write_json(own / "config.json", part.described(config))
                 write_weights(
                     own, model.component(name), name=name, text=bool(part.tokens),
                     prefix=part.prefix, dtype=dtype, max_shard_size=max_shard_size,

@@ -50,6 +50,8 @@ class Part:
     tied: {another name that files have for a weight: its own}.
     surplus: (config, name of a weight in its file) -> a label for the log if the network does not
         read it, else "".
+    filled: {field: value} for fields of config.json that pipelines of the family read as numbers,
+        where it would have null.
     """
 
     network: type
@@ -63,6 +65,12 @@ class Part:
     prefix: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     surplus: Callable[[Any, str], str] = lambda config, key: ""
+    filled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def described(self, config: Any) -> dict[str, Any]:
+        """Return the config.json of a network."""
+        content = config.to_json()
+        return content | {k: v for k, v in self.filled.items() if content.get(k) is None}
 
 
 class Embed(Protocol):

@@ -34,7 +34,7 @@ PARTS = {
         tokenizer_kind="t5", length_setting="max_sequence_length",
         tied={"encoder.embed_tokens.weight": "shared.weight"},
     ),
-    "vae": sd.PARTS["vae"],
+    "vae": sd3.PARTS["vae"],
 }  # fmt: skip
 
 # transformer/config.json of black-forest-labs/FLUX.1-dev, -schnell, -Fill-dev and -Canny-dev.

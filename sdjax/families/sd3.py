@@ -39,7 +39,7 @@ PARTS = {
         tokenizer_kind="t5", length_setting="max_sequence_length",
         tied={"encoder.embed_tokens.weight": "shared.weight"},
     ),
-    "vae": sd.PARTS["vae"],
+    "vae": dataclasses.replace(sd.PARTS["vae"], filled={"shift_factor": 0.0}),
 }  # fmt: skip
 
 # transformer/config.json of stabilityai/stable-diffusion-3-medium, -3.5-medium and -3.5-large;
