@@ -302,10 +302,12 @@ def test_missing_parts_are_named(folder):
 def test_other_pipelines_are_refused(folder):
     edit_json(
         folder / "model_index.json",
-        _class_name="StableDiffusion3Pipeline",
-        text_encoder_3=["transformers", "T5EncoderModel"],
+        _class_name="PixArtSigmaPipeline",
+        transformer=["diffusers", "PixArtTransformer2DModel"],
     )
-    with pytest.raises(ModelError, match="StableDiffusion3Pipeline with text_encoder_3"):
+    with pytest.raises(
+        ModelError, match="a PixArtSigmaPipeline; sdjax reads StableDiffusionPipeline"
+    ):
         read_diffusers(folder)
 
 

@@ -58,6 +58,13 @@ def test_scores_and_colours_are_parsed():
     assert parse_colour("1, 2,3") == (1, 2, 3)
 
 
+@pytest.fixture(autouse=True)
+def fresh_flags():
+    """No value of a test before, which may be one of another file, is left."""
+    for name in verb.FLAGS:
+        verb.FLAGS[name].unparse()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -140,7 +147,7 @@ def test_without_beam_it_says_what_to_install(tmp_path, capsys, monkeypatch):
 
 def test_every_option_reaches_the_settings(tmp_path):
     """The flags that are fields cover them all."""
-    special = {"background", "scores"}, {"format", "fields", "rules", "duplicates"}
+    special = {"background", "images", "scores"}, {"format", "fields", "rules", "duplicates"}
     for fields, options, other in zip(
         (Rules, Settings), (verb._OF_RULES, verb._OF_SETTINGS), special, strict=True
     ):

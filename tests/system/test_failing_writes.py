@@ -73,7 +73,7 @@ def records(folder):
 
 
 def encoding_of_nothing():
-    return encoded.Encoding("x", {"vae": ""}, "float32", 16, "center", {}, False, {})
+    return encoded.Encoding("x", {"vae": ""}, "float32", 16, "center", {}, False, {}, {}, {})
 
 
 WRITERS = {
