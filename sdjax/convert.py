@@ -56,6 +56,7 @@ _INPUT_OPTIONS = {
     "config_from": "single_file",
     "prediction_type": "single_file",
     "scaling_factor": "single_file",
+    "shift_factor": "single_file",
 }
 
 
@@ -127,9 +128,9 @@ def _add_file_options(p: argparse.ArgumentParser) -> None:
         "--prediction_type", choices=("epsilon", "v_prediction"), default="",
         help="what the UNet predicts, for Stable Diffusion 2 and fine-tuned others",
     )  # fmt: skip
-    single.add_argument(
-        "--scaling_factor", type=float, help="of the latents of an autoencoder that is alone"
-    )
+    latents = "of the latents of an autoencoder that is alone"
+    single.add_argument("--scaling_factor", type=float, help=f"{latents}, as a release has it")
+    single.add_argument("--shift_factor", type=float, help=f"{latents}; by default the release's")
 
 
 def _add_average_options(p: argparse.ArgumentParser) -> None:
@@ -166,6 +167,7 @@ def convert(
     config_from: str = "",
     prediction_type: str = "",
     scaling_factor: float | None = None,
+    shift_factor: float | None = None,
     average: Sequence[str] | None = None,
     average_weights: Sequence[float] | None = None,
     ema_length: float | None = None,
@@ -198,6 +200,7 @@ def convert(
         "config_from": config_from,
         "prediction_type": prediction_type,
         "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
         "ema_length": ema_length,
     }
     for member, kind in zip(found, kinds, strict=True):
@@ -206,7 +209,7 @@ def convert(
             raise ModelError(f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}")
     with locks.replacing(target, "--output", "sdjax.convert"):
         like = read_any(config_from, with_weights=False) if config_from else None
-        hints = Hints(tokenizer, prediction_type, scaling_factor, like)
+        hints = Hints(tokenizer, prediction_type, scaling_factor, like, shift_factor)
         read, origin = _read(
             found,
             lambda member: read_any(
