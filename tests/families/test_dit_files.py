@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
@@ -17,6 +18,7 @@ from sdjax.checkpoints.single_file import Hints
 from sdjax.checkpoints.single_file_layout import find_layout
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
+from sdjax.config import default, resolve
 from sdjax.families import flux, sd3, sdxl
 from sdjax.families.dit_files import CLIP_G, CLIP_L, T5, TRANSFORMER
 from sdjax.models import weights
@@ -208,6 +210,22 @@ def test_a_transformer_alone_has_no_prefix(case, folders, tmp_path):
     read = read_any(tmp_path / "m.safetensors")
     assert_same_bits(read.params, dict(model.params))
     assert read.schedule == model.schedule and list(read.networks) == ["transformer"]
+
+
+@pytest.mark.parametrize("case", ["flux dev", "sd3"])
+def test_a_run_begins_from_a_file_with_the_encoders_of_a_folder(case, folders, tmp_path):
+    folder = folders(case)
+    parts = ("transformer",) if case == "flux dev" else ("transformer", "vae")
+    write_single_file(tmp_path / "m.safetensors", read_diffusers(folder, components=parts))
+    recipe = default(family=case.split()[0])
+    recipe.init_from = str(tmp_path / "m.safetensors")
+    recipe.text_encoder_from = recipe.vae_from = str(folder)
+    whole = read_diffusers(folder)
+    assembled = assemble(resolve(recipe))
+    assert_same_bits(assembled.params, dict(whole.params))
+    assert assembled.config.model.networks == whole.networks
+    assert assembled.config.schedule == whole.schedule
+    assert assembled.tokenizers.keys() == whole.tokenizers.keys()
 
 
 # ---- against diffusers ---------------------------------------------------------------------------
