@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 # Shell patterns on dotted names. Every other field is the model's.
 MACHINE = (
-    "init_from",
+    "init_*",
     "vae_from",
     "text_encoder_from",
     "tokenizer.path",

@@ -66,6 +66,7 @@ class Hints:
         one.
     prediction_type: "epsilon" or "v_prediction"; "" for what the file says, or its family.
     scaling_factor, shift_factor: of an autoencoder's latents.
+    zero_terminal_snr: its noise schedule ends in pure noise, whatever the file says.
     like: a pipeline (without weights) whose configs, schedule and tokenizers the file's are.
     """
 
@@ -74,6 +75,7 @@ class Hints:
     scaling_factor: float | None = None
     like: Model | None = None
     shift_factor: float | None = None
+    zero_terminal_snr: bool = False
 
 
 def read_single_file(
@@ -270,6 +272,11 @@ def _schedule(
     """(noise schedule, prediction type), checked against the file's own table if it has one."""
     if hints.like is not None and hints.like.schedule is not None:
         schedule, prediction = hints.like.schedule, hints.like.prediction_type
+        marked, kind = found.layout.objective(shapes)
+        if kind == "v_prediction":  # which only a mark in the file says
+            prediction = kind
+        if marked.zero_terminal_snr:
+            schedule = dataclasses.replace(schedule, zero_terminal_snr=True)
     elif "schedule" in said:
         schedule, prediction = said["schedule"], said["prediction_type"]
     else:
@@ -277,6 +284,8 @@ def _schedule(
         if not prediction and not hints.prediction_type:
             raise ModelError(f"{file}: {found.layout.question}")
     prediction = hints.prediction_type or prediction
+    if hints.zero_terminal_snr:
+        schedule = dataclasses.replace(schedule, zero_terminal_snr=True)
     if "alphas_cumprod" in shapes:
         table = load_file(file, wanted=lambda name: name == "alphas_cumprod")["alphas_cumprod"]
         # The precision of float8, or of bfloat16.
