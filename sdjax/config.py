@@ -107,10 +107,8 @@ class Config:
 
     seed: int = 0
     init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
-    # In place of what init_from says of its denoiser, where that is wrong: "epsilon" or
-    # "v_prediction", and a schedule with a zero terminal SNR.
-    init_prediction_type: str = ""
-    init_zero_terminal_snr: bool = False
+    init_prediction_type: str = ""  # "epsilon" or "v_prediction", where init_from says it wrong
+    init_zero_terminal_snr: bool = False  # the schedule has one, where init_from does not say so
     vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax
     text_encoder_from: str = ""  # brings SDXL's second encoder too
     method: MethodConfig = DenoiseConfig()  # what is trained, and how; `method.name` tells which

@@ -12,6 +12,7 @@ import pytest
 from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.diffusers_folder import read_diffusers
 from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.single_file import Hints
 from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.config import resolve
 from sdjax.config_model import method_of_run
@@ -23,6 +24,9 @@ from sdjax.models import weights
 from sdjax.models.config import ConfigError
 from sdjax.train import loop, prediction_check
 from tests.train.test_loop import rows
+
+# Two steps: optimisations take longer than they save.
+FAST = ("xla_backend_optimization_level=0",)
 
 
 def train(config, workdir, **changes):
@@ -38,6 +42,7 @@ def config(tiny_config, pipeline_folder):
     c.train.update(steps=2, log_every=1, checkpoint_every=2, sample_every=0)
     c.sample.count = 1
     c.sample.sampler.steps = 2
+    c.train.xla_options = FAST
     return c
 
 
@@ -134,27 +139,44 @@ def xl_recipe(shapes_dir):
     c.train.update(steps=2, log_every=1, checkpoint_every=2, sample_every=0)
     c.sample.update(count=1)
     c.sample.sampler.steps = 2
+    c.train.xla_options = FAST
     c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_a_v_prediction_file_is_trained_and_written_with_its_marks(
-    marked, xl_folder, shapes_dir, tmp_path
-):
-    file = tmp_path / "in.safetensors"
+def marked_file(xl_folder, file, marks):
+    """Write the folder as a file of another program's, with these marks."""
     write_single_file(file, read_diffusers(xl_folder))
     tensors = weights.load_file(file)
-    marks = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
-    weights.save_file({**tensors, **(marks if marked else {})}, file)
-    options = {} if marked else {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    # The folder that has the shape of this small model says epsilon, and does not decide.
-    convert(file, tmp_path / "start", config_from=str(xl_folder), **options)
+    weights.save_file({**tensors, **{name: np.zeros(0, np.float32) for name in marks}}, file)
+
+
+@pytest.mark.parametrize("marks", [("v_pred", "ztsnr"), ("v_pred",), ()])
+def test_marks_and_options_win_over_the_folder_of_the_shapes(marks, xl_folder, tmp_path):
+    """The folder, of the same small shape, says epsilon."""
+    file = tmp_path / "in.safetensors"
+    marked_file(xl_folder, file, marks)
+    like = read_diffusers(xl_folder)
+    read = read_any(file, hints=Hints(like=like))
+    assert read.prediction_type == ("v_prediction" if "v_pred" in marks else "epsilon")
+    assert read.schedule.zero_terminal_snr == ("ztsnr" in marks)
+    convert(
+        file, tmp_path / "out.safetensors", config_from=str(xl_folder),
+        prediction_type="v_prediction", zero_terminal_snr=True,
+    )  # fmt: skip
+    assert {"v_pred", "ztsnr"} <= set(weights.read_header(tmp_path / "out.safetensors")[0])
+
+
+@pytest.mark.slow
+def test_a_v_prediction_file_is_trained_and_written_with_its_marks(xl_folder, shapes_dir, tmp_path):
+    file = tmp_path / "in.safetensors"
+    marked_file(xl_folder, file, ("v_pred", "ztsnr"))
+    convert(file, tmp_path / "start", config_from=str(xl_folder))
     config = xl_recipe(shapes_dir)
     config.init_from = str(tmp_path / "start")
     assert train(config, tmp_path / "run") == loop.DONE
     convert(tmp_path / "run", tmp_path / "out.safetensors")
-    names = set(weights.read_header(tmp_path / "out.safetensors")[0])
-    assert names == tensors.keys() | marks.keys()
+    ours, theirs = (weights.read_header(tmp_path / f"{n}.safetensors")[0] for n in ("out", "in"))
+    assert ours.keys() == theirs.keys() and {"v_pred", "ztsnr"} <= ours.keys()
     trained = read_any(tmp_path / "run")
     assert trained.prediction_type == "v_prediction" and trained.schedule.zero_terminal_snr
