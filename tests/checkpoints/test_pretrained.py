@@ -302,10 +302,10 @@ def test_missing_parts_are_named(folder):
 def test_other_pipelines_are_refused(folder):
     edit_json(
         folder / "model_index.json",
-        _class_name="StableDiffusion3Pipeline",
-        text_encoder_3=["transformers", "T5EncoderModel"],
+        _class_name="StableCascadeCombinedPipeline",
+        prior_prior=["diffusers", "StableCascadeUNet"],
     )
-    with pytest.raises(ModelError, match="StableDiffusion3Pipeline with text_encoder_3"):
+    with pytest.raises(ModelError, match="StableCascadeCombinedPipeline with prior_prior"):
         read_diffusers(folder)
 
 

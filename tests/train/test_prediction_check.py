@@ -84,6 +84,7 @@ def test_equal_errors_and_nan_are_no_reason_to_warn():
     assert "0.4000" in prediction_check.warning("epsilon", {"epsilon": 1.0, "v_prediction": 0.4})
 
 
+@pytest.mark.slow
 def test_the_check_changes_no_number_and_is_off_from_nothing(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prediction_check, "warning", lambda kind, errors: f"checked {kind}")
     assert train(config, tmp_path / "checked") == loop.DONE
