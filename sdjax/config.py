@@ -107,6 +107,8 @@ class Config:
 
     seed: int = 0
     init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
+    init_prediction_type: str = ""  # "epsilon" or "v_prediction", where init_from says it wrong
+    init_zero_terminal_snr: bool = False  # the schedule has one, where init_from does not say so
     vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax
     text_encoder_from: str = ""  # brings SDXL's second encoder too
     method: MethodConfig = DenoiseConfig()  # what is trained, and how; `method.name` tells which
@@ -130,6 +132,11 @@ class Config:
             raise ValueError(
                 f"data.batch_size is {self.data.batch_size}, not divisible by "
                 f"train.accumulation = {self.train.accumulation}"
+            )
+        if self.init_prediction_type not in ("", "epsilon", "v_prediction"):
+            raise ValueError(
+                f"init_prediction_type is {self.init_prediction_type!r}; expected 'epsilon', "
+                "'v_prediction', or '' for what init_from says"
             )
         if self.sample.fidelity and (self.data.mixture or self.data.name != "captioned_shapes"):
             raise ValueError(

@@ -17,6 +17,8 @@ BREAKING = (
     "method.name",
     "seed",
     "*_from",
+    "init_prediction_type",
+    "init_zero_terminal_snr",
     "model.family",
     *(f"model.{name}*" for name in NETWORKS),
     *(f"model.{name}" for family in FAMILIES.values() for name in family.fixed),

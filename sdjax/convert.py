@@ -55,7 +55,9 @@ _INPUT_OPTIONS = {
     "tokenizer": "single_file",
     "config_from": "single_file",
     "prediction_type": "single_file",
+    "zero_terminal_snr": "single_file",
     "scaling_factor": "single_file",
+    "shift_factor": "single_file",
 }
 
 
@@ -128,8 +130,12 @@ def _add_file_options(p: argparse.ArgumentParser) -> None:
         help="what the UNet predicts, for Stable Diffusion 2 and fine-tuned others",
     )  # fmt: skip
     single.add_argument(
-        "--scaling_factor", type=float, help="of the latents of an autoencoder that is alone"
-    )
+        "--zero_terminal_snr", action="store_true", default=None,
+        help="its noise schedule ends in pure noise, as the mark ztsnr says",
+    )  # fmt: skip
+    latents = "of the latents of an autoencoder that is alone"
+    single.add_argument("--scaling_factor", type=float, help=f"{latents}, as a release has it")
+    single.add_argument("--shift_factor", type=float, help=f"{latents}; by default the release's")
 
 
 def _add_average_options(p: argparse.ArgumentParser) -> None:
@@ -162,19 +168,18 @@ def convert(
     step: int | None = None,
     variant: str = "",
     max_shard_size: str | None = None,
-    tokenizer: str = "",
     config_from: str = "",
-    prediction_type: str = "",
-    scaling_factor: float | None = None,
     average: Sequence[str] | None = None,
     average_weights: Sequence[float] | None = None,
     ema_length: float | None = None,
     force: bool = False,
+    **of_file: Any,
 ) -> list[str]:
     """Convert `source` to the layout `to` at `target`; see the options of the verb.
 
     Args:
         source: None where `average` names folders.
+        of_file: fields of `Hints`, besides `like`.
 
     Returns:
         What was done, as lines for the user.
@@ -194,11 +199,9 @@ def convert(
     given = {
         "variant": variant,
         "step": step,
-        "tokenizer": tokenizer,
         "config_from": config_from,
-        "prediction_type": prediction_type,
-        "scaling_factor": scaling_factor,
         "ema_length": ema_length,
+        **of_file,
     }
     for member, kind in zip(found, kinds, strict=True):
         _check_places(member.path, target, to)
@@ -206,7 +209,7 @@ def convert(
             raise ModelError(f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}")
     with locks.replacing(target, "--output", "sdjax.convert"):
         like = read_any(config_from, with_weights=False) if config_from else None
-        hints = Hints(tokenizer, prediction_type, scaling_factor, like)
+        hints = Hints(like=like, **{k: v for k, v in of_file.items() if v is not None})
         read, origin = _read(
             found,
             lambda member: read_any(

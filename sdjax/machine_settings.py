@@ -20,6 +20,8 @@ T = TypeVar("T")
 # Shell patterns on dotted names. Every other field is the model's.
 MACHINE = (
     "init_from",
+    "init_prediction_type",
+    "init_zero_terminal_snr",
     "vae_from",
     "text_encoder_from",
     "tokenizer.path",

@@ -22,7 +22,7 @@ MODEL = """
 method.* seed tokenizer.vocab_size
 model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family
 model.transformer.* model.text_encoder_3.* model.max_sequence_length data.images
-model.zero_empty_prompt
+model.zero_empty_prompt model.clip_skip
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
 schedule.zero_terminal_snr schedule.snr_scale schedule.shift
@@ -127,6 +127,7 @@ def test_config_of_a_model_keeps_nothing_of_the_machine():
     config = dataclasses.replace(
         default,
         **{name: "evil" for name in ("init_from", "vae_from", "text_encoder_from")},
+        init_prediction_type="epsilon", init_zero_terminal_snr=True,
         tokenizer=dataclasses.replace(default.tokenizer, path="evil", path_2="evil"),
         data=DataConfig(
             path="evil", data_dir="evil", workers=7, threads=7, prefetch=7, max_pixels=7,

@@ -63,6 +63,11 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     scheduler: Mapping[str, Any] | None = None
     sources: dict[str, Source] = {}
     draws = config.draws
+    if not config.init_from and (config.init_prediction_type or config.init_zero_terminal_snr):
+        raise ConfigError(
+            "init_prediction_type and init_zero_terminal_snr correct what init_from says, which is "
+            "empty: set objective.prediction_type and schedule.zero_terminal_snr in their place"
+        )
     kind = METHODS[config.method.name]
     for field, folder in _sources(config):
         wanted = kind.networks(dict.fromkeys(_brought_by(field, config)))
@@ -136,11 +141,11 @@ def _adopt(
     whole = whole and config.draws
     config = dataclasses.replace(config, model=adopted(config.model, loaded, wanted, whole=whole))
     if whole and loaded.schedule is not None:
-        config = dataclasses.replace(
-            config,
-            schedule=loaded.schedule,
-            objective=dataclasses.replace(config.objective, prediction_type=loaded.prediction_type),
-        )
+        schedule, kind = loaded.schedule, config.init_prediction_type or loaded.prediction_type
+        if config.init_zero_terminal_snr:
+            schedule = dataclasses.replace(schedule, zero_terminal_snr=True)
+        objective = dataclasses.replace(config.objective, prediction_type=kind)
+        config = dataclasses.replace(config, schedule=schedule, objective=objective)
     return config, _described(before, to_dict(config))
 
 

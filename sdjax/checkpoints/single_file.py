@@ -32,7 +32,7 @@ from sdjax.data.text.tokenizers import inner_folder, load_tokenizer
 from sdjax.diffusion.prediction import check_prediction
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.families.bind import abstract_params
-from sdjax.families.family import AUTOENCODER, Family, Model
+from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import FAMILIES, NETWORKS
 from sdjax.families.single_file import Place, Shapes, from_file
 from sdjax.models.config import read_config
@@ -65,7 +65,8 @@ class Hints:
     tokenizer: folder of a tokenizer, or of a pipeline with several; "" where `like` or nothing has
         one.
     prediction_type: "epsilon" or "v_prediction"; "" for what the file says, or its family.
-    scaling_factor: of an autoencoder's latents.
+    scaling_factor, shift_factor: of an autoencoder's latents.
+    zero_terminal_snr: its noise schedule ends in pure noise, whatever the file says.
     like: a pipeline (without weights) whose configs, schedule and tokenizers the file's are.
     """
 
@@ -73,6 +74,8 @@ class Hints:
     prediction_type: str = ""
     scaling_factor: float | None = None
     like: Model | None = None
+    shift_factor: float | None = None
+    zero_terminal_snr: bool = False
 
 
 def read_single_file(
@@ -128,7 +131,7 @@ def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hint
                 who = family.parts[name].network.__name__
                 what = f"the {who}'s parameters: the file has their average, which was taken"
                 ignored.append(what)
-        read, unused = _read_network(file, found, name, config, origin)
+        read, unused = _read_network(file, found, name, config, origin, exact=name in said)
         ignored += unused
         networks[name] = config
         params |= {f"{name}.{path}": value for path, value in read.items()}
@@ -139,7 +142,7 @@ def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hint
     if family.denoiser in networks:
         assert schedule
         fields["schedule"], fields["prediction_type"] = schedule
-        fields |= _scheduler(file, family, said, hints)
+        fields |= _scheduler(file, found, said, hints)
     if fields["tokenizers"]:
         fields["settings"] = settings
     return Model(family, networks, params=params, ignored=tuple(ignored), **fields)
@@ -202,6 +205,7 @@ def _config(
     if name != AUTOENCODER:
         return found.network(name).configure(shapes, prediction_type)
     factor, layout = hints.scaling_factor, found.layout
+    chosen = {"scaling_factor": factor, "shift_factor": hints.shift_factor}
     every = [release for family in FAMILIES.values() for release in family.single_files]
     if not found.sure and factor is None:
         known = {f.title: r.scaling_factor for f in FAMILIES.values() for r in f.single_files}
@@ -213,22 +217,25 @@ def _config(
         same = [r for r in every if r.scaling_factor == factor and name in r.networks]
         layout = same[0] if same else layout
     config = layout.networks[name].configure(shapes, prediction_type)
-    return config if factor is None else dataclasses.replace(config, scaling_factor=factor)
+    return dataclasses.replace(config, **{k: v for k, v in chosen.items() if v is not None})
 
 
 def _read_network(
-    file: paths.Path, found: Found, name: str, config: Any, origin: Mapping[str, str]
+    file: paths.Path,
+    found: Found,
+    name: str,
+    config: Any,
+    origin: Mapping[str, str],
+    *,
+    exact: bool,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """(float32 parameters of one network without its name; lines about what it does not use).
 
     Args:
         origin: {key without prefix: name in the file} of its weights, or of their averages.
+        exact: read weights that other programs leave out, as sdjax wrote them.
     """
     record, prefix = found.network(name), found.prefixes[name]
-    labels = {key: record.surplus(config, key) for key in origin}
-    chosen = {key: full for key, full in origin.items() if not labels[key]}
-    read = load_file(file, wanted=set(chosen.values()).__contains__)
-    tensors = {key: read[full] for key, full in chosen.items()}
     part = found.family.parts[name]
     expected = abstract_params(part, config)
     shapes, places = tensor_shapes(expected), record.places(config)
@@ -236,6 +243,12 @@ def _read_network(
     def in_file(name: str) -> Place:
         place = places(name)
         return dataclasses.replace(place, name=record.spelling(place.name))
+
+    assumed = {in_file(key).name for key in shapes if not exact and in_file(key).default}
+    labels = {key: record.surplus(config, key) or key * (key in assumed) for key in origin}
+    chosen = {key: full for key, full in origin.items() if not labels[key]}
+    read = load_file(file, wanted=set(chosen.values()).__contains__)
+    tensors = {key: read[full] for key, full in chosen.items()}
 
     def spell(key: str) -> str:
         key = in_file(key).name if key in shapes else key
@@ -259,6 +272,11 @@ def _schedule(
     """(noise schedule, prediction type), checked against the file's own table if it has one."""
     if hints.like is not None and hints.like.schedule is not None:
         schedule, prediction = hints.like.schedule, hints.like.prediction_type
+        marked, kind = found.layout.objective(shapes)
+        if kind == "v_prediction":  # which only a mark in the file says
+            prediction = kind
+        if marked.zero_terminal_snr:
+            schedule = dataclasses.replace(schedule, zero_terminal_snr=True)
     elif "schedule" in said:
         schedule, prediction = said["schedule"], said["prediction_type"]
     else:
@@ -266,6 +284,8 @@ def _schedule(
         if not prediction and not hints.prediction_type:
             raise ModelError(f"{file}: {found.layout.question}")
     prediction = hints.prediction_type or prediction
+    if hints.zero_terminal_snr:
+        schedule = dataclasses.replace(schedule, zero_terminal_snr=True)
     if "alphas_cumprod" in shapes:
         table = load_file(file, wanted=lambda name: name == "alphas_cumprod")["alphas_cumprod"]
         # The precision of float8, or of bfloat16.
@@ -287,21 +307,22 @@ def _schedule(
 
 
 def _scheduler(
-    file: paths.Path, family: Family, said: Mapping[str, Any], hints: Hints
+    file: paths.Path, found: Found, said: Mapping[str, Any], hints: Hints
 ) -> dict[str, Any]:
-    """How to sample, from where the user says or from the header; otherwise nothing."""
+    """How to sample, from where the user says, the header or the layout; otherwise nothing."""
     like = hints.like
     if like is not None and like.schedule is not None:
         names = ("sampler", "unsupported_sampler", "scheduler")
         return {name: getattr(like, name) for name in names}
-    if "scheduler" not in said:
+    config = said.get("scheduler") or (None if "schedule" in said else found.layout.scheduler)
+    if config is None:
         return {}
-    changes = family.scheduler_changes(family.pipelines[0])
-    read = scheduler_from_diffusers(said["scheduler"], where=f"{file}, header", changes=changes)
+    changes = found.family.scheduler_changes(found.family.pipelines[0])
+    read = scheduler_from_diffusers(config, where=f"{file}, header", changes=changes)
     return {
         "sampler": read.sampler,
         "unsupported_sampler": read.unsupported,
-        "scheduler": said["scheduler"],
+        "scheduler": dict(config),
     }
 
 

@@ -40,21 +40,29 @@ def write_single_file(
     _check_target(file, overwrite)
     layout, prefixes = _layout(file, model)
     tensors: dict[str, np.ndarray] = {}
+    lines: list[str] = []
     try:
         for name, config in model.networks.items():
             own: dict[str, np.ndarray] = {}
             for path, value in model.component(name).items():
                 where = f"{name}: {weight_name(path)}"
                 own |= to_diffusers({path: cast(where, value, dtype)})
-            laid = to_file(own, layout.networks[name].places(config))
+            places = layout.networks[name].places(config)
+            laid = to_file(own, places)
             tensors |= {prefixes[name] + key: value for key, value in laid.items()}
+            lines += [
+                f"{name}.{key} is not the one that other programs assume; they draw other pictures"
+                for key in own
+                if places(key).default is not None and places(key).name in laid
+            ]
     except WeightsError as error:
         raise ModelError(f"{file}: {error}") from error
     if model.schedule is not None and layout.marks is not None:
         marks = layout.marks(model.schedule, model.prediction_type)
         tensors |= {name: np.zeros(0, np.float32) for name in marks}
     save_file(tensors, file, metadata={METADATA: json.dumps(_header(model))})
-    return _warnings(model, layout, {name: value.shape for name, value in tensors.items()})
+    shapes = {name: value.shape for name, value in tensors.items()}
+    return lines + _warnings(model, layout, shapes)
 
 
 def _check_target(file: paths.Path, overwrite: bool) -> None:
@@ -82,7 +90,8 @@ def _layout(file: paths.Path, model: Model) -> tuple[SingleFile, dict[str, str]]
     else:
         if not family.single_files:
             raise ModelError(f"{file}: {family.title} has no single files; write a folder")
-        if missing := model.missing():
+        partial = family.denoiser in names and all(f.partial for f in family.single_files)
+        if (missing := model.missing()) and not (partial and "schedule" not in missing):
             raise ModelError(
                 f"{file}: a single file holds a VAE or a whole pipeline; {', '.join(missing)} "
                 "missing"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.errors import UserError
-from sdjax.families import sd, sd3
+from sdjax.families import flux_files, sd, sd3
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import GUIDANCE, Context, Family, Features, Model, Networks, Part
 from sdjax.models.clip import CLIPTextConfig
@@ -42,7 +42,11 @@ DEV = FluxConfig(guidance_embeds=True)
 SCHNELL = FluxConfig(guidance_embeds=False)
 FILL = FluxConfig(in_channels=384, out_channels=64, guidance_embeds=True)
 CONTROL = FluxConfig(in_channels=128, out_channels=64, guidance_embeds=True)
-VAE_FLUX = dataclasses.replace(sd3.VAE_SD3, scaling_factor=0.3611, shift_factor=0.1159)
+VAE_FLUX = dataclasses.replace(
+    sd3.VAE_SD3,
+    scaling_factor=flux_files.SCALING_FACTOR,
+    shift_factor=flux_files.SHIFT_FACTOR,
+)
 TRAINED_GUIDANCE = 1.0
 
 
@@ -143,8 +147,8 @@ FLUX = Family(
     settings_of_index=lambda index: {},
     # The pipelines give levels of their own, from 1 to 1 / steps.
     scheduler_changes=lambda pipeline: {"timestep_spacing": "trailing"},
-    single_files=(),
-    single_file=lambda model: "flux",
+    single_files=(flux_files.DEV_FILE, flux_files.SCHNELL_FILE),
+    single_file=lambda model: "dev" if model.networks["transformer"].guidance_embeds else "schnell",
     latent_channels=lambda denoiser: denoiser.latent_channels + denoiser.added_channels,
     reads_guidance=lambda networks: networks["transformer"].guidance_embeds,
     presets={

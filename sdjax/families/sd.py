@@ -29,6 +29,7 @@ from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
 
+CLIP_SKIP = "_sdjax_clip_skip"  # in model_index.json
 SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
 
 
@@ -66,6 +67,9 @@ class SDConfig(ModelConfig):
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
     text_encoder: CLIPTextConfig = CLIPTextConfig()
+    # SD1 alone: which state of the text encoder the UNet reads, counted from the end, normed. 2 for
+    # descendants of NAI's model; diffusers calls that clip_skip=1.
+    clip_skip: int = 1
 
 
 # stabilityai/stable-diffusion-2-1-base, unet/config.json
@@ -113,6 +117,13 @@ def check(model: Model) -> None:
             f"model.unet.addition_embed_type is {unet.addition_embed_type!r}, which is of the "
             "family 'sdxl', but model.family is 'sd'; expected None"
         )
+    skip = model.settings.get("clip_skip", 1)
+    most = encoder.num_hidden_layers if encoder.hidden_act == "quick_gelu" else 1
+    if not 1 <= skip <= most:
+        raise UserError(
+            f"model.clip_skip is {skip}; expected 1 to {most}"
+            + (", for SD2's text encoder comes without its last layer" if most == 1 else "")
+        )
     if unet.cross_attention_dim != encoder.hidden_size:
         raise UserError(
             f"model.unet.cross_attention_dim is {unet.cross_attention_dim}, but "
@@ -128,9 +139,10 @@ def embed(
     empty: Callable[[], jax.Array],
     key: jax.Array | None,
 ) -> Features:
-    """Return the normed last state of the text encoder; see `Embed`."""
+    """Return the last state of the text encoder, or an earlier one, normed; see `Embed`."""
     encoder = networks.module("text_encoder", params)
-    return {"context": encoder(tokens["tokens"], key=key)}
+    states = encoder.hidden_states(tokens["tokens"], key=key)
+    return {"context": encoder.normed(states[-networks.settings.get("clip_skip", 1)])}
 
 
 def context(
@@ -157,12 +169,20 @@ def inpaints(model: Model) -> bool:
 
 
 def index(model: Model) -> dict[str, Any]:
-    """Return entries of model_index.json: no safety checker."""
+    """Return entries of model_index.json: no safety checker, and a clip skip other than 1."""
+    skip = model.settings.get("clip_skip", 1)
     return {
+        **({CLIP_SKIP: skip} if skip != 1 else {}),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
     }
+
+
+def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the clip skip that a model_index.json of sdjax's says."""
+    skip = index.get(CLIP_SKIP)
+    return {"clip_skip": skip} if isinstance(skip, int) and skip >= 1 else {}
 
 
 def scheduler_changes(pipeline: str) -> dict[str, Any]:
@@ -235,7 +255,7 @@ SD = Family(
     config=SDConfig,
     parts=PARTS,
     denoiser="unet",
-    fixed=(),
+    fixed=("clip_skip",),
     halvings=halvings,
     check=check,
     embed=embed,
@@ -245,7 +265,7 @@ SD = Family(
     pipelines=tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
     pipeline_class=pipeline_class,
     index=index,
-    settings_of_index=lambda index: {},
+    settings_of_index=settings_of_index,
     scheduler_changes=scheduler_changes,
     single_files=(SD2_FILE, SD1_FILE),
     single_file=lambda model: (

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.errors import UserError
-from sdjax.families import sd, sdxl
+from sdjax.families import sd, sd3_files, sdxl
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Context, Family, Features, Model, Networks, Part
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
@@ -57,8 +57,8 @@ CLIP_L = CLIPTextConfig(projection_dim=768)
 VAE_SD3 = VAEConfig(
     sample_size=1024,
     latent_channels=16,
-    scaling_factor=1.5305,
-    shift_factor=0.0609,
+    scaling_factor=sd3_files.SCALING_FACTOR,
+    shift_factor=sd3_files.SHIFT_FACTOR,
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
@@ -189,7 +189,7 @@ SD3 = Family(
     index=index,
     settings_of_index=lambda index: {},
     scheduler_changes=lambda pipeline: {},
-    single_files=(),
+    single_files=(sd3_files.SD3_FILE,),
     single_file=lambda model: "sd3",
     presets={
         "base": SD3Config(),

@@ -37,7 +37,8 @@ class Place:
     part: its number among the weights that share the tensor, one after the other along the first
         axis; None if it has the tensor to itself.
     to_file, from_file: change the weight's layout there, and back.
-    default: the weight, by its shape, where a file lacks it; None if a file must have it.
+    default: the weight, by its shape, that programs take without reading it; None if they read
+        it. A file of sdjax's own holds it where it is another.
     """
 
     name: str
@@ -104,11 +105,13 @@ class SingleFile:
     tells: whether names and shapes are surely of this layout.
     objective: names and shapes -> (noise schedule, prediction type) that they stand for; "" for the
         latter if they do not say it.
-    scaling_factor: of the latents.
+    scaling_factor, shift_factor: of the latents.
     question: completes "FILE: ", where `objective` does not say the prediction type.
     settings: the family's settings, where the file does not say them.
     leftover: name -> a label for the log if it is of no network and does not matter, else "".
     predictions: prediction types that readers of such files know.
+    scheduler: the scheduler file that such a model is drawn with; None for a recipe's sampler.
+    partial: whether files without an autoencoder or text encoders are usual.
     marks: (noise schedule, prediction type) -> names of empty tensors that say these; None if
         readers look for none.
     """
@@ -118,10 +121,13 @@ class SingleFile:
     tells: Callable[[Shapes], bool]
     objective: Callable[[Shapes], tuple[ScheduleConfig, str]]
     scaling_factor: float
+    shift_factor: float = 0.0
     question: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     leftover: Callable[[str], str] = lambda name: ""
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+    scheduler: Mapping[str, Any] | None = None
+    partial: bool = False
     marks: Callable[[ScheduleConfig, str], tuple[str, ...]] | None = None
 
 

@@ -19,7 +19,7 @@ from sdjax.diffusion.losses import (
     fold_keys,
     normal_like,
 )
-from sdjax.diffusion.prediction import add_noise
+from sdjax.diffusion.prediction import add_noise, target
 from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
@@ -46,6 +46,7 @@ from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
 LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
+CONFUSED = ("epsilon", "v_prediction")  # types of prediction that files leave open
 MASK = "mask"  # the picture of data.images that multiplies the loss at each position
 
 
@@ -118,6 +119,28 @@ class LatentDiffusion:
             return per_example
 
         return jax.lax.map(at, (jnp.arange(len(timesteps)), jnp.asarray(timesteps))).T
+
+    def predictions(
+        self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
+    ) -> dict[str, jax.Array]:
+        """Return the error of the output as each type of prediction; see `Method.predictions`."""
+        denoiser = self._denoiser(every)
+        x0 = self._latents(every, batch, keys)
+        context = self._context(every, self._captions(every, batch, keys), x0)
+
+        def at(stratum):
+            number, t = stratum
+            eps = normal_like(fold_keys(keys, STRATA + number), x0)
+            t = jnp.full(len(x0), t)
+            alpha, sigma = schedule_at(self.schedule, t)
+            out = denoiser(add_noise(x0, eps, alpha, sigma), t, context)
+            return {
+                kind: jnp.mean((out - target(kind, x0, eps, alpha, sigma)) ** 2)
+                for kind in CONFUSED
+            }
+
+        found = jax.lax.map(at, (jnp.arange(len(timesteps)), jnp.asarray(timesteps)))
+        return {kind: errors.mean() for kind, errors in found.items()}
 
     def maxima(
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
@@ -208,6 +231,9 @@ def make(setup: Setup) -> Method:
         example=example,
         validate=diffusion.validate,
         maxima=diffusion.maxima,
+        predictions=(
+            diffusion.predictions if setup.objective.prediction_type in CONFUSED else None
+        ),
         timesteps=diffusion.timesteps,
         pictures=_pictures(setup),
         dtypes=networks.dtypes,

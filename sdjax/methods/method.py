@@ -133,6 +133,8 @@ class Method:
         but a mask counts. An autoencoder has no timesteps, and one column.
     maxima: the same arguments -> {path: scalar}, the largest activations and attention logits of
         what is trained; None where that is not offered.
+    predictions: the same arguments -> {prediction type: mean squared error, a scalar, of the output
+        if it is taken for that}, of "epsilon" and "v_prediction"; None where it is neither.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
@@ -150,6 +152,9 @@ class Method:
     pictures: Pictures
     numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
+    predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
+        None
+    )
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

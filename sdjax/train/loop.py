@@ -20,7 +20,7 @@ from sdjax.optim.optimizers import make_lr_schedule
 from sdjax.parallel.batches import global_batch, shares
 from sdjax.parallel.mesh import make_mesh
 from sdjax.system import collector, paths, progress
-from sdjax.train import agreement, announce, rollback, stages, startup
+from sdjax.train import agreement, announce, prediction_check, rollback, stages, startup
 from sdjax.train.finish import finish
 from sdjax.train.hooks import Hooks
 from sdjax.train.monitoring.health import Diverged
@@ -161,6 +161,10 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
                 shape = data.next_shape
                 with monitor.waiting():
                     batch = global_batch(next(data), mesh)
+                if done == 1:
+                    every = {**frozen, **state["params"]}
+                    with telemetry.pause():
+                        prediction_check.warn(config, assembled, method, every, batch, mesh)
                 if not train_step.has(batch):
                     monitor.flush()
                     with telemetry.pause():

@@ -302,12 +302,10 @@ def test_missing_parts_are_named(folder):
 def test_other_pipelines_are_refused(folder):
     edit_json(
         folder / "model_index.json",
-        _class_name="PixArtSigmaPipeline",
-        transformer=["diffusers", "PixArtTransformer2DModel"],
+        _class_name="StableCascadeCombinedPipeline",
+        prior_prior=["diffusers", "StableCascadeUNet"],
     )
-    with pytest.raises(
-        ModelError, match="a PixArtSigmaPipeline; sdjax reads StableDiffusionPipeline"
-    ):
+    with pytest.raises(ModelError, match="StableCascadeCombinedPipeline with prior_prior"):
         read_diffusers(folder)
 
 
