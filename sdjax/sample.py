@@ -29,8 +29,15 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax.errors import UserError, explain
-from sdjax.sampling.options import add_drawing_options, guidance_changes, sampler_changes
-from sdjax.system import locks, paths, progress, text_files, untrusted
+from sdjax.sampling.inputs import read_latents, read_prompts
+from sdjax.sampling.options import (
+    add_drawing_options,
+    add_explaining_options,
+    add_picture_options,
+    guidance_changes,
+    sampler_changes,
+)
+from sdjax.system import locks, paths, progress
 from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
@@ -88,88 +95,9 @@ def parser() -> argparse.ArgumentParser:
         help="start all pictures from the noise of the first: they differ by their prompts alone",
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
-    _add_why(p.add_argument_group("why the pictures are as they are"))
+    add_picture_options(p.add_argument_group("pictures to begin with"))
+    add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
-
-
-def _add_why(p: argparse._ArgumentGroup) -> None:
-    p.add_argument(
-        "--explain", action="store_true",
-        help="heat maps of the attention to each word (DAAM): NNNNN-words.png over the picture, "
-        "NNNNN-words.npz as numbers",
-    )  # fmt: skip
-    p.add_argument(
-        "--explain_layers", nargs="+", choices=("down", "mid", "up", "all"),
-        help="parts of the UNet whose attention counts (down up, as in the paper)",
-    )  # fmt: skip
-    p.add_argument(
-        "--explain_steps", metavar="FIRST:LAST",
-        help="steps that count, as fractions of the way from noise to picture (0:1)",
-    )  # fmt: skip
-    p.add_argument(
-        "--trajectory", nargs="?", type=int, const=0, metavar="N",
-        help="NNNNN-steps.png and an animation: what the network takes the picture for at N steps, "
-        "the last frame being the picture (8 where there are as many)",
-    )  # fmt: skip
-    p.add_argument(
-        "--interpolate", type=int, metavar="K",
-        help="K pictures on the way from each prompt to the next: NNNNN-between-KK.png, all in a "
-        "row in NNNNN-way.png, and an animation",
-    )  # fmt: skip
-    p.add_argument(
-        "--interpolate_seeds", type=int, metavar="SEED2",
-        help="interpolate each prompt from --seed to this seed, and not from prompt to prompt",
-    )  # fmt: skip
-    p.add_argument(
-        "--animation", choices=("webp", "png"), default="webp",
-        help="format of animations, without loss in either (%(default)s)",
-    )  # fmt: skip
-
-
-def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Prompts of the flags, then those of the file (empty lines left out).
-
-    Raises:
-        UserError: there are none, or the file cannot be read.
-    """
-    found = list(prompts)
-    if file:
-        try:
-            text = text_files.read_text(file, pipes=True)
-        except text_files.TextError as error:
-            raise UserError(f"--prompts_file={error}") from error
-        found += [line.strip() for line in text_files.lines(text) if line.strip()]
-    if not found:
-        raise UserError('no prompts: give --prompts="..." or --prompts_file=FILE')
-    return found
-
-
-def read_latents(file: str, count: int, shape: tuple[int, int, int]):
-    """Initial noise [count, h, w, C] float32 from a .npy file in either layout.
-
-    Raises:
-        UserError: the file is no array, or of another shape.
-    """
-    import numpy as np
-
-    from sdjax.system import array_files
-
-    height, width, channels = shape
-    try:
-        with paths.reading(file) as local:
-            latents = array_files.read_npy(local).astype(np.float32)
-    except untrusted.damage() as error:
-        why = text_files.pointer_note(file) or untrusted.why(error)
-        raise UserError(f"--latents={file} cannot be read as a NumPy array: {why}") from error
-    if latents.shape == (count, height, width, channels):
-        return latents
-    if latents.shape == (count, channels, height, width):
-        return latents.transpose(0, 2, 3, 1)
-    raise UserError(
-        f"--latents={file} has shape {list(latents.shape)}; expected "
-        f"{[count, height, width, channels]} or {[count, channels, height, width]} for {count} "
-        f"prompts of {width} x {height} latents"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,6 +182,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
+    from sdjax.sampling.pictures import with_pictures
     from sdjax.sampling.request import SamplingRequest
 
     model = read_any(args.model, weights=args.weights)
@@ -266,7 +195,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
     batch |= _numbers(args, model, len(prompts), height, width)
-    return SamplingRequest(
+    request = SamplingRequest(
         model=model,
         dtype=args.dtype,
         drawing=drawing_of(
@@ -282,6 +211,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         latents=latents,
         positions=np.arange(len(prompts)) * (not args.same_noise),
     )
+    return with_pictures(request, args.init_image, args.mask_image, args.strength)
 
 
 def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
@@ -320,6 +250,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
         )
+    if args.init_image and args.interpolate is not None:
+        raise UserError(
+            "--interpolate goes between noises; leave out --init_image or --interpolate"
+        )
     if args.same_noise and args.latents:
         raise UserError("--same_noise and --latents both say what to start from; give one of them")
     needed = {
@@ -343,6 +277,7 @@ def sample(args: argparse.Namespace) -> str:
     """
     from sdjax.sampling import explain, interpolate, trajectory
     from sdjax.sampling.grids import grid, save_png
+    from sdjax.sampling.pictures import picture_settings
 
     _check(args)
     prompts = read_prompts(args.prompts, args.prompts_file)
@@ -360,7 +295,8 @@ def sample(args: argparse.Namespace) -> str:
         images, seen = request.draw([look.callback for look in looks.values()])
         settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            about = {"prompt": prompt, "number": i, **settings}
+            own = picture_settings(args.init_image, args.mask_image, args.strength, i)
+            about = {"prompt": prompt, "number": i, **settings, **own}
             save_png(output / f"{i:05d}.png", image, about)
             for look, states in zip(looks.values(), seen, strict=True):
                 look.write(output, i, image, states, about)

@@ -46,6 +46,60 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
     group.add_argument("--skip_scale", type=float, help=f"its scale; {own}, or 2.8")
 
 
+def add_picture_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options of pictures to begin with."""
+    p.add_argument(
+        "--init_image", action="append", default=[], metavar="FILE",
+        help="picture to begin with instead of noise (img2img), resized to --height and --width; "
+        "once for all prompts, or once for each",
+    )  # fmt: skip
+    p.add_argument(
+        "--strength", type=float,
+        help="share of the steps that are taken from it, above 0 to 1: 0 keeps the picture (0.8; "
+        "with --mask_image 1, which begins with noise alone)",
+    )  # fmt: skip
+    p.add_argument(
+        "--mask_image", action="append", default=[], metavar="FILE",
+        help="of --init_image, what is white is drawn anew and what is black stays (inpainting); "
+        "resized likewise; once for all prompts, or once for each",
+    )  # fmt: skip
+
+
+def add_explaining_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options that show why pictures are as they are."""
+    p.add_argument(
+        "--explain", action="store_true",
+        help="heat maps of the attention to each word (DAAM): NNNNN-words.png over the picture, "
+        "NNNNN-words.npz as numbers",
+    )  # fmt: skip
+    p.add_argument(
+        "--explain_layers", nargs="+", choices=("down", "mid", "up", "all"),
+        help="parts of the UNet whose attention counts (down up, as in the paper)",
+    )  # fmt: skip
+    p.add_argument(
+        "--explain_steps", metavar="FIRST:LAST",
+        help="steps that count, as fractions of the way from noise to picture (0:1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--trajectory", nargs="?", type=int, const=0, metavar="N",
+        help="NNNNN-steps.png and an animation: what the network takes the picture for at N steps, "
+        "the last frame being the picture (8 where there are as many)",
+    )  # fmt: skip
+    p.add_argument(
+        "--interpolate", type=int, metavar="K",
+        help="K pictures on the way from each prompt to the next: NNNNN-between-KK.png, all in a "
+        "row in NNNNN-way.png, and an animation",
+    )  # fmt: skip
+    p.add_argument(
+        "--interpolate_seeds", type=int, metavar="SEED2",
+        help="interpolate each prompt from --seed to this seed, and not from prompt to prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--animation", choices=("webp", "png"), default="webp",
+        help="format of animations, without loss in either (%(default)s)",
+    )  # fmt: skip
+
+
 def sampler_changes(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of `SamplerConfig` that the options change."""
     given = {"name": args.sampler, "steps": args.steps, "karras": args.karras, "eta": args.eta}

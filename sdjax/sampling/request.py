@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sdjax.diffusion.schedules import make_schedule
-from sdjax.diffusion.solvers import SolverPlan, make_plan
+from sdjax.diffusion.solvers import SolverPlan
 from sdjax.families.family import Model
 from sdjax.sampling.generate import Callback, Drawing, draw, initial_latents, make_generator
 
@@ -22,6 +22,7 @@ class SamplingRequest:
 
     texts: the prompts, of which `prompts` has the tokens.
     latents: [N, h, w, C] to start from, or None for the noise of `seed` and `positions` [N].
+    picture: {field: [N, ...]}, what to begin with and to keep; see `sampling.start`.
     """
 
     model: Model
@@ -36,14 +37,13 @@ class SamplingRequest:
     batch_size: int
     latents: np.ndarray | None
     positions: np.ndarray
+    picture: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def plan(self) -> SolverPlan:
         """The places where the sampler evaluates the network."""
         assert self.model.schedule is not None
-        sampler = self.drawing.sampler
-        tokens = sampler.flow.tokens(*self.shape[:2])
-        return make_plan(make_schedule(self.model.schedule), sampler, tokens)
+        return self.drawing.plan(make_schedule(self.model.schedule), self.shape[:2])
 
     def draw(self, callbacks: Sequence[Callback] = ()) -> tuple[np.ndarray, tuple[Any, ...]]:
         """Return uint8 [N, H, W, 3] and the last state of each callback, [N, ...]."""
@@ -58,6 +58,7 @@ class SamplingRequest:
             latents=self.latents,
             positions=self.positions,
             texts=self.texts,
+            picture=self.picture,
         )
 
     def noise(self) -> np.ndarray:

@@ -160,7 +160,8 @@ def tiny_request():
     def make(sampler, positions):
         drawing = Drawing(SamplerConfig(sampler, steps=3))
         model = Model(SD, {}, schedule=ScheduleConfig())
-        given = dict(texts=PROMPTS, drawing=drawing, positions=positions, seed=0, model=model)
+        given = dict(texts=PROMPTS, drawing=drawing, positions=positions, seed=0, model=model,
+                     shape=(8, 8, 4))  # fmt: skip
         return SamplingRequest(**{**blank, **given})
 
     return make
