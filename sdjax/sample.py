@@ -34,6 +34,7 @@ from sdjax.sampling.options import (
     add_drawing_options,
     add_explaining_options,
     add_picture_options,
+    add_prompt_options,
     guidance_changes,
     sampler_changes,
 )
@@ -59,11 +60,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--model", required=True, help="workdir of sdjax, or a diffusers folder")
-    p.add_argument(
-        "--prompts", nargs="+", action="extend", default=[], metavar="PROMPT",
-        help="a prompt, or several; may be given again",
-    )  # fmt: skip
-    p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
+    add_prompt_options(p)
     p.add_argument("--output", required=True, help="folder for the pictures")
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
@@ -181,6 +178,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
 
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text
+    from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.pictures import with_pictures
     from sdjax.sampling.request import SamplingRequest
@@ -191,7 +189,9 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     height, width = args.height or rows, args.width or columns
     shape = latent_shape(model, height, width)
     latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
-    tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt or ""])
+    weighted = args.prompt_syntax == "a1111"
+    texts = [*prompts, args.negative_prompt or ""]
+    tokens = encode_text(model.tokenizers, [""] * len(texts) if weighted else texts)
     _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
     batch |= _numbers(args, model, len(prompts), height, width)
@@ -211,6 +211,8 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         latents=latents,
         positions=np.arange(len(prompts)) * (not args.same_noise),
     )
+    if weighted:
+        request = with_weights(request, texts[-1])
     return with_pictures(request, args.init_image, args.mask_image, args.strength)
 
 
@@ -222,6 +224,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
     size = {"original_size": args.original_size, "crop": args.crop}
     return {
         "negative_prompt": args.negative_prompt or "",
+        "prompt_syntax": args.prompt_syntax,
         "seed": args.seed,
         "same_noise": args.same_noise,
         "model": args.model,
@@ -250,7 +253,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
         )
-    if args.init_image and args.interpolate is not None:
+    interpolates = args.interpolate is not None
+    if args.prompt_syntax != "plain" and (args.explain or interpolates):
+        other = "--explain" if args.explain else "--interpolate"
+        raise UserError(
+            f"--prompt_syntax={args.prompt_syntax} does not go with {other}, which reads words as "
+            "they stand; leave out one of them"
+        )
+    if args.init_image and interpolates:
         raise UserError(
             "--interpolate goes between noises; leave out --init_image or --interpolate"
         )

@@ -46,6 +46,20 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
     group.add_argument("--skip_scale", type=float, help=f"its scale; {own}, or 2.8")
 
 
+def add_prompt_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of prompts."""
+    p.add_argument(
+        "--prompts", nargs="+", action="extend", default=[], metavar="PROMPT",
+        help="a prompt, or several; may be given again",
+    )  # fmt: skip
+    p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
+    p.add_argument(
+        "--prompt_syntax", choices=("plain", "a1111"), default="plain",
+        help="a1111: (word:1.3), ((word)) and [word] are weights, BREAK ends a chunk, and prompts "
+        "may be long, as in the web UI of AUTOMATIC1111; for SD1, SD2 and SDXL (%(default)s)",
+    )  # fmt: skip
+
+
 def add_picture_options(p: argparse._ArgumentGroup) -> None:
     """Add the options of pictures to begin with."""
     p.add_argument(
