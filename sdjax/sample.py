@@ -33,8 +33,10 @@ from sdjax.sampling.inputs import read_latents, read_prompts
 from sdjax.sampling.options import (
     add_drawing_options,
     add_explaining_options,
+    add_model_options,
     add_picture_options,
     add_prompt_options,
+    check_together,
     guidance_changes,
     sampler_changes,
 )
@@ -59,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, help="workdir of sdjax, or a diffusers folder")
+    add_model_options(p)
     add_prompt_options(p)
     p.add_argument("--output", required=True, help="folder for the pictures")
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
@@ -114,17 +116,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sampler(model: Model, args: argparse.Namespace) -> SamplerConfig:
+def _sampler(model: Model, args: argparse.Namespace, name: str = "") -> SamplerConfig:
     """The model's own sampler with what the options change."""
     from sdjax.families.sampler import choose_sampler, sampler_note
 
-    sampler = choose_sampler(model, sampler_changes(args), f"--model={args.model}")
-    if note := sampler_note(model, sampler, f"--model={args.model}"):
+    name = name or f"--model={args.model[0]}"
+    sampler = choose_sampler(model, sampler_changes(args), name)
+    if note := sampler_note(model, sampler, name):
         print(note, file=sys.stderr)
     return sampler
 
 
-def _check_model(model: Model, args: argparse.Namespace) -> None:
+def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
     """Check that a model can draw, and that the options are for it.
 
     Raises:
@@ -134,17 +137,17 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
 
     if model.missing():
         raise UserError(
-            f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
+            f"{name} has {', '.join(model.networks) or 'no network'} only; drawing "
             f"takes {model.family.denoiser}, vae, and a text encoder with its tokenizer"
         )
     if args.embedded_guidance is not None and not model.family.reads_guidance(model.networks):
         raise UserError(
-            f"--embedded_guidance is for FLUX.1-dev and its kin; --model={args.model} reads no "
+            f"--embedded_guidance is for FLUX.1-dev and its kin; {name} reads no "
             "guidance, --guidance is what it takes"
         )
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
-        raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
+        raise UserError(f"--original_size and --crop are for SDXL; {name} is not one")
 
 
 def _tell_truncated(model: Model) -> None:
@@ -173,6 +176,36 @@ def _numbers(
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
+    from sdjax.sampling.ensemble import with_others, with_refiner
+    from sdjax.sampling.pictures import with_pictures
+
+    request = _request_of(args, prompts, args.model[0], f"--model={args.model[0]}")
+    size = tuple(side * request.model.vae.downscale for side in request.shape[:2])
+    if len(args.model) > 1:
+        names = [(f"--model={folder}", folder) for folder in args.model[1:]]
+        others = [(n, _request_of(args, prompts, folder, n, size)) for n, folder in names]
+        request = with_others(request, others)
+    request = with_pictures(request, args.init_image, args.mask_image, args.strength)
+    if args.refiner is None:
+        return request
+    name = f"--refiner={args.refiner}"
+    start = 0.8 if args.refiner_start is None else args.refiner_start
+    refiner = _request_of(args, prompts, args.refiner, name, size)
+    return with_refiner(request, refiner, start, name=name)
+
+
+def _request_of(
+    args: argparse.Namespace,
+    prompts: list[str],
+    folder: str,
+    name: str,
+    size: tuple[int, ...] | None = None,
+) -> SamplingRequest:
+    """Return the pictures as one model draws them.
+
+    Args:
+        name: of the model, for messages; size: height and width if no option has to say them.
+    """
     import jax.numpy as jnp
     import numpy as np
 
@@ -180,15 +213,13 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     from sdjax.families.conditioning import encode_text
     from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
-    from sdjax.sampling.pictures import with_pictures
     from sdjax.sampling.request import SamplingRequest
 
-    model = read_any(args.model, weights=args.weights)
-    _check_model(model, args)
-    rows, columns = model.native_size
+    model = read_any(folder, weights=args.weights)
+    _check_model(model, args, name)
+    rows, columns = size or model.native_size
     height, width = args.height or rows, args.width or columns
     shape = latent_shape(model, height, width)
-    latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
     weighted = args.prompt_syntax == "a1111"
     texts = [*prompts, args.negative_prompt or ""]
     tokens = encode_text(model.tokenizers, [""] * len(texts) if weighted else texts)
@@ -199,7 +230,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         model=model,
         dtype=args.dtype,
         drawing=drawing_of(
-            settings_of(model.family), _sampler(model, args), guidance_changes(args)
+            settings_of(model.family), _sampler(model, args, name), guidance_changes(args)
         ),
         params={path: jnp.asarray(value) for path, value in model.params.items()},
         texts=prompts,
@@ -208,12 +239,10 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         shape=shape,
         seed=args.seed,
         batch_size=args.batch_size,
-        latents=latents,
+        latents=read_latents(args.latents, len(prompts), shape) if args.latents else None,
         positions=np.arange(len(prompts)) * (not args.same_noise),
     )
-    if weighted:
-        request = with_weights(request, texts[-1])
-    return with_pictures(request, args.init_image, args.mask_image, args.strength)
+    return with_weights(request, texts[-1]) if weighted else request
 
 
 def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
@@ -227,7 +256,9 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         "prompt_syntax": args.prompt_syntax,
         "seed": args.seed,
         "same_noise": args.same_noise,
-        "model": args.model,
+        "model": args.model[0],
+        **({"averaged_with": args.model[1:]} if args.model[1:] else {}),
+        **_refining(args),
         "weights": args.weights,
         "latents": args.latents or "",
         "guidance": drawing.guidance,
@@ -236,6 +267,11 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         **(size if of_geometry(request.model.family.numbers, (0, 0)) else {}),
         **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
     }
+
+
+def _refining(args: argparse.Namespace) -> dict[str, Any]:
+    start = 0.8 if args.refiner_start is None else args.refiner_start
+    return {"refiner": args.refiner, "refiner_start": start} if args.refiner else {}
 
 
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
@@ -253,17 +289,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
         )
-    interpolates = args.interpolate is not None
-    if args.prompt_syntax != "plain" and (args.explain or interpolates):
-        other = "--explain" if args.explain else "--interpolate"
-        raise UserError(
-            f"--prompt_syntax={args.prompt_syntax} does not go with {other}, which reads words as "
-            "they stand; leave out one of them"
-        )
-    if args.init_image and interpolates:
-        raise UserError(
-            "--interpolate goes between noises; leave out --init_image or --interpolate"
-        )
+    check_together(args)
     if args.same_noise and args.latents:
         raise UserError("--same_noise and --latents both say what to start from; give one of them")
     needed = {

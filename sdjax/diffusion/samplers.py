@@ -99,7 +99,14 @@ def sample(
         solver = (following, _combine(to_base, terms), m0, m1)
         return (solver, outputs[:outputs_kept], callback(seen, i, m0)), None
 
-    tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base, plan.mix)
+    tables: tuple[np.ndarray, ...] = (
+        plan.timesteps,
+        plan.alpha,
+        plan.sigma,
+        plan.to_x,
+        plan.to_base,
+        plan.mix,
+    )
     tables += (plan.next_alpha, plan.next_sigma)
     evaluations, at_base = jnp.arange(len(plan.timesteps)), jnp.asarray(plan.at_base)
     rows = (evaluations, at_base, *(jnp.asarray(table, jnp.float32) for table in tables))

@@ -183,11 +183,12 @@ def embed_prompts(
     """
     check_syntax(model)
     pieces = [parse_weights(prompt) for prompt in prompts]
-    split = {f: [split_chunks(p, t) for p in pieces] for f, t in model.tokenizers.items()}
+    tokenizers = {f: t for f, t in model.tokenizers.items() if isinstance(t, Tokenizer)}
+    split = {f: [split_chunks(p, t) for p in pieces] for f, t in tokenizers.items()}
     count = max(len(chunks) for rows in split.values() for chunks in rows)
     tokens, weights = {}, {}
     for field, rows in split.items():
-        made = [chunk_rows(chunks, model.tokenizers[field], count) for chunks in rows]
+        made = [chunk_rows(chunks, tokenizers[field], count) for chunks in rows]
         tokens[field], weights[field] = (np.stack(arrays) for arrays in zip(*made, strict=True))
     conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
     encode = jax.jit(lambda *given: _weighted(conditioner, *given))

@@ -111,8 +111,7 @@ def make_generator(
     assert model.schedule is not None
     members = [make_member(each, drawing, dtype) for each in (model, *others)]
     autoencoder = bind(model, ("vae",), dtype=dtype)
-    tables = make_schedule(model.schedule)
-    drawing.plan(tables)  # what does not fit is an error now
+    drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
 
     @jax.jit
@@ -125,12 +124,13 @@ def make_generator(
         picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         picture = picture or {}
-        given = [
-            [of_member(i, x) for x in (params, prompts, negative)] for i in range(len(members))
-        ]
         made = [
-            m.denoise(*own, picture, latents.shape) for m, own in zip(members, given, strict=True)
-        ]
+            member.denoise(
+                of_member(i, params), of_member(i, prompts), of_member(i, negative), picture,
+                latents.shape,
+            )
+            for i, member in enumerate(members)
+        ]  # fmt: skip
         state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
         with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
@@ -209,6 +209,7 @@ def draw(
     positions: np.ndarray | None = None,
     texts: Sequence[str] = (),
     picture: Mapping[str, np.ndarray] | None = None,
+    finish: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, tuple[Any, ...]]:
     """Draw any number of pictures in batches of one shape (one compilation).
 
@@ -223,7 +224,8 @@ def draw(
         texts: what the tokens say, for errors; picture: see `sampling.start`.
 
     Returns:
-        uint8 images [N, H, W, 3], and the last state of each callback, [N, ...] as NumPy.
+        uint8 images [N, H, W, 3], or what `finish` makes of the result; and the last state of each
+        callback, [N, ...] as NumPy.
 
     Raises:
         FloatingPointError: a picture has NaN pixels, and would be black.
@@ -241,10 +243,7 @@ def draw(
             out, seen = generate(
                 params,
                 _batch(prompts, rows, mesh),
-                {
-                    field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
-                    for field, row in negative.items()
-                },
+                _repeated(negative, batch_size, mesh),
                 initial_latents(seed, numbers, shape)
                 if latents is None
                 else _spread(latents[rows], mesh),
@@ -253,7 +252,7 @@ def draw(
             )
             found, kept = _first(total - start, (out, seen))
             check_finite(found, start, texts)
-            parts.append((to_uint8(found), kept))
+            parts.append(((finish or to_uint8)(found), kept))
             work.advance(len(found))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
@@ -272,6 +271,14 @@ def _spread(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jnp.asarray(array)
     return jax.make_array_from_callback(array.shape, batch_sharding(mesh), array.__getitem__)
+
+
+def _repeated(
+    fields: Mapping[str, np.ndarray], count: int, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """The row of each field `count` times, over the mesh."""
+    rows = np.zeros(count, int)
+    return _batch({field: row[None] for field, row in fields.items()}, rows, mesh)
 
 
 def _batch(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sdjax.errors import UserError
+
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
     "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
@@ -44,6 +46,23 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         f"to 20 %% of the steps are done; 7 8 9 for SD3.5-medium; {own}",
     )  # fmt: skip
     group.add_argument("--skip_scale", type=float, help=f"its scale; {own}, or 2.8")
+
+
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of models."""
+    p.add_argument(
+        "--model", required=True, action="append",
+        help="workdir of sdjax, or a diffusers folder; given again, the mean of the predictions of "
+        "models of one family, schedule, prediction type and latent space",
+    )  # fmt: skip
+    p.add_argument(
+        "--refiner", metavar="DIR",
+        help="SDXL: the model that takes the last steps, as SDXL's refiner",
+    )  # fmt: skip
+    p.add_argument(
+        "--refiner_start", type=float,
+        help="share of the way from noise to picture after which it does (0.8)",
+    )  # fmt: skip
 
 
 def add_prompt_options(p: argparse.ArgumentParser) -> None:
@@ -112,6 +131,33 @@ def add_explaining_options(p: argparse._ArgumentGroup) -> None:
         "--animation", choices=("webp", "png"), default="webp",
         help="format of animations, without loss in either (%(default)s)",
     )  # fmt: skip
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Check that the options of `add_explaining_options` go with the others.
+
+    Raises:
+        UserError: some do not.
+    """
+    interpolates = args.interpolate is not None
+    if args.prompt_syntax != "plain" and (args.explain or interpolates):
+        other = "--explain" if args.explain else "--interpolate"
+        raise UserError(
+            f"--prompt_syntax={args.prompt_syntax} does not go with {other}, which reads words as "
+            "they stand; leave out one of them"
+        )
+    options = {
+        "--init_image": args.init_image,
+        "--refiner": args.refiner,
+        "a second --model": args.model[1:],
+    }
+    for option, given in options.items():
+        if given and interpolates:
+            raise UserError(f"--interpolate does not go with {option}; leave out one of them")
+    if args.explain and args.model[1:]:
+        raise UserError("--explain shows the attention of one model; give one --model")
+    if args.refiner_start is not None and args.refiner is None:
+        raise UserError("--refiner_start is for --refiner=DIR; give that too, or leave it out")
 
 
 def sampler_changes(args: argparse.Namespace) -> dict[str, Any]:

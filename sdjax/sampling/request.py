@@ -13,7 +13,8 @@ import numpy as np
 from sdjax.diffusion.schedules import make_schedule
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.families.family import Model
-from sdjax.sampling.generate import Callback, Drawing, draw, initial_latents, make_generator
+from sdjax.sampling.denoising import Drawing
+from sdjax.sampling.generate import Callback, draw, initial_latents, make_generator, to_uint8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +24,9 @@ class SamplingRequest:
     texts: the prompts, of which `prompts` has the tokens.
     latents: [N, h, w, C] to start from, or None for the noise of `seed` and `positions` [N].
     picture: {field: [N, ...]}, what to begin with and to keep; see `sampling.start`.
+    others: models whose predictions are averaged with those of `model`; their parameters and tokens
+        are among its own, see `sampling.denoising.of_member`.
+    refiner: takes over the latents where `drawing` ends, of the same prompts; or None.
     """
 
     model: Model
@@ -38,6 +42,8 @@ class SamplingRequest:
     latents: np.ndarray | None
     positions: np.ndarray
     picture: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    others: Sequence[Model] = ()
+    refiner: SamplingRequest | None = None
 
     @cached_property
     def plan(self) -> SolverPlan:
@@ -47,8 +53,14 @@ class SamplingRequest:
 
     def draw(self, callbacks: Sequence[Callback] = ()) -> tuple[np.ndarray, tuple[Any, ...]]:
         """Return uint8 [N, H, W, 3] and the last state of each callback, [N, ...]."""
-        return draw(
-            make_generator(self.model, self.drawing, dtype=self.dtype, callbacks=callbacks),
+        made, seen = draw(
+            make_generator(
+                self.model,
+                self.drawing,
+                dtype=self.dtype,
+                callbacks=callbacks,
+                others=self.others,
+            ),
             self.params,
             self.prompts,
             self.negative,
@@ -59,7 +71,11 @@ class SamplingRequest:
             positions=self.positions,
             texts=self.texts,
             picture=self.picture,
+            finish=np.asarray if self.drawing.hands_over else to_uint8,
         )
+        if self.refiner is not None:
+            made, _ = dataclasses.replace(self.refiner, picture={"state": made}).draw()
+        return made, seen
 
     def noise(self) -> np.ndarray:
         """Return what the pictures start from, [N, h, w, C]."""

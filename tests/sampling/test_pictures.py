@@ -173,7 +173,7 @@ def test_the_first_step_is_that_of_the_pipelines(steps, strength, torch_pipeline
         (["--init_image={}", "--init_image={}", "--init_image={}"], "3 times for 2 prompts"),
         (["--init_image={}.txt"], "cannot be used"),
         (["--init_image={}", "--sampler=pndm"], "take another --sampler"),
-        (["--init_image={}", "--interpolate=2"], "--interpolate goes between noises"),
+        (["--init_image={}", "--interpolate=2"], "--interpolate does not go with --init_image"),
     ],
 )
 def test_pictures_that_do_not_fit_are_refused(pipeline_folder, tmp_path, capsys, options, words):
