@@ -22,6 +22,7 @@ from sdjax.diffusion.samplers import leave
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.errors import UserError
 from sdjax.families.family import Context, Model
+from sdjax.models.flux.network import MASK_SIDE, FluxConfig
 from sdjax.models.unet_config import UNetConfig
 
 Picture = Mapping[str, jax.Array]
@@ -53,13 +54,16 @@ def inpainting_channels(model: Model) -> int:
     Raises:
         UserError: it reads channels that drawing does not know.
     """
-    latent = model.vae.latent_channels
-    added = _read_channels(model.denoiser) - latent
-    if added and not (isinstance(model.denoiser, UNetConfig) and added == latent + 1):
+    latent, config = model.vae.latent_channels, model.denoiser
+    added = _read_channels(config) - latent
+    known: dict[type, int] = {UNetConfig: latent + 1}
+    if model.vae.downscale == MASK_SIDE:
+        known[FluxConfig] = latent + MASK_SIDE**2
+    if added and known.get(type(config)) != added:
         raise UserError(
             f"the {model.family.denoiser} reads {added} channels besides {latent} of noisy latents;"
-            f" drawing knows UNets of {2 * latent + 1} channels, for inpainting, and denoisers that"
-            " read none; take such a model"
+            " drawing knows UNets and FLUX.1-Fill for inpainting, and denoisers that read none; "
+            "take such a model"
         )
     return added
 
@@ -92,13 +96,17 @@ def constraint(picture: Picture, noise: jax.Array) -> Callable[..., jax.Array]:
     return constrain
 
 
-def with_channels(denoiser: Any, picture: Picture) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def with_channels(
+    denoiser: Any, config: Any, picture: Picture
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return a denoiser that reads the picture's channels, and what puts them beside a context.
 
     The context carries them because guidance repeats it for both of its halves.
     """
     if "channels" not in picture:
         return denoiser, lambda context: context
+    if not isinstance(config, UNetConfig):
+        return denoiser, lambda context: {**context, "channels": picture["channels"]}
 
     def denoise(xt: jax.Array, t: jax.Array, context: tuple[Context, jax.Array], **kw: Any) -> Any:
         text, channels = context

@@ -1,6 +1,7 @@
 """Pictures to begin with and masks: what the pipelines of diffusers draw of the same noise."""
 
 import importlib
+import inspect
 
 import diffusers
 import numpy as np
@@ -24,10 +25,9 @@ LEVELS = 0.5 + 0.26
 
 def remade(pipeline, name, **changes):
     """The networks of a pipeline in another one."""
-    parts = {k: v for k, v in pipeline.components.items() if k != "image_encoder"}
-    others = ("StableDiffusion3", "Flux", "StableDiffusionXL")
-    lone = {} if name.startswith(others) else {"requires_safety_checker": False}
-    made = getattr(diffusers, name)(**{**parts, **lone, **changes})
+    kind = getattr(diffusers, name)
+    given = {**pipeline.components, "requires_safety_checker": False, **changes}
+    made = kind(**{k: v for k, v in given.items() if k in inspect.signature(kind).parameters})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -65,6 +65,22 @@ def inpainter(torch_pipeline, torch_xl_pipeline, folder):
     return remade(torch_pipeline, name, unet=unet.eval()), "StableDiffusion{}Pipeline"
 
 
+def fill(torch_pipeline, torch_xl_pipeline, folder):
+    """FLUX.1-Fill reads 8 x 8 pixels of a mask, for a VAE that halves three times."""
+    base = torch_transformers.flux(torch_pipeline.tokenizer, folder)
+    widths = {"in_channels": 4 * (4 + 4 + 64), "out_channels": 16}
+    transformer = diffusers.FluxTransformer2DModel(**{**base.transformer.config, **widths})
+    vae = diffusers.AutoencoderKL(**{
+        **base.vae.config, "block_out_channels": (8,) * 4, "sample_size": 64,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    })  # fmt: skip
+    for seed, network in enumerate((transformer, vae)):
+        randomise(network.eval(), 60 + seed)
+    changes = dict(transformer=transformer, vae=vae)
+    return remade(base, "FluxFillPipeline", **changes), "Flux{}Pipeline"
+
+
 def drawings(size):
     """Two pictures of soft colours, and a mask whose left part is white."""
     height, width = size
@@ -81,10 +97,12 @@ def theirs_and_ours(make, kind, pipelines, folder, monkeypatch, *, strength, ste
     """The pictures of a pipeline [2, H, W, 3], times 255, and those of `sample`."""
     base, names = make(*pipelines, folder / "words")
     base.save_pretrained(folder / "model")
-    name = names.format(kind)
+    name = names.format("Fill" if make is fill else kind)
     pipeline = base if type(base).__name__ == name else remade(base, name)
     rng = np.random.default_rng(0)
-    noise, of_vae = (rng.normal(size=(2, 8, 8, 4)).astype(np.float32) for _ in range(2))
+    side = 64 if make is fill else 16
+    shape = (2, 8, 8, 4)
+    noise, of_vae = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
     torch_noise, torch_vae = (torch.from_numpy(x.transpose(0, 3, 1, 2)) for x in (noise, of_vae))
     module = importlib.import_module(type(pipeline).__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kw: torch_noise)
@@ -96,14 +114,14 @@ def theirs_and_ours(make, kind, pipelines, folder, monkeypatch, *, strength, ste
     monkeypatch.setattr(pictures, "vae_noise", lambda *args: of_vae)
     images, mask = drawings(size)
     masks = dict(mask_image=mask) if kind == "Inpaint" else {}
-    scale = {"flux": 1.0}.get(make.__name__, 4.0)
+    scale = 1.0 if make in (flux, fill) else 4.0
     length = read_any(folder / "model").settings.get("max_sequence_length")
     with torch.no_grad():
         expected = pipeline(
             PROMPTS, image=images, **masks, strength=strength, num_inference_steps=steps,
-            **(dict(height=16, width=16) if kind == "Inpaint" or make in (sd3, flux) else {}),
+            **(dict(height=side, width=side) if kind == "Inpaint" or make in (sd3, flux) else {}),
             **({"max_sequence_length": length} if length else {}),
-            guidance_scale=3.5 if make is flux else scale, output_type="np",
+            guidance_scale=3.5 if make in (flux, fill) else scale, output_type="np",
         ).images  # fmt: skip
     np.save(folder / "noise.npy", noise)
     for i, image in enumerate(images):
@@ -114,7 +132,7 @@ def theirs_and_ours(make, kind, pipelines, folder, monkeypatch, *, strength, ste
         f"--model={folder / 'model'}", "--prompts", *PROMPTS, f"--output={folder / 'out'}",
         f"--steps={steps}", f"--guidance={scale}", f"--latents={folder / 'noise.npy'}",
         *(f"--init_image={folder / f'{i}.png'}" for i in range(2)), f"--strength={strength}",
-        "--height=16", "--width=16", *options,
+        f"--height={side}", f"--width={side}", *options,
     ])  # fmt: skip
     ours = np.stack([np.asarray(Image.open(folder / "out" / f"{i:05d}.png")) for i in range(2)])
     inside = (expected > 0) & (expected < 1)
@@ -142,7 +160,7 @@ def test_a_picture_becomes_the_one_of_the_img2img_pipeline(
 @pytest.mark.parametrize(
     ("make", "strength", "size"),
     [(sd, 0.8, (40, 24)), (inpainter, 0.8, (16, 16)), (inpainter, 1.0, (16, 16)),
-     (sdxl, 1.0, (16, 16)), (flux, 0.8, (16, 16))],
+     (sdxl, 1.0, (16, 16)), (flux, 0.8, (16, 16)), (fill, 1.0, (64, 64))],
 )  # fmt: skip
 def test_a_masked_picture_is_redrawn_as_in_the_inpainting_pipeline(
     make, strength, size, pipelines, tmp_path, monkeypatch
@@ -184,3 +202,34 @@ def test_pictures_that_do_not_fit_are_refused(pipeline_folder, tmp_path, capsys,
     common = [f"--model={pipeline_folder}", f"--output={tmp_path / 'out'}", "--steps=4"]
     assert sample.main([*common, "--prompts", *PROMPTS, *given]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_why_a_picture_is_so_is_shown_from_the_first_step_on(pipeline_folder, tmp_path):
+    Image.new("RGB", (30, 20), (200, 30, 90)).save(tmp_path / "a.png")
+    assert 0 == sample.main([
+        f"--model={pipeline_folder}", f"--output={tmp_path / 'out'}", "--prompts", *PROMPTS,
+        f"--init_image={tmp_path / 'a.png'}", "--strength=0.5", "--steps=6", "--explain",
+        "--trajectory=3",
+    ])  # fmt: skip
+    frames = Image.open(tmp_path / "out" / "00001-steps.webp")
+    assert frames.n_frames == 3 and (tmp_path / "out" / "00001-words.npz").exists()
+    text = Image.open(tmp_path / "out" / "00001.png").text
+    assert text["init_image"].endswith("a.png") and text["strength"] == "0.5"
+
+
+def test_heat_maps_of_a_family_without_a_unet_are_refused(torch_pipeline, tmp_path, capsys):
+    torch_transformers.sd3(torch_pipeline.tokenizer, tmp_path / "t5").save_pretrained(
+        tmp_path / "sd3"
+    )
+    options = [f"--model={tmp_path / 'sd3'}", f"--output={tmp_path / 'out'}", "--steps=2"]
+    assert sample.main([*options, "--prompts", *PROMPTS, "--explain"]) == 2
+    assert "the family 'sd3' has none" in capsys.readouterr().err
+
+
+def test_a_model_for_inpainting_is_not_drawn_without_a_mask(pipelines, tmp_path, capsys):
+    inpainter(*pipelines, tmp_path)[0].save_pretrained(tmp_path / "model")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    options = [f"--model={tmp_path / 'model'}", f"--output={tmp_path / 'out'}", "--prompts=a star"]
+    for more in ([], [f"--init_image={tmp_path / 'a.png'}"]):
+        assert sample.main([*options, *more]) == 2
+        assert "reads a picture and a mask; give --init_image=FILE" in capsys.readouterr().err
