@@ -29,8 +29,18 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax.errors import UserError, explain
-from sdjax.sampling.options import add_drawing_options, guidance_changes, sampler_changes
-from sdjax.system import locks, paths, progress, text_files, untrusted
+from sdjax.sampling.inputs import read_latents, read_prompts
+from sdjax.sampling.options import (
+    add_drawing_options,
+    add_explaining_options,
+    add_model_options,
+    add_picture_options,
+    add_prompt_options,
+    check_together,
+    guidance_changes,
+    sampler_changes,
+)
+from sdjax.system import locks, paths, progress
 from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
@@ -51,12 +61,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, help="workdir of sdjax, or a diffusers folder")
-    p.add_argument(
-        "--prompts", nargs="+", action="extend", default=[], metavar="PROMPT",
-        help="a prompt, or several; may be given again",
-    )  # fmt: skip
-    p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
+    add_model_options(p)
+    add_prompt_options(p)
     p.add_argument("--output", required=True, help="folder for the pictures")
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
@@ -88,88 +94,9 @@ def parser() -> argparse.ArgumentParser:
         help="start all pictures from the noise of the first: they differ by their prompts alone",
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
-    _add_why(p.add_argument_group("why the pictures are as they are"))
+    add_picture_options(p.add_argument_group("pictures to begin with"))
+    add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
-
-
-def _add_why(p: argparse._ArgumentGroup) -> None:
-    p.add_argument(
-        "--explain", action="store_true",
-        help="heat maps of the attention to each word (DAAM): NNNNN-words.png over the picture, "
-        "NNNNN-words.npz as numbers",
-    )  # fmt: skip
-    p.add_argument(
-        "--explain_layers", nargs="+", choices=("down", "mid", "up", "all"),
-        help="parts of the UNet whose attention counts (down up, as in the paper)",
-    )  # fmt: skip
-    p.add_argument(
-        "--explain_steps", metavar="FIRST:LAST",
-        help="steps that count, as fractions of the way from noise to picture (0:1)",
-    )  # fmt: skip
-    p.add_argument(
-        "--trajectory", nargs="?", type=int, const=0, metavar="N",
-        help="NNNNN-steps.png and an animation: what the network takes the picture for at N steps, "
-        "the last frame being the picture (8 where there are as many)",
-    )  # fmt: skip
-    p.add_argument(
-        "--interpolate", type=int, metavar="K",
-        help="K pictures on the way from each prompt to the next: NNNNN-between-KK.png, all in a "
-        "row in NNNNN-way.png, and an animation",
-    )  # fmt: skip
-    p.add_argument(
-        "--interpolate_seeds", type=int, metavar="SEED2",
-        help="interpolate each prompt from --seed to this seed, and not from prompt to prompt",
-    )  # fmt: skip
-    p.add_argument(
-        "--animation", choices=("webp", "png"), default="webp",
-        help="format of animations, without loss in either (%(default)s)",
-    )  # fmt: skip
-
-
-def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Prompts of the flags, then those of the file (empty lines left out).
-
-    Raises:
-        UserError: there are none, or the file cannot be read.
-    """
-    found = list(prompts)
-    if file:
-        try:
-            text = text_files.read_text(file, pipes=True)
-        except text_files.TextError as error:
-            raise UserError(f"--prompts_file={error}") from error
-        found += [line.strip() for line in text_files.lines(text) if line.strip()]
-    if not found:
-        raise UserError('no prompts: give --prompts="..." or --prompts_file=FILE')
-    return found
-
-
-def read_latents(file: str, count: int, shape: tuple[int, int, int]):
-    """Initial noise [count, h, w, C] float32 from a .npy file in either layout.
-
-    Raises:
-        UserError: the file is no array, or of another shape.
-    """
-    import numpy as np
-
-    from sdjax.system import array_files
-
-    height, width, channels = shape
-    try:
-        with paths.reading(file) as local:
-            latents = array_files.read_npy(local).astype(np.float32)
-    except untrusted.damage() as error:
-        why = text_files.pointer_note(file) or untrusted.why(error)
-        raise UserError(f"--latents={file} cannot be read as a NumPy array: {why}") from error
-    if latents.shape == (count, height, width, channels):
-        return latents
-    if latents.shape == (count, channels, height, width):
-        return latents.transpose(0, 2, 3, 1)
-    raise UserError(
-        f"--latents={file} has shape {list(latents.shape)}; expected "
-        f"{[count, height, width, channels]} or {[count, channels, height, width]} for {count} "
-        f"prompts of {width} x {height} latents"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,17 +116,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sampler(model: Model, args: argparse.Namespace) -> SamplerConfig:
+def _sampler(model: Model, args: argparse.Namespace, name: str = "") -> SamplerConfig:
     """The model's own sampler with what the options change."""
     from sdjax.families.sampler import choose_sampler, sampler_note
 
-    sampler = choose_sampler(model, sampler_changes(args), f"--model={args.model}")
-    if note := sampler_note(model, sampler, f"--model={args.model}"):
+    name = name or f"--model={args.model[0]}"
+    sampler = choose_sampler(model, sampler_changes(args), name)
+    if note := sampler_note(model, sampler, name):
         print(note, file=sys.stderr)
     return sampler
 
 
-def _check_model(model: Model, args: argparse.Namespace) -> None:
+def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
     """Check that a model can draw, and that the options are for it.
 
     Raises:
@@ -209,17 +137,17 @@ def _check_model(model: Model, args: argparse.Namespace) -> None:
 
     if model.missing():
         raise UserError(
-            f"--model={args.model} has {', '.join(model.networks) or 'no network'} only; drawing "
+            f"{name} has {', '.join(model.networks) or 'no network'} only; drawing "
             f"takes {model.family.denoiser}, vae, and a text encoder with its tokenizer"
         )
     if args.embedded_guidance is not None and not model.family.reads_guidance(model.networks):
         raise UserError(
-            f"--embedded_guidance is for FLUX.1-dev and its kin; --model={args.model} reads no "
+            f"--embedded_guidance is for FLUX.1-dev and its kin; {name} reads no "
             "guidance, --guidance is what it takes"
         )
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
-        raise UserError(f"--original_size and --crop are for SDXL; --model={args.model} is not one")
+        raise UserError(f"--original_size and --crop are for SDXL; {name} is not one")
 
 
 def _tell_truncated(model: Model) -> None:
@@ -248,29 +176,61 @@ def _numbers(
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
+    from sdjax.sampling.ensemble import with_others, with_refiner
+    from sdjax.sampling.pictures import with_pictures
+
+    request = _request_of(args, prompts, args.model[0], f"--model={args.model[0]}")
+    size = tuple(side * request.model.vae.downscale for side in request.shape[:2])
+    if len(args.model) > 1:
+        names = [(f"--model={folder}", folder) for folder in args.model[1:]]
+        others = [(n, _request_of(args, prompts, folder, n, size)) for n, folder in names]
+        request = with_others(request, others)
+    request = with_pictures(request, args.init_image, args.mask_image, args.strength)
+    if args.refiner is None:
+        return request
+    name = f"--refiner={args.refiner}"
+    start = 0.8 if args.refiner_start is None else args.refiner_start
+    refiner = _request_of(args, prompts, args.refiner, name, size)
+    return with_refiner(request, refiner, start, name=name)
+
+
+def _request_of(
+    args: argparse.Namespace,
+    prompts: list[str],
+    folder: str,
+    name: str,
+    size: tuple[int, ...] | None = None,
+) -> SamplingRequest:
+    """Return the pictures as one model draws them.
+
+    Args:
+        name: of the model, for messages; size: height and width if no option has to say them.
+    """
     import jax.numpy as jnp
     import numpy as np
 
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text
+    from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.request import SamplingRequest
 
-    model = read_any(args.model, weights=args.weights)
-    _check_model(model, args)
-    rows, columns = model.native_size
+    model = read_any(folder, weights=args.weights)
+    _check_model(model, args, name)
+    rows, columns = size or model.native_size
     height, width = args.height or rows, args.width or columns
     shape = latent_shape(model, height, width)
-    latents = read_latents(args.latents, len(prompts), shape) if args.latents else None
-    tokens = encode_text(model.tokenizers, [*prompts, args.negative_prompt or ""])
+    weighted = args.prompt_syntax == "a1111"
+    texts = [*prompts, args.negative_prompt or ""]
+    tokens = encode_text(model.tokenizers, [""] * len(texts) if weighted else texts)
     _tell_truncated(model)
     batch = {field: rows[:-1] for field, rows in tokens.items()}
     batch |= _numbers(args, model, len(prompts), height, width)
-    return SamplingRequest(
+    request = SamplingRequest(
         model=model,
         dtype=args.dtype,
         drawing=drawing_of(
-            settings_of(model.family), _sampler(model, args), guidance_changes(args)
+            settings_of(model.family), _sampler(model, args, name), guidance_changes(args)
         ),
         params={path: jnp.asarray(value) for path, value in model.params.items()},
         texts=prompts,
@@ -279,9 +239,10 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         shape=shape,
         seed=args.seed,
         batch_size=args.batch_size,
-        latents=latents,
+        latents=read_latents(args.latents, len(prompts), shape) if args.latents else None,
         positions=np.arange(len(prompts)) * (not args.same_noise),
     )
+    return with_weights(request, texts[-1]) if weighted else request
 
 
 def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
@@ -292,9 +253,12 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
     size = {"original_size": args.original_size, "crop": args.crop}
     return {
         "negative_prompt": args.negative_prompt or "",
+        "prompt_syntax": args.prompt_syntax,
         "seed": args.seed,
         "same_noise": args.same_noise,
-        "model": args.model,
+        "model": args.model[0],
+        **({"averaged_with": args.model[1:]} if args.model[1:] else {}),
+        **_refining(args),
         "weights": args.weights,
         "latents": args.latents or "",
         "guidance": drawing.guidance,
@@ -303,6 +267,11 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         **(size if of_geometry(request.model.family.numbers, (0, 0)) else {}),
         **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
     }
+
+
+def _refining(args: argparse.Namespace) -> dict[str, Any]:
+    start = 0.8 if args.refiner_start is None else args.refiner_start
+    return {"refiner": args.refiner, "refiner_start": start} if args.refiner else {}
 
 
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
@@ -320,6 +289,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
         )
+    check_together(args)
     if args.same_noise and args.latents:
         raise UserError("--same_noise and --latents both say what to start from; give one of them")
     needed = {
@@ -343,6 +313,7 @@ def sample(args: argparse.Namespace) -> str:
     """
     from sdjax.sampling import explain, interpolate, trajectory
     from sdjax.sampling.grids import grid, save_png
+    from sdjax.sampling.pictures import picture_settings
 
     _check(args)
     prompts = read_prompts(args.prompts, args.prompts_file)
@@ -360,7 +331,8 @@ def sample(args: argparse.Namespace) -> str:
         images, seen = request.draw([look.callback for look in looks.values()])
         settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            about = {"prompt": prompt, "number": i, **settings}
+            own = picture_settings(args.init_image, args.mask_image, args.strength, i)
+            about = {"prompt": prompt, "number": i, **settings, **own}
             save_png(output / f"{i:05d}.png", image, about)
             for look, states in zip(looks.values(), seen, strict=True):
                 look.write(output, i, image, states, about)

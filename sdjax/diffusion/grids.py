@@ -157,6 +157,15 @@ class Grid:
     sigma: np.ndarray
     init_scale: float = 1.0
 
+    def window(self, first: int, last: int) -> Grid:
+        """Return the points of the steps first <= i < last, with the point where they end."""
+        return dataclasses.replace(
+            self,
+            timesteps=self.timesteps[first:last],
+            alpha=self.alpha[first : last + 1],
+            sigma=self.sigma[first : last + 1],
+        )
+
 
 def make_grid(schedule: Schedule, sampler: SamplerConfig, tokens: int = 0) -> Grid:
     """The grid of `sampler` on `schedule`; UserError where the two do not go together.

@@ -23,6 +23,11 @@ def keep(state: Any, i: jax.Array, x0: jax.Array) -> Any:
     return state
 
 
+def leave(x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The constraint that leaves a state as it is."""
+    return x
+
+
 def sample(
     denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
     latents: jax.Array,
@@ -34,6 +39,9 @@ def sample(
     noise_fn: Callable[[jax.Array], jax.Array] | None = None,
     callback: Callable[[Any, jax.Array, jax.Array], Any] = keep,
     state: Any = (),
+    window: tuple[int, int] | None = None,
+    begun: bool = False,
+    constrain: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = leave,
 ) -> tuple[jax.Array, Any]:
     """Turn standard normal latents [B,h,w,c] into x0 [B,h,w,c], float32. Jittable.
 
@@ -43,6 +51,10 @@ def sample(
     callback(state, i, x0) -> state: called after evaluation i (int32 scalar) of the network with
     the x0 [B,h,w,c] that it estimates; traced once, right after denoise_fn and in the same trace.
     state: any pytree of arrays, as it is before the first evaluation.
+    window: the steps first <= i < last to take alone, see `make_plan`; the result is then the state
+    at the end of them.
+    begun: whether latents are the state xt at the first evaluation, and not noise.
+    constrain(x, alpha, sigma) -> x: changes each state after a step, which has these levels.
     Returns (x0 [B,h,w,c], the last state).
     Raises ValueError when sampler, schedule and prediction_type do not go together, and when noise
     is needed but neither keys nor noise_fn is given.
@@ -53,12 +65,12 @@ def sample(
             "prediction_type is 'epsilon', but the schedule ends in pure noise, where eps says "
             "nothing of x0; expected 'v_prediction', 'sample' or 'flow'"
         )
-    plan = make_plan(schedule, sampler, sampler.flow.tokens(*latents.shape[1:3]))
+    plan = make_plan(schedule, sampler, sampler.flow.tokens(*latents.shape[1:3]), window)
     if plan.stochastic and keys is None and noise_fn is None:
         raise UserError(
             f"sampler {sampler.name!r} adds noise, but keys is None; pass one key per example"
         )
-    x = jnp.asarray(latents, jnp.float32) * jnp.float32(plan.init_scale)
+    x = jnp.asarray(latents, jnp.float32) * jnp.float32(1.0 if begun else plan.init_scale)
     nothing = jnp.zeros_like(x)
     outputs_kept = max(plan.mix.shape[1] - 1, 0)
 
@@ -72,7 +84,7 @@ def sample(
 
     def step(carry, row):
         (x, base, m1, m2), outputs, seen = carry
-        i, at_base, t, alpha, sigma, to_x, to_base, mix = row
+        i, at_base, t, alpha, sigma, to_x, to_base, mix, *after = row
         out = denoise_fn(x, jnp.broadcast_to(t, x.shape[:1])).astype(jnp.float32)
         xt = x
         if outputs_kept:
@@ -83,10 +95,19 @@ def sample(
         if np.isfinite(plan.clip):
             m0, more = jnp.clip(unclipped, -plan.clip, plan.clip), (unclipped,)
         terms = (x, base, m0, m1, m2, fresh_noise(i), *more)
-        solver = (_combine(to_x, terms), _combine(to_base, terms), m0, m1)
+        following = constrain(_combine(to_x, terms), *after)
+        solver = (following, _combine(to_base, terms), m0, m1)
         return (solver, outputs[:outputs_kept], callback(seen, i, m0)), None
 
-    tables = (plan.timesteps, plan.alpha, plan.sigma, plan.to_x, plan.to_base, plan.mix)
+    tables: tuple[np.ndarray, ...] = (
+        plan.timesteps,
+        plan.alpha,
+        plan.sigma,
+        plan.to_x,
+        plan.to_base,
+        plan.mix,
+    )
+    tables += (plan.next_alpha, plan.next_sigma)
     evaluations, at_base = jnp.arange(len(plan.timesteps)), jnp.asarray(plan.at_base)
     rows = (evaluations, at_base, *(jnp.asarray(table, jnp.float32) for table in tables))
     before = ((x, nothing, nothing, nothing), (nothing,) * outputs_kept, state)

@@ -17,6 +17,7 @@ import numpy as np
 
 from sdjax.diffusion.grids import Grid, SamplerConfig, make_grid
 from sdjax.diffusion.schedules import Schedule
+from sdjax.errors import UserError
 
 # The terms of a step's sum: the state, a state kept from an earlier step ("base"), the x0 estimates
 # of this evaluation and of the two before it, noise, and this estimate without clipping.
@@ -35,6 +36,7 @@ class SolverPlan:
       replaces the output; K is 0 where the output stays as it is.
     at_base: [N] bool, whether that sum is an output at the base instead of at the state.
     clip: the largest |x0| that an estimate may have; infinity where nothing is clipped.
+    next_alpha, next_sigma: [N], the levels of the states after each evaluation; the last is clean.
     """
 
     timesteps: np.ndarray
@@ -46,20 +48,31 @@ class SolverPlan:
     mix: np.ndarray
     at_base: np.ndarray
     clip: float
+    next_alpha: np.ndarray
+    next_sigma: np.ndarray
 
     @property
     def stochastic(self) -> bool:
         return bool(np.any(self.to_x[:, NOISE]))
 
 
-def make_plan(schedule: Schedule, sampler: SamplerConfig, tokens: int = 0) -> SolverPlan:
+def make_plan(
+    schedule: Schedule,
+    sampler: SamplerConfig,
+    tokens: int = 0,
+    window: tuple[int, int] | None = None,
+) -> SolverPlan:
     """The coefficients of the whole loop of `sampler` on `schedule`.
 
     tokens: see `make_grid`.
-    Raises UserError where the two do not go together.
+    window: (first, last), to take the steps first <= i < last alone; solvers of several steps
+      begin anew at the first.
+    Raises UserError where sampler, schedule and window do not go together.
     """
     grid = make_grid(schedule, sampler, tokens)
-    steps = sampler.steps
+    if window:
+        grid = _window(grid, sampler, *window)
+    steps = len(grid.timesteps)
     visits = points = np.arange(steps)
     to_base = np.zeros((steps, _TERMS))
     mix = np.zeros((steps, 0))
@@ -96,7 +109,23 @@ def make_plan(schedule: Schedule, sampler: SamplerConfig, tokens: int = 0) -> So
         mix=mix,
         at_base=visits != points,
         clip=sampler.clip_sample_range if sampler.clip_sample else np.inf,
+        next_alpha=np.append(grid.alpha[visits[1:]], 1.0),
+        next_sigma=np.append(grid.sigma[visits[1:]], 0.0),
     )
+
+
+def _window(grid: Grid, sampler: SamplerConfig, first: int, last: int) -> Grid:
+    if not 0 <= first < last <= len(grid.timesteps):
+        raise UserError(
+            f"steps {first} to {last} of a sampler of {len(grid.timesteps)} steps leave nothing to "
+            "do; take more steps, or another part of them"
+        )
+    if sampler.name in ("heun", "pndm") and last < len(grid.timesteps):
+        raise UserError(
+            f"sampler {sampler.name!r} cannot stop before its last step; take another sampler, as "
+            "euler or dpmpp_2m"
+        )
+    return grid.window(first, last)
 
 
 def _first_order_row(grid: Grid, i: int) -> np.ndarray:

@@ -251,6 +251,11 @@ class Explanation:
     """
 
     def __init__(self, request: SamplingRequest, layers: Sequence[str] | None, steps: str | None):
+        if not isinstance(request.model.denoiser, UNetConfig):
+            raise UserError(
+                f"--explain shows the cross-attention of a UNet, and the family "
+                f"{request.model.family.name!r} has none; leave it out, or see --trajectory"
+            )
         first, last = parse_steps(steps or "0:1", len(request.plan.timesteps))
         layers = parse_layers(layers or ("down", "up"))
         self.callback = HeatMaps(request.model.denoiser, layers, first, last)

@@ -12,43 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax.diffusion.grids import make_grid
-from sdjax.diffusion.guidance import (
-    SkipLayers,
-    guided,
-    skipped_timesteps,
-    with_skipped_layers,
-)
 from sdjax.diffusion.losses import example_keys
 from sdjax.diffusion.samplers import SamplerConfig, sample
-from sdjax.diffusion.schedules import Schedule, make_schedule
-from sdjax.diffusion.solvers import make_plan
+from sdjax.diffusion.schedules import make_schedule
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.conditioning import make_conditioner
-from sdjax.families.family import GUIDANCE, Context, Family, Model
+from sdjax.families.family import Family, Model
 from sdjax.models import capture
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
+from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
+from sdjax.sampling.start import Picture, constraint, initial_state
 from sdjax.system import progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How to draw: the sampler and its guidance.
-
-    embedded_guidance: what a denoiser reads that has learned how guided pictures look.
-    skip: of denoisers that can leave blocks out.
-    """
-
-    sampler: SamplerConfig = SamplerConfig()
-    guidance: float = 7.5
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    embedded_guidance: float = 3.5
-    skip: SkipLayers = SkipLayers()
 
 
 def settings_of(family: Family) -> SampleConfig:
@@ -99,6 +76,7 @@ class Generate(Protocol):
         negative: Mapping[str, jax.Array],
         latents: jax.Array,
         keys: jax.Array,
+        picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Return float32 images [B, H, W, 3] in [0, 1], and the last state of each callback.
 
@@ -109,28 +87,32 @@ class Generate(Protocol):
             negative: {field: [B, L]}, tokens.
             latents: standard normal [B, h, w, C] float32.
             keys: [B], for the samplers that add noise.
+            picture: what to begin with and to keep; see `sampling.start`.
         """
 
 
 def make_generator(
-    model: Model, drawing: Drawing, *, dtype: str = "float32", callbacks: Sequence[Callback] = ()
+    model: Model,
+    drawing: Drawing,
+    *,
+    dtype: str = "float32",
+    callbacks: Sequence[Callback] = (),
+    others: Sequence[Model] = (),
 ) -> Generate:
     """Return a jitted `Generate`.
 
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
+        others: models whose predictions are averaged with the first's; see `of_member`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
-    family = model.family
     assert model.schedule is not None
-    networks = bind(model, (family.denoiser, "vae"), dtype=dtype)
-    conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
-    tables = make_schedule(model.schedule)
-    make_plan(tables, drawing.sampler)  # a sampler that does not fit is an error now
+    members = [make_member(each, drawing, dtype) for each in (model, *others)]
+    autoencoder = bind(model, ("vae",), dtype=dtype)
+    drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
-    _check_skip(drawing, family)
 
     @jax.jit
     def generate(
@@ -139,86 +121,47 @@ def make_generator(
         negative: Mapping[str, jax.Array],
         latents: jax.Array,
         keys: jax.Array,
+        picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        denoiser, vae = (networks.module(name, params) for name in (family.denoiser, "vae"))
-        target = latents.shape[1] * model.vae.downscale, latents.shape[2] * model.vae.downscale
-        prompts = {GUIDANCE: jnp.full(len(latents), drawing.embedded_guidance), **prompts}
-        context = conditioner(params, prompts, target=target)
-        denoise = _guided(
-            drawing,
-            tables,
-            denoiser,
-            context,
-            conditioner(params, {**prompts, **negative}, target=target, negative=True),
-            size=latents.shape[1:3],
-        )
-        with capture.capturing(denoiser, probabilities=wanted) as found:
-
-            def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
-                # Guidance runs the prompts before the negative ones.
-                seen = {path: p[: len(x0)] for path, p in found.take().items()}
-                return tuple(c.see(s, i, x0, seen) for c, s in zip(callbacks, states, strict=True))
-
+        picture = picture or {}
+        made = [
+            member.denoise(
+                of_member(i, params), of_member(i, prompts), of_member(i, negative), picture,
+                latents.shape,
+            )
+            for i, member in enumerate(members)
+        ]  # fmt: skip
+        state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
+        with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
-                denoise,
-                latents,
+                mean_of([each.function for each in made]),
+                state,
                 schedule=tables,
                 prediction_type=model.prediction_type,
                 sampler=drawing.sampler,
-                callback=see,
-                state=tuple(each.start(latents.shape, _length(context)) for each in callbacks),
+                callback=_all_of(callbacks, found),
+                state=tuple(each.start(latents.shape, made[0].length) for each in callbacks),
                 keys=keys,
+                window=drawing.window,
+                begun=begun,
+                constrain=constraint(picture, latents),
             )
-        return to_images(vae, x0), seen
+        return (
+            x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
+        ), seen
 
     return generate
 
 
-def _check_skip(drawing: Drawing, family: Family) -> None:
-    if drawing.skip.layers and not family.skips_layers:
-        raise UserError(
-            f"skip.layers is {drawing.skip.layers}, but the family {family.name!r} has no "
-            "skip-layer guidance; leave it empty"
-        )
+def _all_of(callbacks: Sequence[Callback], found: Any) -> Callable[..., tuple[Any, ...]]:
+    """Return the callback of the sampler that calls all of them with what was captured."""
 
+    def see(states: tuple[Any, ...], i: jax.Array, x0: jax.Array) -> tuple[Any, ...]:
+        # Guidance runs the prompts before the negative ones.
+        seen = {path: p[: len(x0)] for path, p in found.take().items()}
+        return tuple(c.see(s, i, x0, seen) for c, s in zip(callbacks, states, strict=True))
 
-def _guided(
-    drawing: Drawing,
-    schedule: Schedule,
-    denoiser: Any,
-    context: Context,
-    negative: Context,
-    *,
-    size: tuple[int, ...],
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return (xt, t) -> the guided prediction, for latents of height and width `size`."""
-    denoise = guided(
-        lambda xt, t, context: denoiser(xt, t, context),
-        context,
-        negative,
-        scale=drawing.guidance,
-        rescale=drawing.guidance_rescale,
-        interval=drawing.guidance_interval,
-        num_train_timesteps=schedule.num_train_timesteps,
-    )
-    skip = drawing.skip
-    if not skip.layers:
-        return denoise
-    grid = make_grid(schedule, drawing.sampler, drawing.sampler.flow.tokens(*size))
-    timesteps = skipped_timesteps(grid.timesteps, skip.start, skip.stop)
-    if timesteps is None:
-        return denoise
-    return with_skipped_layers(
-        denoise,
-        lambda xt, t: denoiser(xt, t, context),
-        lambda xt, t: denoiser(xt, t, context, skip_layers=skip.layers),
-        scale=skip.scale,
-        timesteps=timesteps,
-    )
-
-
-def _length(context: Context) -> int:
-    return (context["context"] if isinstance(context, dict) else context).shape[1]
+    return see
 
 
 def to_images(vae: VAE, x0: jax.Array) -> jax.Array:
@@ -265,6 +208,8 @@ def draw(
     latents: np.ndarray | None = None,
     positions: np.ndarray | None = None,
     texts: Sequence[str] = (),
+    picture: Mapping[str, np.ndarray] | None = None,
+    finish: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, tuple[Any, ...]]:
     """Draw any number of pictures in batches of one shape (one compilation).
 
@@ -272,14 +217,15 @@ def draw(
     call it, with the same arguments, and all get every picture.
 
     Args:
-        prompts: {field: [N, ...]}, see `Generate`; negative: {field: [...]}, of one prompt. Instead
-            of tokens either may have what `Conditioner.embed` makes of them.
+        prompts: {field: [N, ...]}; negative: {field: [...]}, of one prompt. Instead of tokens
+            either may have what `Conditioner.embed` makes of them.
         shape: (h, w, C) of the latents; latents: [N, h, w, C] to start from instead of `seed`.
         positions: [N] numbers of the pictures, which decide their noise; 0 to N - 1 by default.
-        texts: what the tokens say, for the message of an error.
+        texts: what the tokens say, for errors; picture: see `sampling.start`.
 
     Returns:
-        uint8 images [N, H, W, 3], and the last state of each callback, [N, ...] as NumPy.
+        uint8 images [N, H, W, 3], or what `finish` makes of the result; and the last state of each
+        callback, [N, ...] as NumPy.
 
     Raises:
         FloatingPointError: a picture has NaN pixels, and would be black.
@@ -296,19 +242,17 @@ def draw(
             numbers = _spread(rows if positions is None else positions[rows], mesh)
             out, seen = generate(
                 params,
-                {field: _spread(values[rows], mesh) for field, values in prompts.items()},
-                {
-                    field: _spread(np.broadcast_to(row, (batch_size, *row.shape)), mesh)
-                    for field, row in negative.items()
-                },
+                _batch(prompts, rows, mesh),
+                _repeated(negative, batch_size, mesh),
                 initial_latents(seed, numbers, shape)
                 if latents is None
                 else _spread(latents[rows], mesh),
                 _sampler_keys(seed + 1, numbers),
+                _batch(picture or {}, rows, mesh),
             )
             found, kept = _first(total - start, (out, seen))
             check_finite(found, start, texts)
-            parts.append((to_uint8(found), kept))
+            parts.append(((finish or to_uint8)(found), kept))
             work.advance(len(found))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
@@ -327,6 +271,21 @@ def _spread(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jnp.asarray(array)
     return jax.make_array_from_callback(array.shape, batch_sharding(mesh), array.__getitem__)
+
+
+def _repeated(
+    fields: Mapping[str, np.ndarray], count: int, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """The row of each field `count` times, over the mesh."""
+    rows = np.zeros(count, int)
+    return _batch({field: row[None] for field, row in fields.items()}, rows, mesh)
+
+
+def _batch(
+    fields: Mapping[str, np.ndarray], rows: np.ndarray, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """The chosen rows of each field, over the mesh."""
+    return {field: _spread(values[rows], mesh) for field, values in fields.items()}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sdjax.errors import UserError
+
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
     "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
@@ -44,6 +46,118 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         f"to 20 %% of the steps are done; 7 8 9 for SD3.5-medium; {own}",
     )  # fmt: skip
     group.add_argument("--skip_scale", type=float, help=f"its scale; {own}, or 2.8")
+
+
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of models."""
+    p.add_argument(
+        "--model", required=True, action="append",
+        help="workdir of sdjax, or a diffusers folder; given again, the mean of the predictions of "
+        "models of one family, schedule, prediction type and latent space",
+    )  # fmt: skip
+    p.add_argument(
+        "--refiner", metavar="DIR",
+        help="SDXL: the model that takes the last steps, as SDXL's refiner",
+    )  # fmt: skip
+    p.add_argument(
+        "--refiner_start", type=float,
+        help="share of the way from noise to picture after which it does (0.8)",
+    )  # fmt: skip
+
+
+def add_prompt_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of prompts."""
+    p.add_argument(
+        "--prompts", nargs="+", action="extend", default=[], metavar="PROMPT",
+        help="a prompt, or several; may be given again",
+    )  # fmt: skip
+    p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
+    p.add_argument(
+        "--prompt_syntax", choices=("plain", "a1111"), default="plain",
+        help="a1111: (word:1.3), ((word)) and [word] are weights, BREAK ends a chunk, and prompts "
+        "may be long, as in the web UI of AUTOMATIC1111; for SD1, SD2 and SDXL (%(default)s)",
+    )  # fmt: skip
+
+
+def add_picture_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options of pictures to begin with."""
+    p.add_argument(
+        "--init_image", action="append", default=[], metavar="FILE",
+        help="picture to begin with instead of noise (img2img), resized to --height and --width; "
+        "once for all prompts, or once for each",
+    )  # fmt: skip
+    p.add_argument(
+        "--strength", type=float,
+        help="share of the steps that are taken from it, above 0 to 1: 0 keeps the picture (0.8; "
+        "with --mask_image 1, which begins with noise alone)",
+    )  # fmt: skip
+    p.add_argument(
+        "--mask_image", action="append", default=[], metavar="FILE",
+        help="of --init_image, what is white is drawn anew and what is black stays (inpainting); "
+        "resized likewise; once for all prompts, or once for each",
+    )  # fmt: skip
+
+
+def add_explaining_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options that show why pictures are as they are."""
+    p.add_argument(
+        "--explain", action="store_true",
+        help="heat maps of the attention to each word (DAAM): NNNNN-words.png over the picture, "
+        "NNNNN-words.npz as numbers",
+    )  # fmt: skip
+    p.add_argument(
+        "--explain_layers", nargs="+", choices=("down", "mid", "up", "all"),
+        help="parts of the UNet whose attention counts (down up, as in the paper)",
+    )  # fmt: skip
+    p.add_argument(
+        "--explain_steps", metavar="FIRST:LAST",
+        help="steps that count, as fractions of the way from noise to picture (0:1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--trajectory", nargs="?", type=int, const=0, metavar="N",
+        help="NNNNN-steps.png and an animation: what the network takes the picture for at N steps, "
+        "the last frame being the picture (8 where there are as many)",
+    )  # fmt: skip
+    p.add_argument(
+        "--interpolate", type=int, metavar="K",
+        help="K pictures on the way from each prompt to the next: NNNNN-between-KK.png, all in a "
+        "row in NNNNN-way.png, and an animation",
+    )  # fmt: skip
+    p.add_argument(
+        "--interpolate_seeds", type=int, metavar="SEED2",
+        help="interpolate each prompt from --seed to this seed, and not from prompt to prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--animation", choices=("webp", "png"), default="webp",
+        help="format of animations, without loss in either (%(default)s)",
+    )  # fmt: skip
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Check that the options of `add_explaining_options` go with the others.
+
+    Raises:
+        UserError: some do not.
+    """
+    interpolates = args.interpolate is not None
+    if args.prompt_syntax != "plain" and (args.explain or interpolates):
+        other = "--explain" if args.explain else "--interpolate"
+        raise UserError(
+            f"--prompt_syntax={args.prompt_syntax} does not go with {other}, which reads words as "
+            "they stand; leave out one of them"
+        )
+    options = {
+        "--init_image": args.init_image,
+        "--refiner": args.refiner,
+        "a second --model": args.model[1:],
+    }
+    for option, given in options.items():
+        if given and interpolates:
+            raise UserError(f"--interpolate does not go with {option}; leave out one of them")
+    if args.explain and args.model[1:]:
+        raise UserError("--explain shows the attention of one model; give one --model")
+    if args.refiner_start is not None and args.refiner is None:
+        raise UserError("--refiner_start is for --refiner=DIR; give that too, or leave it out")
 
 
 def sampler_changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from sdjax.diffusion.schedules import make_schedule
-from sdjax.diffusion.solvers import SolverPlan, make_plan
+from sdjax.diffusion.solvers import SolverPlan
 from sdjax.families.family import Model
-from sdjax.sampling.generate import Callback, Drawing, draw, initial_latents, make_generator
+from sdjax.sampling.denoising import Drawing
+from sdjax.sampling.generate import Callback, draw, initial_latents, make_generator, to_uint8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,6 +23,10 @@ class SamplingRequest:
 
     texts: the prompts, of which `prompts` has the tokens.
     latents: [N, h, w, C] to start from, or None for the noise of `seed` and `positions` [N].
+    picture: {field: [N, ...]}, what to begin with and to keep; see `sampling.start`.
+    others: models whose predictions are averaged with those of `model`; their parameters and tokens
+        are among its own, see `sampling.denoising.of_member`.
+    refiner: takes over the latents where `drawing` ends, of the same prompts; or None.
     """
 
     model: Model
@@ -36,19 +41,26 @@ class SamplingRequest:
     batch_size: int
     latents: np.ndarray | None
     positions: np.ndarray
+    picture: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    others: Sequence[Model] = ()
+    refiner: SamplingRequest | None = None
 
     @cached_property
     def plan(self) -> SolverPlan:
         """The places where the sampler evaluates the network."""
         assert self.model.schedule is not None
-        sampler = self.drawing.sampler
-        tokens = sampler.flow.tokens(*self.shape[:2])
-        return make_plan(make_schedule(self.model.schedule), sampler, tokens)
+        return self.drawing.plan(make_schedule(self.model.schedule), self.shape[:2])
 
     def draw(self, callbacks: Sequence[Callback] = ()) -> tuple[np.ndarray, tuple[Any, ...]]:
         """Return uint8 [N, H, W, 3] and the last state of each callback, [N, ...]."""
-        return draw(
-            make_generator(self.model, self.drawing, dtype=self.dtype, callbacks=callbacks),
+        made, seen = draw(
+            make_generator(
+                self.model,
+                self.drawing,
+                dtype=self.dtype,
+                callbacks=callbacks,
+                others=self.others,
+            ),
             self.params,
             self.prompts,
             self.negative,
@@ -58,7 +70,12 @@ class SamplingRequest:
             latents=self.latents,
             positions=self.positions,
             texts=self.texts,
+            picture=self.picture,
+            finish=np.asarray if self.drawing.hands_over else to_uint8,
         )
+        if self.refiner is not None:
+            made, _ = dataclasses.replace(self.refiner, picture={"state": made}).draw()
+        return made, seen
 
     def noise(self) -> np.ndarray:
         """Return what the pictures start from, [N, h, w, C]."""

@@ -37,7 +37,7 @@ from sdjax.models.clip_vision import read_clip_config
 from sdjax.models.unet import UNetConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.models.weights import load_file, read_header, save_file
-from sdjax.sample import read_latents
+from sdjax.sampling.inputs import read_latents
 from sdjax.sweeps.space import read_space
 from sdjax.system import paths
 from sdjax.system.text_files import read_json

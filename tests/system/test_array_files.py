@@ -10,7 +10,7 @@ import pytest
 
 from sdjax.errors import UserError
 from sdjax.evaluation import reference
-from sdjax.sample import read_latents
+from sdjax.sampling.inputs import read_latents
 from sdjax.system.array_files import open_npz, read_npy
 
 

@@ -23,7 +23,7 @@ from sdjax.errors import UserError
 from sdjax.evaluation import audit, reference, torch_file
 from sdjax.models import weights
 from sdjax.models.weights import WeightsError
-from sdjax.sample import read_latents, read_prompts
+from sdjax.sampling.inputs import read_latents, read_prompts
 from sdjax.sweeps import space
 from sdjax.system import text_files
 from sdjax.system.text_files import TextError, decode, lines, read_json, read_text

@@ -1,0 +1,189 @@
+"""The guided prediction of one model, and the mean of several models' predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.diffusion.grids import SamplerConfig, make_grid
+from sdjax.diffusion.guidance import (
+    SkipLayers,
+    guided,
+    skipped_timesteps,
+    with_skipped_layers,
+)
+from sdjax.diffusion.schedules import Schedule, make_schedule
+from sdjax.diffusion.solvers import SolverPlan, make_plan
+from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.conditioning import Conditioner, make_conditioner
+from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
+from sdjax.sampling.start import Picture, with_channels
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How to draw: the sampler and its guidance.
+
+    embedded_guidance: what a denoiser reads that has learned how guided pictures look.
+    skip: of denoisers that can leave blocks out.
+    window: the steps first <= i < last to take alone; None for all.
+    hands_over: whether the result is latents, for another denoiser, and not pictures.
+    """
+
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    embedded_guidance: float = 3.5
+    skip: SkipLayers = SkipLayers()
+    window: tuple[int, int] | None = None
+    hands_over: bool = False
+
+    def plan(self, schedule: Schedule, size: Sequence[int] = ()) -> SolverPlan:
+        """Return the steps, for latents of height and width `size`.
+
+        Raises:
+            UserError: sampler, schedule and window do not go together.
+        """
+        tokens = self.sampler.flow.tokens(*size) if size else 0
+        return make_plan(schedule, self.sampler, tokens, self.window)
+
+
+class Denoising(NamedTuple):
+    """A guided denoiser: (xt, t) -> prediction, its network, and the length of its context."""
+
+    function: Denoise
+    network: Any
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """A model whose predictions are drawn with, ready to be given parameters."""
+
+    model: Model
+    drawing: Drawing
+    networks: Networks
+    conditioner: Conditioner
+    schedule: Schedule
+
+    def denoise(
+        self,
+        params: Mapping[str, jax.Array],
+        prompts: Mapping[str, jax.Array],
+        negative: Mapping[str, jax.Array],
+        picture: Picture,
+        shape: tuple[int, ...],
+    ) -> Denoising:
+        """Return the guided denoiser for latents of `shape` [B, h, w, C]; see `Generate`."""
+        batch, *size, _ = shape
+        network = self.networks.module(self.model.family.denoiser, params)
+        target = size[0] * self.model.vae.downscale, size[1] * self.model.vae.downscale
+        prompts = {GUIDANCE: jnp.full(batch, self.drawing.embedded_guidance), **prompts}
+        other = {**prompts, **negative}
+        context = self.conditioner(params, prompts, target=target)
+        reads, beside = with_channels(network, self.model.denoiser, picture)
+        function = _guided(
+            self.drawing,
+            self.schedule,
+            reads,
+            beside(context),
+            beside(self.conditioner(params, other, target=target, negative=True)),
+            size=tuple(size),
+        )
+        return Denoising(function, network, _length(context))
+
+
+def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
+    """Return a model to draw with.
+
+    Raises:
+        UserError: the networks do not fit one another, or the guidance the family.
+    """
+    assert model.schedule is not None
+    _check_skip(drawing, model.family)
+    return Member(
+        model,
+        drawing,
+        bind(model, (model.family.denoiser,), dtype=dtype),
+        make_conditioner(model, model.tokenizers, dtype=dtype),
+        make_schedule(model.schedule),
+    )
+
+
+def named_of_member(number: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters or tokens of a model under names that tell it from the first, number 0."""
+    return {f"{number}:{name}" if number else name: value for name, value in fields.items()}
+
+
+def of_member(number: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields as one model finds them: its own, and what all of them share."""
+    mark = f"{number}:"
+    own = {k.removeprefix(mark): v for k, v in fields.items() if k.startswith(mark)}
+    return {**{k: v for k, v in fields.items() if ":" not in k}, **own}
+
+
+def mean_of(functions: Sequence[Denoise]) -> Denoise:
+    """Return the mean of predictions, which are of one kind and of the same latents."""
+    if len(functions) == 1:
+        return functions[0]
+
+    def mean(xt: jax.Array, t: jax.Array) -> jax.Array:
+        outputs = [function(xt, t).astype(jnp.float32) for function in functions]
+        return sum(outputs[1:], outputs[0]) / len(outputs)
+
+    return mean
+
+
+def _check_skip(drawing: Drawing, family: Family) -> None:
+    if drawing.skip.layers and not family.skips_layers:
+        raise UserError(
+            f"skip.layers is {drawing.skip.layers}, but the family {family.name!r} has no "
+            "skip-layer guidance; leave it empty"
+        )
+
+
+def _guided(
+    drawing: Drawing,
+    schedule: Schedule,
+    denoiser: Any,
+    context: Context,
+    negative: Context,
+    *,
+    size: tuple[int, ...],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return (xt, t) -> the guided prediction, for latents of height and width `size`."""
+    denoise = guided(
+        lambda xt, t, context: denoiser(xt, t, context),
+        context,
+        negative,
+        scale=drawing.guidance,
+        rescale=drawing.guidance_rescale,
+        interval=drawing.guidance_interval,
+        num_train_timesteps=schedule.num_train_timesteps,
+    )
+    skip = drawing.skip
+    if not skip.layers:
+        return denoise
+    grid = make_grid(schedule, drawing.sampler, drawing.sampler.flow.tokens(*size))
+    timesteps = skipped_timesteps(grid.timesteps, skip.start, skip.stop)
+    if timesteps is None:
+        return denoise
+    return with_skipped_layers(
+        denoise,
+        lambda xt, t: denoiser(xt, t, context),
+        lambda xt, t: denoiser(xt, t, context, skip_layers=skip.layers),
+        scale=skip.scale,
+        timesteps=timesteps,
+    )
+
+
+def _length(context: Context) -> int:
+    return (context["context"] if isinstance(context, dict) else context).shape[1]

@@ -1,0 +1,200 @@
+"""Pictures to begin with and masks: from files, through the VAE's encoder, to latents.
+
+They are prepared as the pipelines of diffusers prepare them: resized by Lanczos' filter to the size
+that is drawn, and encoded to a sample of the VAE's distribution, not to its mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from sdjax.data.image_files import ImageError, read_image
+from sdjax.data.transforms import to_rgb, upright
+from sdjax.diffusion.losses import example_keys
+from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.family import Model
+from sdjax.models.flux.network import mask_channels
+from sdjax.models.unet_config import UNetConfig
+from sdjax.models.vae import sample_moments, scale_latents
+from sdjax.sampling.request import SamplingRequest
+from sdjax.sampling.start import first_step, inpainting_channels
+
+VAE_STREAM = 2  # added to the seed: the noise and the sampler take 0 and 1
+
+
+def with_pictures(
+    request: SamplingRequest, images: Sequence[str], masks: Sequence[str], strength: float | None
+) -> SamplingRequest:
+    """Return a request that begins with pictures of files, and keeps what is black in the masks.
+
+    Raises:
+        UserError: options do not go together, or do not fit the model.
+    """
+    model, count = request.model, len(request.texts)
+    _check(model, images, masks, strength)
+    if not images:
+        return request
+    strength = _strength(masks, strength)
+    sampler = request.drawing.sampler
+    first = first_step(sampler.steps, strength, flow=sampler.name == "flow_euler")
+    if first and sampler.name == "pndm":
+        raise UserError(
+            f"--strength={strength} begins amid the steps, where 'pndm' knows nothing of those "
+            "before; take another --sampler, as ddim or dpmpp_2m"
+        )
+    size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
+    picture = picture_of(
+        model,
+        request.params,
+        read_pictures(images, count, size),
+        read_masks(masks, count, size) if masks else None,
+        vae_noise(request.seed, request.positions, request.shape),
+        pure=bool(masks) and strength == 1.0,
+        dtype=request.dtype,
+    )
+    drawing = dataclasses.replace(request.drawing, window=(first, sampler.steps))
+    return dataclasses.replace(request, drawing=drawing, picture=picture)
+
+
+def _check(
+    model: Model, images: Sequence[str], masks: Sequence[str], strength: float | None
+) -> None:
+    inpaints = bool(inpainting_channels(model))
+    for option, given in (("--mask_image", masks), ("--strength", strength is not None)):
+        if given and not images:
+            raise UserError(f"{option} is for --init_image=FILE; give that too, or leave it out")
+    if inpaints and not masks:
+        raise UserError(
+            f"the {model.family.denoiser} reads a picture and a mask; give --init_image=FILE and "
+            "--mask_image=FILE, or take a model that is not for inpainting"
+        )
+
+
+def _strength(masks: Sequence[str], strength: float | None) -> float:
+    if strength is not None:
+        return strength
+    return 1.0 if masks else 0.8
+
+
+def picture_settings(
+    images: Sequence[str], masks: Sequence[str], strength: float | None, number: int
+) -> dict[str, object]:
+    """Return the settings that a picture's file carries of these options."""
+    if not images:
+        return {}
+    found: dict[str, object] = {"init_image": images[number % len(images)]}
+    if masks:
+        found["mask_image"] = masks[number % len(masks)]
+    return {**found, "strength": _strength(masks, strength)}
+
+
+def read_pictures(files: Sequence[str], count: int, size: tuple[int, int]) -> np.ndarray:
+    """Return the pictures of --init_image, float32 [count, H, W, 3] in [-1, 1].
+
+    Raises:
+        UserError: a file is no picture, or there are not one or `count` of them.
+    """
+    pictures = [_read("--init_image", file, size) for file in files]
+    made = [np.asarray(picture, np.float32) / 255 * 2 - 1 for picture in pictures]
+    return _one_each("--init_image", made, count)
+
+
+def read_masks(files: Sequence[str], count: int, size: tuple[int, int]) -> np.ndarray:
+    """Return the masks of --mask_image, float32 [count, H, W, 1], 1 where a picture is redrawn.
+
+    Raises:
+        UserError: as `read_pictures`.
+    """
+    grey = [_read("--mask_image", file, size).convert("L") for file in files]
+    made = [
+        (np.asarray(mask, np.float32)[..., None] / 255 >= 0.5).astype(np.float32) for mask in grey
+    ]
+    return _one_each("--mask_image", made, count)
+
+
+def _read(option: str, file: str, size: tuple[int, int]) -> Image.Image:
+    try:
+        picture = to_rgb(upright(read_image(file)))
+    except ImageError as error:
+        raise UserError(f"{option}={file} cannot be used: {error}; give a PNG or JPEG") from error
+    height, width = size
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _one_each(option: str, made: Sequence[np.ndarray], count: int) -> np.ndarray:
+    if len(made) not in (1, count):
+        raise UserError(
+            f"{option} is given {len(made)} times for {count} prompts; give one for all of them, "
+            "or one for each"
+        )
+    return np.stack(list(made) * (count if len(made) == 1 else 1))
+
+
+def latents_of(
+    model: Model,
+    params: Mapping[str, jax.Array],
+    images: np.ndarray,
+    noise: np.ndarray,
+    *,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """Return latents [N, h, w, C] of pictures [N, H, W, 3] in [-1, 1], one at a time.
+
+    Args:
+        noise: standard normal [N, h, w, C], which chooses the sample of the VAE's distribution.
+    """
+    networks = bind(model, ("vae",), dtype=dtype)
+
+    @jax.jit
+    def encode(params: Mapping[str, jax.Array], image: jax.Array, noise: jax.Array) -> jax.Array:
+        moments = networks.module("vae", params).encode(image)
+        return scale_latents(sample_moments(moments, noise), model.vae)
+
+    own = {path: params[path] for path in networks.abstract}
+    pairs = zip(images, noise, strict=True)
+    return np.concatenate([np.asarray(encode(own, i[None], n[None])) for i, n in pairs])
+
+
+def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the noise of `latents_of`, [N, *shape]: of each picture's number, as all its noise."""
+    keys = example_keys(jax.random.key(seed + VAE_STREAM), jnp.asarray(positions))
+    return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
+
+
+def picture_of(
+    model: Model,
+    params: Mapping[str, jax.Array],
+    images: np.ndarray,
+    masks: np.ndarray | None,
+    noise: np.ndarray,
+    *,
+    pure: bool,
+    dtype: str = "float32",
+) -> dict[str, np.ndarray]:
+    """Return what a generator takes of pictures and masks; see `sampling.start`.
+
+    Args:
+        images: [N, H, W, 3] in [-1, 1]; masks: [N, H, W, 1], 1 where redrawn.
+        noise: see `latents_of`.
+        pure: whether drawing begins with noise alone and not with the noisy picture.
+    """
+    clean = latents_of(model, params, images, noise, dtype=dtype)
+    found = {} if pure else {"start": clean}
+    if masks is None:
+        return found
+    side = model.vae.downscale
+    small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
+    if not inpainting_channels(model):
+        return {**found, "known": clean, "mask": small}
+    hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
+    if isinstance(model.denoiser, UNetConfig):
+        return {**found, "channels": np.concatenate([small, hidden], axis=-1)}
+    fine = np.asarray(mask_channels(jnp.asarray(masks)))
+    return {**found, "channels": np.concatenate([hidden, fine], axis=-1)}
