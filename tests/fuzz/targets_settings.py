@@ -24,6 +24,8 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from sdjax import machine_settings, verbs
+from sdjax.checkpoints import references
+from sdjax.checkpoints.workdir import read_run
 from sdjax.config import VARIANTS, Config, resolve, to_dict
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import choose_data
@@ -265,8 +267,29 @@ def override(rng: np.random.Generator, folder: Path) -> str:
     return "read"
 
 
+def references_of_a_workdir(rng: np.random.Generator, folder: Path) -> str:
+    """A frozen.json that is nearly one, and what its references lead to."""
+    entry = {
+        "field": "vae_from", "path": "tiny", "step": None, "weights": "",
+        "digest": "sha256:" + "0" * 64, "parameters": 1,
+    }  # fmt: skip
+    content = mutation.tree(rng, {"vae": entry, "text_encoder": {**entry, "path": str(folder)}})
+    data = json.dumps(content).encode()
+    if rng.random() < 0.3:
+        data = mutation.damaged(rng, data)
+    (folder / references.REFERENCES_FILE).write_bytes(data)
+    try:
+        for name, reference in references.read_references(folder).items():
+            references.follow(folder, name, reference, read_run)
+    except UserError as error:
+        assert len(str(error)) < 20_000, f"a message of {len(str(error))} characters"
+        return "refused"
+    return "read"
+
+
 TARGETS = [
     ("json", json_text),
+    ("references", references_of_a_workdir),
     ("dataset", dataset),
     ("report", report),
     ("model_config", model_config),
