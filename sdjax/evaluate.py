@@ -261,10 +261,14 @@ def evaluate(args: argparse.Namespace) -> str:
     from sdjax.evaluation.loading import load
     from sdjax.evaluation.request import default_output
     from sdjax.evaluation.session import open_session
+    from sdjax.families.conditioning import with_text_length
     from sdjax.train.startup import enable_compilation_cache
 
     request = make_request(args)
     loaded = load(args.model, weights=args.weights, step=args.step) if args.model else None
+    if loaded is not None and args.max_sequence_length is not None:
+        found = with_text_length(loaded.found, args.max_sequence_length, f"--model={args.model}")
+        loaded = dataclasses.replace(loaded, found=found)
     enable_compilation_cache("")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
     if args.ema_lengths:

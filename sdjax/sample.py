@@ -210,12 +210,14 @@ def _request_of(
     import numpy as np
 
     from sdjax.checkpoints.reading import read_any
-    from sdjax.families.conditioning import encode_text
+    from sdjax.families.conditioning import encode_text, with_text_length
     from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.request import SamplingRequest
 
     model = read_any(folder, weights=args.weights)
+    if args.max_sequence_length is not None:
+        model = with_text_length(model, args.max_sequence_length, name)
     _check_model(model, args, name)
     rows, columns = size or model.native_size
     height, width = args.height or rows, args.width or columns
@@ -279,6 +281,8 @@ def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if model.family.reads_guidance(model.networks):
         found["embedded_guidance"] = drawing.embedded_guidance
+    if "max_sequence_length" in model.settings:
+        found["max_sequence_length"] = model.settings["max_sequence_length"]
     if drawing.skip.layers:
         found |= {"skip_layers": list(drawing.skip.layers), "skip_scale": drawing.skip.scale}
     return found

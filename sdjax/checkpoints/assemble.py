@@ -93,9 +93,21 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     for name in config.model.text_encoders:
         if fields[name] not in tokenizers:
             tokenizers[fields[name]] = _tokenizer(config, name)
-    tokenizers = {fields[name]: tokenizers[fields[name]] for name in config.model.text_encoders}
+    tokenizers = {
+        fields[name]: _of_length(config, name, tokenizers[fields[name]])
+        for name in config.model.text_encoders
+    }
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
+
+
+def _of_length(config: Config, name: str, tokenizer: TextTokenizer) -> TextTokenizer:
+    """The tokenizer of an encoder, for as many tokens as the recipe says if it has a say."""
+    model = config.model
+    if not model.parts[name].length_setting:
+        return tokenizer
+    family = FAMILIES[model.family]
+    return tokenizer.of_length(family.text_length(name, model.networks[name], model.settings))
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:

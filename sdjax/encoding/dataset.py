@@ -252,7 +252,7 @@ def fingerprint(assembled: Assembled, name: str) -> str:
             **model.settings,
             "tokenizer": assembled.tokenizers[model.parts[name].tokens].identity,
         }
-        del settings["attention_dropout"]
+        settings.pop("attention_dropout", None)  # of training alone
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, value in sorted(params.items()):
         array = np.ascontiguousarray(np.asarray(value, np.float32))

@@ -138,6 +138,7 @@ class Session:
             "sampler": drawing.pop("sampler"),
             **drawing,
             "negative_prompt": self.negative_prompt,
+            "settings": dict(self.artist.model.settings),
             "size": list(self.artist.size),
             "dtype": self.request.dtype,
         }

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.losses import drop_captions, fold_keys
+from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Context, Features, Model, Networks
 
 # The first of the streams of randomness of each encoder's own dropout, folded into example keys.
 ENCODER_DROPOUT = 2**16
+MOST_TOKENS = 4096  # of a caption; the pipelines of diffusers take 512
 
 
 class Tokenize(Protocol):
@@ -53,6 +55,34 @@ def blank_tokenizers(model: Model) -> dict[str, Tokenize]:
 def encode_text(tokenizers: Mapping[str, Tokenize], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return {field: tokens int32 [len(texts), L]}."""
     return {field: tokenizer.encode(texts) for field, tokenizer in tokenizers.items()}
+
+
+def with_text_length(model: Model, length: int, name: str) -> Model:
+    """Return a model that reads as many tokens of the encoders whose configs do not say it.
+
+    Args:
+        name: where the model is, for messages.
+
+    Raises:
+        UserError: it has no such encoders, or the length is out of its range.
+    """
+    family = model.family
+    settings = {part.length_setting for part in family.parts.values()} - {""}
+    if not settings:
+        raise UserError(
+            f"--max_sequence_length is for SD3 and FLUX.1; {name} is a model of {family.title}, "
+            "whose text encoders say how many tokens they read"
+        )
+    if not 2 <= length <= MOST_TOKENS:
+        raise UserError(f"--max_sequence_length is {length}; expected 2 to {MOST_TOKENS}")
+    lengths = dict.fromkeys(settings, length)
+    model = dataclasses.replace(model, settings={**model.settings, **lengths})
+    tokenizers = {
+        part.tokens: model.tokenizers[part.tokens].of_length(length)
+        for part in family.encoders.values()
+        if part.length_setting and part.tokens in model.tokenizers
+    }
+    return dataclasses.replace(model, tokenizers={**model.tokenizers, **tokenizers})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

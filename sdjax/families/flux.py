@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sdjax.errors import UserError
 from sdjax.families import flux_files, sd, sd3
+from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import GUIDANCE, Context, Family, Features, Model, Networks, Part
 from sdjax.models.clip import CLIPTextConfig
@@ -67,7 +68,9 @@ class FluxModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         length = self.max_sequence_length
-        check(1 <= length <= 4096, "model.max_sequence_length", length, "1 to 4096")
+        check(
+            2 <= length <= MOST_TOKENS, "model.max_sequence_length", length, f"2 to {MOST_TOKENS}"
+        )
 
 
 def check_model(model: Model) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from sdjax.errors import UserError
 from sdjax.families import sd, sd3_files, sdxl
+from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Context, Family, Features, Model, Networks, Part
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
@@ -83,7 +84,9 @@ class SD3Config(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         length = self.max_sequence_length
-        check(1 <= length <= 4096, "model.max_sequence_length", length, "1 to 4096")
+        check(
+            2 <= length <= MOST_TOKENS, "model.max_sequence_length", length, f"2 to {MOST_TOKENS}"
+        )
 
 
 def check_model(model: Model) -> None:

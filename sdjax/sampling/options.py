@@ -46,6 +46,11 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         f"to 20 %% of the steps are done; 7 8 9 for SD3.5-medium; {own}",
     )  # fmt: skip
     group.add_argument("--skip_scale", type=float, help=f"its scale; {own}, or 2.8")
+    group.add_argument(
+        "--max_sequence_length", type=int,
+        help=f"tokens of T5, for SD3 and FLUX.1, which do not mask padding; {own}, or 256 for SD3 "
+        "and 512 for FLUX.1",
+    )  # fmt: skip
 
 
 def add_model_options(p: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdjax import encode
 from sdjax.checkpoints.assemble import assemble
-from sdjax.config import resolve
+from sdjax.config import default, resolve
 from sdjax.config_model import method_of_run
 from sdjax.data import encoded, image_files, sources, transforms
 from sdjax.data.config import DataError
@@ -31,6 +31,7 @@ from sdjax.families.conditioning import encode_text, make_conditioner
 from sdjax.families.registry import model_of
 from sdjax.methods.method import Draw
 from sdjax.train import loop
+from tests.families import torch_transformers
 from tests.odd_names import ODD
 from tests.train.test_loop import assert_same_run
 
@@ -241,6 +242,40 @@ def test_sdxl_is_told_the_same(snaps, xl_folder, tmp_path):
     assert jax.tree.map(lambda x: x.shape, conditioner.embedding()) == {
         "context": (16, 56), "pooled": (20,)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_features_of_t5_are_those_of_tokens_and_belong_to_their_length(
+    snaps, torch_pipeline, family, tmp_path
+):
+    folder = tmp_path / "model"
+    make = getattr(torch_transformers, family)
+    make(torch_pipeline.tokenizer, tmp_path / "t5").save_pretrained(folder)
+    snaps.init_from = str(folder)
+    snaps.model = default(family=family).model.to_dict()
+    snaps.model.max_sequence_length = 6
+    encoded_once(snaps, tmp_path / "data", text=True)
+    ahead = on(snaps, tmp_path / "data", **{"data.text_embeddings": True})
+    assembled = assemble(resolve(ahead))
+    conditioner = make_conditioner(model_of(assembled.config.model), assembled.tokenizers)
+    data = make_iterator(assembled.config.data, assembled.tokenizers, seed=3, split="train",
+                         shuffle=False)  # fmt: skip
+    batch = next(data)
+    data.close()
+    texts = [source_of(ahead, "train").text(i) for i in range(6)]
+    tokens = encode_text(assembled.tokenizers, texts)
+    made = [
+        conditioner(assembled.params, text, target=(16, 16))
+        for text in (tokens, {name: batch[name] for name in ("context", "pooled")})
+    ]
+    assert made[0]["context"].shape == (6, 6 + (16 if family == "sd3" else 0), 24)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *made)
+
+    check_encoded(assembled.config, assembled, ())
+    ahead.model.max_sequence_length = 8
+    longer = assemble(resolve(ahead))
+    with pytest.raises(UserError, match="text_encoder"):
+        check_encoded(longer.config, longer, ())
 
 
 @pytest.mark.parametrize("flip", [False, True])

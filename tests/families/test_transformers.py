@@ -13,7 +13,7 @@ from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.diffusion.guidance import SkipLayers
 from sdjax.errors import UserError
-from sdjax.families.conditioning import encode_text
+from sdjax.families.conditioning import encode_text, with_text_length
 from sdjax.sampling.generate import Drawing, make_generator
 from tests.families import torch_transformers
 
@@ -49,17 +49,6 @@ def made(request, torch_pipeline, tmp_path_factory):
     pipeline = make(torch_pipeline.tokenizer, folder / "t5")
     pipeline.save_pretrained(folder / "pipeline")
     return pipeline, folder / "pipeline", theirs, ours
-
-
-def sized(model):
-    """The model with as many tokens of T5 as the torch pipeline is asked for."""
-    length = torch_transformers.LENGTH
-    tokenizers = {
-        field: tokenizer.of_length(length) if tokenizer.title == "T5" else tokenizer
-        for field, tokenizer in model.tokenizers.items()
-    }
-    settings = {**model.settings, "max_sequence_length": length}
-    return dataclasses.replace(model, settings=settings, tokenizers=tokenizers)
 
 
 def params_of(pipeline):
@@ -111,7 +100,7 @@ def test_the_folder_draws_the_same_picture_in_torch_and_here(made, size):
             PROMPTS, height=height, width=width, latents=latents, num_inference_steps=4,
             max_sequence_length=torch_transformers.LENGTH, output_type="np", **theirs,
         ).images  # fmt: skip
-    model = sized(read_diffusers(folder))
+    model = with_text_length(read_diffusers(folder), torch_transformers.LENGTH, "it")
     sampler = dataclasses.replace(model.sampler, steps=4)
     generate = make_generator(model, Drawing(sampler, **ours))
     with jax.default_matmul_precision("highest"):
@@ -137,3 +126,11 @@ def test_networks_that_do_not_belong_together_are_named(made):
     networks = {k: v for k, v in model.networks.items() if k != "text_encoder"}
     with pytest.raises(UserError, match=r"model\.text_encoder is missing"):
         model.family.check(dataclasses.replace(model, networks=networks))
+
+
+def test_lengths_of_text_are_bounded_and_for_these_families(made, pipeline_folder):
+    _, folder, _, _ = made
+    with pytest.raises(UserError, match="--max_sequence_length is 1; expected 2 to 4096"):
+        with_text_length(read_diffusers(folder), 1, "it")
+    with pytest.raises(UserError, match="DIR is a model of SD1 and SD2"):
+        with_text_length(read_diffusers(pipeline_folder), 77, "DIR")
