@@ -24,7 +24,6 @@ from sdjax.train.monitoring.telemetry import (
     bucket_means,
     group_norms,
     squares,
-    squares_together,
     total_norm,
 )
 from sdjax.train.state import Optimization, State
@@ -143,7 +142,7 @@ def _advance(
     kept = jax.tree.map(
         lambda a, b: jnp.where(finite, a, b), (new, new_opt_state), (own, opt_state)
     )
-    moved = squares_together(updates)
+    moved = squares(updates)
     metrics = {
         "finite": finite,
         "loss": loss,
@@ -151,7 +150,7 @@ def _advance(
         "grad_norm": grad_norm,
         "grad_norms": group_norms(squares(grads)),  # which clipping computes too
         "update_norm": total_norm(moved),
-        **_relative(group_norms(moved), group_norms(squares_together(kept[0]))),
+        **_relative(group_norms(moved), group_norms(squares(kept[0]))),
     }
     return new, {**others, **kept[0]}, kept[1], metrics
 

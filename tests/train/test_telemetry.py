@@ -29,8 +29,7 @@ def rows(workdir) -> list[dict]:
 # ---- on the device ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("squares", [telemetry.squares, telemetry.squares_together])
-def test_group_norms(squares):
+def test_group_norms():
     rng = np.random.default_rng(0)
     shapes = {
         "unet.conv_in.kernel": (3, 3, 2, 4),
@@ -42,7 +41,7 @@ def test_group_norms(squares):
         "bare": (2,),
     }
     tree = {p: jnp.asarray(rng.normal(size=s), jnp.bfloat16) for p, s in shapes.items()}
-    norms = jax.jit(lambda tree: telemetry.group_norms(squares(tree)))(tree)
+    norms = jax.jit(lambda tree: telemetry.group_norms(telemetry.squares(tree)))(tree)
     groups = {
         "unet.conv_in": "unet.conv_in.",
         "unet.down_blocks.0": "unet.down_blocks.0",
@@ -55,9 +54,13 @@ def test_group_norms(squares):
         values = [np.asarray(v, np.float64).ravel() for p, v in tree.items() if p.startswith(start)]
         assert norms[group].dtype == jnp.float32
         np.testing.assert_allclose(norms[group], np.linalg.norm(np.concatenate(values)), rtol=1e-6)
-    deep = telemetry.group_norms(squares(tree), 3)
+    deep = telemetry.group_norms(telemetry.squares(tree), 3)
     assert "unet.down_blocks.0" in deep and "text_encoder.encoder.layers.0" in deep
-    assert set(telemetry.group_norms(squares(tree), 1)) == {"unet", "text_encoder", "bare"}
+    assert set(telemetry.group_norms(telemetry.squares(tree), 1)) == {
+        "unet",
+        "text_encoder",
+        "bare",
+    }
     total = np.linalg.norm(np.concatenate([np.asarray(v, np.float64).ravel()
                                            for v in tree.values()]))  # fmt: skip
     np.testing.assert_allclose(telemetry.total_norm(squares(tree)), total, rtol=1e-6)

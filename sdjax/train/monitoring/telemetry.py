@@ -40,23 +40,6 @@ def squares(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in tree.items()}
 
 
-def squares_together(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return `squares`, those of vectors of one length computed together.
-
-    A network has hundreds of biases and scales. A sum for each would be most of a program, which
-    takes the compiler long. Sums may differ from those of `squares` by rounding.
-    """
-    found = squares({path: leaf for path, leaf in tree.items() if leaf.ndim > 1})
-    alike: dict[int, list[str]] = collections.defaultdict(list)
-    for path, leaf in tree.items():
-        if leaf.ndim <= 1:
-            alike[leaf.size].append(path)
-    for paths in alike.values():
-        stacked = jnp.stack([tree[path].astype(jnp.float32).reshape(-1) for path in paths])
-        found |= dict(zip(paths, jnp.sum(jnp.square(stacked), axis=1), strict=True))
-    return found
-
-
 def total_norm(squares: Mapping[str, jax.Array]) -> jax.Array:
     """Return the L2 norm of all arrays from the `squares` of each."""
     return jnp.sqrt(jnp.sum(jnp.stack(list(squares.values()))))
