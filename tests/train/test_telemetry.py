@@ -63,7 +63,7 @@ def test_group_norms():
     }
     total = np.linalg.norm(np.concatenate([np.asarray(v, np.float64).ravel()
                                            for v in tree.values()]))  # fmt: skip
-    np.testing.assert_allclose(telemetry.total_norm(squares(tree)), total, rtol=1e-6)
+    np.testing.assert_allclose(telemetry.total_norm(telemetry.squares(tree)), total, rtol=1e-6)
 
 
 def test_bucket_means_add_up_over_micro_batches():
