@@ -192,17 +192,21 @@ def embed_prompts(
         tokens[field], weights[field] = (np.stack(arrays) for arrays in zip(*made, strict=True))
     conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
     encode = jax.jit(lambda *given: _weighted(conditioner, *given))
+    null = {field: jnp.asarray(row)[None] for field, row in conditioner.null.items()}
+    empty = jax.jit(lambda params: _repeated(conditioner.embed(params, null), count))
     parts = [
         encode(params, {f: x[i] for f, x in tokens.items()}, {f: x[i] for f, x in weights.items()})
-        for i in range(len(prompts))
+        if prompt
+        else empty(params)
+        for i, prompt in enumerate(prompts)
     ]
-    found = {name: np.stack([np.asarray(part[name]) for part in parts]) for name in parts[0]}
-    if model.settings.get("zero_empty_prompt"):
-        empty = np.array([prompt == "" for prompt in prompts])
-        found = {
-            f: np.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x) for f, x in found.items()
-        }
-    return {name: x.astype(np.float32) for name, x in found.items()}
+    return {name: np.stack([np.asarray(p[name], np.float32) for p in parts]) for name in parts[0]}
+
+
+def _repeated(features: Mapping[str, jax.Array], count: int) -> dict[str, jax.Array]:
+    """The features [1, ...] of the empty caption, by the rule of its family, for `count` chunks."""
+    context = jnp.tile(features["context"][0], (count, 1))  # [count * L, D]
+    return {name: x[0] for name, x in features.items()} | {"context": context}
 
 
 def _weighted(
