@@ -249,9 +249,9 @@ def _check_channels(setup: Setup) -> None:
     hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
     name = model.family.denoiser
     raise UserError(
-        f"model.{name} reads latents of {channels} channels and model.vae.latent_channels "
-        f"is {model.vae.latent_channels}: training takes equal numbers (an inpainting UNet of 9 "
-        f"can be loaded and converted, not trained){hint}"
+        f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} of latents, and "
+        f"model.vae.latent_channels is {model.vae.latent_channels}: training takes as many (an "
+        f"inpainting UNet of 9 can be drawn from and converted, not trained){hint}"
     )
 
 
