@@ -200,7 +200,7 @@ def features(tfds: Any, encoding: Encoding) -> Any:
     }
     if encoding.flipped:
         found["size_flipped"] = tfds.features.Tensor(shape=(4,), dtype=np.int32)
-    for field in moment_fields(encoding.encoded_images):
+    for field in named_images.moment_fields(encoding.encoded_images):
         for side in sides(encoding):
             found[f"{field}{side}"] = array()
     for name in encoding.kept_images:
@@ -219,11 +219,6 @@ def sides(encoding: Encoding) -> tuple[str, ...]:
     return ("", "_flipped")[: 1 + encoding.flipped]
 
 
-def moment_fields(names: Iterable[str]) -> tuple[str, ...]:
-    """The fields of moments: of the main picture and of those that are named."""
-    return ("moments", *(f"{name}_moments" for name in names))
-
-
 def example(
     record: Mapping[str, Any], encoding: Encoding, images: Iterable[NamedImage] = ()
 ) -> dict[str, Any]:
@@ -234,7 +229,8 @@ def example(
     embeddings are views of the record, in its dtype.
     """
     kinds = named_images.kinds_of(images)
-    others = moment_fields(name for name, kind in kinds.items() if kind == "picture")[1:]
+    pictures = [name for name, kind in kinds.items() if kind == "picture"]
+    others = named_images.moment_fields(pictures)[1:]
 
     def side(ending: str) -> dict[str, Any]:
         moments = {

@@ -83,3 +83,8 @@ def parse(text: str) -> NamedImage:
 def described(kinds: Mapping[str, str]) -> str:
     """Words for pictures by name: "control (condition), mask (mask)"."""
     return ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+
+
+def moment_fields(names: Iterable[str]) -> tuple[str, ...]:
+    """The fields of moments: of the main picture and of those that are named."""
+    return ("moments", *(f"{name}_moments" for name in names))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.config import Config
-from sdjax.data import encoded, transforms
+from sdjax.data import encoded, named_images, transforms
 from sdjax.data.config import DataError
 from sdjax.data.encoded import Encoding
 from sdjax.data.sources import Source
@@ -141,7 +141,7 @@ def _encode_some(
             print(f"left out: {error}", file=sys.stderr, flush=True)
             dropped.setdefault("cannot be read", []).append(f"example {index}")
     names = ("image", *job.encoding.encoded_images)
-    fields = zip(names, encoded.moment_fields(names[1:]), strict=True)
+    fields = zip(names, named_images.moment_fields(names[1:]), strict=True)
     for (name, field), side in itertools.product(fields, encoded.sides(job.encoding)):
         if loaded:
             images = np.stack([example.pop(f"{name}{side}") for example in loaded.values()])

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from sdjax.data import named_images, numbers
 from sdjax.data.config import DataConfig, is_encoded
-from sdjax.data.encoded import moment_fields
 from sdjax.errors import UserError
 from sdjax.methods.method import Setup
 
@@ -45,7 +44,7 @@ def picture_fields(
         small = side // vae.downscale
         moments = jax.ShapeDtypeStruct((small, small, 2 * vae.latent_channels), jnp.float32)
         pictures = [name for name, kind in kinds.items() if kind == "picture"]
-        latent = dict.fromkeys(moment_fields(pictures), moments)
+        latent = dict.fromkeys(named_images.moment_fields(pictures), moments)
         pixels = {name: pixels[name] for name, kind in kinds.items() if kind != "picture"}
     return latent | {
         name: jax.ShapeDtypeStruct((side, side, channels), jnp.float32)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.config import Config
-from sdjax.data.encoded import moment_fields
+from sdjax.data.named_images import moment_fields
 from sdjax.families.registry import FAMILIES
 from sdjax.methods.method import Method
 from sdjax.models import placement
