@@ -93,13 +93,13 @@ def test_where_there_is_no_compiler_the_plan_is_an_estimate(tmp_path):
 # Attention, products and convolutions, forward and back. In a process without other devices.
 EVERY = """
 import jax, jax.numpy as jnp
-from sdjax.models import kernels
+from sdjax.models.kernels.choice import cudnn_attention
 from sdjax.parallel import chips
 from sdjax.parallel.activations import kernels_of
 from sdjax.planning import gpus, topologies
 
 def loss(q, w):
-    x = kernels.cudnn_attention(q, q, q)
+    x = cudnn_attention(q, q, q)
     x = jax.lax.conv_general_dilated(
         x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return jnp.sum(x.astype(jnp.float32) ** 2)
