@@ -23,11 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     """Become the verb's own process; or an exit code: 0 for --help, 2 for a wrong verb."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
+        return _say(_help())
     if argv[0] == "--version":
-        print(f"sdjax {importlib.metadata.version('sdjax')}")
-        return 0
+        return _say(f"sdjax {importlib.metadata.version('sdjax')}")
     verb, *options = argv
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
@@ -35,6 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: sdjax has no verb {verb!r}; {hint}", file=sys.stderr)
         return 2
     os.execv(sys.executable, [sys.executable, "-m", f"sdjax.{verb}", *options])
+
+
+def _say(text: str) -> int:
+    """Print; a reader such as `head` may have seen enough before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+    return 0
 
 
 def _help() -> str:

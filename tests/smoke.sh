@@ -14,7 +14,8 @@ cd "$work"
 
 "$python" -c 'import sdjax, sys; assert sdjax.__file__.startswith(sys.prefix), sdjax.__file__'
 "$sdjax" --version
-"$sdjax" --help | grep --quiet evaluate
+"$sdjax" --help >help.txt
+grep --quiet evaluate help.txt
 few=(--config.data.data_dir="$work/data" --config.data.shapes_train=64 --config.data.shapes_test=16)
 "$python" -m sdjax.main --config=base --dry_run "${few[@]}" >dry_run.txt
 grep --quiet resolution dry_run.txt

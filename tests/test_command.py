@@ -1,7 +1,9 @@
 """The command `sdjax VERB`, recipes by name, and what a wheel holds."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -32,6 +34,18 @@ def test_verbs_are_the_modules_that_are_programs():
         file.stem for file in PACKAGE.glob("*.py") if '__name__ == "__main__"' in file.read_text()
     }
     assert set(command.VERBS) == programs - {"__main__"}
+
+
+def test_help_whose_reader_is_gone_ends_in_silence():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "sdjax"], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(writer)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_command_becomes_the_verb_with_its_options(monkeypatch):
