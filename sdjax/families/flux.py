@@ -129,6 +129,14 @@ def context(
     return {**features, GUIDANCE: batch.get(GUIDANCE, jnp.full(count, TRAINED_GUIDANCE))}
 
 
+def pipeline_class(model: Model) -> str:
+    """Return the class of diffusers that draws with a model; Kontext has the shape of dev."""
+    transformer = model.networks["transformer"]
+    added = transformer.added_channels
+    kind = "" if added == 0 else "Control" if added == transformer.latent_channels else "Fill"
+    return f"Flux{kind}Pipeline"
+
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
@@ -145,7 +153,7 @@ FLUX = Family(
     pipelines=tuple(
         f"Flux{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Fill", "Control", "Kontext")
     ),
-    pipeline_class=lambda model: "FluxPipeline",
+    pipeline_class=pipeline_class,
     index=lambda model: {"image_encoder": [None, None], "feature_extractor": [None, None]},
     settings_of_index=lambda index: {},
     # The pipelines give levels of their own, from 1 to 1 / steps.

@@ -147,7 +147,8 @@ def embed(
     if T5 in networks.configs:
         t5 = networks.module(T5, params)(tokens[PARTS[T5].tokens])
     else:
-        t5 = jnp.zeros((len(clip), networks.settings["max_sequence_length"], width), clip.dtype)
+        length = networks.settings.get("max_sequence_length", SD3Config.max_sequence_length)
+        t5 = jnp.zeros((len(clip), length, width), clip.dtype)
     return {
         "context": jnp.concatenate([clip, t5], axis=1),  # [B, L + max_sequence_length, width]
         "pooled": jnp.concatenate(pooled, axis=-1),
@@ -164,6 +165,13 @@ def context(
 ) -> Context:
     """Return the features, which are all that the transformer reads; see `MakeContext`."""
     return features
+
+
+def pipeline_class(model: Model) -> str:
+    """Return the class of diffusers that draws with a model."""
+    transformer = model.networks["transformer"]
+    inpaints = transformer.in_channels != transformer.out_channels
+    return f"StableDiffusion3{'Inpaint' if inpaints else ''}Pipeline"
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -188,7 +196,7 @@ SD3 = Family(
     features=("context", "pooled"),
     numbers={},
     pipelines=tuple(f"StableDiffusion3{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
-    pipeline_class=lambda model: "StableDiffusion3Pipeline",
+    pipeline_class=pipeline_class,
     index=index,
     settings_of_index=lambda index: {},
     scheduler_changes=lambda pipeline: {},

@@ -55,7 +55,7 @@ def inpainting_channels(model: Model) -> int:
         UserError: it reads channels that drawing does not know.
     """
     latent, config = model.vae.latent_channels, model.denoiser
-    added = _read_channels(config) - latent
+    added = model.family.latent_channels(config) - latent
     known: dict[type, int] = {UNetConfig: latent + 1}
     if model.vae.downscale == MASK_SIDE:
         known[FluxConfig] = latent + MASK_SIDE**2
@@ -66,12 +66,6 @@ def inpainting_channels(model: Model) -> int:
             "take such a model"
         )
     return added
-
-
-def _read_channels(denoiser: Any) -> int:
-    """The channels of latents that a denoiser reads, added ones included."""
-    added = getattr(denoiser, "added_channels", 0)
-    return getattr(denoiser, "latent_channels", denoiser.in_channels) + added
 
 
 def initial_state(picture: Picture, noise: jax.Array, plan: SolverPlan) -> tuple[jax.Array, bool]:

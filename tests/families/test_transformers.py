@@ -13,7 +13,10 @@ from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.diffusion.guidance import SkipLayers
 from sdjax.errors import UserError
-from sdjax.families.conditioning import encode_text, with_text_length
+from sdjax.families.conditioning import encode_text, make_conditioner, with_text_length
+from sdjax.families.flux import FLUX
+from sdjax.families.registry import model_of
+from sdjax.families.sd3 import SD3
 from sdjax.sampling.generate import Drawing, make_generator
 from tests.families import torch_transformers
 
@@ -134,3 +137,25 @@ def test_lengths_of_text_are_bounded_and_for_these_families(made, pipeline_folde
         with_text_length(read_diffusers(folder), 1, "it")
     with pytest.raises(UserError, match="DIR is a model of SD1 and SD2"):
         with_text_length(read_diffusers(pipeline_folder), 77, "DIR")
+
+
+def test_a_folder_says_no_length_and_gets_that_of_its_pipelines(made):
+    pipeline, folder, _, _ = made
+    model = read_diffusers(folder)
+    expected = 512 if isinstance(pipeline, diffusers.FluxPipeline) else 16 + 256
+    shapes = make_conditioner(model, model.tokenizers).embedding()
+    assert shapes["context"].shape == (expected, 24)
+
+
+@pytest.mark.parametrize(
+    "family, preset, name",
+    [
+        (FLUX, "dev", "FluxPipeline"),
+        (FLUX, "fill", "FluxFillPipeline"),
+        (FLUX, "control", "FluxControlPipeline"),
+        (SD3, "sd35_medium", "StableDiffusion3Pipeline"),
+    ],
+)
+def test_what_is_written_names_the_pipeline_that_draws_with_it(family, preset, name):
+    assert family.pipeline_class(model_of(family.presets[preset])) == name
+    assert hasattr(diffusers, name) and name in family.pipelines
