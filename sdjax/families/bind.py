@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sdjax.families.family import Model, Networks, Part
+from sdjax.families.family import Change, Model, Networks, Part
 from sdjax.models import weights
 from sdjax.models.params import prefixed
 from sdjax.models.products import cast_first
@@ -21,7 +22,7 @@ def bind(
     dtype: str = "float32",
     remat: str = "none",
 ) -> Networks:
-    """Build networks of a model, without arrays.
+    """Build networks of a model, with its changes, without arrays.
 
     Args:
         names: which networks, in the family's order; by default all that the model has.
@@ -32,14 +33,15 @@ def bind(
     graphs: dict[str, Any] = {}
     abstract: dict[str, jax.ShapeDtypeStruct] = {}
     dtypes: dict[str, Any] = {}
+    makers = {name: _maker(model, name) for name in chosen}
     for name, config in chosen.items():
-        network = model.family.parts[name].network
-        graphs[name], own = weights.abstract(network, config, dtype=jnp.dtype(dtype), remat=remat)
+        options = {"dtype": jnp.dtype(dtype), "remat": remat}
+        graphs[name], own = weights.abstract(makers[name], config, **options)
         abstract |= prefixed(own, name)
         dtypes |= prefixed(cast_first(weights.merge(graphs[name], own)), name)
     family, settings = model.family, model.settings
     denoiser = model.networks.get(family.denoiser)
-    return Networks(family, chosen, family.parts, settings, denoiser, graphs, abstract, dtypes)
+    return Networks(family, chosen, makers, settings, denoiser, graphs, abstract, dtypes)
 
 
 def abstract_params(part: Part, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -50,3 +52,23 @@ def abstract_params(part: Part, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
 def _in_order(model: Model) -> dict[str, Any]:
     """{name: config} in the family's order, whatever the order they were read in."""
     return {name: model.networks[name] for name in model.family.parts if name in model.networks}
+
+
+def _maker(model: Model, name: str) -> Any:
+    network = model.family.parts[name].network
+    return _Changed(name, network, model.changes) if model.changes else network
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """Makes a network and changes it; hashable, so that its graph is built once."""
+
+    name: str
+    network: Any
+    changes: tuple[Change, ...]
+
+    def __call__(self, config: Any, *, rngs: Any, **options: Any) -> Any:
+        network = self.network(config, rngs=rngs, **options)
+        for change in self.changes:
+            change(self.name, network, rngs)
+        return network

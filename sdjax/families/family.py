@@ -184,6 +184,22 @@ class Family:
         return {name: part for name, part in self.parts.items() if part.tokens}
 
 
+class Change(Protocol):
+    """Gives a network parameters of its own besides those of its files: factors of adapters.
+
+    It is hashable, and changes nothing of the parameters that the network has.
+    """
+
+    def __call__(self, name: str, network: Any, rngs: Any) -> None:
+        """Change a network in place, just after it was made.
+
+        Args:
+            name: of the network, as "unet".
+            network: the nnx module; its parameters may have no values.
+            rngs: gives a key for each draw by `rngs.params()`.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """Networks of a family and what they were trained with; what a folder lacks is not there.
@@ -198,6 +214,7 @@ class Model:
     tokenizers: {field of a batch: the tokenizer that fills it}, one for each text encoder.
     params: {path: float32 array}, paths start with the network, as in `unet.conv_in.bias`.
     ignored: fields and parts of the folder that were not used, for the log.
+    changes: made to every network that `bind` builds; none in what folders hold.
     """
 
     family: Family
@@ -211,6 +228,7 @@ class Model:
     tokenizers: Mapping[str, TextTokenizer] = dataclasses.field(default_factory=dict)
     params: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def denoiser(self) -> Any:
@@ -264,7 +282,7 @@ class Model:
 class Networks:
     """Some networks of a model, ready to be given parameters.
 
-    configs, parts, graphs: by name.
+    configs, makers, graphs: by name; a maker gives the network of (config, rngs=, ...).
     settings: the family's own.
     denoiser: the config of the model's denoiser, which need not be one of these; None if the model
         has none.
@@ -274,7 +292,7 @@ class Networks:
 
     family: Family
     configs: Mapping[str, Any]
-    parts: Mapping[str, Part]
+    makers: Mapping[str, Any]
     settings: Mapping[str, Any]
     denoiser: Any
     graphs: Mapping[str, Any]
@@ -289,6 +307,6 @@ class Networks:
         """Return parameters drawn anew, {path: float32} (jittable)."""
         params: Params = {}
         for i, (name, config) in enumerate(self.configs.items()):
-            own = weights.init(self.parts[name].network, config, jax.random.fold_in(key, i))
+            own = weights.init(self.makers[name], config, jax.random.fold_in(key, i))
             params |= prefixed(own, name)
         return params

@@ -16,6 +16,7 @@ from sdjax.families.family import Model
 from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
+from sdjax.system import paths
 
 Batch = Mapping[str, jax.Array]
 Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
@@ -92,6 +93,20 @@ class Adjust(Protocol):
         """
 
 
+class Export(Protocol):
+    """Writes what a run has made, where that is no pipeline of diffusers."""
+
+    def __call__(
+        self, model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
+    ) -> dict[str, paths.Path]:
+        """Write into a workdir; return {label for the last screen: file or folder}.
+
+        Args:
+            model: of the run, without parameters.
+            trained: {path: float32 array} of what the method trains, the average if there is one.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """Fixed examples to look at while training."""
@@ -138,6 +153,7 @@ class Method:
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
+    export: see `Export`; None writes DIR/diffusers of all networks.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -152,6 +168,7 @@ class Method:
     pictures: Pictures
     numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
+    export: Export | None = None
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )

@@ -226,7 +226,7 @@ def _weighted(
     for name, config in networks.configs.items():
         state = features["context"][..., start : start + config.hidden_size]  # [chunks, L, D]
         start += config.hidden_size
-        weighted = state * weights[networks.parts[name].tokens][..., None]
+        weighted = state * weights[networks.family.parts[name].tokens][..., None]
         mean = lambda x: x.mean((1, 2), keepdims=True)  # noqa: E731
         states.append(weighted * (mean(state) / mean(weighted)))
     context = jnp.concatenate(states, axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def finish(
     """Last pictures, score, diffusers folder, and the last screen; whether pictures are finite."""
     step = int(state["step"])
     picture = observers.draw(step, state, frozen, telemetry)
-    params = {**frozen, **evaluated_params(state)}
+    trained = evaluated_params(state)
+    params = {**frozen, **trained}
     score_line, finite = "", picture is not None
     try:
         if finite:
@@ -54,10 +56,15 @@ def finish(
     except FloatingPointError as error:
         telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
         finite = False
-    exported = None
+    exported: dict[str, paths.Path] = {}
     # What follows from the weights, as the scale of latents, would be NaN too.
     if config.train.export and (finite or method.adjust is None):
-        exported = export(config, method, assembled, params, folder, telemetry)
+        if method.export is None:
+            exported = export(config, method, assembled, params, folder, telemetry)
+        else:
+            own = _on_first(trained)
+            if jax.process_index() == 0:
+                exported = method.export(model_of_run(config, assembled.tokenizers), own, folder)
     observers.report(telemetry)
     telemetry.close()
     if jax.process_index() == 0:
@@ -92,8 +99,8 @@ def export(
     params: Params,
     folder: paths.Path,
     telemetry: Telemetry,
-) -> paths.Path | None:
-    """Write DIR/diffusers: a pipeline, or the one folder of a network; None if there is none.
+) -> dict[str, paths.Path]:
+    """Write DIR/diffusers, a pipeline or the one folder of a network; {"diffusers": it}, or {}.
 
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
     """
@@ -107,17 +114,17 @@ def export(
         config = dataclasses.replace(config, model=method.adjust(config.model, params, images))
         write_config(folder, config)  # who starts from this workdir needs what was set too
     if jax.process_index() != 0:
-        return path
+        return {}
     try:
         host |= _rounded(config, params, folder)
     except ModelError as error:
         telemetry.message(f"no diffusers folder is written: {error}")
-        return None
+        return {}
     model = model_of_run(config, assembled.tokenizers, host, assembled.scheduler)
     if not model.networks:
-        return None
+        return {}
     write_diffusers(path, model, overwrite=True)
-    return path
+    return {"diffusers": path}
 
 
 def _rounded(config: Config, params: Params, folder: paths.Path) -> dict[str, np.ndarray]:
@@ -143,7 +150,7 @@ def last_screen(
     config: Config,
     folder: paths.Path,
     picture: paths.Path | None,
-    exported: paths.Path | None,
+    exported: Mapping[str, paths.Path],
     score_line: str,
     step: int,
     selection: Selection,
@@ -162,8 +169,7 @@ def last_screen(
     if selection.step is not None:
         best = folder / "checkpoints" / str(selection.step)
         rows.append(("best", f"{best}  ({selection.metric} {selection.value:.4f})"))
-    if exported is not None:
-        rows.append(("diffusers", exported))
+    rows += exported.items()
     if config.draws:
         prompt = "a large red circle above a small blue square"
         if config.data.name != "captioned_shapes":
