@@ -134,6 +134,13 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
     return Assembled(config, {}, tokenizers, tuple(notes), read_scheduler(folder))
 
 
+def begin(assembled: Assembled, method: Method, saved: Config | None) -> Assembled:
+    """Add to what was loaded what follows from it; a run that goes on has it all."""
+    if saved is not None:
+        return assembled
+    return dataclasses.replace(assembled, params=assembled.params | method.start(assembled.params))
+
+
 def _decided_then(config: Config, saved: Config) -> Config:
     """Return the configuration with what folders, tokenizers and a VAE's end decided at first."""
     replace = dataclasses.replace
