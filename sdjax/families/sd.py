@@ -173,6 +173,9 @@ def index(model: Model) -> dict[str, Any]:
     skip = model.settings.get("clip_skip", 1)
     return {
         **({CLIP_SKIP: skip} if skip != 1 else {}),
+        # The pipeline for inpainting refuses an index without a version above 0.5.1
+        # (pipeline_loading_utils.py, _maybe_raise_warning_for_inpainting).
+        **({"_diffusers_version": "0.6.0"} if inpaints(model) else {}),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.diffusion.guidance import SkipLayers
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
     ObjectiveConfig,
@@ -23,15 +21,16 @@ from sdjax.diffusion.prediction import add_noise, target
 from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.conditioning import Conditioner, encode_text, make_conditioner
+from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import Context, Networks
-from sdjax.methods.fields import number_fields, picture_fields, weight_field
+from sdjax.methods.drawings import caption_pictures
+from sdjax.methods.fields import Fields, number_fields, picture_fields, weight_field
+from sdjax.methods.inputs import Inputs
 from sdjax.methods.method import (
     Aux,
     Averages,
     Batch,
     Draw,
-    Examples,
     Kind,
     Method,
     MethodConfig,
@@ -42,7 +41,6 @@ from sdjax.methods.method import (
 from sdjax.models import capture
 from sdjax.models.params import Params, component
 from sdjax.models.vae import sample_moments, scale_latents
-from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
 LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
@@ -59,12 +57,18 @@ class DenoiseConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
-    """The losses of a model. Parameters are those of all its networks together."""
+    """The losses of a model. Parameters are those of all its networks together.
+
+    inputs: what the denoiser reads beside the noisy latents; None for nothing.
+    mask: the picture of a batch that multiplies the loss, if the batch has it.
+    """
 
     setup: Setup
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    inputs: Inputs | None = None
+    mask: str = MASK
 
     def loss(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
@@ -73,7 +77,10 @@ class LatentDiffusion:
         every = {**frozen, **trained}
         key, keys, positions, batch_size = draw
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        denoiser = self._denoiser(every)
+        beside = self._beside(every, batch, keys)
+        if self.inputs is not None:
+            beside = self.inputs.drop(beside, keys)
+        denoiser = self._denoiser(every, beside)
         x0 = self._latents(every, batch, keys)
         objective = self.setup.objective
         captions = self.conditioner.drop(
@@ -98,7 +105,7 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> jax.Array:
         """Losses [b, n] at n timesteps, of the plain objective; see `Method.validate`."""
-        denoiser = self._denoiser(every)
+        denoiser = self._denoiser(every, self._beside(every, batch, keys))
         x0 = self._latents(every, batch, keys)
         context = self._context(every, self._captions(every, batch, keys), x0)
         plain, mask = plain_objective(self.setup.objective), self._mask(batch)
@@ -124,7 +131,7 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """Return the error of the output as each type of prediction; see `Method.predictions`."""
-        denoiser = self._denoiser(every)
+        denoiser = self._denoiser(every, self._beside(every, batch, keys))
         x0 = self._latents(every, batch, keys)
         context = self._context(every, self._captions(every, batch, keys), x0)
 
@@ -154,10 +161,25 @@ class LatentDiffusion:
         eps = normal_like(fold_keys(keys, STRATA), x0)
         xt = add_noise(x0, eps, *schedule_at(self.schedule, t))
         context = self._context(every, self._captions(every, batch, keys), x0)
+        if self.inputs is not None:
+            xt = jnp.concatenate([xt, self._beside(every, batch, keys)], axis=-1)
         return capture.maxima(plain.graphs[name], component(every, name), xt, t, context)
 
-    def _denoiser(self, every: Params):
-        return self.networks.module(self.setup.model.family.denoiser, every)
+    def _denoiser(self, every: Params, beside: jax.Array | None) -> Any:
+        """(xt, t, context) -> prediction, with the channels beside xt."""
+        network = self.networks.module(self.setup.model.family.denoiser, every)
+        if beside is None:
+            return network
+
+        def denoise(xt: jax.Array, t: jax.Array, context: Context, **options: Any) -> jax.Array:
+            return network(jnp.concatenate([xt, beside], axis=-1), t, context, **options)
+
+        return denoise
+
+    def _beside(self, every: Params, batch: Batch, keys: jax.Array) -> Any:
+        if self.inputs is None:
+            return None
+        return jax.lax.stop_gradient(self.inputs.make(self.networks, every, batch, keys))
 
     def _latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         vae_config = self.setup.model.vae
@@ -168,7 +190,9 @@ class LatentDiffusion:
 
     def _mask(self, batch: Batch) -> jax.Array | None:
         """The mask on the grid of the latents, [b, h, w, 1]; None if the batch has none."""
-        return area_mean(batch[MASK], self.setup.model.vae.downscale) if MASK in batch else None
+        if self.mask not in batch:
+            return None
+        return area_mean(batch[self.mask], self.setup.model.vae.downscale)
 
     def _context(
         self, every: Params, batch: Batch, x0: jax.Array, key: jax.Array | None = None
@@ -200,13 +224,32 @@ def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the networks of a model; see `LatentDiffusion`.
+    """Bind the method to the networks of a model; see `bound`."""
+    pictures = caption_pictures(setup)
+    return bound(setup, images=picture_fields(setup, optional={MASK: "mask"}), pictures=pictures)
+
+
+def bound(
+    setup: Setup,
+    *,
+    images: Fields,
+    pictures: Pictures,
+    inputs: Inputs | None = None,
+    mask: str = MASK,
+    gallery: bool = False,
+) -> Method:
+    """Bind the training of a denoiser to the networks of a model; see `LatentDiffusion`.
+
+    Args:
+        images: the fields of one example's pictures, see `picture_fields`.
+        pictures, gallery: see `Method.pictures` and `Method.reads_pictures`.
+        inputs, mask: see `LatentDiffusion`.
 
     Raises:
-        UserError: the networks do not belong together, or the denoiser takes more than latents.
+        UserError: the networks do not belong together, or the denoiser takes other channels.
     """
     model, data = setup.model, setup.data
-    _check_channels(setup)
+    _check_channels(setup, inputs.count if inputs else 0)
     if data.text_embeddings and setup.objective.encoder_dropout:
         raise UserError(
             f"objective.encoder_dropout is {setup.objective.encoder_dropout} with "
@@ -215,8 +258,9 @@ def make(setup: Setup) -> Method:
     conditioner = make_conditioner(model, model.tokenizers, dtype=setup.dtype, remat=setup.remat)
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
-    diffusion = LatentDiffusion(setup, networks, conditioner, make_schedule(model.schedule))
-    example = picture_fields(setup, optional={MASK: "mask"})
+    schedule = make_schedule(model.schedule)
+    diffusion = LatentDiffusion(setup, networks, conditioner, schedule, inputs, mask)
+    example = dict(images)
     if data.text_embeddings:
         example |= conditioner.embedding()
     else:
@@ -235,62 +279,31 @@ def make(setup: Setup) -> Method:
             diffusion.predictions if setup.objective.prediction_type in CONFUSED else None
         ),
         timesteps=diffusion.timesteps,
-        pictures=_pictures(setup),
+        pictures=pictures,
+        reads_pictures=gallery,
         dtypes=networks.dtypes,
         numbers=model.family.numbers,
     )
 
 
-def _check_channels(setup: Setup) -> None:
+def _check_channels(setup: Setup, added: int) -> None:
+    """Check that the denoiser reads latents and `added` channels."""
     model = setup.model
     channels = model.family.latent_channels(model.denoiser)
-    if channels == model.vae.latent_channels:
+    latent = model.vae.latent_channels
+    if channels == latent + added:
         return
     hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
-    name = model.family.denoiser
+    name, method = model.family.denoiser, setup.config.name
+    others = {2 * latent + 1: "inpaint", 2 * latent: "edit"}
+    if not added and channels in others:
+        hint = f"; method.name={others[channels]} trains networks of so many"
+    wanted = f"{latent} + {added}" if added else f"{latent}"
     raise UserError(
-        f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} of latents, and "
-        f"model.vae.latent_channels is {model.vae.latent_channels}: training takes as many (an "
-        f"inpainting UNet of 9 can be drawn from and converted, not trained){hint}"
+        f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} channels of "
+        f"latents and what is beside them, and model.vae.latent_channels is {latent}: method "
+        f"{method!r} takes {wanted}{hint}"
     )
-
-
-def _pictures(setup: Setup) -> Pictures:
-    """Drawing of captions, as `config.sample` says."""
-    sample, model, side = setup.sample, setup.model, setup.data.resolution
-
-    @functools.cache
-    def generator(guided: bool):
-        guidance = sample.guidance if guided else 1.0
-        drawing = Drawing(
-            sample.sampler,
-            guidance,
-            sample.guidance_rescale,
-            embedded_guidance=sample.embedded_guidance,
-            skip=sample.skip if guided else SkipLayers(),
-        )
-        return make_generator(model, drawing, dtype=setup.dtype)
-
-    generator(True)  # a sampler that does not fit is an error now
-    shape = latent_shape(model, side, side)
-    tokens = encode_text(model.tokenizers, [sample.negative_prompt])
-    negative = {field: rows[0] for field, rows in tokens.items()}
-
-    def pictures(
-        params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
-    ) -> np.ndarray:
-        images, _ = draw(
-            generator(guided),
-            params,
-            examples.tokens,
-            negative,
-            shape=shape,
-            seed=seed,
-            batch_size=64,
-        )
-        return images
-
-    return pictures
 
 
 DENOISE = Kind(

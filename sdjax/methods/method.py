@@ -114,6 +114,7 @@ class Examples:
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
     tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+    named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # as in a batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,6 +153,7 @@ class Method:
         if it is taken for that}, of "epsilon" and "v_prediction"; None where it is neither.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
+    reads_pictures: whether `pictures` takes those of the examples, where prompts are given too.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
     export: see `Export`; None writes DIR/diffusers of all networks.
     start: {path: array} of what was loaded -> {path: float32 array} of what follows from it, such
@@ -168,6 +170,7 @@ class Method:
     maxima: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None
     timesteps: Callable[[int], np.ndarray]
     pictures: Pictures
+    reads_pictures: bool = False
     numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
     export: Export | None = None
@@ -225,6 +228,9 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    beside: channels of latents -> how many more the denoiser reads; networks that read latents
+        alone are widened when they are loaded.
+    sample: options that `sdjax.sample` needs besides prompts, for the last screen.
     """
 
     config: type
@@ -232,3 +238,5 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    beside: Callable[[int], int] = lambda latent: 0
+    sample: str = ""

@@ -176,7 +176,8 @@ def last_screen(
             prompt = "..."
         draw = shlex.join([python, "-m", "sdjax.sample", f"--model={folder}", "--output=out"])
         convert = [python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder"]
-        rows.append(("draw", f'{draw} --prompts="{prompt}"'))
+        needed = METHODS[config.method.name].sample
+        rows.append(("draw", f'{draw} --prompts="{prompt}" {needed}'.rstrip()))
         rows.append(("convert", shlex.join(convert)))
     elif field := METHODS[config.method.name].used_by:
         rows.append(("use it", shlex.quote(f"--config.{field}={folder}")))

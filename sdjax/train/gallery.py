@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from sdjax.config import Config
-from sdjax.data import pipeline, transforms
+from sdjax.data import named_images, pipeline, transforms
+from sdjax.data.batches import as_floats
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.families.conditioning import encode_text
 from sdjax.methods.method import Examples, Method
@@ -29,18 +30,33 @@ def read_examples(config: Config, tokenizers: Mapping[str, TextTokenizer], count
     side = config.data.resolution
     rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
     captions, images = [], []
+    named: dict[str, list[np.ndarray]] = {image.name: [] for image in config.data.images}
     for source, i in itertools.islice((turn for row in turns for turn in row if turn), count):
         example = source[i]
         captions.append(example["text"])
         if "image" not in example:  # encoded ahead, and drawing takes captions alone
             images.append(np.zeros((side, side, 3), np.float32))
             continue
-        images.append(
-            transforms.prepare(
-                example["image"], rng, height=side, width=side, crop="center", flip=False
-            ).image
-        )
-    return Examples(tuple(captions), np.stack(images), encode_text(tokenizers, captions))
+        prepared = transforms.prepare(
+            example["image"], rng, height=side, width=side, crop="center", flip=False,
+            images=example["images"],
+        )  # fmt: skip
+        images.append(prepared.image)
+        for name, picture in prepared.images.items():
+            named[name].append(picture)
+    tokens = encode_text(tokenizers, captions)
+    fields = {name: np.stack(rows) for name, rows in named.items() if rows}
+    others = as_floats(fields, named_images.kinds_of(config.data.images))
+    return Examples(tuple(captions), np.stack(images), tokens, others)
+
+
+def _with_prompts(
+    examples: Examples, prompts: tuple[str, ...], tokens: Mapping[str, np.ndarray]
+) -> Examples:
+    """The pictures of examples, from the first again where there are too few, with prompts."""
+    rows = np.arange(len(prompts)) % len(examples.images)
+    named = {name: pictures[rows] for name, pictures in examples.named.items()}
+    return Examples(prompts, examples.images[rows], tokens, named)
 
 
 class Gallery:
@@ -67,6 +83,12 @@ class Gallery:
     def _get_examples(self) -> Examples:
         sample, side = self._config.sample, self._config.data.resolution
         prompts = ("",) * sample.count if self._blind else sample.prompts
+        if prompts and self._tokenizers and self._method.reads_pictures:
+            return _with_prompts(
+                read_examples(self._config, self._tokenizers, len(prompts)),
+                prompts,
+                encode_text(self._tokenizers, prompts),
+            )
         if prompts and self._tokenizers:
             images = np.zeros((len(prompts), side, side, 3), np.float32)
             return Examples(prompts, images, encode_text(self._tokenizers, prompts))

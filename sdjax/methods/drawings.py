@@ -1,0 +1,90 @@
+"""Pictures of captions while training, drawn as `config.sample` says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from sdjax.diffusion.guidance import SkipLayers
+from sdjax.families.conditioning import encode_text
+from sdjax.methods.method import Examples, Pictures, Setup
+from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
+
+
+class DrawCaptions(Protocol):
+    """Draws captions, as `config.sample` says."""
+
+    def __call__(
+        self,
+        params: Mapping[str, jax.Array],
+        examples: Examples,
+        seed: int,
+        *,
+        guided: bool,
+        picture: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        """Return uint8 [N, H, W, 3]; picture: see `sampling.start`."""
+
+
+def make_drawing(setup: Setup, **guidance: Any) -> DrawCaptions:
+    """Return what draws captions with the networks of a setup.
+
+    Args:
+        guidance: of `Drawing`, for pictures that are guided.
+    """
+    sample, model, side = setup.sample, setup.model, setup.data.resolution
+
+    @functools.cache
+    def generator(guided: bool):
+        drawing = Drawing(
+            sample.sampler,
+            sample.guidance if guided else 1.0,
+            sample.guidance_rescale,
+            embedded_guidance=sample.embedded_guidance,
+            skip=sample.skip if guided else SkipLayers(),
+            **(guidance if guided else {}),
+        )
+        return make_generator(model, drawing, dtype=setup.dtype)
+
+    generator(True)  # a sampler that does not fit is an error now
+    shape = latent_shape(model, side, side)
+    tokens = encode_text(model.tokenizers, [sample.negative_prompt])
+    negative = {field: rows[0] for field, rows in tokens.items()}
+
+    def drawn(
+        params: Mapping[str, jax.Array],
+        examples: Examples,
+        seed: int,
+        *,
+        guided: bool,
+        picture: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        images, _ = draw(
+            generator(guided),
+            params,
+            examples.tokens,
+            negative,
+            shape=shape,
+            seed=seed,
+            batch_size=64,
+            picture=picture,
+        )
+        return images
+
+    return drawn
+
+
+def caption_pictures(setup: Setup) -> Pictures:
+    """Return what draws captions alone."""
+    drawn = make_drawing(setup)
+
+    def pictures(
+        params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
+    ) -> np.ndarray:
+        return drawn(params, examples, seed, guided=guided, picture={})
+
+    return pictures
