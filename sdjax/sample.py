@@ -134,6 +134,7 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
     from sdjax.data.numbers import of_geometry
+    from sdjax.sampling.start import EDIT, reads_picture
 
     if model.missing():
         raise UserError(
@@ -144,6 +145,11 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         raise UserError(
             f"--embedded_guidance is for FLUX.1-dev and its kin; {name} reads no "
             "guidance, --guidance is what it takes"
+        )
+    if args.image_guidance is not None and reads_picture(model) != EDIT:
+        raise UserError(
+            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
+            "none, leave it out"
         )
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
@@ -278,7 +284,11 @@ def _refining(args: argparse.Namespace) -> dict[str, Any]:
 
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
     """The settings that few families have."""
+    from sdjax.sampling.start import EDIT, reads_picture
+
     found: dict[str, Any] = {}
+    if reads_picture(model) == EDIT:
+        found["image_guidance"] = drawing.image_guidance
     if model.family.reads_guidance(model.networks):
         found["embedded_guidance"] = drawing.embedded_guidance
     if "max_sequence_length" in model.settings:
@@ -335,7 +345,9 @@ def sample(args: argparse.Namespace) -> str:
         images, seen = request.draw([look.callback for look in looks.values()])
         settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            own = picture_settings(args.init_image, args.mask_image, args.strength, i)
+            own = picture_settings(
+                request.model, args.init_image, args.mask_image, args.strength, i
+            )
             about = {"prompt": prompt, "number": i, **settings, **own}
             save_png(output / f"{i:05d}.png", image, about)
             for look, states in zip(looks.values(), seen, strict=True):

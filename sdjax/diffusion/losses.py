@@ -156,9 +156,14 @@ def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(draw)(keys).reshape(x.shape)
 
 
+def caption_draws(keys: jax.Array) -> jax.Array:
+    """The number in [0, 1) that decides whether an example loses its caption, float32 [b]."""
+    return jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION))
+
+
 def dropped_captions(keys: jax.Array, rate: float) -> jax.Array:
     """Whether each example trains without its caption, bool [b], true with probability `rate`."""
-    return jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION)) < rate
+    return caption_draws(keys) < rate
 
 
 def drop_captions(

@@ -12,7 +12,7 @@ import numpy as np
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.families.config import ModelConfig
-from sdjax.families.family import Model
+from sdjax.families.family import Change, Family, Model
 from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
@@ -231,6 +231,8 @@ class Kind:
     beside: channels of latents -> how many more the denoiser reads; networks that read latents
         alone are widened when they are loaded.
     sample: options that `sdjax.sample` needs besides prompts, for the last screen.
+    changes: (its group, the family) -> `Model.changes` of a run.
+    folded: a run's model with its parameters -> the same one without changes, as others read it.
     """
 
     config: type
@@ -240,3 +242,5 @@ class Kind:
     used_by: str = "init_from"
     beside: Callable[[int], int] = lambda latent: 0
     sample: str = ""
+    changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
+    folded: Callable[[Model], Model] = lambda model: model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.denoise import DENOISE
+from sdjax.methods.edit import EDIT
 from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
 
@@ -11,4 +13,6 @@ METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
     "autoencoder": AUTOENCODER,
     "inpaint": INPAINT,
+    "edit": EDIT,
+    "adapters": ADAPTERS,
 }

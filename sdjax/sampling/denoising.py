@@ -22,7 +22,7 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
-from sdjax.sampling.start import Picture, with_channels
+from sdjax.sampling.start import EDIT, Picture, reads_picture, with_channels
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -31,6 +31,7 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 class Drawing:
     """How to draw: the sampler and its guidance.
 
+    image_guidance: towards the picture, of models that edit one.
     embedded_guidance: what a denoiser reads that has learned how guided pictures look.
     skip: of denoisers that can leave blocks out.
     window: the steps first <= i < last to take alone; None for all.
@@ -39,6 +40,7 @@ class Drawing:
 
     sampler: SamplerConfig = SamplerConfig()
     guidance: float = 7.5
+    image_guidance: float = 1.5
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     embedded_guidance: float = 3.5
@@ -90,14 +92,12 @@ class Member:
         other = {**prompts, **negative}
         context = self.conditioner(params, prompts, target=target)
         reads, beside = with_channels(network, self.model.denoiser, picture)
-        function = _guided(
-            self.drawing,
-            self.schedule,
-            reads,
-            beside(context),
-            beside(self.conditioner(params, other, target=target, negative=True)),
-            size=tuple(size),
-        )
+        without = self.conditioner(params, other, target=target, negative=True)
+        contexts = [beside(context), beside(without)]
+        if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
+            blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
+            contexts.append(with_channels(network, self.model.denoiser, blank)[1](without))
+        function = _guided(self.drawing, self.schedule, reads, contexts, size=tuple(size))
         return Denoising(function, network, _length(context))
 
 
@@ -154,16 +154,22 @@ def _guided(
     drawing: Drawing,
     schedule: Schedule,
     denoiser: Any,
-    context: Context,
-    negative: Context,
+    contexts: Sequence[Any],
     *,
     size: tuple[int, ...],
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return (xt, t) -> the guided prediction, for latents of height and width `size`."""
+    """Return (xt, t) -> the guided prediction, for latents of height and width `size`.
+
+    Args:
+        contexts: with the prompt; perhaps with a part of that; with nothing.
+    """
+    context, *middle, null = contexts
     denoise = guided(
         lambda xt, t, context: denoiser(xt, t, context),
         context,
-        negative,
+        null,
+        middle=middle[0] if middle else None,
+        middle_scale=drawing.image_guidance if middle else 1.0,
         scale=drawing.guidance,
         rescale=drawing.guidance_rescale,
         interval=drawing.guidance_interval,

@@ -25,7 +25,7 @@ from sdjax.families.family import Model
 from sdjax.parallel.sharding import placed, state_shardings
 from sdjax.sampling.generate import Drawing, Generate, draw, latent_shape, make_generator
 from sdjax.sampling.grids import save_png
-from sdjax.sampling.start import inpainting_channels
+from sdjax.sampling.start import reads_picture
 from sdjax.system import paths, progress
 
 SETTINGS = "settings.json"
@@ -110,7 +110,7 @@ def make_artist(
             f"the model has {', '.join(model.networks) or 'no network'} only; drawing takes "
             f"{', '.join(missing)} too"
         )
-    if inpainting_channels(model):
+    if reads_picture(model):
         raise UserError(
             f"the {model.family.denoiser} reads pictures, but prompts alone are drawn here; draw "
             "by sdjax.sample with --init_image, or take a model that reads prompts alone"
