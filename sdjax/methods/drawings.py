@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -30,12 +30,8 @@ class DrawCaptions(Protocol):
         """Return uint8 [N, H, W, 3]; picture: see `sampling.start`."""
 
 
-def make_drawing(setup: Setup, **guidance: Any) -> DrawCaptions:
-    """Return what draws captions with the networks of a setup.
-
-    Args:
-        guidance: of `Drawing`, for pictures that are guided.
-    """
+def make_drawing(setup: Setup) -> DrawCaptions:
+    """Return what draws captions with the networks of a setup."""
     sample, model, side = setup.sample, setup.model, setup.data.resolution
 
     @functools.cache
@@ -46,7 +42,7 @@ def make_drawing(setup: Setup, **guidance: Any) -> DrawCaptions:
             sample.guidance_rescale,
             embedded_guidance=sample.embedded_guidance,
             skip=sample.skip if guided else SkipLayers(),
-            **(guidance if guided else {}),
+            image_guidance=sample.image_guidance if guided else 1.0,
         )
         return make_generator(model, drawing, dtype=setup.dtype)
 

@@ -92,7 +92,7 @@ def make(setup: Setup) -> Method:
 
 def _pictures(setup: Setup) -> Callable[..., np.ndarray]:
     """Drawing that shows the picture before on the left, and the result on the right."""
-    drawn = make_drawing(setup, image_guidance=setup.sample.image_guidance)
+    drawn = make_drawing(setup)
     networks = bind(setup.model, ("vae",), dtype=setup.dtype)
 
     @jax.jit

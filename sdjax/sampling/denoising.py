@@ -40,10 +40,10 @@ class Drawing:
 
     sampler: SamplerConfig = SamplerConfig()
     guidance: float = 7.5
-    image_guidance: float = 1.5
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     embedded_guidance: float = 3.5
+    image_guidance: float = 1.5
     skip: SkipLayers = SkipLayers()
     window: tuple[int, int] | None = None
     hands_over: bool = False

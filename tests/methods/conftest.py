@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.assemble import assemble
-from sdjax.checkpoints.diffusers_folder import write_diffusers
 from sdjax.config import resolve
 from sdjax.config_model import method_of_run, model_of_run
+from sdjax.formats.diffusers_folder import write_diffusers
 from tests.conftest import make_tiny_config
 
 

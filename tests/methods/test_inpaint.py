@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from sdjax.checkpoints.assemble import assemble
-from sdjax.checkpoints.diffusers_folder import write_diffusers
 from sdjax.checkpoints.reading import read_any
-from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.widening import widened
 from sdjax.config import default, resolve
 from sdjax.config_model import blank_method, method_of_run
 from sdjax.convert import convert
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
+from sdjax.formats.diffusers_folder import write_diffusers
+from sdjax.formats.single_file_writer import write_single_file
 from sdjax.methods import inpaint
 from sdjax.train import loop
 from tests.methods.runs import begun_from, broken_off, to_torch
