@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax.errors import UserError, explain
-from sdjax.sampling.inputs import read_latents, read_prompts
+from sdjax.sampling.inputs import read_latents, read_prompts, repeated, write_metadata
 from sdjax.sampling.options import (
     add_drawing_options,
     add_explaining_options,
@@ -64,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(p)
     add_prompt_options(p)
     p.add_argument("--output", required=True, help="folder for the pictures")
+    p.add_argument(
+        "--count", type=int,
+        help="so many pictures, of the prompts in turn, and metadata.jsonl with their prompts, so "
+        "that the folder can be trained on; one of each prompt by default",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
     p.add_argument("--width", type=int, help=f"in pixels; {own}")
@@ -330,7 +335,7 @@ def sample(args: argparse.Namespace) -> str:
     from sdjax.sampling.pictures import picture_settings
 
     _check(args)
-    prompts = read_prompts(args.prompts, args.prompts_file)
+    prompts = repeated(read_prompts(args.prompts, args.prompts_file), args.count)
     output = paths.to_path(args.output)
     with locks.held(output, "--output", "sdjax.sample"):
         request = _request(args, prompts)
@@ -353,6 +358,8 @@ def sample(args: argparse.Namespace) -> str:
             for look, states in zip(looks.values(), seen, strict=True):
                 look.write(output, i, image, states, about)
         save_png(output / "grid.png", grid(images, prompts))
+        if args.count is not None:
+            write_metadata(output, [f"{i:05d}.png" for i in range(len(prompts))], prompts)
         if ways:
             interpolate.draw_ways(
                 output, request, ways, images, args.interpolate_seeds, settings, args.animation

@@ -77,18 +77,16 @@ class LatentDiffusion:
         every = {**frozen, **trained}
         key, keys, positions, batch_size = draw
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        beside = self._beside(every, batch, keys)
+        beside = self.beside(every, batch, keys)
         if self.inputs is not None:
             beside = self.inputs.drop(beside, keys)
-        denoiser = self._denoiser(every, beside)
-        x0 = self._latents(every, batch, keys)
+        denoiser = self.denoiser(every, beside)
+        x0 = self.latents(every, batch, keys)
         objective = self.setup.objective
         captions = self.conditioner.drop(
             every, batch, keys, objective.caption_dropout, encoder_rate=objective.encoder_dropout
         )
-        context = self._context(
-            every, {**batch, **captions}, x0, key=jax.random.fold_in(dropout, 0)
-        )
+        context = self.context(every, {**batch, **captions}, x0, key=jax.random.fold_in(dropout, 0))
         return denoising_loss(
             lambda xt, t: denoiser(xt, t, context, key=jax.random.fold_in(dropout, 1)),
             jax.lax.stop_gradient(x0),
@@ -105,9 +103,9 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> jax.Array:
         """Losses [b, n] at n timesteps, of the plain objective; see `Method.validate`."""
-        denoiser = self._denoiser(every, self._beside(every, batch, keys))
-        x0 = self._latents(every, batch, keys)
-        context = self._context(every, self._captions(every, batch, keys), x0)
+        denoiser = self.denoiser(every, self.beside(every, batch, keys))
+        x0 = self.latents(every, batch, keys)
+        context = self.context(every, self.captions(every, batch, keys), x0)
         plain, mask = plain_objective(self.setup.objective), self._mask(batch)
 
         def at(stratum):
@@ -131,9 +129,9 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """Return the error of the output as each type of prediction; see `Method.predictions`."""
-        denoiser = self._denoiser(every, self._beside(every, batch, keys))
-        x0 = self._latents(every, batch, keys)
-        context = self._context(every, self._captions(every, batch, keys), x0)
+        denoiser = self.denoiser(every, self.beside(every, batch, keys))
+        x0 = self.latents(every, batch, keys)
+        context = self.context(every, self.captions(every, batch, keys), x0)
 
         def at(stratum):
             number, t = stratum
@@ -156,16 +154,16 @@ class LatentDiffusion:
         model = self.setup.model
         name = model.family.denoiser
         plain = bind(model, (name,), dtype=self.setup.dtype)  # rematerialised blocks show nothing
-        x0 = self._latents(every, batch, keys)
+        x0 = self.latents(every, batch, keys)
         t = jnp.asarray(np.resize(timesteps, len(x0)))
         eps = normal_like(fold_keys(keys, STRATA), x0)
         xt = add_noise(x0, eps, *schedule_at(self.schedule, t))
-        context = self._context(every, self._captions(every, batch, keys), x0)
+        context = self.context(every, self.captions(every, batch, keys), x0)
         if self.inputs is not None:
-            xt = jnp.concatenate([xt, self._beside(every, batch, keys)], axis=-1)
+            xt = jnp.concatenate([xt, self.beside(every, batch, keys)], axis=-1)
         return capture.maxima(plain.graphs[name], component(every, name), xt, t, context)
 
-    def _denoiser(self, every: Params, beside: jax.Array | None) -> Any:
+    def denoiser(self, every: Params, beside: jax.Array | None = None) -> Any:
         """(xt, t, context) -> prediction, with the channels beside xt."""
         network = self.networks.module(self.setup.model.family.denoiser, every)
         if beside is None:
@@ -176,12 +174,14 @@ class LatentDiffusion:
 
         return denoise
 
-    def _beside(self, every: Params, batch: Batch, keys: jax.Array) -> Any:
+    def beside(self, every: Params, batch: Batch, keys: jax.Array) -> Any:
+        """The channels of `inputs`, [b, h, w, K]; None for none."""
         if self.inputs is None:
             return None
         return jax.lax.stop_gradient(self.inputs.make(self.networks, every, batch, keys))
 
-    def _latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+    def latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """Latents [b, *frames, h, w, c] of the main pictures, or of their moments."""
         vae_config = self.setup.model.vae
         vae = self.networks.module("vae", every)
         moments = vae.encode(batch["image"]) if "image" in batch else batch["moments"]
@@ -194,7 +194,7 @@ class LatentDiffusion:
             return None
         return area_mean(batch[self.mask], self.setup.model.vae.downscale)
 
-    def _context(
+    def context(
         self, every: Params, batch: Batch, x0: jax.Array, key: jax.Array | None = None
     ) -> Context:
         """For pictures of the latents x0 [b, *frames, h, w, c]."""
@@ -202,7 +202,7 @@ class LatentDiffusion:
         target = x0.shape[-3] * factor, x0.shape[-2] * factor
         return self.conditioner(every, batch, target=target, key=key)
 
-    def _captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
+    def captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
         """As they are, but for a model that has never seen one."""
         if self.setup.objective.caption_dropout < 1.0:
             return batch
@@ -219,31 +219,28 @@ class LatentDiffusion:
 def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
     """The same prediction, judged by its plain mean squared error."""
     return dataclasses.replace(
-        objective, weighting="uniform", loss="l2", offset_noise=0.0, input_perturbation=0.0
+        objective,
+        weighting="uniform",
+        loss="l2",
+        offset_noise=0.0,
+        input_perturbation=0.0,
+        unmasked_probability=0.0,
     )
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the networks of a model; see `bound`."""
-    pictures = caption_pictures(setup)
-    return bound(setup, images=picture_fields(setup, optional={MASK: "mask"}), pictures=pictures)
+    """Bind the method to the networks of a model; see `latent_diffusion`."""
+    return bound(
+        latent_diffusion(setup),
+        images=picture_fields(setup, optional={MASK: "mask"}),
+        pictures=caption_pictures(setup),
+    )
 
 
-def bound(
-    setup: Setup,
-    *,
-    images: Fields,
-    pictures: Pictures,
-    inputs: Inputs | None = None,
-    mask: str = MASK,
-    gallery: bool = False,
-) -> Method:
-    """Bind the training of a denoiser to the networks of a model; see `LatentDiffusion`.
-
-    Args:
-        images: the fields of one example's pictures, see `picture_fields`.
-        pictures, gallery: see `Method.pictures` and `Method.reads_pictures`.
-        inputs, mask: see `LatentDiffusion`.
+def latent_diffusion(
+    setup: Setup, *, inputs: Inputs | None = None, mask: str = MASK
+) -> LatentDiffusion:
+    """Return the losses of a model, see `LatentDiffusion` for `inputs` and `mask`.
 
     Raises:
         UserError: the networks do not belong together, or the denoiser takes other channels.
@@ -259,12 +256,25 @@ def bound(
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
     schedule = make_schedule(model.schedule)
-    diffusion = LatentDiffusion(setup, networks, conditioner, schedule, inputs, mask)
+    return LatentDiffusion(setup, networks, conditioner, schedule, inputs, mask)
+
+
+def bound(
+    diffusion: LatentDiffusion, *, images: Fields, pictures: Pictures, gallery: bool = False
+) -> Method:
+    """Return the method that trains a denoiser by a loss.
+
+    Args:
+        images: the fields of one example's pictures, see `picture_fields`.
+        pictures, gallery: see `Method.pictures` and `Method.reads_pictures`.
+    """
+    setup, networks = diffusion.setup, diffusion.networks
+    model, data = setup.model, setup.data
     example = dict(images)
     if data.text_embeddings:
-        example |= conditioner.embedding()
+        example |= diffusion.conditioner.embedding()
     else:
-        for field, tokens in conditioner.null.items():
+        for field, tokens in diffusion.conditioner.null.items():
             example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
     example |= weight_field(data) | number_fields(model.family.numbers)
     trained = (model.family.denoiser, *model.text_encoders)

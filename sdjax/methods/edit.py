@@ -19,7 +19,7 @@ from sdjax.diffusion.losses import caption_draws
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Networks
-from sdjax.methods.denoise import MASK, DenoiseConfig, bound
+from sdjax.methods.denoise import MASK, DenoiseConfig, bound, latent_diffusion
 from sdjax.methods.drawings import make_drawing
 from sdjax.methods.fields import picture_fields
 from sdjax.methods.inpaint import check_unet
@@ -87,7 +87,8 @@ def make(setup: Setup) -> Method:
         lambda channels, keys: dropped(rate, channels, keys),
     )
     images = picture_fields(setup, required={BEFORE: "picture"}, optional={MASK: "mask"})
-    return bound(setup, images=images, pictures=_pictures(setup), inputs=inputs, gallery=True)
+    diffusion = latent_diffusion(setup, inputs=inputs)
+    return bound(diffusion, images=images, pictures=_pictures(setup), gallery=True)
 
 
 def _pictures(setup: Setup) -> Callable[..., np.ndarray]:

@@ -19,7 +19,7 @@ from sdjax.diffusion.losses import example_keys, fold_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Networks
-from sdjax.methods.denoise import DenoiseConfig, bound
+from sdjax.methods.denoise import DenoiseConfig, bound, latent_diffusion
 from sdjax.methods.drawings import make_drawing
 from sdjax.methods.fields import picture_fields
 from sdjax.methods.inputs import Inputs
@@ -121,9 +121,8 @@ def make(setup: Setup) -> Method:
     inputs = Inputs(setup.model.vae.latent_channels + 1, task.channels)
     images = picture_fields(setup, optional={MASK: "mask"})
     # The mask is the task: it does not multiply the loss.
-    return bound(
-        setup, images=images, pictures=_pictures(setup, task), inputs=inputs, mask="", gallery=True
-    )
+    diffusion = latent_diffusion(setup, inputs=inputs, mask="")
+    return bound(diffusion, images=images, pictures=_pictures(setup, task), gallery=True)
 
 
 def check_unet(setup: Setup) -> None:

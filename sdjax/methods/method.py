@@ -158,6 +158,8 @@ class Method:
     export: see `Export`; None writes DIR/diffusers of all networks.
     start: {path: array} of what was loaded -> {path: float32 array} of what follows from it, such
         as the copy of a network; called once, at the start of a run.
+    copies: {name: network} of what `start` copies whole and nothing trains; a workdir refers to the
+        network as it was loaded instead of keeping the copy.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -175,6 +177,7 @@ class Method:
     adjust: Adjust | None = None
     export: Export | None = None
     start: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda loaded: {}
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.denoise import DENOISE
+from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
 from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
@@ -14,5 +15,6 @@ METHODS: dict[str, Kind] = {
     "autoencoder": AUTOENCODER,
     "inpaint": INPAINT,
     "edit": EDIT,
+    "dpo": DPO,
     "adapters": ADAPTERS,
 }

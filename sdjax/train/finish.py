@@ -105,6 +105,7 @@ def export(
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
     """
     path = folder / "diffusers"
+    params = {p: v for p, v in params.items() if p.split(".")[0] not in method.copies}
     host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 

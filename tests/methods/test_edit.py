@@ -65,7 +65,7 @@ def test_the_picture_is_read_as_the_pipeline_reads_it(folder, request):
     )
     stub = type("Stub", (), {
         "vae": request.getfixturevalue(name).vae, "dtype": torch.float32,
-        "config": type("C", (), {"is_cosxl_edit": False, "force_upcast": False}),
+        "is_cosxl_edit": False,
     })()  # fmt: skip
     with torch.no_grad():
         arguments = (to_torch(images), 2, 1, torch.float32, "cpu", False)
