@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
-from sdjax.checkpoints.adapters.layers import AdapterLayer
-from sdjax.checkpoints.adapters.spellings import modules_of
+from sdjax.formats.adapters.layers import AdapterLayer
+from sdjax.formats.adapters.spellings import modules_of
 from sdjax.models.weights import to_diffusers
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sdjax.checkpoints.adapters.layers import Adapter, AdapterLayer, bias_delta, delta, fitted
-from sdjax.checkpoints.adapters.spellings import Module, modules_of
-from sdjax.checkpoints.folders import ModelError
+from sdjax.formats.adapters.layers import Adapter, AdapterLayer, bias_delta, delta, fitted
+from sdjax.formats.adapters.spellings import Module, modules_of
+from sdjax.formats.folders import ModelError
 from sdjax.families.family import Model
 
 Blocks = Mapping[str, float] | Callable[[str], float]

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.adapters import peft_metadata
-from sdjax.checkpoints.adapters.fused import join_layers
-from sdjax.checkpoints.adapters.layers import BIAS, DORA, Adapter, AdapterLayer, per_input
-from sdjax.checkpoints.adapters.reading import DIFFUSERS_FILE
-from sdjax.checkpoints.adapters.spellings import (
+from sdjax.formats.adapters import peft_metadata
+from sdjax.formats.adapters.fused import join_layers
+from sdjax.formats.adapters.layers import BIAS, DORA, Adapter, AdapterLayer, per_input
+from sdjax.formats.adapters.reading import DIFFUSERS_FILE
+from sdjax.formats.adapters.spellings import (
     Module,
     in_transformers,
     kohya_prefixes,
@@ -27,8 +27,8 @@ from sdjax.checkpoints.adapters.spellings import (
     native_targets,
     own_target,
 )
-from sdjax.checkpoints.folders import ModelError
-from sdjax.checkpoints.weight_files import cast
+from sdjax.formats.folders import ModelError
+from sdjax.formats.weight_files import cast
 from sdjax.families.family import Model
 from sdjax.models.weights import WeightsError, save_file
 from sdjax.system import paths

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdjax.checkpoints.adapters.layers import (
+from sdjax.formats.adapters.layers import (
     BIAS,
     DORA,
     AdapterLayer,
     delta,
     per_input,
 )
-from sdjax.checkpoints.adapters.spellings import Target
+from sdjax.formats.adapters.spellings import Target
 from sdjax.families.single_file import Change
 
 _LOW_RANK = ("lora", "dora")

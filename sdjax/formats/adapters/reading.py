@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sdjax.checkpoints.adapters import keys
-from sdjax.checkpoints.adapters.fused import split_layer
-from sdjax.checkpoints.adapters.layers import DORA, Adapter, AdapterLayer, fitted
-from sdjax.checkpoints.adapters.peft_metadata import PeftScales, read_scales
-from sdjax.checkpoints.adapters.recognition import family_of
-from sdjax.checkpoints.adapters.spellings import Module, Target, modules_of, spellings
-from sdjax.checkpoints.folders import ModelError
+from sdjax.formats.adapters import keys
+from sdjax.formats.adapters.fused import split_layer
+from sdjax.formats.adapters.layers import DORA, Adapter, AdapterLayer, fitted
+from sdjax.formats.adapters.peft_metadata import PeftScales, read_scales
+from sdjax.formats.adapters.recognition import family_of
+from sdjax.formats.adapters.spellings import Module, Target, modules_of, spellings
+from sdjax.formats.folders import ModelError
 from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.family import Model
 from sdjax.models.weight_checks import describe, is_finite, not_finite

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sdjax.checkpoints.adapters import keys
-from sdjax.checkpoints.adapters.spellings import Module, modules_of, spellings, trainable_names
-from sdjax.checkpoints.folders import ModelError
+from sdjax.formats.adapters import keys
+from sdjax.formats.adapters.spellings import Module, modules_of, spellings, trainable_names
+from sdjax.formats.folders import ModelError
 from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, model_of
