@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sdjax.families.single_file import Change
 from sdjax.formats.adapters.layers import (
     BIAS,
     DORA,
@@ -20,7 +21,6 @@ from sdjax.formats.adapters.layers import (
     per_input,
 )
 from sdjax.formats.adapters.spellings import Target
-from sdjax.families.single_file import Change
 
 _LOW_RANK = ("lora", "dora")
 

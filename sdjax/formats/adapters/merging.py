@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from sdjax.families.family import Model
 from sdjax.formats.adapters.layers import Adapter, AdapterLayer, bias_delta, delta, fitted
 from sdjax.formats.adapters.spellings import Module, modules_of
 from sdjax.formats.folders import ModelError
-from sdjax.families.family import Model
 
 Blocks = Mapping[str, float] | Callable[[str], float]
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from sdjax.families.adapter_names import AdapterNames
+from sdjax.families.family import Model
 from sdjax.formats.adapters import keys
 from sdjax.formats.adapters.fused import split_layer
 from sdjax.formats.adapters.layers import DORA, Adapter, AdapterLayer, fitted
@@ -20,8 +22,6 @@ from sdjax.formats.adapters.peft_metadata import PeftScales, read_scales
 from sdjax.formats.adapters.recognition import family_of
 from sdjax.formats.adapters.spellings import Module, Target, modules_of, spellings
 from sdjax.formats.folders import ModelError
-from sdjax.families.adapter_names import AdapterNames
-from sdjax.families.family import Model
 from sdjax.models.weight_checks import describe, is_finite, not_finite
 from sdjax.models.weights import load_file, read_header
 from sdjax.system import paths

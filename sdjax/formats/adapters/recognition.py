@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sdjax.formats.adapters import keys
-from sdjax.formats.adapters.spellings import Module, modules_of, spellings, trainable_names
-from sdjax.formats.folders import ModelError
 from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, model_of
 from sdjax.families.single_file import Shapes
+from sdjax.formats.adapters import keys
+from sdjax.formats.adapters.spellings import Module, modules_of, spellings, trainable_names
+from sdjax.formats.folders import ModelError
 from sdjax.models.weights import read_header
 from sdjax.system import paths
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.families.family import Model
 from sdjax.formats.adapters import peft_metadata
 from sdjax.formats.adapters.fused import join_layers
 from sdjax.formats.adapters.layers import BIAS, DORA, Adapter, AdapterLayer, per_input
@@ -29,7 +30,6 @@ from sdjax.formats.adapters.spellings import (
 )
 from sdjax.formats.folders import ModelError
 from sdjax.formats.weight_files import cast
-from sdjax.families.family import Model
 from sdjax.models.weights import WeightsError, save_file
 from sdjax.system import paths
 
