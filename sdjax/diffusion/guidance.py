@@ -75,14 +75,7 @@ def guided(
         return lambda xt, t: denoise_fn(xt, t, context)
 
     others = [null_context] if middle is None else [middle, null_context]
-    contexts = jax.tree.map(
-        lambda c, *rest: jnp.concatenate(
-            [c, *(jnp.broadcast_to(n, c.shape).astype(c.dtype) for n in rest)]
-        ),
-        context,
-        *others,
-    )  # [2B, ...], with a middle [3B, ...]
-    count = 1 + len(others)
+    contexts, count = _together(context, others), 1 + len(others)  # [count * B, ...]
 
     def fn(xt: jax.Array, t: jax.Array) -> jax.Array:
         out = denoise_fn(jnp.concatenate([xt] * count), jnp.concatenate([t] * count), contexts)
@@ -101,6 +94,17 @@ def guided(
         return jnp.where(inside, combined, cond)
 
     return fn
+
+
+def _together(context: Any, others: Iterable[Any]) -> Any:
+    """Contexts after one another, each array as many times as long as the first's."""
+    return jax.tree.map(
+        lambda c, *rest: jnp.concatenate(
+            [c, *(jnp.broadcast_to(n, c.shape).astype(c.dtype) for n in rest)]
+        ),
+        context,
+        *others,
+    )
 
 
 def with_skipped_layers(

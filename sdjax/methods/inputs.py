@@ -1,4 +1,4 @@
-"""What a denoiser reads beside the noisy latents: a mask, a picture."""
+"""The channels that a denoiser reads beside the noisy latents: a mask, a picture."""
 
 from __future__ import annotations
 
