@@ -40,6 +40,7 @@ from sdjax.methods.method import (
 )
 from sdjax.models import capture
 from sdjax.models.params import Params, component
+from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import sample_moments, scale_latents
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
@@ -306,7 +307,7 @@ def _check_channels(setup: Setup, added: int) -> None:
     hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
     name, method = model.family.denoiser, setup.config.name
     others = {2 * latent + 1: "inpaint", 2 * latent: "edit"}
-    if not added and channels in others:
+    if not added and channels in others and isinstance(model.denoiser, UNetConfig):
         hint = f"; method.name={others[channels]} trains networks of so many"
     wanted = f"{latent} + {added}" if added else f"{latent}"
     raise UserError(
