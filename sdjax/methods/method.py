@@ -114,6 +114,8 @@ class Examples:
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
     tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+    # {name: [N, H, W, C] float32} of data.images, as batches have them
+    named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
