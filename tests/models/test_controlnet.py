@@ -246,9 +246,19 @@ def test_a_condition_of_another_size_is_refused(reference):
         )
 
 
-def test_a_fresh_network_adds_nothing(reference):
-    given, _ = inputs(reference, SD1)
-    graph, _ = weights.abstract(ControlNet, SD1)
-    params = weights.init(ControlNet, SD1, jax.random.key(0))
-    down, mid = reference.jit(lambda p: weights.merge(graph, p)(*given))(params)
-    assert not any(np.any(x) for x in (*down, mid))
+def test_a_unet_with_a_fresh_network_says_the_same_to_the_bit(reference):
+    """FT-50, operation by operation: two programs may round differently."""
+    xt, t, context, condition = inputs(reference, SD1)[0]
+    _, abstract = weights.abstract(UNet, SD1.unet)
+    rng = np.random.default_rng(0)
+    params = {p: jnp.asarray(rng.normal(size=v.shape), v.dtype) for p, v in abstract.items()}
+    control = weights.init(ControlNet, SD1, jax.random.key(0))
+    unet = weights.merge(weights.abstract(UNet, SD1.unet)[0], params)
+    network = weights.merge(weights.abstract(ControlNet, SD1)[0], control)
+    with jax.disable_jit():
+        residuals = network(xt, t, context, condition)
+        plain = unet(xt, t, context)
+        steered = unet(xt, t, context, residuals=residuals)
+    assert not any(np.any(x) for x in (*residuals.down, residuals.mid))
+    assert np.any(plain)
+    np.testing.assert_array_equal(plain, steered)
