@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.method import Kind
 
-METHODS: dict[str, Kind] = {"denoise": DENOISE, "autoencoder": AUTOENCODER, "control": CONTROL}
+METHODS: dict[str, Kind] = {
+    "denoise": DENOISE,
+    "autoencoder": AUTOENCODER,
+    "adapters": ADAPTERS,
+    "control": CONTROL,
+}
