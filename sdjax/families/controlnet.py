@@ -101,7 +101,7 @@ def differences(one: ControlNetConfig, other: ControlNetConfig) -> list[str]:
 def places(config: ControlNetConfig) -> Places:
     """Return the places of a ControlNet's weights in a file of LDM, without prefix."""
     unet = config.unet
-    last = 2 * len(config.conditioning_embedding_out_channels)
+    last = 4 * len(config.conditioning_embedding_out_channels) - 2
 
     def place(name: str) -> Place:
         stem, _, leaf = name.rpartition(".")

@@ -1,6 +1,7 @@
 """The method control: its start, a whole run killed and resumed, and the folder that it writes."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax import sample
 from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.checkpoint import restore_params
+from sdjax.checkpoints.controlnet import read_controlnet
 from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import read_workdir
 from sdjax.config import default, resolve
@@ -21,6 +24,7 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.controlnet import CONTROLNET
 from sdjax.formats.controlnet import read_controlnet_files
+from sdjax.formats.folders import ModelError
 from sdjax.methods.method import Draw
 from sdjax.models.params import component
 from sdjax.models.weights import to_diffusers
@@ -144,7 +148,7 @@ def test_a_run_starts_with_what_the_unet_says_and_learns_from_the_last_convoluti
     assert reached[1] == set(trained) - {p for p in embedding if "conv_out" not in p}
     assert reached[2] == set(trained)
     other = {**batch, "control": 1 - batch["control"]}
-    assert np.all(step(moved, batch)[0] != step(moved, other)[0])
+    assert np.any(step(moved, batch)[0] != step(moved, other)[0])
 
 
 def test_the_copy_has_the_weights_of_the_unet_and_zeros_where_it_speaks(beginning):
@@ -208,6 +212,30 @@ def test_the_folder_that_a_run_writes_loads_in_diffusers(whole):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name].numpy(), err_msg=name)
+
+
+def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, capsys):
+    exported, workdir = read_controlnet(whole / "controlnet"), read_controlnet(whole)
+    assert exported[0] == workdir[0]
+    for path, value in exported[1].items():
+        np.testing.assert_array_equal(value, workdir[1][path])
+    first = read_controlnet(whole / "checkpoints" / "2")[1]
+    raw = read_controlnet(whole, weights="raw")[1]
+    for other in (first, raw):
+        assert any(np.any(value != exported[1][path]) for path, value in other.items())
+    for i, net in enumerate((whole, whole / "controlnet")):
+        assert 0 == sample.main([
+            f"--model={pipeline_folder}", "--prompts=a red circle", f"--output={tmp_path / str(i)}",
+            "--steps=2", f"--controlnet={net}", f"--control_image={pictures / '00.edge.png'}",
+        ])  # fmt: skip
+    one, other = (np.asarray(Image.open(tmp_path / f"{i}" / "00000.png")) for i in range(2))
+    np.testing.assert_array_equal(one, other)
+    shutil.copytree(whole, tmp_path / "other")
+    values = json.loads((whole / "config.json").read_text())
+    values["method"] = {"name": "denoise"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="the method 'denoise', which trains no ControlNet"):
+        read_controlnet(tmp_path / "other")
 
 
 def test_a_run_goes_on_from_a_controlnet(config, whole):
