@@ -84,7 +84,10 @@ def test_files_of_ldm_are_what_diffusers_converts(case, tmp_path):
     assert PREFIX + "input_hint_block.14.weight" in stored
     assert PREFIX + "zero_convs.0.0.weight" in stored
     theirs = convert_controlnet_checkpoint(stored, config.to_json())
-    assert_equal(from_diffusers(theirs, abstract_params(PART, config)), params)
+    # diffusers 0.42.1 leaves out the embedding of SDXL's numbers, which lies where the UNet's does.
+    left_out = {n: v for n, v in to_diffusers(params).items() if n.startswith("add_embedding.")}
+    assert bool(left_out) == (case == "xl") and not theirs.keys() & left_out.keys()
+    assert_equal(from_diffusers({**theirs, **left_out}, abstract_params(PART, config)), params)
     for prefix in (PREFIX, ""):
         file = ldm_file(tmp_path / "b.safetensors", config, params, prefix)
         found, back = read_controlnet_files(file)
