@@ -173,4 +173,5 @@ CONTROL = Kind(
     make=make,
     networks=tuple,
     draws=True,
+    steers={"--controlnet": "", "--control_image": "FILE"},
 )

@@ -227,6 +227,8 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
+        steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
     folded: a run's model with its parameters -> the same one without changes, as others read it.
     """
@@ -236,5 +238,6 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model

@@ -29,7 +29,9 @@ from sdjax.methods.method import Draw
 from sdjax.models.params import component
 from sdjax.models.weights import to_diffusers
 from sdjax.train import loop, startup
+from sdjax.train.finish import last_screen
 from sdjax.train.gallery import beside_conditions, read_examples
+from sdjax.train.selection import Selection
 from tests.train.test_loop import assert_same_run, start, wait_for_step
 
 ZERO = ("controlnet.controlnet_down_blocks", "controlnet.controlnet_mid_block")
@@ -270,6 +272,22 @@ def test_recipes_that_do_not_suit_are_refused(config, changes, words):
     changed.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=words):
         read(changed)
+
+
+def test_metrics_of_pictures_without_conditions_are_refused(config):
+    changed = config.copy_and_resolve_references()
+    changed.validation.metrics = ("fid",)
+    with pytest.raises(UserError, match="whose pictures follow others that metrics do not have"):
+        resolve(changed)
+
+
+def test_the_last_screen_says_how_to_draw_with_it(config, tmp_path):
+    said = last_screen(
+        resolve(config), tmp_path, None, {"controlnet": tmp_path / "controlnet"}, "", 4,
+        Selection(resolve(config).validation),
+    )  # fmt: skip
+    assert f"--model={config.init_from} --controlnet={tmp_path} --control_image=FILE" in said
+    assert "sdjax.convert" not in said and str(tmp_path / "controlnet") in said
 
 
 def test_a_family_without_a_unet_is_refused(config):
