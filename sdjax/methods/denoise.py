@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
-from sdjax.families.family import Context, Networks
+from sdjax.families.family import Context, Model, Networks
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import Fields, number_fields, picture_fields, weight_field
 from sdjax.methods.inputs import Inputs
@@ -56,18 +57,55 @@ class DenoiseConfig(MethodConfig):
     name: str = "denoise"
 
 
+class Denoiser(Protocol):
+    """Predicts from noisy latents: the network that denoises, and what works beside it."""
+
+    def __call__(
+        self, xt: jax.Array, t: jax.Array, context: Context, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the prediction, of the shape of xt [b, *frames, h, w, c], for timesteps t [b].
+
+        Args:
+            key: of dropout; None switches it off.
+        """
+
+
+class MakeDenoiser(Protocol):
+    """Gives the denoiser of a batch."""
+
+    def __call__(self, every: Params, batch: Batch) -> Denoiser:
+        """Return the denoiser that has these parameters of every network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """The network whose activations are measured, and the fields of a batch that it reads as well.
+
+    name: of the network, which is called as the denoiser is.
+    fields: given to it after the context.
+    """
+
+    name: str
+    fields: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
     """The losses of a model. Parameters are those of all its networks together.
 
+    model: the one of the setup, or that with further networks.
+    make_denoiser: see `MakeDenoiser`; watched: see `Watched`.
     inputs: what the denoiser reads beside the noisy latents; None for nothing.
     mask: the picture of a batch that multiplies the loss, if the batch has it.
     """
 
     setup: Setup
+    model: Model
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    make_denoiser: MakeDenoiser
+    watched: Watched
     inputs: Inputs | None = None
     mask: str = MASK
 
@@ -81,7 +119,7 @@ class LatentDiffusion:
         beside = self.beside(every, batch, keys)
         if self.inputs is not None:
             beside = self.inputs.drop(beside, keys)
-        denoiser = self.denoiser(every, beside)
+        denoiser = self.denoiser(every, batch, beside)
         x0 = self.latents(every, batch, keys)
         objective = self.setup.objective
         captions = self.conditioner.drop(
@@ -104,7 +142,7 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> jax.Array:
         """Losses [b, n] at n timesteps, of the plain objective; see `Method.validate`."""
-        denoiser = self.denoiser(every, self.beside(every, batch, keys))
+        denoiser = self.denoiser(every, batch, self.beside(every, batch, keys))
         x0 = self.latents(every, batch, keys)
         context = self.context(every, self.captions(every, batch, keys), x0)
         plain, mask = plain_objective(self.setup.objective), self._mask(batch)
@@ -130,7 +168,7 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """Return the error of the output as each type of prediction; see `Method.predictions`."""
-        denoiser = self.denoiser(every, self.beside(every, batch, keys))
+        denoiser = self.denoiser(every, batch, self.beside(every, batch, keys))
         x0 = self.latents(every, batch, keys)
         context = self.context(every, self.captions(every, batch, keys), x0)
 
@@ -152,9 +190,9 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """{path: scalar}, see `sdjax.models.capture.maxima`; example i at timestep i modulo n."""
-        model = self.setup.model
-        name = model.family.denoiser
-        plain = bind(model, (name,), dtype=self.setup.dtype)  # rematerialised blocks show nothing
+        name, fields = self.watched.name, self.watched.fields
+        # Rematerialised blocks show nothing.
+        plain = bind(self.model, (name,), dtype=self.setup.dtype)
         x0 = self.latents(every, batch, keys)
         t = jnp.asarray(np.resize(timesteps, len(x0)))
         eps = normal_like(fold_keys(keys, STRATA), x0)
@@ -162,16 +200,20 @@ class LatentDiffusion:
         context = self.context(every, self.captions(every, batch, keys), x0)
         if self.inputs is not None:
             xt = jnp.concatenate([xt, self.beside(every, batch, keys)], axis=-1)
-        return capture.maxima(plain.graphs[name], component(every, name), xt, t, context)
+        more = [batch[field] for field in fields]
+        own = component(every, name)
+        return capture.maxima(plain.graphs[name], own, xt, t, context, *more)
 
-    def denoiser(self, every: Params, beside: jax.Array | None = None) -> Any:
-        """(xt, t, context) -> prediction, with the channels beside xt."""
-        network = self.networks.module(self.setup.model.family.denoiser, every)
+    def denoiser(self, every: Params, batch: Batch, beside: jax.Array | None = None) -> Denoiser:
+        """Return the denoiser of a batch, with the channels beside xt."""
+        denoiser = self.make_denoiser(every, batch)
         if beside is None:
-            return network
+            return denoiser
 
-        def denoise(xt: jax.Array, t: jax.Array, context: Context, **options: Any) -> jax.Array:
-            return network(jnp.concatenate([xt, beside], axis=-1), t, context, **options)
+        def denoise(
+            xt: jax.Array, t: jax.Array, context: Context, *, key: jax.Array | None = None
+        ) -> jax.Array:
+            return denoiser(jnp.concatenate([xt, beside], axis=-1), t, context, key=key)
 
         return denoise
 
@@ -239,14 +281,25 @@ def make(setup: Setup) -> Method:
 
 
 def latent_diffusion(
-    setup: Setup, *, inputs: Inputs | None = None, mask: str = MASK
+    setup: Setup,
+    model: Model | None = None,
+    *,
+    denoiser: Callable[[Networks], MakeDenoiser] | None = None,
+    watched: Watched | None = None,
+    inputs: Inputs | None = None,
+    mask: str = MASK,
 ) -> LatentDiffusion:
-    """Return the losses of a model, see `LatentDiffusion` for `inputs` and `mask`.
+    """Return the losses of a model; see `LatentDiffusion` for `inputs` and `mask`.
+
+    Args:
+        model: the one of the setup, or that with further networks.
+        denoiser: networks -> see `MakeDenoiser`; by default the family's alone.
+        watched: by default the denoiser.
 
     Raises:
         UserError: the networks do not belong together, or the denoiser takes other channels.
     """
-    model, data = setup.model, setup.data
+    model, data = model or setup.model, setup.data
     _check_channels(setup, inputs.count if inputs else 0)
     if data.text_embeddings and setup.objective.encoder_dropout:
         raise UserError(
@@ -256,18 +309,38 @@ def latent_diffusion(
     conditioner = make_conditioner(model, model.tokenizers, dtype=setup.dtype, remat=setup.remat)
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
-    schedule = make_schedule(model.schedule)
-    return LatentDiffusion(setup, networks, conditioner, schedule, inputs, mask)
+    return LatentDiffusion(
+        setup=setup,
+        model=model,
+        networks=networks,
+        conditioner=conditioner,
+        schedule=make_schedule(model.schedule),
+        make_denoiser=(denoiser or alone)(networks),
+        watched=watched or Watched(model.family.denoiser),
+        inputs=inputs,
+        mask=mask,
+    )
+
+
+def alone(networks: Networks) -> MakeDenoiser:
+    """Return what gives the family's denoiser, as it is."""
+    return lambda every, batch: networks.module(networks.family.denoiser, every)
 
 
 def bound(
-    diffusion: LatentDiffusion, *, images: Fields, pictures: Pictures, gallery: bool = False
+    diffusion: LatentDiffusion,
+    *,
+    images: Fields,
+    pictures: Pictures,
+    gallery: bool = False,
+    trains: Callable[[str], bool] | None = None,
 ) -> Method:
     """Return the method that trains a denoiser by a loss.
 
     Args:
         images: the fields of one example's pictures, see `picture_fields`.
         pictures, gallery: see `Method.pictures` and `Method.reads_pictures`.
+        trains: see `Phase`; by default the denoiser and the text encoders.
     """
     setup, networks = diffusion.setup, diffusion.networks
     model, data = setup.model, setup.data
@@ -278,11 +351,12 @@ def bound(
         for field, tokens in diffusion.conditioner.null.items():
             example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
     example |= weight_field(data) | number_fields(model.family.numbers)
-    trained = (model.family.denoiser, *model.text_encoders)
+    networks_trained = (model.family.denoiser, *model.text_encoders)
+    trains = trains or (lambda path: path.split(".")[0] in networks_trained)
     return Method(
         abstract=networks.abstract,
         init=networks.init,
-        phases=(Phase("main", diffusion.loss, lambda path: path.split(".")[0] in trained),),
+        phases=(Phase("main", diffusion.loss, trains),),
         example=example,
         validate=diffusion.validate,
         maxima=diffusion.maxima,

@@ -130,7 +130,7 @@ class Preference:
         xt, wanted = add_noise(x0, eps, alpha, sigma), target(kind, x0, eps, alpha, sigma)
 
         def errors(params: Params) -> tuple[jax.Array, jax.Array]:
-            out = diffusion.denoiser(params)(xt, t2, context).astype(jnp.float32)
+            out = diffusion.denoiser(params, batch)(xt, t2, context).astype(jnp.float32)
             both = jnp.square(out - wanted).mean(axis=tuple(range(1, out.ndim)))  # [2b]
             win, lose = jnp.split(both, 2)
             return win, lose

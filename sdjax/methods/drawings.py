@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -12,7 +12,10 @@ import numpy as np
 from sdjax.diffusion.guidance import SkipLayers
 from sdjax.families.conditioning import encode_text
 from sdjax.methods.method import Examples, Pictures, Setup
+from sdjax.sampling.control import Control
 from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
+
+_NO_CONTROLS: Mapping[str, Control] = {}
 
 
 class DrawCaptions(Protocol):
@@ -30,8 +33,8 @@ class DrawCaptions(Protocol):
         """Return uint8 [N, H, W, 3]; picture: see `sampling.start`."""
 
 
-def make_drawing(setup: Setup) -> DrawCaptions:
-    """Return what draws captions with the networks of a setup."""
+def make_drawing(setup: Setup, controls: Sequence[Control] = ()) -> DrawCaptions:
+    """Return what draws captions with the networks of a setup, steered by ControlNets."""
     sample, model, side = setup.sample, setup.model, setup.data.resolution
 
     @functools.cache
@@ -44,7 +47,7 @@ def make_drawing(setup: Setup) -> DrawCaptions:
             skip=sample.skip if guided else SkipLayers(),
             image_guidance=sample.image_guidance if guided else 1.0,
         )
-        return make_generator(model, drawing, dtype=setup.dtype)
+        return make_generator(model, drawing, dtype=setup.dtype, controls=controls)
 
     generator(True)  # a sampler that does not fit is an error now
     shape = latent_shape(model, side, side)
@@ -74,13 +77,18 @@ def make_drawing(setup: Setup) -> DrawCaptions:
     return drawn
 
 
-def caption_pictures(setup: Setup) -> Pictures:
-    """Return what draws captions alone."""
-    drawn = make_drawing(setup)
+def caption_pictures(setup: Setup, controls: Mapping[str, Control] = _NO_CONTROLS) -> Pictures:
+    """Return what draws captions.
+
+    Args:
+        controls: {named picture: the ControlNet that sees it}.
+    """
+    drawn = make_drawing(setup, tuple(controls.values()))
 
     def pictures(
         params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
     ) -> np.ndarray:
-        return drawn(params, examples, seed, guided=guided, picture={})
+        picture = {one.name: examples.named[field] for field, one in controls.items()}
+        return drawn(params, examples, seed, guided=guided, picture=picture)
 
     return pictures

@@ -114,7 +114,8 @@ class Examples:
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
     tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
-    named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # as in a batch
+    # {name: [N, H, W, C] float32} of data.images, as batches have them
+    named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,6 +238,8 @@ class Kind:
     beside: channels of latents -> how many more the denoiser reads; networks that read latents
         alone are widened when they are loaded.
     sample: options that `sdjax.sample` needs besides prompts, for the last screen.
+    steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
+        steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
     folded: a run's model with its parameters -> the same one without changes, as others read it.
     """
@@ -248,5 +251,6 @@ class Kind:
     used_by: str = "init_from"
     beside: Callable[[int], int] = lambda latent: 0
     sample: str = ""
+    steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model

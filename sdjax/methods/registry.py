@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
@@ -17,4 +18,5 @@ METHODS: dict[str, Kind] = {
     "edit": EDIT,
     "dpo": DPO,
     "adapters": ADAPTERS,
+    "control": CONTROL,
 }

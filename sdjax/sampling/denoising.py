@@ -22,6 +22,7 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
+from sdjax.sampling.control import Control, Controls, bind_controls
 from sdjax.sampling.start import EDIT, Picture, reads_picture, with_channels
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -75,6 +76,7 @@ class Member:
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    controls: Controls
 
     def denoise(
         self,
@@ -91,17 +93,25 @@ class Member:
         prompts = {GUIDANCE: jnp.full(batch, self.drawing.embedded_guidance), **prompts}
         other = {**prompts, **negative}
         context = self.conditioner(params, prompts, target=target)
-        reads, beside = with_channels(network, self.model.denoiser, picture)
-        without = self.conditioner(params, other, target=target, negative=True)
-        contexts = [beside(context), beside(without)]
+        away = self.conditioner(params, other, target=target, negative=True)
+        reads: Any
+        if self.controls.each:
+            timesteps = self.drawing.plan(self.schedule, size).timesteps
+            reads, put = self.controls.beside(network, params, picture, timesteps)
+            contexts = [put(context, False), put(away, True)]
+        else:
+            reads, beside = with_channels(network, self.model.denoiser, picture)
+            contexts = [beside(context), beside(away)]
         if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
             blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
-            contexts.append(with_channels(network, self.model.denoiser, blank)[1](without))
+            contexts.append(with_channels(network, self.model.denoiser, blank)[1](away))
         function = _guided(self.drawing, self.schedule, reads, contexts, size=tuple(size))
         return Denoising(function, network, _length(context))
 
 
-def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
+def make_member(
+    model: Model, drawing: Drawing, dtype: str, controls: Sequence[Control] = ()
+) -> Member:
     """Return a model to draw with.
 
     Raises:
@@ -115,6 +125,7 @@ def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
         bind(model, (model.family.denoiser,), dtype=dtype),
         make_conditioner(model, model.tokenizers, dtype=dtype),
         make_schedule(model.schedule),
+        bind_controls(model, controls, dtype),
     )
 
 

@@ -22,6 +22,7 @@ from sdjax.models import capture
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
+from sdjax.sampling.control import Control
 from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
 from sdjax.sampling.start import Picture, constraint, initial_state
@@ -99,18 +100,20 @@ def make_generator(
     dtype: str = "float32",
     callbacks: Sequence[Callback] = (),
     others: Sequence[Model] = (),
+    controls: Sequence[Control] = (),
 ) -> Generate:
     """Return a jitted `Generate`.
 
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
         others: models whose predictions are averaged with the first's; see `of_member`.
+        controls: ControlNets that steer all of them; their parameters are among `params`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
     assert model.schedule is not None
-    members = [make_member(each, drawing, dtype) for each in (model, *others)]
+    members = [make_member(each, drawing, dtype, controls) for each in (model, *others)]
     autoencoder = bind(model, ("vae",), dtype=dtype)
     drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731

@@ -175,11 +175,17 @@ def last_screen(
         prompt = "a large red circle above a small blue square"
         if config.data.name != "captioned_shapes":
             prompt = "..."
-        draw = shlex.join([python, "-m", "sdjax.sample", f"--model={folder}", "--output=out"])
-        convert = [python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder"]
+        steers = METHODS[config.method.name].steers
+        model = config.init_from if steers else folder
+        options = [f"{option}={value or folder}" for option, value in steers.items()]
+        draw = [python, "-m", "sdjax.sample", f"--model={model}", *options, "--output=out"]
         needed = METHODS[config.method.name].sample
-        rows.append(("draw", f'{draw} --prompts="{prompt}" {needed}'.rstrip()))
-        rows.append(("convert", shlex.join(convert)))
+        rows.append(("draw", f'{shlex.join(draw)} --prompts="{prompt}" {needed}'.rstrip()))
+        if not steers:
+            convert = [
+                python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder",
+            ]  # fmt: skip
+            rows.append(("convert", shlex.join(convert)))
     elif field := METHODS[config.method.name].used_by:
         rows.append(("use it", shlex.quote(f"--config.{field}={folder}")))
     lines = [f"  {name:12} {value}" for name, value in rows]
