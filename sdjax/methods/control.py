@@ -25,7 +25,7 @@ from sdjax.methods.denoise import (
     make_method,
 )
 from sdjax.methods.method import Batch, Kind, Method, MethodConfig, Setup
-from sdjax.models.controlnet_config import CHANNEL_ORDERS, ControlNetConfig
+from sdjax.models.controlnet import CHANNEL_ORDERS, ControlNetConfig
 from sdjax.models.params import Params, component, prefixed
 from sdjax.models.unet_config import UNetConfig
 from sdjax.sampling.control import Control
