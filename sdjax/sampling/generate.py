@@ -127,9 +127,8 @@ def make_generator(
         picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         picture = picture or {}
-        given = [
-            [of_member(i, one) for one in (params, prompts, negative)] for i in range(len(members))
-        ]
+        fields = params, prompts, negative
+        given = [[of_member(i, one) for one in fields] for i in range(len(members))]
         made = [
             member.denoise(own, positive, away, picture, latents.shape)
             for member, (own, positive, away) in zip(members, given, strict=True)
