@@ -27,7 +27,7 @@ def get_config():
     c.data.crop = "random"
     c.data.flip = True  # the condition is mirrored with its picture
     # The paper and train_controlnet.py of diffusers have 4. ControlNet's authors advise more, by
-    # accumulation, for fewer pictures in all (docs/train.md there, "More Consideration").
+    # accumulation ("More Consideration" on their page about training).
     c.data.batch_size = 32
     c.train.accumulation = 8
 

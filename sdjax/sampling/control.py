@@ -141,7 +141,7 @@ class Controls:
 
 
 def _within(bounds: tuple[float, float], t: jax.Array, speak: Callable[[], Residuals]) -> Residuals:
-    """What a network says within a range of timesteps, and zeros outside, where it does not run."""
+    """The residuals of a network within a range of timesteps; zeros outside, without a run."""
     low, high = bounds
     silent = jax.eval_shape(speak)
     return jax.lax.cond(

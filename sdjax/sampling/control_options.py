@@ -12,7 +12,7 @@ import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families.controlnet import CONTROLNET, check
-from sdjax.models.controlnet_config import ControlNetConfig
+from sdjax.models.controlnet import ControlNetConfig
 from sdjax.models.params import prefixed
 from sdjax.sampling.control import Control
 from sdjax.sampling.pictures import read_picture
@@ -21,7 +21,7 @@ from sdjax.system import paths
 
 
 class Asked(NamedTuple):
-    """What --controlnet says: where the network lies, and how it steers; see `Control`."""
+    """The words of --controlnet: where the network lies, and how it steers; see `Control`."""
 
     place: str
     weight: float = 1.0

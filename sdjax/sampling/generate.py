@@ -107,7 +107,7 @@ def make_generator(
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
         others: models whose predictions are averaged with the first's; see `of_member`.
-        controls: ControlNets that steer all of them; their parameters are among `params`.
+        controls: ControlNets of all of them; their parameters are among `params`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
@@ -128,13 +128,12 @@ def make_generator(
         picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         picture = picture or {}
+        fields = params, prompts, negative
+        given = [[of_member(i, one) for one in fields] for i in range(len(members))]
         made = [
-            member.denoise(
-                of_member(i, params), of_member(i, prompts), of_member(i, negative), picture,
-                latents.shape,
-            )
-            for i, member in enumerate(members)
-        ]  # fmt: skip
+            member.denoise(own, positive, away, picture, latents.shape)
+            for member, (own, positive, away) in zip(members, given, strict=True)
+        ]
         state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
         with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
@@ -150,9 +149,8 @@ def make_generator(
                 begun=begun,
                 constrain=constraint(picture, latents),
             )
-        return (
-            x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
-        ), seen
+        out = x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
+        return out, seen
 
     return generate
 

@@ -1,6 +1,7 @@
 """The method control: its start, a whole run killed and resumed, and the folder that it writes."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -72,7 +73,7 @@ def recipe(base, pictures, folder):
     c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(folder / "xla")
+    c.compilation_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
     return c
 
 
