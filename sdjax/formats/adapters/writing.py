@@ -76,7 +76,8 @@ def write_diffusers_adapter(
             # transformers wants the last word for its networks, and diffusers does not write it.
             end = ".weight" if network in model.text_encoders else ""
             tensors[f"{stem}.lora_magnitude_vector{end}"] = magnitude.reshape(conv)
-    entry = peft_metadata.written(ranks, dora, biased)
+    encoders = model.text_encoders
+    entry = peft_metadata.written(ranks, encoders=encoders, dora=dora, bias=biased)
     _save(file, tensors, {"format": "pt", peft_metadata.ENTRY: entry}, dtype)
     return _encoder_notes(model, adapter)
 

@@ -153,7 +153,7 @@ def test_half_precision_is_close(pipelines, tmp_path):
         np.testing.assert_allclose(found.params[path], value, atol=1e-3)
 
 
-# ---- FLUX.1 in kohya's names, at its full width, which the converter of diffusers has built in ----
+# ---- FLUX.1 in kohya's names, at its full width, which is built into diffusers' converter --------
 
 
 def test_diffusers_reads_the_fused_names_of_flux(tmp_path):
