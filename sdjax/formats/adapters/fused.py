@@ -18,6 +18,7 @@ from sdjax.formats.adapters.layers import (
     DORA,
     AdapterLayer,
     delta,
+    fitted,
     per_input,
 )
 from sdjax.formats.adapters.spellings import Target
@@ -38,6 +39,8 @@ def split_layer(
     """
     if target.is_plain:
         return [(target.parts[0], layer)]
+    if layer.kind == "lokr":  # whose product is made here: it has to be of the modules' size
+        layer = fitted(layer, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
     layer = _in_rows(layer, "read")
     rows = max(len(layer.factors[part]) for part in _row_parts(layer))
     ends = np.cumsum([shape[0] for shape in shapes])
