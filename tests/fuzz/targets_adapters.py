@@ -125,9 +125,7 @@ def adapter_scales(rng: np.random.Generator, folder: Path) -> str:
 
     def read() -> None:
         try:
-            scales = peft_metadata.read_scales(
-                folder / "a.safetensors", {peft_metadata.ENTRY: text}
-            )
+            scales = peft_metadata.read_scales(folder / "a.safetensors", metadata)
             value = scales.scale("unet.mid.to_q", 4)
         except (ValueError, RecursionError) as error:  # which the reader of the file explains
             raise UserError(str(error)[:1000]) from error
