@@ -125,6 +125,18 @@ def test_metadata_is_not_needed_where_the_scale_is_folded(pipelines, tmp_path):
     assert_loads(pipelines, "sd", bare.parent, expected)
 
 
+def test_a_text_encoder_without_out_proj_loads_whole_from_a_diffusers_file(pipelines, tmp_path):
+    """FT-21: from a file of kohya's, diffusers 0.42.1 drops q_proj here."""
+    model = pipelines["sd"][1]
+    adapter = samples.lora_adapter(
+        model,
+        ranks=(4,),
+        wanted=lambda path: path.startswith("text_") and path.endswith(("q_proj", "fc1")),
+    )
+    write_diffusers_adapter(tmp_path, model, adapter)
+    assert_loads(pipelines, "sd", tmp_path, merged(model, [(adapter, 1.0)]))
+
+
 def test_biases_of_a_lora_are_loaded(pipelines, tmp_path):
     model = pipelines["flux"][1]
     adapter = samples.lora_adapter(
