@@ -54,13 +54,19 @@ def _model() -> Model:
 
 
 @functools.cache
-def _names() -> tuple[str, ...]:
-    return tuple(spellings(_model(), modules_of(_model())))
+def _names() -> tuple[tuple[str, int], ...]:
+    """(name in a file, its outputs) of the modules of 12 inputs."""
+    modules = modules_of(_model())
+    found = []
+    for name, target in spellings(_model(), modules).items():
+        shapes = [modules[path].shape for path in target.parts]
+        if len(shapes[0]) == 2 and shapes[0][1] == 12:
+            found.append((name, sum(shape[0] for shape in shapes)))
+    return tuple(found)
 
 
-def _shape(rng: np.random.Generator, part: str, rank: int) -> tuple[int, ...]:
-    """A shape that may be right for modules of 12 channels, or their fused ones of 36."""
-    out = int(rng.choice([12, 36]))
+def _shape(rng: np.random.Generator, part: str, rank: int, out: int) -> tuple[int, ...]:
+    """A shape that is mostly right for a module of 12 inputs."""
     right = {
         "lora_down.weight": (rank, 12), "lora_A.weight": (rank, 12), "alpha": (),
         "lora_up.weight": (out, rank), "lora_B.weight": (out, rank), "diff_b": (out,),
@@ -68,26 +74,27 @@ def _shape(rng: np.random.Generator, part: str, rank: int) -> tuple[int, ...]:
         "hada_w2_a": (out, rank), "hada_w1_b": (rank, 12), "hada_w2_b": (rank, 12),
         "lokr_w1": (4, 4), "lokr_w2_a": (out // 4, rank), "lokr_w2_b": (rank, 3),
     }  # fmt: skip
-    if part in right and rng.random() < 0.9:
+    if part in right and rng.random() < 0.97:
         return right[part]
     return tuple(int(size) for size in rng.integers(0, 5, rng.integers(0, 5)))
 
 
 def _file(rng: np.random.Generator, file: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
-    for _ in range(int(rng.integers(1, 6))):
-        stem, rank = str(rng.choice(_names())), int(rng.integers(1, 4))
+    for _ in range(int(rng.integers(1, 4))):
+        stem, out = _names()[rng.integers(len(_names()))]
+        rank = int(rng.integers(1, 4))
         parts = list(_KINDS[rng.integers(len(_KINDS))])
-        if rng.random() < 0.3:
+        if rng.random() < 0.1:
             parts += [str(rng.choice(_PARTS))]
         for part in parts:
-            value = rng.standard_normal(_shape(rng, part, rank))
-            kind = np.float32 if rng.random() < 0.95 else np.int64
+            value = rng.standard_normal(_shape(rng, part, rank, out))
+            kind = np.float32 if rng.random() < 0.99 else np.int64
             tensors[f"{stem}.{part}"] = value.astype(kind)
     said = {f"transformer.{field}": 2 for field in ("r", "lora_alpha")}
     said["transformer.rank_pattern"] = {"proj_out": 1}
     metadata = {"format": "pt"}
-    if rng.random() < 0.4:
+    if rng.random() < 0.15:
         metadata = {peft_metadata.ENTRY: json.dumps(mutation.tree(rng, said))}
     save_file(tensors, file, metadata=metadata)
 
@@ -96,7 +103,7 @@ def adapter_file(rng: np.random.Generator, folder: Path) -> str:
     """An adapter of mixed kinds, with wrong parts, metadata or bytes; merged if it is read."""
     file = folder / "adapter.safetensors"
     _file(rng, file)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         _hurt(rng, file)
 
     def read() -> None:
