@@ -16,6 +16,7 @@ from sdjax.families.single_file import Change
 from sdjax.formats.adapters.layers import (
     BIAS,
     DORA,
+    WHOLE,
     AdapterLayer,
     delta,
     fitted,
@@ -120,7 +121,7 @@ def _in_rows(layer: AdapterLayer, done: str) -> AdapterLayer:
 
 def _row_parts(layer: AdapterLayer) -> list[str]:
     """The factors whose first axis is that of the outputs."""
-    parts = ("lora_up", "hada_w1_a", "hada_w2_a", "diff", BIAS, DORA)
+    parts = ("lora_up", "hada_w1_a", "hada_w2_a", "diff", WHOLE, BIAS, DORA)
     return [part for part in parts if part in layer.factors]
 
 

@@ -385,6 +385,34 @@ def test_xlabs_names_of_flux(tmp_path):
     np.testing.assert_array_equal(key.factors["lora_up"], up[12:24])
 
 
+def test_a_control_lora_of_black_forest_labs(tmp_path):
+    """Biases of the factors, and whole scales of norms in the place of the base's."""
+    norm = "transformer.transformer_blocks.0.attn.norm_q"
+    tensors = {
+        "double_blocks.0.img_attn.qkv.lora_A.weight": draw(2, 12),
+        "double_blocks.0.img_attn.qkv.lora_B.weight": draw(36, 2),
+        "double_blocks.0.img_attn.qkv.lora_B.bias": draw(36, seed=1),
+        "double_blocks.0.img_attn.norm.query_norm.scale": draw(6, seed=2),
+    }
+    found = read_adapter(saved(tmp_path, tensors), TINY_FLUX)
+    attn = "transformer.transformer_blocks.0.attn."
+    assert set(found) == {norm, *(attn + name for name in ("to_q", "to_k", "to_v"))}
+    bias = tensors["double_blocks.0.img_attn.qkv.lora_B.bias"]
+    np.testing.assert_array_equal(found[attn + "to_k"].factors["diff_b"], bias[12:24])
+    base = draw(6, seed=3)
+    np.testing.assert_allclose(
+        base + delta(found[norm], base),
+        tensors["double_blocks.0.img_attn.norm.query_norm.scale"],
+        atol=1e-6,
+    )
+    write_kohya_adapter(tmp_path / "b.safetensors", TINY_FLUX, found)
+    keys = read_header(tmp_path / "b.safetensors")[0]
+    assert "lora_unet_double_blocks_0_img_attn_norm_query_norm.set_weight" in keys
+    again = read_adapter(tmp_path / "b.safetensors", TINY_FLUX)
+    samples.assert_same({norm: again[norm]}, {norm: found[norm]})
+    np.testing.assert_array_equal(again[attn + "to_k"].factors["diff_b"], bias[12:24])
+
+
 def test_a_four_channel_lora_of_conv_in_leaves_further_inputs(tmp_path):
     """FT-57: on a model of inpainting, with nine channels."""
     nine = Model(SD, {"unet": UNetConfig(**UNET, in_channels=9)})
