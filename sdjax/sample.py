@@ -31,6 +31,7 @@ from absl import logging
 from sdjax.errors import UserError, explain
 from sdjax.sampling.inputs import read_latents, read_prompts
 from sdjax.sampling.options import (
+    add_control_options,
     add_drawing_options,
     add_explaining_options,
     add_model_options,
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
     add_picture_options(p.add_argument_group("pictures to begin with"))
+    add_control_options(p.add_argument_group("ControlNets"))
     add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
 
@@ -176,6 +178,8 @@ def _numbers(
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
+    from sdjax.checkpoints.controlnet import read_controlnet
+    from sdjax.sampling.control_options import with_controls
     from sdjax.sampling.ensemble import with_others, with_refiner
     from sdjax.sampling.pictures import with_pictures
 
@@ -187,6 +191,10 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         others = [(n, _request_of(args, prompts, folder, n, size)) for n, folder in names]
         request = with_others(request, others)
     request = with_pictures(request, args.init_image, args.mask_image, args.strength)
+    request = with_controls(
+        request, args.controlnet, args.control_image, guess=args.guess_mode,
+        read=lambda place: read_controlnet(place, weights=args.weights),
+    )  # fmt: skip
     if args.refiner is None:
         return request
     name = f"--refiner={args.refiner}"
@@ -321,6 +329,7 @@ def sample(args: argparse.Namespace) -> str:
         FloatingPointError: a picture has NaN pixels.
     """
     from sdjax.sampling import explain, interpolate, trajectory
+    from sdjax.sampling.control_options import control_settings
     from sdjax.sampling.grids import grid, save_png
     from sdjax.sampling.pictures import picture_settings
 
@@ -341,6 +350,7 @@ def sample(args: argparse.Namespace) -> str:
         settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             own = picture_settings(args.init_image, args.mask_image, args.strength, i)
+            own |= control_settings(args, number=i, count=len(prompts))
             about = {"prompt": prompt, "number": i, **settings, **own}
             save_png(output / f"{i:05d}.png", image, about)
             for look, states in zip(looks.values(), seen, strict=True):

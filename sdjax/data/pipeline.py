@@ -318,7 +318,9 @@ def _identity(
     }
     # Only streams with named pictures, mixtures or buckets have these fields.
     if config.images:
-        identity["images"] = [[image.name, image.origin, image.kind] for image in config.images]
+        identity["images"] = [
+            [image.name, image.made or image.origin, image.kind] for image in config.images
+        ]
     if config.mixture:
         identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
     if config.buckets.step:

@@ -22,6 +22,7 @@ from sdjax.errors import UserError
 from sdjax.families.family import Model
 from sdjax.formats.folders import folder_kind, read_json
 from sdjax.machine_settings import asks_for, data_of_model, of_model
+from sdjax.methods.registry import METHODS
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 from sdjax.train.validation import Validator
@@ -69,10 +70,10 @@ def load(
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))
-    if not config.draws:
+    if not config.draws or METHODS[config.method.name].steers:
         raise UserError(
             f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
-            "from prompts"
+            "from prompts alone"
         )
     found = with_loras(read_any(folder, weights=weights, step=step), loras)
     return Loaded(found, folder, of_model(config), step, data_of_model(config))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, encode_text, make_conditioner
-from sdjax.families.family import Context, Networks
+from sdjax.families.family import Context, Model, Networks
 from sdjax.methods.fields import number_fields, picture_fields, weight_field
 from sdjax.methods.method import (
     Aux,
@@ -42,11 +43,14 @@ from sdjax.methods.method import (
 from sdjax.models import capture
 from sdjax.models.params import Params, component
 from sdjax.models.vae import sample_moments, scale_latents
+from sdjax.sampling.control import Control
 from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
 LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
 CONFUSED = ("epsilon", "v_prediction")  # types of prediction that files leave open
+_NONE: Mapping[str, str] = {}
+_NO_CONTROLS: Mapping[str, Control] = {}
 MASK = "mask"  # the picture of data.images that multiplies the loss at each position
 
 
@@ -57,14 +61,49 @@ class DenoiseConfig(MethodConfig):
     name: str = "denoise"
 
 
+class Denoiser(Protocol):
+    """Predicts from noisy latents: the network that denoises, and what works beside it."""
+
+    def __call__(
+        self, xt: jax.Array, t: jax.Array, context: Context, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the prediction, of the shape of xt [b, *frames, h, w, c], for timesteps t [b].
+
+        Args:
+            key: of dropout; None switches it off.
+        """
+
+
+class MakeDenoiser(Protocol):
+    """Gives the denoiser of a batch."""
+
+    def __call__(self, every: Params, batch: Batch) -> Denoiser:
+        """Return the denoiser that has these parameters of every network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """The network whose activations are measured, and the fields of a batch that it reads as well.
+
+    name: of the network, which is called as the denoiser is.
+    fields: given to it after the context.
+    """
+
+    name: str
+    fields: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
     """The losses of a model. Parameters are those of all its networks together."""
 
     setup: Setup
+    model: Model
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    denoiser: MakeDenoiser
+    watched: Watched
 
     def loss(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
@@ -73,7 +112,7 @@ class LatentDiffusion:
         every = {**frozen, **trained}
         key, keys, positions, batch_size = draw
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        denoiser = self._denoiser(every)
+        denoiser = self.denoiser(every, batch)
         x0 = self._latents(every, batch, keys)
         objective = self.setup.objective
         captions = self.conditioner.drop(
@@ -98,7 +137,7 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> jax.Array:
         """Losses [b, n] at n timesteps, of the plain objective; see `Method.validate`."""
-        denoiser = self._denoiser(every)
+        denoiser = self.denoiser(every, batch)
         x0 = self._latents(every, batch, keys)
         context = self._context(every, self._captions(every, batch, keys), x0)
         plain, mask = plain_objective(self.setup.objective), self._mask(batch)
@@ -124,7 +163,7 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """Return the error of the output as each type of prediction; see `Method.predictions`."""
-        denoiser = self._denoiser(every)
+        denoiser = self.denoiser(every, batch)
         x0 = self._latents(every, batch, keys)
         context = self._context(every, self._captions(every, batch, keys), x0)
 
@@ -146,18 +185,17 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """{path: scalar}, see `sdjax.models.capture.maxima`; example i at timestep i modulo n."""
-        model = self.setup.model
-        name = model.family.denoiser
-        plain = bind(model, (name,), dtype=self.setup.dtype)  # rematerialised blocks show nothing
+        name, fields = self.watched.name, self.watched.fields
+        # Rematerialised blocks show nothing.
+        plain = bind(self.model, (name,), dtype=self.setup.dtype)
         x0 = self._latents(every, batch, keys)
         t = jnp.asarray(np.resize(timesteps, len(x0)))
         eps = normal_like(fold_keys(keys, STRATA), x0)
         xt = add_noise(x0, eps, *schedule_at(self.schedule, t))
         context = self._context(every, self._captions(every, batch, keys), x0)
-        return capture.maxima(plain.graphs[name], component(every, name), xt, t, context)
-
-    def _denoiser(self, every: Params):
-        return self.networks.module(self.setup.model.family.denoiser, every)
+        more = [batch[field] for field in fields]
+        own = component(every, name)
+        return capture.maxima(plain.graphs[name], own, xt, t, context, *more)
 
     def _latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         vae_config = self.setup.model.vae
@@ -200,12 +238,36 @@ def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the networks of a model; see `LatentDiffusion`.
+    """Bind the method to the networks of a model; see `make_method`."""
+    model = setup.model
+    trained = (model.family.denoiser, *model.text_encoders)
+    return make_method(setup, model, trains=lambda path: path.split(".")[0] in trained)
+
+
+def make_method(
+    setup: Setup,
+    model: Model,
+    *,
+    trains: Callable[[str], bool],
+    denoiser: Callable[[Networks], MakeDenoiser] | None = None,
+    watched: Watched | None = None,
+    required: Mapping[str, str] = _NONE,
+    pictures: Pictures | None = None,
+) -> Method:
+    """Return a method whose loss is that of latent diffusion; see `LatentDiffusion`.
+
+    Args:
+        model: the one of the setup, or that with further networks.
+        trains: see `Phase`.
+        denoiser: networks -> see `MakeDenoiser`; by default the family's alone.
+        watched: by default the denoiser.
+        required: {name: kind} of the pictures of data.images that the denoiser takes.
+        pictures: by default captions are drawn.
 
     Raises:
         UserError: the networks do not belong together, or the denoiser takes more than latents.
     """
-    model, data = setup.model, setup.data
+    data = setup.data
     _check_channels(setup)
     if data.text_embeddings and setup.objective.encoder_dropout:
         raise UserError(
@@ -215,30 +277,43 @@ def make(setup: Setup) -> Method:
     conditioner = make_conditioner(model, model.tokenizers, dtype=setup.dtype, remat=setup.remat)
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
-    diffusion = LatentDiffusion(setup, networks, conditioner, make_schedule(model.schedule))
-    example = picture_fields(setup, optional={MASK: "mask"})
-    if data.text_embeddings:
-        example |= conditioner.embedding()
-    else:
-        for field, tokens in conditioner.null.items():
-            example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
-    example |= weight_field(data) | number_fields(model.family.numbers)
-    trained = (model.family.denoiser, *model.text_encoders)
+    diffusion = LatentDiffusion(
+        setup, model, networks, conditioner, make_schedule(model.schedule),
+        (denoiser or alone)(networks), watched or Watched(model.family.denoiser),
+    )  # fmt: skip
     return Method(
         abstract=networks.abstract,
         init=networks.init,
-        phases=(Phase("main", diffusion.loss, lambda path: path.split(".")[0] in trained),),
-        example=example,
+        phases=(Phase("main", diffusion.loss, trains),),
+        example=_example(setup, conditioner, required),
         validate=diffusion.validate,
         maxima=diffusion.maxima,
         predictions=(
             diffusion.predictions if setup.objective.prediction_type in CONFUSED else None
         ),
         timesteps=diffusion.timesteps,
-        pictures=_pictures(setup),
+        pictures=pictures or drawn_captions(setup),
         dtypes=networks.dtypes,
         numbers=model.family.numbers,
     )
+
+
+def alone(networks: Networks) -> MakeDenoiser:
+    """Return what gives the family's denoiser, as it is."""
+    return lambda every, batch: networks.module(networks.family.denoiser, every)
+
+
+def _example(
+    setup: Setup, conditioner: Conditioner, required: Mapping[str, str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The fields of one example."""
+    example = picture_fields(setup, required=required, optional={MASK: "mask"})
+    if setup.data.text_embeddings:
+        example |= conditioner.embedding()
+    else:
+        for field, tokens in conditioner.null.items():
+            example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+    return example | weight_field(setup.data) | number_fields(setup.model.family.numbers)
 
 
 def _check_channels(setup: Setup) -> None:
@@ -255,8 +330,12 @@ def _check_channels(setup: Setup) -> None:
     )
 
 
-def _pictures(setup: Setup) -> Pictures:
-    """Drawing of captions, as `config.sample` says."""
+def drawn_captions(setup: Setup, controls: Mapping[str, Control] = _NO_CONTROLS) -> Pictures:
+    """Return what draws captions, as `config.sample` says.
+
+    Args:
+        controls: {named picture: the ControlNet that sees it}.
+    """
     sample, model, side = setup.sample, setup.model, setup.data.resolution
 
     @functools.cache
@@ -269,7 +348,7 @@ def _pictures(setup: Setup) -> Pictures:
             embedded_guidance=sample.embedded_guidance,
             skip=sample.skip if guided else SkipLayers(),
         )
-        return make_generator(model, drawing, dtype=setup.dtype)
+        return make_generator(model, drawing, dtype=setup.dtype, controls=tuple(controls.values()))
 
     generator(True)  # a sampler that does not fit is an error now
     shape = latent_shape(model, side, side)
@@ -287,6 +366,7 @@ def _pictures(setup: Setup) -> Pictures:
             shape=shape,
             seed=seed,
             batch_size=64,
+            picture={one.name: examples.named[field] for field, one in controls.items()},
         )
         return images
 

@@ -98,7 +98,7 @@ class Export(Protocol):
 
     def __call__(
         self, model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path | str]:
+    ) -> Mapping[str, paths.Path | str]:
         """Write into a workdir; return {label for the last screen: file, folder, or a remark}.
 
         Args:
@@ -114,6 +114,8 @@ class Examples:
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
     tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+    # {name: [N, H, W, C] float32} of data.images, as batches have them
+    named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,6 +230,8 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
+        steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
     folded: a run's model with its parameters -> the same one without changes, as others read it.
     """
@@ -237,5 +241,6 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.method import Kind
 
@@ -11,4 +12,5 @@ METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
     "autoencoder": AUTOENCODER,
     "adapters": ADAPTERS,
+    "control": CONTROL,
 }

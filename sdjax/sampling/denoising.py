@@ -22,6 +22,7 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
+from sdjax.sampling.control import Control, Controls, bind_controls
 from sdjax.sampling.start import Picture, with_channels
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -73,6 +74,7 @@ class Member:
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    controls: Controls
 
     def denoise(
         self,
@@ -89,19 +91,22 @@ class Member:
         prompts = {GUIDANCE: jnp.full(batch, self.drawing.embedded_guidance), **prompts}
         other = {**prompts, **negative}
         context = self.conditioner(params, prompts, target=target)
-        reads, beside = with_channels(network, self.model.denoiser, picture)
-        function = _guided(
-            self.drawing,
-            self.schedule,
-            reads,
-            beside(context),
-            beside(self.conditioner(params, other, target=target, negative=True)),
-            size=tuple(size),
-        )
+        away = self.conditioner(params, other, target=target, negative=True)
+        reads: Any
+        if self.controls.each:
+            timesteps = self.drawing.plan(self.schedule, size).timesteps
+            reads, put = self.controls.beside(network, params, picture, timesteps)
+            contexts = put(context, False), put(away, True)
+        else:
+            reads, beside = with_channels(network, self.model.denoiser, picture)
+            contexts = beside(context), beside(away)
+        function = _guided(self.drawing, self.schedule, reads, *contexts, size=tuple(size))
         return Denoising(function, network, _length(context))
 
 
-def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
+def make_member(
+    model: Model, drawing: Drawing, dtype: str, controls: Sequence[Control] = ()
+) -> Member:
     """Return a model to draw with.
 
     Raises:
@@ -115,6 +120,7 @@ def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
         bind(model, (model.family.denoiser,), dtype=dtype),
         make_conditioner(model, model.tokenizers, dtype=dtype),
         make_schedule(model.schedule),
+        bind_controls(model, controls, dtype),
     )
 
 

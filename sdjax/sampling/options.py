@@ -114,6 +114,26 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
+def add_control_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options of ControlNets."""
+    p.add_argument(
+        "--controlnet", action="append", default=[], metavar="DIR[:WEIGHT[:START:END]]",
+        help="a ControlNet that steers the pictures: a folder of diffusers, a .safetensors file, "
+        "or a workdir of the method control; times WEIGHT (1), between these shares of the steps ("
+        "0 and 1); given again, what they say is added up",
+    )  # fmt: skip
+    p.add_argument(
+        "--control_image", action="append", default=[], metavar="FILE",
+        help="the condition of each --controlnet, resized to --height and --width: once for each "
+        "of them, or once for each of them and prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--guess_mode", action="store_true",
+        help="ControlNets steer the prompts' half of guidance alone, coarse maps more than fine "
+        "ones; for pictures without prompts, with --guidance 3 to 5",
+    )  # fmt: skip
+
+
 def add_explaining_options(p: argparse._ArgumentGroup) -> None:
     """Add the options that show why pictures are as they are."""
     p.add_argument(
@@ -166,6 +186,7 @@ def check_together(args: argparse.Namespace) -> None:
         "--init_image": args.init_image,
         "--refiner": args.refiner,
         "a second --model": args.model[1:],
+        "--controlnet": args.controlnet,
     }
     for option, given in options.items():
         if given and interpolates:

@@ -101,7 +101,7 @@ def read_pictures(files: Sequence[str], count: int, size: tuple[int, int]) -> np
     Raises:
         UserError: a file is no picture, or there are not one or `count` of them.
     """
-    pictures = [_read("--init_image", file, size) for file in files]
+    pictures = [read_picture("--init_image", file, size) for file in files]
     made = [np.asarray(picture, np.float32) / 255 * 2 - 1 for picture in pictures]
     return _one_each("--init_image", made, count)
 
@@ -112,14 +112,19 @@ def read_masks(files: Sequence[str], count: int, size: tuple[int, int]) -> np.nd
     Raises:
         UserError: as `read_pictures`.
     """
-    grey = [_read("--mask_image", file, size).convert("L") for file in files]
+    grey = [read_picture("--mask_image", file, size).convert("L") for file in files]
     made = [
         (np.asarray(mask, np.float32)[..., None] / 255 >= 0.5).astype(np.float32) for mask in grey
     ]
     return _one_each("--mask_image", made, count)
 
 
-def _read(option: str, file: str, size: tuple[int, int]) -> Image.Image:
+def read_picture(option: str, file: str, size: tuple[int, int]) -> Image.Image:
+    """Return the picture of a file, upright, in RGB, resized to (height, width).
+
+    Raises:
+        UserError: naming the option and the file, if that is no picture.
+    """
     try:
         picture = to_rgb(upright(read_image(file)))
     except ImageError as error:
