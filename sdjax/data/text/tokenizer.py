@@ -37,8 +37,17 @@ SPLIT = (
 )
 
 
+# The arguments of a word that is added to a vocabulary, as `add_tokens` of transformers sets them.
+_WORD = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+         "special": False}  # fmt: skip
+
+
 class Tokenizer(TextTokenizer):
-    """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
+    """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable.
+
+    Where a vocabulary has the added tokens X, X_1, X_2, ..., an X in a text becomes all of them, as
+    in the pipelines of diffusers (loaders/textual_inversion.py, `maybe_convert_prompt`).
+    """
 
     title = "CLIP"
     transformers_class = "CLIPTokenizer"
@@ -75,6 +84,7 @@ class Tokenizer(TextTokenizer):
         self._backend.post_processor = processors.RobertaProcessing(
             (names["eos_token"], self.eos_id), (names["bos_token"], self.bos_id), False, False
         )
+        self._groups = _groups(self._added.values(), self._vocab, ids)
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -94,11 +104,60 @@ class Tokenizer(TextTokenizer):
         content = [sorted(self._backend.get_vocab().items()), self._merges, ids]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    def with_token(self, token: str, count: int = 1) -> Tokenizer:
+        """Return a tokenizer with a word more, which becomes `count` tokens, those of the next ids.
+
+        Raises:
+            TokenizerError: the vocabulary has the word, or the context has no room for its tokens.
+        """
+        if not token.strip() or token != token.strip():
+            raise TokenizerError(f"the token {token!r} is empty, or has spaces around it")
+        room = self.context_length - self.marks_before - self.marks_after
+        if not 1 <= count <= room:
+            raise TokenizerError(
+                f"the token {token!r} has {count} vectors; expected 1 to {room}, for captions have "
+                f"{self.context_length} tokens"
+            )
+        names = [token, *(f"{token}_{i}" for i in range(1, count))]
+        # A text with a number after it belongs to the word before the number.
+        stem, _, number = token.rpartition("_")
+        followed = any(entry["content"] == stem for entry in self._added.values())
+        ends = [f"{token}_{count}", *([stem] if number.isdecimal() and followed else [])]
+        words = {name.lower(): name for name in self.vocabulary}
+        if there := [words[name.lower()] for name in (*names, *ends) if name.lower() in words]:
+            raise TokenizerError(
+                f"the token {token!r}: the tokenizer has {there[0]!r} in its vocabulary already; "
+                "choose another word, such as '<my-cat>'"
+            )
+        new = {self.largest_id + 1 + i: {"content": name, **_WORD} for i, name in enumerate(names)}
+        return Tokenizer(
+            self._vocab, self._merges, context_length=self.context_length,
+            special=self._special, added={**self._added, **new},
+        )  # fmt: skip
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # encode_batch starts threads, which takes longer than one caption.
         if len(texts) == 1:
-            return [self._backend.encode(texts[0]).ids]
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+            rows = [self._backend.encode(texts[0]).ids]
+        else:
+            rows = [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+        if not self._groups:
+            return rows
+        return [[i for first in row for i in self._groups.get(first, (first,))] for row in rows]
+
+    def _cut(self, ids: Sequence[int]) -> int:
+        """Return how many tokens stay: those of one word stay together."""
+        return self.end_of_words(ids, super()._cut(ids))
+
+    def end_of_words(self, ids: Sequence[int], most: int) -> int:
+        """Return how many of the first `most` tokens end with a whole word of added ones."""
+        at = 0
+        while at < min(most, len(ids)):
+            size = len(self._groups.get(ids[at], (0,)))
+            if at + size > most:
+                return at
+            at += size
+        return at
 
     @classmethod
     def load(
@@ -230,6 +289,21 @@ def _add_tokens(
     for token in special.values():
         arguments = token_arguments(token)
         backend.add_tokens([AddedToken(**{**arguments, "special": True})])
+
+
+def _groups(
+    added: Iterable[Mapping[str, Any]], vocab: Mapping[str, int], ids: Mapping[str, int]
+) -> dict[int, tuple[int, ...]]:
+    """{id of X: ids of X, X_1, X_2, ...} of the added tokens that have followers."""
+    names = {token["content"] for token in added} - vocab.keys()
+    groups = {}
+    for name in names:
+        every = [name]
+        while (following := f"{name}_{len(every)}") in names:
+            every.append(following)
+        if len(every) > 1:
+            groups[ids[name]] = tuple(ids[one] for one in every)
+    return groups
 
 
 def _byte_alphabet() -> list[str]:
