@@ -26,7 +26,8 @@ def model_of_run(
     Args:
         tokenizers: by the field of a batch that each fills; stand-ins where only shapes matter.
     """
-    names = METHODS[config.method.name].networks(config.model.networks)
+    kind = METHODS[config.method.name]
+    names = kind.networks(config.model.networks)
     return model_of(
         config.model,
         names,
@@ -36,18 +37,24 @@ def model_of_run(
         scheduler=scheduler,
         tokenizers=tokenizers,
         params=params or {},
+        changes=kind.changes(config.method, model_of(config.model, names)),
     )
 
 
-def method_of_run(config: Config, tokenizers: Mapping[str, Tokenize]) -> Method:
+def method_of_run(
+    config: Config, tokenizers: Mapping[str, Tokenize], model: Model | None = None
+) -> Method:
     """Return the method of a run, bound to its networks.
+
+    Args:
+        model: what to bind it to; by default what the run trains.
 
     Raises:
         UserError: the networks do not belong together, or do not suit the method.
     """
     setup = Setup(
         config=config.method,
-        model=model_of_run(config, tokenizers),
+        model=model or model_of_run(config, tokenizers),
         objective=config.objective,
         data=config.data,
         sample=config.sample,

@@ -25,6 +25,7 @@ from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
+from sdjax.families.embeddings import count_of, in_tables
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
 from sdjax.formats.folders import (
@@ -98,8 +99,10 @@ def _read(
         follows: whether networks may lie elsewhere.
     """
     config = of_model(read_run_config(folder))
-    own = METHODS[config.method.name].networks(config.model.networks)
+    kind = METHODS[config.method.name]
+    own = kind.networks(config.model.networks)
     model = model_of(config.model, [name for name in own if name in components])
+    model = dataclasses.replace(model, changes=kind.changes(config.method, model))
     fields: dict[str, Any] = {}
     if with_weights:
         trained = _restore(folder, config, weights, step, model)
@@ -114,7 +117,7 @@ def _read(
         fields["tokenizers"] = read_tokenizers(folder, model)
     except TokenizerError as error:
         raise ModelError(str(error)) from error
-    return dataclasses.replace(model, **fields)
+    return in_tables(dataclasses.replace(model, **fields))
 
 
 def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer]:
@@ -128,7 +131,7 @@ def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer
         part = model.family.parts[name]
         own = folder / part.tokenizer
         tokenizer = load_tokenizer(part.tokenizer_kind, own, model.text_length(name))
-        tokenizer.check_vocabulary(config.vocab_size, own)
+        tokenizer.check_vocabulary(config.vocab_size + count_of(model), own)
         found[part.tokens] = tokenizer
     return found
 

@@ -21,7 +21,7 @@ class CaptionConfig:
     others_key: str = ""  # a feature of more captions, a sequence of texts; "" for none
     main_share: float = 0.5  # probability of data.text_key where there are others
     templates: tuple[str, ...] = ()  # for labels, besides data.label_template: all equally often
-    texts: tuple[str, ...] = ()  # in place of captions, equally often; a "{}" is the caption's place
+    texts: tuple[str, ...] = ()  # in place of captions, equally often; "{}" is the caption
     separator: str = ", "  # between tags: split there, and joined with it again
     shuffle_tags: bool = False  # tags in another order every time
     keep_tags: int = 0  # the first tags, as many, stay in front and are never dropped

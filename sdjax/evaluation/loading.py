@@ -130,7 +130,7 @@ def make_validate(
 
     @functools.cache
     def validator() -> Validator:
-        method = method_of_run(config, found.tokenizers)
+        method = method_of_run(config, found.tokenizers, found)
         return Validator(config, method, found.tokenizers, mesh, split=split, count=count)
 
     def validate(params: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

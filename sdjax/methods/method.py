@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,11 +12,14 @@ import numpy as np
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.families.config import ModelConfig
-from sdjax.families.family import Model
+from sdjax.families.family import Change, Model
 from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
 from sdjax.system import paths
+
+if TYPE_CHECKING:  # a step needs no tokenizer
+    from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Batch = Mapping[str, jax.Array]
 Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
@@ -225,6 +228,9 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    changes: (own group, model) -> `Model.changes` of what is trained.
+    tokenizers: (own group, {field: tokenizer}) -> those that the run reads captions with.
+    data: (own group, data) -> the data as the method reads them.
     """
 
     config: type
@@ -232,3 +238,8 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    changes: Callable[[Any, Model], tuple[Change, ...]] = lambda config, model: ()
+    tokenizers: Callable[[Any, Mapping[str, TextTokenizer]], Mapping[str, TextTokenizer]] = (
+        lambda config, tokenizers: tokenizers
+    )
+    data: Callable[[Any, DataConfig], DataConfig] = lambda config, data: data

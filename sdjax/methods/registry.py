@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.denoise import DENOISE
+from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.method import Kind
 
-METHODS: dict[str, Kind] = {"denoise": DENOISE, "autoencoder": AUTOENCODER}
+METHODS: dict[str, Kind] = {
+    "denoise": DENOISE, "autoencoder": AUTOENCODER, "embedding": EMBEDDING,
+}  # fmt: skip

@@ -25,7 +25,7 @@ from sdjax.errors import UserError
 from sdjax.evaluation import reference
 from sdjax.evaluation.audit import read_audit
 from sdjax.evaluation.preprocess import ClipPreprocess
-from sdjax.evaluation.torch_file import read_tensors
+from sdjax.formats.torch_file import read_tensors
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model
 from sdjax.families.sd import SD

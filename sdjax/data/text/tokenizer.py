@@ -72,7 +72,7 @@ class Tokenizer(TextTokenizer):
             ValueError: the context length is below 3, or the arguments do not fit together.
         """
         super().__init__(context_length)
-        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
+        self._vocab, self._merges = dict(vocab), [(left, right) for left, right in merges]
         self._special = {**DEFAULT_SPECIAL, **(special or {})}
         self._added = dict(added or {})
         names = {key: token_text(token) for key, token in self._special.items()}
@@ -242,7 +242,7 @@ class Tokenizer(TextTokenizer):
 
 
 def _backend(
-    vocab: dict[str, int], merges: list[tuple[str, ...]], *, unk: str | None
+    vocab: dict[str, int], merges: list[tuple[str, str]], *, unk: str | None
 ) -> tokenizers.Tokenizer:
     """The pipeline from text to subwords: normalise, split into words, bytes, merge."""
     pieces: dict[str, Any] = {"unk_token": unk} if unk is not None else {}
