@@ -166,6 +166,19 @@ def in_tables(model: Model) -> Model:
     )
 
 
+def tables_with(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run trained, with its rows in the token tables of a model read from it.
+
+    Args:
+        params: of the model, as `in_tables` gives it.
+    """
+    found = {path: value for path, value in trained.items() if not is_rows(path)}
+    for path in trained.keys() - found.keys():
+        table = table_path(path.split(".")[0])
+        found[table] = np.concatenate([params[table][: -len(trained[path])], trained[path]])
+    return found
+
+
 def _lengthened(model: Model, rows: Mapping[str, np.ndarray]) -> Model:
     """The model with more rows in the token tables of {text encoder: rows}."""
     params, networks = dict(model.params), dict(model.networks)

@@ -84,7 +84,7 @@ class Tokenizer(TextTokenizer):
         self._backend.post_processor = processors.RobertaProcessing(
             (names["eos_token"], self.eos_id), (names["bos_token"], self.bos_id), False, False
         )
-        self._groups = _groups(self._added.values(), self._vocab, ids)
+        self._groups = _groups(self.added_words, ids)
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -121,8 +121,8 @@ class Tokenizer(TextTokenizer):
         names = [token, *(f"{token}_{i}" for i in range(1, count))]
         # A text with a number after it belongs to the word before the number.
         stem, _, number = token.rpartition("_")
-        followed = any(entry["content"] == stem for entry in self._added.values())
-        ends = [f"{token}_{count}", *([stem] if number.isdecimal() and followed else [])]
+        follows = number.isdecimal() and stem in self.added_words
+        ends = [f"{token}_{count}", *([stem] if follows else [])]
         words = {name.lower(): name for name in self.vocabulary}
         if there := [words[name.lower()] for name in (*names, *ends) if name.lower() in words]:
             raise TokenizerError(
@@ -145,18 +145,20 @@ class Tokenizer(TextTokenizer):
             return rows
         return [[i for first in row for i in self._groups.get(first, (first,))] for row in rows]
 
-    def _cut(self, ids: Sequence[int]) -> int:
-        """Return how many tokens stay: those of one word stay together."""
-        return self.end_of_words(ids, super()._cut(ids))
+    @property
+    def added_words(self) -> tuple[str, ...]:
+        """The added tokens that are not in the vocabulary of the files."""
+        return tuple(t["content"] for t in self._added.values() if t["content"] not in self._vocab)
 
-    def end_of_words(self, ids: Sequence[int], most: int) -> int:
-        """Return how many of the first `most` tokens end with a whole word of added ones."""
-        at = 0
-        while at < min(most, len(ids)):
-            size = len(self._groups.get(ids[at], (0,)))
-            if at + size > most:
-                return at
-            at += size
+    def length_of_word(self, first: int) -> int:
+        """Return how many tokens a word of added ones has, by its first; 1 for all others."""
+        return len(self._groups.get(first, (first,)))
+
+    def _cut(self, ids: Sequence[int]) -> int:
+        """Return how many tokens stay: those of one added word stay together, or none does."""
+        at, most = 0, super()._cut(ids)
+        while at < most and at + (length := self.length_of_word(ids[at])) <= most:
+            at += length
         return at
 
     @classmethod
@@ -291,11 +293,8 @@ def _add_tokens(
         backend.add_tokens([AddedToken(**{**arguments, "special": True})])
 
 
-def _groups(
-    added: Iterable[Mapping[str, Any]], vocab: Mapping[str, int], ids: Mapping[str, int]
-) -> dict[int, tuple[int, ...]]:
+def _groups(names: Sequence[str], ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
     """{id of X: ids of X, X_1, X_2, ...} of the added tokens that have followers."""
-    names = {token["content"] for token in added} - vocab.keys()
     groups = {}
     for name in names:
         every = [name]
