@@ -84,7 +84,7 @@ class Tokenizer(TextTokenizer):
         self._backend.post_processor = processors.RobertaProcessing(
             (names["eos_token"], self.eos_id), (names["bos_token"], self.bos_id), False, False
         )
-        self._groups = _groups(self.added_words, ids)
+        self._groups = _groups(self.added_words, ids, most=self.context_length)
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -123,7 +123,11 @@ class Tokenizer(TextTokenizer):
         stem, _, number = token.rpartition("_")
         follows = number.isdecimal() and stem in self.added_words
         ends = [f"{token}_{count}", *([stem] if follows else [])]
-        words = {name.lower(): name for name in self.vocabulary}
+        words = {
+            form.lower(): form
+            for name in self.vocabulary
+            for form in (name, name.removesuffix(END_OF_WORD))
+        }
         if there := [words[name.lower()] for name in (*names, *ends) if name.lower() in words]:
             raise TokenizerError(
                 f"the token {token!r}: the tokenizer has {there[0]!r} in its vocabulary already; "
@@ -293,12 +297,14 @@ def _add_tokens(
         backend.add_tokens([AddedToken(**{**arguments, "special": True})])
 
 
-def _groups(names: Sequence[str], ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    """{id of X: ids of X, X_1, X_2, ...} of the added tokens that have followers."""
-    groups = {}
+def _groups(
+    names: Sequence[str], ids: Mapping[str, int], *, most: int
+) -> dict[int, tuple[int, ...]]:
+    """{id of X: up to `most` ids of X, X_1, X_2, ...} of the added tokens that have followers."""
+    groups, there = {}, set(names)
     for name in names:
         every = [name]
-        while (following := f"{name}_{len(every)}") in names:
+        while len(every) < most and (following := f"{name}_{len(every)}") in there:
             every.append(following)
         if len(every) > 1:
             groups[ids[name]] = tuple(ids[one] for one in every)
