@@ -79,9 +79,9 @@ def check_family(family: Family) -> None:
         )
 
 
-def new_rows(model: Model, count: int) -> tuple[Change, ...]:
-    """Return the changes that lengthen every token table of a model by `count` rows."""
-    return tuple(NewRows(name, count) for name in model.text_encoders)
+def new_rows(family: Family, count: int) -> tuple[Change, ...]:
+    """Return the changes that lengthen every token table of a family by `count` rows."""
+    return tuple(NewRows(name, count) for name in family.encoders)
 
 
 def count_of(model: Model) -> int:

@@ -22,13 +22,14 @@ from sdjax.families.embeddings import (
     Embedding,
     check_family,
     check_ids,
+    in_tables,
     is_rows,
     new_rows,
     rows_path,
     table_path,
     with_tokens,
 )
-from sdjax.families.family import Change, Model
+from sdjax.families.family import Change, Family, Model
 from sdjax.formats.embeddings import write_embeddings
 from sdjax.methods import denoise
 from sdjax.methods.method import (
@@ -84,9 +85,9 @@ class EmbeddingConfig(MethodConfig):
             )
 
 
-def _changes(config: EmbeddingConfig, model: Model) -> tuple[Change, ...]:
+def _changes(config: EmbeddingConfig, family: Family) -> tuple[Change, ...]:
     """See `Kind.changes`."""
-    return new_rows(model, len(config.tokens) * config.vectors)
+    return new_rows(family, len(config.tokens) * config.vectors)
 
 
 def _tokenizers(
@@ -216,6 +217,7 @@ EMBEDDING = Kind(
     networks=tuple,
     draws=True,
     changes=_changes,
+    folded=in_tables,
     tokenizers=_tokenizers,
     data=_data,
 )

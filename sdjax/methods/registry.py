@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.method import Kind
 
 METHODS: dict[str, Kind] = {
-    "denoise": DENOISE, "autoencoder": AUTOENCODER, "embedding": EMBEDDING,
-}  # fmt: skip
+    "denoise": DENOISE,
+    "autoencoder": AUTOENCODER,
+    "adapters": ADAPTERS,
+    "embedding": EMBEDDING,
+}

@@ -152,7 +152,7 @@ def test_a_model_with_changes_reads_as_one_with_longer_tables(model):
     apart = dataclasses.replace(
         model,
         tokenizers=want.tokenizers,
-        changes=embeddings.new_rows(model, 2),
+        changes=embeddings.new_rows(SDXL, 2),
         params=model.params | {embeddings.rows_path(n): x for n, x in word.rows.items()},
     )
     assert apart.changes == (NewRows("text_encoder", 2), NewRows("text_encoder_2", 2))
