@@ -100,9 +100,15 @@ def _tokenizers(
 def _data(config: EmbeddingConfig, data: DataConfig) -> DataConfig:
     """The data with texts around the word in place of captions, if the recipe has no other texts.
 
-    See `Kind.data`.
+    See `Kind.data`. Raises UserError if none of these has a word.
     """
-    if config.templates == CAPTIONS or data.captions.texts or data.text_embeddings:
+    own = data.captions.texts
+    if own and not any(word in text for text in own for word in (*config.tokens, "{}")):
+        raise UserError(
+            f"data.captions.texts is {own!r}, and no text has one of method.tokens = "
+            f"{config.tokens!r}: nothing would be learnt"
+        )
+    if config.templates == CAPTIONS or own or data.text_embeddings:
         return data
     texts = tuple(
         t.replace("{}", word) for word in config.tokens for t in TEMPLATES[config.templates]
