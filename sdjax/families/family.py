@@ -18,6 +18,7 @@ import numpy as np
 
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.single_file import SingleFile
 from sdjax.models import weights
 from sdjax.models.params import Params, component, prefixed
@@ -145,6 +146,7 @@ class Family:
     latent_channels: channels of latents that the denoiser reads, from its config.
     reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
     skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
+    adapters: names of its modules in files of adapters; None if they have those of diffusers alone.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
         the family's are not everyone's.
     """
@@ -172,6 +174,7 @@ class Family:
     latent_channels: Callable[[Any], int] = lambda denoiser: denoiser.in_channels
     reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
     skips_layers: bool = False
+    adapters: AdapterNames | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def text_length(self, name: str, config: Any, settings: Mapping[str, Any]) -> int:

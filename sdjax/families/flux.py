@@ -16,9 +16,11 @@ import jax.numpy as jnp
 
 from sdjax.errors import UserError
 from sdjax.families import flux_files, sd, sd3
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import GUIDANCE, Context, Family, Features, Model, Networks, Part
+from sdjax.families.flux_names import flux_places, xlabs_respelled
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
 from sdjax.models.flux.config import FluxConfig
@@ -137,6 +139,20 @@ def pipeline_class(model: Model) -> str:
     return f"Flux{kind}Pipeline"
 
 
+def adapter_facts(model: Model) -> dict[str, str]:
+    """Return what a LoRA's metadata says of its model, as kohya's trainer writes it.
+
+    Sources: kohya-ss/sd-scripts, library/sai_model_spec.py and flux_utils.py.
+    """
+    guided = model.networks["transformer"].guidance_embeds
+    return {
+        "ss_base_model_version": "flux1",
+        "ss_v2": "False",
+        "modelspec.architecture": f"flux-1-{'dev' if guided else 'schnell'}",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+    }
+
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
@@ -162,6 +178,15 @@ FLUX = Family(
     single_file=lambda model: "dev" if model.networks["transformer"].guidance_embeds else "schnell",
     latent_channels=lambda denoiser: denoiser.latent_channels + denoiser.added_channels,
     reads_guidance=lambda networks: networks["transformer"].guidance_embeds,
+    # T5's prefix is ComfyUI's, which has the second encoder of others in between.
+    adapters=AdapterNames(
+        {CLIP: "lora_te1", T5: "lora_te3"},
+        flux_places,
+        native=True,
+        entrance="x_embedder",
+        facts=adapter_facts,
+        respelled=xlabs_respelled,
+    ),
     presets={
         "base": FluxModelConfig(),
         "dev": FluxModelConfig(),
