@@ -1,8 +1,11 @@
 """Textual inversion, whole: only the new rows move, a run is killed and goes on, others read it."""
 
 import copy
+import dataclasses
 import json
+import runpy
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,15 @@ from PIL import Image
 from sdjax import evaluate, sample
 from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.reading import read_any
+from sdjax.checkpoints.references import read_references
 from sdjax.config import default, resolve
 from sdjax.convert import convert
 from sdjax.data.templates import OBJECT, STYLE
+from sdjax.encoding.encoder import make_text_encoder
 from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text, make_conditioner
-from sdjax.families.embeddings import rows_path, table_path
+from sdjax.families.embeddings import rows_path, table_path, with_tokens
+from sdjax.families.registry import adopted
 from sdjax.formats.embeddings import read_embedding
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import load_file
@@ -256,3 +262,42 @@ def test_features_encoded_ahead_are_refused_with_the_reason(config, tmp_path):
     changes = {"data.name": "encoded", "data.path": "x", "data.text_embeddings": True}
     with pytest.raises(UserError, match="trains what stands before these in the text encoders"):
         train(config, tmp_path, **changes)
+
+
+def test_captions_with_words_still_to_be_learnt_are_not_encoded_ahead(config, pipeline_folder):
+    model = read_any(pipeline_folder)
+    own = resolve(config)
+    own = dataclasses.replace(own, model=adopted(own.model, model, model.networks, whole=True))
+    longer = with_tokens(model.tokenizers, {WORD: VECTORS})
+    with pytest.raises(UserError, match="words that text_encoder does not have yet"):
+        make_text_encoder(own, model.params, longer, 1)
+
+
+def test_the_tiny_recipe_learns_a_word_from_five_pictures_without_captions(tiny_config, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "pictures [5]"
+    folder.mkdir()
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    assert train(tiny_config, base, **{"train.steps": 1}) == loop.DONE
+    file = Path(__file__).parents[2] / "configs" / "textual_inversion_tiny.py"
+    config = runpy.run_path(str(file))["get_config"]()
+    changes = {
+        "init_from": str(base), "data.path": str(folder), "data.data_dir": str(tmp_path / "tfds"),
+        "data.resolution": 16, "data.batch_size": 4, "train.steps": 2, "train.sample_every": 0,
+        "train.log_every": 1, "train.report": False, "sample.sampler.steps": 2,
+        "compilation_cache": tiny_config.compilation_cache,
+    }  # fmt: skip
+    workdir = tmp_path / "word"
+    assert train(config, workdir, **changes) == loop.DONE
+    assert [row["train/with_token"] for row in rows(workdir).values()] == [1.0, 1.0]
+    before, after = read_any(base), read_any(workdir)
+    row = after.params[table_path("text_encoder")][-1]
+    ours = after.tokenizers["tokens"].encode(["a <thing>"])[0, 2]
+    assert ours == before.tokenizers["tokens"].largest_id + 1
+    (circle,) = before.tokenizers["tokens"].encode(["circle"])[0, 1:2]
+    moved = np.abs(row - before.params[table_path("text_encoder")][circle])
+    assert 1e-3 < moved.max() < 2 * 1.1 * 5e-3
+    # The frozen networks lie where they were.
+    assert set(read_references(workdir)) == {"unet", "vae", "text_encoder"}
+    assert not (workdir / "frozen.safetensors").exists()
