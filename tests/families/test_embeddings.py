@@ -1,11 +1,13 @@
 """Token tables with rows of words that were learnt, and where a caption is pooled."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
@@ -19,6 +21,7 @@ from sdjax.models import weights
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.longer_table import LongerEmbed
 from sdjax.models.products import Embed
+from sdjax.parallel.sharding import param_spec
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,13 @@ def test_words_are_refused_where_ids_and_rows_would_not_meet(model, tokenizer):
 def test_two_embeddings_of_one_word_are_an_error(model):
     with pytest.raises(UserError, match="'<cat>' in its vocabulary already"):
         with_embeddings(model, [cat(model), cat(model)])
+
+
+def test_new_rows_are_split_as_a_table_is():
+    """By columns: a look-up in rows that are split would add up batches over all devices."""
+    mesh = types.SimpleNamespace(shape={"tensor": 1, "fsdp": 2})
+    for path in (embeddings.rows_path("text_encoder"), embeddings.table_path("text_encoder")):
+        assert param_spec(path, (16, 1280), mesh) == PartitionSpec(None, "fsdp")
 
 
 def test_families_with_other_encoders_than_clips_take_no_words():
