@@ -181,6 +181,7 @@ class Source:
                 directory=self.directory,
                 identity=f"{self.name} {self.split} {config.image_key} {config.text_key} "
                 f"{config.captions.others_key} {config.split_key} {config.score_key} "
+                f"{config.captions.texts or ''}"
                 f"{config.max_pixels}",
                 threads=config.threads,
             )

@@ -145,7 +145,7 @@ def make(setup: Setup) -> Method:
 
     def export(
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path]:
+    ) -> dict[str, paths.Path | str]:
         target = folder / FOLDER
         write_embeddings(target, model.family, learnt(config, model, trained))
         return {"embedding": target}
