@@ -175,7 +175,7 @@ def test_pictures_without_captions_are_used_where_texts_take_their_place(tmp_pat
     texts = CaptionConfig(texts=("a <cat>", "my <cat>"))
     config = folder_config(folder, tmp_path, captions=texts, eval_split="train")
     assert captions(config, "train") == ["a <cat>"] * 3
-    (example, *_) = open_source(config, "train")
+    example = open_source(config, "train")[0]
     assert example["caption"] == Caption("a <cat>", ("my <cat>",), 0.5)
     needing = dataclasses.replace(config, captions=CaptionConfig(texts=("{}, a <cat>",)))
     with pytest.raises(DataError, match="not one image can be used: 3 skipped .3 no_caption"):
