@@ -169,6 +169,17 @@ def test_a_model_with_changes_reads_as_one_with_longer_tables(model):
         np.testing.assert_array_equal(one, other)
 
 
+def test_averages_of_rows_take_their_place_in_a_table(model):
+    """As `convert --ema_length` puts the averages of a run into the model that is read from it."""
+    word, table = cat(model, 2), embeddings.table_path("text_encoder")
+    longer = with_embeddings(model, [word])
+    average = {embeddings.rows_path("text_encoder"): np.full((2, 12), 3, np.float32), "x": 1}
+    found = embeddings.tables_with(longer.params, average)
+    assert found.keys() == {table, "x"} and found["x"] == 1
+    np.testing.assert_array_equal(found[table][:-2], model.params[table])
+    np.testing.assert_array_equal(found[table][-2:], average[embeddings.rows_path("text_encoder")])
+
+
 def test_words_are_refused_where_ids_and_rows_would_not_meet(model, tokenizer):
     config = dataclasses.replace(
         model.networks["text_encoder"], vocab_size=tokenizer.vocab_size + 8
