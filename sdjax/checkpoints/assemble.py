@@ -15,6 +15,7 @@ import numpy as np
 
 from sdjax.checkpoints.reading import locate, read_source
 from sdjax.checkpoints.references import FIELDS, Source
+from sdjax.checkpoints.widening import widened
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.text.text_tokenizer import TextTokenizer
@@ -79,10 +80,13 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     for field, folder in _sources(config):
         wanted = kind.networks(dict.fromkeys(_brought_by(field, config)))
         source = locate(field, folder)
-        loaded = read_source(source, wanted)
+        loaded, widening = widened(
+            read_source(source, wanted), kind.beside, name=f"{field}={folder}"
+        )
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
+        notes += [widening] if widening else []
         if field == "init_from" and draws:
             scheduler = loaded.scheduler
             if loaded.unsupported_sampler:
@@ -93,6 +97,8 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
                 )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         sources |= dict.fromkeys(_components(loaded.params), source)
+        if widening:  # what lies there is another network: parts that are frozen are copied
+            sources.pop(loaded.family.denoiser, None)
         tokenizers |= loaded.tokenizers
     if not (draws and with_tokenizer):
         return Assembled(config, params, {}, tuple(notes), scheduler, sources)

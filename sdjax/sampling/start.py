@@ -26,6 +26,7 @@ from sdjax.models.flux.network import MASK_SIDE, FluxConfig
 from sdjax.models.unet_config import UNetConfig
 
 Picture = Mapping[str, jax.Array]
+INPAINT, EDIT = "inpaint", "edit"  # what a denoiser does with the picture that it reads
 
 
 def first_step(steps: int, strength: float, *, flow: bool) -> int:
@@ -48,24 +49,26 @@ def first_step(steps: int, strength: float, *, flow: bool) -> int:
     return first
 
 
-def inpainting_channels(model: Model) -> int:
-    """Return how many channels the denoiser reads besides the noisy latents; 0 for most models.
+def reads_picture(model: Model) -> str:
+    """Return what the denoiser does with a picture that it reads: `INPAINT`, `EDIT`, or "".
 
     Raises:
         UserError: it reads channels that drawing does not know.
     """
     latent, config = model.vae.latent_channels, model.denoiser
     added = model.family.latent_channels(config) - latent
-    known: dict[type, int] = {UNetConfig: latent + 1}
+    known: dict[type, dict[int, str]] = {UNetConfig: {latent + 1: INPAINT, latent: EDIT}}
     if model.vae.downscale == MASK_SIDE:
-        known[FluxConfig] = latent + MASK_SIDE**2
-    if added and known.get(type(config)) != added:
+        known[FluxConfig] = {latent + MASK_SIDE**2: INPAINT}
+    if not added:
+        return ""
+    if added not in known.get(type(config), {}):
         raise UserError(
             f"the {model.family.denoiser} reads {added} channels besides {latent} of noisy latents;"
-            " drawing knows UNets and FLUX.1-Fill for inpainting, and denoisers that read none; "
-            "take such a model"
+            " drawing knows UNets and FLUX.1-Fill for inpainting, UNets that edit, and denoisers "
+            "that read none; take such a model"
         )
-    return added
+    return known[type(config)][added]
 
 
 def initial_state(picture: Picture, noise: jax.Array, plan: SolverPlan) -> tuple[jax.Array, bool]:
