@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
@@ -20,6 +21,7 @@ from sdjax.families.family import (
     Context,
     Family,
     Features,
+    Inpainting,
     Model,
     Networks,
     Part,
@@ -168,6 +170,14 @@ def inpaints(model: Model) -> bool:
     return unet.in_channels == 2 * unet.out_channels + 1
 
 
+# Of diffusers pipeline_stable_diffusion_inpaint.py: the mask, then the rest of the picture.
+INPAINTING = Inpainting(
+    count=lambda latent, side: latent + 1,
+    make=lambda mask, small, hidden: np.concatenate([small, hidden], axis=-1),
+    named=False,
+)
+
+
 def index(model: Model) -> dict[str, Any]:
     """Return entries of model_index.json: no safety checker, and a clip skip other than 1."""
     skip = model.settings.get("clip_skip", 1)
@@ -271,6 +281,7 @@ SD = Family(
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
+    inpainting=INPAINTING,
     presets={
         "base": SDConfig(),
         "sd2": SDConfig(unet=UNET_SD2, text_encoder=CLIP_H),

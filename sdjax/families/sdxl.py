@@ -299,6 +299,7 @@ SDXL = Family(
     scheduler_changes=lambda pipeline: {},
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
+    inpainting=sd.INPAINTING,
     presets={
         "base": SDXLConfig(),
         "refiner": SDXLConfig(unet=UNET_SDXL_REFINER, text_encoder=None, zero_empty_prompt=False),

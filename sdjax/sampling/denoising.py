@@ -89,7 +89,7 @@ class Member:
         prompts = {GUIDANCE: jnp.full(batch, self.drawing.embedded_guidance), **prompts}
         other = {**prompts, **negative}
         context = self.conditioner(params, prompts, target=target)
-        reads, beside = with_channels(network, self.model.denoiser, picture)
+        reads, beside = with_channels(network, self.model.family, picture)
         function = _guided(
             self.drawing,
             self.schedule,
