@@ -33,7 +33,6 @@ import numpy as np
 from measure import Blocks, environment, in_turn, table, write_json
 from sizes import SIZES
 
-from sdjax.checkpoints.folders import folder_kind
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.references import TINY_VAE
 from sdjax.diffusion.samplers import SamplerConfig
@@ -45,6 +44,7 @@ from sdjax.families.conditioning import blank_tokenizers, encode_text
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Model
 from sdjax.families.registry import model_of
+from sdjax.formats.folders import folder_kind
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.sampling import generate

@@ -188,9 +188,9 @@ def convert(
         ModelError, CheckpointError: `source` cannot be read or `target` not written.
         OSError: of the disk.
     """
-    from sdjax.checkpoints.folders import ModelError, folder_kind
     from sdjax.checkpoints.reading import read_any
-    from sdjax.checkpoints.single_file import Hints
+    from sdjax.formats.folders import ModelError, folder_kind
+    from sdjax.formats.single_file import Hints
 
     found = _sources(source, average, average_weights, ema_length, step, weights)
     target = paths.to_path(target)
@@ -241,7 +241,7 @@ def bundle(workdir: paths.PathLike) -> list[str]:
         ModelError: it is no workdir, or a network is not there or has changed.
     """
     from sdjax.checkpoints import workdir as runs
-    from sdjax.checkpoints.folders import ModelError, folder_kind
+    from sdjax.formats.folders import ModelError, folder_kind
 
     folder = paths.to_path(workdir)
     if (kind := folder_kind(folder)) != "workdir" or folder.parent.name == "checkpoints":
@@ -263,7 +263,7 @@ def _sources(
 ) -> list[averages.Member]:
     """Return the sources. ModelError if the options that name them contradict one another."""
     from sdjax.checkpoints import averages
-    from sdjax.checkpoints.folders import ModelError
+    from sdjax.formats.folders import ModelError
 
     if average:
         for option, value in (("step", step), ("ema_length", ema_length)):
@@ -334,7 +334,7 @@ def _misplaced(
 
 def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:
     """ModelError if writing would destroy what is read, or the name and kind disagree."""
-    from sdjax.checkpoints.folders import ModelError
+    from sdjax.formats.folders import ModelError
 
     inner, outer = paths.resolved(target), paths.resolved(source)
     if inner == outer or inner in outer.parents:
@@ -347,9 +347,9 @@ def _write(
     to: str, target: paths.Path, read: Any, options: dict[str, Any], max_shard_size: str
 ) -> list[str]:
     """Write networks in the layout `to`; what was done, as lines."""
-    from sdjax.checkpoints.diffusers_folder import write_diffusers
-    from sdjax.checkpoints.single_file_writer import write_single_file
     from sdjax.checkpoints.workdir import save_workdir
+    from sdjax.formats.diffusers_folder import write_diffusers
+    from sdjax.formats.single_file_writer import write_single_file
 
     if to == "workdir":
         save_workdir(target, read, overwrite=options["overwrite"])

@@ -257,9 +257,9 @@ def tiny_vae(tmp_path_factory):
     import jax
     import numpy as np
 
-    from sdjax.checkpoints.diffusers_folder import write_diffusers
     from sdjax.families.family import Model
     from sdjax.families.sd import SD
+    from sdjax.formats.diffusers_folder import write_diffusers
     from sdjax.models import weights
     from sdjax.models.vae import VAE, VAEConfig
 

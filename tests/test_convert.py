@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.checkpoint import CheckpointError, Checkpoints, restore_params
-from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import read_workdir
 from sdjax.config import Config, resolve, to_dict
 from sdjax.convert import convert, main
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.folders import ModelError
 from sdjax.models import weights
 from tests.odd_names import ODD
 

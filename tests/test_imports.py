@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "sdjax"
 VERBS = ("main", "sample", "convert", "encode", "prepare", "evaluate", "report", "plan", "sweep")
 # A room, or a file beside the rooms, imports only what stands before it.
 ORDER = (
-    "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families", "sampling",
-    "methods", "validation_config", "typed_tree", "config", "config_changes", "config_model",
-    "machine_settings", "recipes", "checkpoints", "encoding", "train", "evaluation", "planning",
-    "sweeps", "web", "verbs", *VERBS, "__main__",
+    "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families", "formats",
+    "sampling", "methods", "validation_config", "typed_tree", "config", "config_changes",
+    "config_model", "machine_settings", "recipes", "checkpoints", "encoding", "train", "evaluation",
+    "planning", "sweeps", "web", "verbs", *VERBS, "__main__",
 )  # fmt: skip
 FLAT = 24  # files of a room; nest before it has more
 FILES = {

@@ -38,6 +38,7 @@ class Assembled:
     notes: for the log.
     scheduler: the scheduler file of `init_from`, for what is written at the end; None without one.
     sources: {network: where its parameters were read}.
+    derived: {path: array} of what a method makes of the loaded ones; see `Method.start`.
     """
 
     config: Config
@@ -46,6 +47,12 @@ class Assembled:
     notes: tuple[str, ...]
     scheduler: Mapping[str, Any] | None = None
     sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    derived: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def every(self) -> dict[str, np.ndarray]:
+        """{path: array} of what was loaded and what follows from it."""
+        return {**self.params, **self.derived}
 
 
 def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:

@@ -16,10 +16,10 @@ import numpy as np
 
 from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint import all_steps, checkpoint_folder, latest_step
-from sdjax.checkpoints.folders import ModelError
 from sdjax.config_changes import MISSING, compare_configs
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS
+from sdjax.formats.folders import ModelError
 from sdjax.optim import ema
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number

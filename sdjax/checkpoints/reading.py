@@ -10,13 +10,13 @@ import os
 from collections.abc import Sequence
 
 from sdjax.checkpoints.checkpoint import all_steps, latest_step
-from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import folder_kind
 from sdjax.checkpoints.references import TINY, Source
-from sdjax.checkpoints.single_file import Hints, read_single_file
 from sdjax.checkpoints.workdir import read_run_config, read_workdir
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.folders import folder_kind
+from sdjax.formats.single_file import Hints, read_single_file
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 

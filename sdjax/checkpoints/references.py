@@ -29,11 +29,11 @@ from typing import Protocol
 
 import numpy as np
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import ModelError, folder_kind, read_json, write_json
-from sdjax.checkpoints.single_file import Hints, read_single_file
 from sdjax.errors import UserError
 from sdjax.families.family import Model
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.folders import ModelError, folder_kind, read_json, write_json
+from sdjax.formats.single_file import Hints, read_single_file
 from sdjax.models.config import ConfigError
 from sdjax.system import paths, progress
 from sdjax.system.untrusted import brief, explained

@@ -19,13 +19,6 @@ import numpy as np
 
 from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, latest_step, restore_params
-from sdjax.checkpoints.folders import (
-    ModelError,
-    check_components,
-    read_json,
-    replaced_folder,
-    write_json,
-)
 from sdjax.checkpoints.references import follow, read_references, write_references
 from sdjax.config import Config, resolve, to_dict
 from sdjax.data.text.text_tokenizer import TextTokenizer
@@ -34,6 +27,13 @@ from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
+from sdjax.formats.folders import (
+    ModelError,
+    check_components,
+    read_json,
+    replaced_folder,
+    write_json,
+)
 from sdjax.machine_settings import of_model
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdjax.checkpoints.checkpoint import latest_step
-from sdjax.checkpoints.folders import folder_kind, read_json
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import CONFIG_FILE
 from sdjax.config import Config, resolve
@@ -20,6 +19,7 @@ from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError
 from sdjax.data.raw import formats
 from sdjax.errors import UserError
 from sdjax.families.family import Model
+from sdjax.formats.folders import folder_kind, read_json
 from sdjax.machine_settings import asks_for, data_of_model, of_model
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number

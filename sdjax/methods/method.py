@@ -154,6 +154,8 @@ class Method:
     pictures: see `Pictures`.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
     export: see `Export`; None writes DIR/diffusers of all networks.
+    start: {path: array} of what was loaded -> {path: float32 array} of what follows from it, such
+        as the copy of a network; called once, at the start of a run.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -169,6 +171,7 @@ class Method:
     numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
     export: Export | None = None
+    start: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda loaded: {}
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )

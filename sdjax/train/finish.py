@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from sdjax.checkpoints.assemble import Assembled
-from sdjax.checkpoints.diffusers_folder import write_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.workdir import frozen_params
 from sdjax.config import Config
 from sdjax.config_model import model_of_run
 from sdjax.data.builders.shape_reader import score
+from sdjax.formats.diffusers_folder import write_diffusers
+from sdjax.formats.folders import ModelError
 from sdjax.methods.method import Method
 from sdjax.methods.registry import METHODS
 from sdjax.models.params import Params

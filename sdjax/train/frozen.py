@@ -71,9 +71,8 @@ def keep(
         )
         if reference.reaches(folder):
             references[name] = reference
-    copied = {
-        p: np.asarray(assembled.params[p]) for p in wanted if p.split(".")[0] not in references
-    }
+    every = assembled.every
+    copied = {p: np.asarray(every[p]) for p in wanted if p.split(".")[0] not in references}
     file = folder / FROZEN_FILE
     if copied:
         save_file(copied, file)

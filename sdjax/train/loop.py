@@ -82,6 +82,7 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
         stage = stages.begin(whole, saved, newest or 0)
         config = stage.config
         method = method_of_run(config, assembled.tokenizers)
+        assembled = startup.begin(assembled, method, saved)
         program = build(config, method, mesh)
         split = program.split
         check_encoded(config, assembled if saved is None else None, split.trained)

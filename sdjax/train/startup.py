@@ -134,6 +134,13 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
     return Assembled(config, {}, tokenizers, tuple(notes), read_scheduler(folder))
 
 
+def begin(assembled: Assembled, method: Method, saved: Config | None) -> Assembled:
+    """Add to what was loaded what follows from it; a run that goes on has it all."""
+    if saved is not None:
+        return assembled
+    return dataclasses.replace(assembled, derived=method.start(assembled.params))
+
+
 def _decided_then(config: Config, saved: Config) -> Config:
     """Return the configuration with what folders, tokenizers and a VAE's end decided at first."""
     replace = dataclasses.replace
@@ -205,12 +212,12 @@ def place_frozen(
     """
     if saved is not None:
         return frozen.resumed(config, folder, wanted, saved)
-    check_complete(config, assembled.params, wanted)
-    buffers = _buffers(method, [path for path in wanted if path not in assembled.params])
+    check_complete(config, assembled.every, wanted)
+    buffers = _buffers(method, [path for path in wanted if path not in assembled.every])
     assembled = dataclasses.replace(assembled, params=assembled.params | buffers)
     frozen.keep(config, folder, assembled, wanted)
     write_workdir(folder, config, assembled.tokenizers, assembled.scheduler)
-    return frozen.placed(assembled.params, wanted)
+    return frozen.placed(assembled.every, wanted)
 
 
 def _buffers(method: Method, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -225,7 +232,7 @@ def initial_params(
     config: Config, method: Method, assembled: Assembled, split: Split, mesh: Mesh
 ) -> Params:
     """Trained parameters before the first step: loaded, or drawn from the seed where not."""
-    loaded = {p: v for p, v in assembled.params.items() if p in split.trained}
+    loaded = {p: v for p, v in assembled.every.items() if p in split.trained}
     missing = [p for p in split.trained if p not in loaded]
     drawn: Params = {}
     if missing:

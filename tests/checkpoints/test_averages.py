@@ -10,12 +10,12 @@ from safetensors.numpy import load_file, save_file
 
 from sdjax.checkpoints import averages
 from sdjax.checkpoints.checkpoint import Checkpoints
-from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.config import Config, to_dict
 from sdjax.convert import convert, main
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.folders import ModelError
 from sdjax.optim import ema
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

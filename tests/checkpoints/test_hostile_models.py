@@ -10,9 +10,9 @@ from jax.sharding import SingleDeviceSharding
 from sdjax import convert
 from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint import CheckpointError, all_steps, restore_params
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
 from sdjax.errors import UserError
+from sdjax.formats.folders import ModelError
 from sdjax.models.weights import save_file
 from sdjax.system import paths
 from sdjax.train.frozen import read_frozen

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.samplers import SamplerConfig, sample
 from sdjax.diffusion.schedules import make_schedule
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.formats.folders import ModelError
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText
 from sdjax.models.unet import UNet
@@ -233,7 +233,7 @@ def test_failed_write_leaves_the_earlier_folder(read, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdjax.checkpoints.weight_files.save_file", full)
+    monkeypatch.setattr("sdjax.formats.weight_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_diffusers(tmp_path / "out", read, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -9,9 +9,7 @@ import pytest
 
 from sdjax import sample
 from sdjax.checkpoints.assemble import assemble
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.checkpoints.reading import read_any
-from sdjax.checkpoints.single_file import Hints
 from sdjax.config import Config, resolve
 from sdjax.config_model import model_of_run
 from sdjax.convert import convert
@@ -19,6 +17,8 @@ from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families.sampler import choose_sampler
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.formats.single_file import Hints
 from sdjax.train import startup
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -13,16 +13,16 @@ import diffusers
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.diffusers_folder import PIPELINES as READ
-from sdjax.checkpoints.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS
-from sdjax.checkpoints.scheduler_json import (
+from sdjax.diffusion.flow_levels import FlowConfig
+from sdjax.diffusion.grids import SamplerConfig
+from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.formats.diffusers_folder import PIPELINES as READ
+from sdjax.formats.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS
+from sdjax.formats.scheduler_json import (
     Scheduler,
     scheduler_from_diffusers,
     scheduler_to_diffusers,
 )
-from sdjax.diffusion.flow_levels import FlowConfig
-from sdjax.diffusion.grids import SamplerConfig
-from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 
 # The files of the hub checkpoints of Stable Diffusion 1.5, 2.1 and SDXL.
 SD15 = {

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.diffusion.samplers import SamplerConfig
 from sdjax.families.conditioning import encode_text
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.formats.folders import ModelError
 from sdjax.models import weights
 from sdjax.models.unet import UNet
 from sdjax.sampling.generate import Drawing, make_generator

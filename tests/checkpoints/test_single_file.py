@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
-from sdjax.checkpoints.single_file import Hints, read_single_file
-from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.convert import convert
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.families.family import Model
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.folders import ModelError
+from sdjax.formats.single_file import Hints, read_single_file
+from sdjax.formats.single_file_writer import write_single_file
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from tests.odd_names import ODD

@@ -6,12 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers
-from sdjax.checkpoints.folders import ModelError
-from sdjax.checkpoints.single_file import Hints, read_single_file
-from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.convert import main
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.folders import ModelError
+from sdjax.formats.single_file import Hints, read_single_file
+from sdjax.formats.single_file_writer import write_single_file
 from sdjax.models import weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.weight_files import MAX_SHARD_SIZES, find_weights, untied, write_weights
+from sdjax.formats.weight_files import MAX_SHARD_SIZES, find_weights, untied, write_weights
 from sdjax.models import weights
 from sdjax.models.weights import WeightsError, from_diffusers, load_file
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.config import default
 from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text, make_conditioner
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers
 from sdjax.errors import UserError
 from sdjax.families import sd, sdxl
 from sdjax.families.conditioning import blank_tokenizers, encode_text, make_conditioner
 from sdjax.families.registry import model_of
 from sdjax.families.sd import SDConfig
 from sdjax.families.sdxl import SDXLConfig, count_time_ids
+from sdjax.formats.diffusers_folder import read_diffusers
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
 

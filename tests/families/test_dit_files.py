@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdjax.checkpoints.assemble import assemble
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import read_any
-from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
-from sdjax.checkpoints.single_file import Hints
-from sdjax.checkpoints.single_file_layout import find_layout
-from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import default, resolve
 from sdjax.families import flux, sd3, sdxl
 from sdjax.families.dit_files import CLIP_G, CLIP_L, T5, TRANSFORMER
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.formats.folders import ModelError
+from sdjax.formats.scheduler_json import scheduler_from_diffusers
+from sdjax.formats.single_file import Hints
+from sdjax.formats.single_file_layout import find_layout
+from sdjax.formats.single_file_writer import write_single_file
 from sdjax.models import weights
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.diffusion.guidance import SkipLayers
@@ -17,6 +16,7 @@ from sdjax.families.conditioning import encode_text, make_conditioner, with_text
 from sdjax.families.flux import FLUX
 from sdjax.families.registry import model_of
 from sdjax.families.sd3 import SD3
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
 from sdjax.sampling.generate import Drawing, make_generator
 from tests.families import torch_transformers
 

@@ -56,8 +56,8 @@ def same(a, b) -> bool:
 def single_files(folder: Path) -> dict:
     """Convert FOLDER/whole to a single file and back, with and without all that may be absent."""
     from sdjax.checkpoints.reading import read_any
-    from sdjax.checkpoints.single_file import Hints
     from sdjax.convert import convert
+    from sdjax.formats.single_file import Hints
     from sdjax.models import weights
 
     file, tokenizers = folder / "toy.safetensors", str(folder / "there")

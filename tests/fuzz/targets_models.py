@@ -15,10 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from sdjax.checkpoints.diffusers_folder import write_diffusers
 from sdjax.checkpoints.reading import read_any
-from sdjax.checkpoints.single_file import Hints
-from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import Config
 from sdjax.data.text.t5_tokenizer import T5Tokenizer
@@ -32,6 +29,9 @@ from sdjax.evaluation.torch_file import read_tensors
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model
 from sdjax.families.sd import SD
+from sdjax.formats.diffusers_folder import write_diffusers
+from sdjax.formats.single_file import Hints
+from sdjax.formats.single_file_writer import write_single_file
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_vision import read_clip_config
 from sdjax.models.unet import UNetConfig

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sdjax import sample
-from sdjax.checkpoints.diffusers_folder import read_diffusers, write_diffusers
+from sdjax.formats.diffusers_folder import read_diffusers, write_diffusers
 from tests.conftest import randomise
 
 PROMPTS = ["a red circle", "a green star"]

@@ -22,7 +22,6 @@ from PIL import Image
 from sdjax import convert, errors, prepare, report
 from sdjax.checkpoints import references
 from sdjax.checkpoints.assemble import Assembled
-from sdjax.checkpoints.folders import replaced_folder
 from sdjax.config import Config, resolve
 from sdjax.data import encoded
 from sdjax.data.config import DataError
@@ -32,6 +31,7 @@ from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.encoding import encoder
 from sdjax.errors import UserError, WriteError
 from sdjax.evaluation import reference
+from sdjax.formats.folders import replaced_folder
 from sdjax.optim import ema
 from sdjax.planning import plan_cache
 from sdjax.sampling import animation, drawing, grids, strips

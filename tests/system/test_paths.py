@@ -6,11 +6,11 @@ import shlex
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.weight_files import WeightsError, find_weights
 from sdjax.data.config import DataError
 from sdjax.data.raw.rows import find_shards
 from sdjax.errors import UserError
 from sdjax.evaluation.ema_lengths import convert_command
+from sdjax.formats.weight_files import WeightsError, find_weights
 from sdjax.optim import ema
 from sdjax.sampling.grids import save_png
 from sdjax.system import paths

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.checkpoints.folders import ModelError
-from sdjax.checkpoints.folders import read_json as read_bundle_json
 from sdjax.data import image_files, pictures, transforms
 from sdjax.data.config import DataError
 from sdjax.data.raw import formats
@@ -21,6 +19,8 @@ from sdjax.data.raw.rows import Fields, Row
 from sdjax.data.text.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
 from sdjax.evaluation import audit, reference, torch_file
+from sdjax.formats.folders import ModelError
+from sdjax.formats.folders import read_json as read_bundle_json
 from sdjax.models import weights
 from sdjax.models.weights import WeightsError
 from sdjax.sampling.inputs import read_latents, read_prompts

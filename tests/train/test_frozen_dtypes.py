@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.assemble import assemble
-from sdjax.checkpoints.diffusers_folder import read_diffusers
 from sdjax.config import resolve
 from sdjax.config_model import method_of_run
 from sdjax.data.pipeline import make_iterator
+from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.parallel.mesh import make_mesh
 from sdjax.train import loop, program, startup
 from sdjax.train.frozen import placed

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.assemble import assemble
-from sdjax.checkpoints.diffusers_folder import read_diffusers
 from sdjax.checkpoints.reading import read_any
-from sdjax.checkpoints.single_file import Hints
-from sdjax.checkpoints.single_file_writer import write_single_file
 from sdjax.config import resolve
 from sdjax.config_model import method_of_run
 from sdjax.convert import convert
 from sdjax.diffusion.losses import example_keys
 from sdjax.diffusion.schedules import make_schedule, schedule_at
+from sdjax.formats.diffusers_folder import read_diffusers
+from sdjax.formats.single_file import Hints
+from sdjax.formats.single_file_writer import write_single_file
 from sdjax.methods.denoise import LatentDiffusion
 from sdjax.models import weights
 from sdjax.models.config import ConfigError

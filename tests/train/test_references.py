@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints.assemble import Assembled
-from sdjax.checkpoints.folders import ModelError
 from sdjax.checkpoints.reading import lasts, locate, read_any
 from sdjax.checkpoints.references import Reference, digest, follow, read_references
 from sdjax.checkpoints.workdir import read_run, read_workdir
 from sdjax.config import resolve
 from sdjax.convert import convert, main
 from sdjax.errors import UserError
+from sdjax.formats.folders import ModelError
 from sdjax.models.weights import load_file
 from sdjax.system import paths
 from sdjax.train import frozen, loop, startup

@@ -13,11 +13,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax.checkpoints.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS, SchedulerClass
 from sdjax.diffusion.flow_levels import SPREADS, FlowConfig
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.prediction import PREDICTIONS
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.formats.scheduler_classes import CLASSES, FLOW_CLASSES, KNOWN_FIELDS, SchedulerClass
 from sdjax.system.untrusted import brief, plain
 
 # Fields of `FlowConfig` and of the file that say the same.

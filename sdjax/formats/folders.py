@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers, scheduler_to_diffusers
 from sdjax.errors import UserError
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS
+from sdjax.formats.scheduler_json import scheduler_from_diffusers, scheduler_to_diffusers
 from sdjax.system import locks, paths, text_files
 from sdjax.system.interrupts import at_end
 from sdjax.system.untrusted import is_number

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.folders import ModelError, scheduler_file
-from sdjax.checkpoints.single_file import METADATA
-from sdjax.checkpoints.weight_files import cast
 from sdjax.data.text.tokenizers import KINDS
 from sdjax.families.family import Model
 from sdjax.families.single_file import Shapes, SingleFile, to_file
+from sdjax.formats.folders import ModelError, scheduler_file
+from sdjax.formats.single_file import METADATA
+from sdjax.formats.weight_files import cast
 from sdjax.models.weights import WeightsError, save_file, to_diffusers, weight_name
 from sdjax.system import paths
 

@@ -17,16 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.checkpoints.folders import ModelError, check_components
-from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
-from sdjax.checkpoints.single_file_layout import (
-    Found,
-    counted,
-    find_layout,
-    sort_out,
-    whole_average,
-)
-from sdjax.checkpoints.weight_files import untied
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizers import inner_folder, load_tokenizer
 from sdjax.diffusion.prediction import check_prediction
@@ -35,6 +25,16 @@ from sdjax.families.bind import abstract_params
 from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import FAMILIES, NETWORKS
 from sdjax.families.single_file import Place, Shapes, from_file
+from sdjax.formats.folders import ModelError, check_components
+from sdjax.formats.scheduler_json import scheduler_from_diffusers
+from sdjax.formats.single_file_layout import (
+    Found,
+    counted,
+    find_layout,
+    sort_out,
+    whole_average,
+)
+from sdjax.formats.weight_files import untied
 from sdjax.models.config import read_config
 from sdjax.models.weight_checks import quantised
 from sdjax.models.weights import (

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.folders import (
+from sdjax.data.text.text_tokenizer import TextTokenizer
+from sdjax.data.text.tokenizer_files import TokenizerError
+from sdjax.data.text.tokenizers import load_tokenizer
+from sdjax.families.bind import abstract_params
+from sdjax.families.family import Family, Model, Part
+from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS
+from sdjax.formats.folders import (
     ModelError,
     check_components,
     read_json,
@@ -22,15 +28,9 @@ from sdjax.checkpoints.folders import (
     scheduler_file,
     write_json,
 )
-from sdjax.checkpoints.scheduler_json import scheduler_from_diffusers
-from sdjax.checkpoints.single_file_layout import counted
-from sdjax.checkpoints.weight_files import find_weights, parse_size, untied, write_weights
-from sdjax.data.text.text_tokenizer import TextTokenizer
-from sdjax.data.text.tokenizer_files import TokenizerError
-from sdjax.data.text.tokenizers import load_tokenizer
-from sdjax.families.bind import abstract_params
-from sdjax.families.family import Family, Model, Part
-from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS
+from sdjax.formats.scheduler_json import scheduler_from_diffusers
+from sdjax.formats.single_file_layout import counted
+from sdjax.formats.weight_files import find_weights, parse_size, untied, write_weights
 from sdjax.models.config import ConfigError
 from sdjax.models.weight_checks import quantised_config
 from sdjax.models.weights import (

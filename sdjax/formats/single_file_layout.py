@@ -10,10 +10,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from sdjax.checkpoints.folders import ModelError
 from sdjax.families.family import Family
 from sdjax.families.registry import FAMILIES
 from sdjax.families.single_file import FileNetwork, Shapes, SingleFile
+from sdjax.formats.folders import ModelError
 from sdjax.system import paths
 from sdjax.system.untrusted import plain
 
