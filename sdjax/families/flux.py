@@ -100,7 +100,10 @@ def check_model(model: Model) -> None:
     )
     for own, name, width in pairs:
         if name not in model.networks:
-            raise UserError(f"model.{name} is missing: the transformer takes what it makes of text")
+            raise UserError(
+                f"model.{name} is missing: the transformer takes what it makes of text; name a "
+                "folder or file with the text encoders in config.text_encoder_from"
+            )
         found = getattr(model.networks[name], width)
         if getattr(transformer, own) != found:
             raise UserError(

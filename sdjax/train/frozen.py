@@ -33,6 +33,7 @@ from sdjax.checkpoints.references import (
 from sdjax.checkpoints.workdir import FROZEN_FILE, bundle, read_run
 from sdjax.config import Config
 from sdjax.errors import UserError
+from sdjax.formats.single_file import PARAMETERS
 from sdjax.models import weight_checks
 from sdjax.models.params import Params, is_buffer
 from sdjax.models.weights import save_file
@@ -133,7 +134,7 @@ def _moved(
 ) -> tuple[dict[str, np.ndarray], Reference]:
     """The same network from another place, and its reference there."""
     source = locate(reference.field, place, like=reference)
-    read = read_source(source, (name,))
+    read = read_source(source, (name,), PARAMETERS)
     params = {p: value for p, value in read.params.items() if p.split(".")[0] == name}
     inner = _inner(source, name)
     new = refer(source, params, parameters=reference.parameters, inner=inner)
