@@ -100,8 +100,8 @@ def check_model(model: Model) -> None:
     for name in CLIPS:
         if name not in model.networks:
             raise UserError(
-                f"model.{name} is missing: the transformer takes its pooled captions; name a folder "
-                "or file with the text encoders in config.text_encoder_from"
+                f"model.{name} is missing: the transformer takes its pooled captions; name a "
+                "folder or file with the text encoders in config.text_encoder_from"
             )
         if model.networks[name].projection_dim is None:
             raise UserError(

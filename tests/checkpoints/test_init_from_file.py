@@ -83,7 +83,7 @@ def tokenizers(torch_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models():
-    """{family: a model with random weights}; SD3's CLIP-L has the projection that files leave out."""
+    """{family: a model with random weights}; CLIP-L of SD3 has the projection that files lack."""
     found = {}
     for name, networks in NETWORKS.items():
         model = Model(FAMILIES[name], networks, {})
