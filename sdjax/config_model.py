@@ -10,7 +10,7 @@ import numpy as np
 from sdjax.config import Config
 from sdjax.families.conditioning import Tokenize, blank_tokenizers
 from sdjax.families.family import Model
-from sdjax.families.registry import model_of
+from sdjax.families.registry import FAMILIES, model_of
 from sdjax.methods.method import Method, Setup
 from sdjax.methods.registry import METHODS
 
@@ -26,7 +26,8 @@ def model_of_run(
     Args:
         tokenizers: by the field of a batch that each fills; stand-ins where only shapes matter.
     """
-    names = METHODS[config.method.name].networks(config.model.networks)
+    kind = METHODS[config.method.name]
+    names = kind.networks(config.model.networks)
     return model_of(
         config.model,
         names,
@@ -36,6 +37,7 @@ def model_of_run(
         scheduler=scheduler,
         tokenizers=tokenizers,
         params=params or {},
+        changes=kind.changes(config.method, FAMILIES[config.model.family]),
     )
 
 

@@ -13,10 +13,11 @@ from sdjax.checkpoints.checkpoint import all_steps, latest_step
 from sdjax.checkpoints.references import TINY, Source
 from sdjax.checkpoints.workdir import read_run_config, read_workdir
 from sdjax.families.family import Model
-from sdjax.families.registry import NETWORKS
+from sdjax.families.registry import FAMILIES, NETWORKS
 from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.formats.folders import folder_kind
 from sdjax.formats.single_file import Hints, read_single_file
+from sdjax.methods.registry import METHODS
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 
@@ -99,8 +100,14 @@ def read_source(
 
 
 def lasts(source: Source) -> bool:
-    """Whether a source stays: not a checkpoint that its run, which goes on, may delete.
+    """Whether another run may refer to a source, which has the networks as they are read.
 
-    Step 0 is that of a conversion, which does not go on.
+    A checkpoint may be deleted by its run if that goes on; step 0 is that of a conversion, which
+    does not. What a run has changed, as by adapters, is nowhere as it is read.
     """
-    return not source.step or source.step >= read_run_config(source.place).train.steps
+    if not source.step:
+        return True
+    config = read_run_config(source.place)
+    kind = METHODS[config.method.name]
+    changed = kind.changes(config.method, FAMILIES[config.model.family])
+    return source.step >= config.train.steps and not changed

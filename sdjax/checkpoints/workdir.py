@@ -26,7 +26,7 @@ from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
-from sdjax.families.registry import NETWORKS, TOKENIZERS, adopted, model_of
+from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted, model_of
 from sdjax.formats.folders import (
     ModelError,
     check_components,
@@ -91,15 +91,18 @@ def _read(
     *,
     with_weights: bool = True,
     follows: bool = True,
+    folded: bool = True,
 ) -> Model:
     """See `read_workdir`.
 
     Args:
         follows: whether networks may lie elsewhere.
+        folded: see `Kind.folded`; without, the model has the changes that the run made.
     """
     config = of_model(read_run_config(folder))
-    own = METHODS[config.method.name].networks(config.model.networks)
-    model = model_of(config.model, [name for name in own if name in components])
+    kind, family = METHODS[config.method.name], FAMILIES[config.model.family]
+    own = [name for name in kind.networks(config.model.networks) if name in components]
+    model = model_of(config.model, own, changes=kind.changes(config.method, family))
     fields: dict[str, Any] = {}
     if with_weights:
         trained = _restore(folder, config, weights, step, model)
@@ -114,7 +117,8 @@ def _read(
         fields["tokenizers"] = read_tokenizers(folder, model)
     except TokenizerError as error:
         raise ModelError(str(error)) from error
-    return dataclasses.replace(model, **fields)
+    model = dataclasses.replace(model, **fields)
+    return kind.folded(model) if folded else model
 
 
 def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer]:

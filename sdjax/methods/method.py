@@ -12,7 +12,7 @@ import numpy as np
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.families.config import ModelConfig
-from sdjax.families.family import Model
+from sdjax.families.family import Change, Family, Model
 from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
@@ -225,6 +225,8 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    changes: (its group, the family) -> `Model.changes` of a run.
+    folded: a run's model with its parameters -> the same one without changes, as others read it.
     """
 
     config: type
@@ -232,3 +234,5 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
+    folded: Callable[[Model], Model] = lambda model: model

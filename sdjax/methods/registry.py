@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.method import Kind
 
-METHODS: dict[str, Kind] = {"denoise": DENOISE, "autoencoder": AUTOENCODER}
+METHODS: dict[str, Kind] = {
+    "denoise": DENOISE,
+    "autoencoder": AUTOENCODER,
+    "adapters": ADAPTERS,
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from sdjax.models.placement import summed
 Array = jax.Array
 Dtype = Any
 Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+class Adapter(Protocol):
+    """Stands in for a layer's product; see `sdjax.models.adapters`."""
+
+    def __call__(self, layer: Linear | Conv, x: Array) -> Array:
+        """Return what the layer makes of x, in its dtype, with its bias."""
 
 
 class Linear(nnx.Module):
@@ -45,11 +52,20 @@ class Linear(nnx.Module):
         # Zeros take a key like any other draw, so that layers draw the same values as flax's own.
         self.bias = nnx.Param(zeros(rngs.params(), shape[1:], param_dtype)) if bias else None
         self.dtype = dtype
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         """Map x [..., in] to [..., out] in `dtype`."""
         (y,) = self.parts(x, 1)
         return y
+
+    def product(self, x: Array, kernel: Array) -> Array:
+        """Return x [..., in] times a kernel [in, any], as the layer multiplies by its own."""
+        return _dense(x, kernel)
+
+    def biased(self, y: Array) -> Array:
+        """Return y [..., out] with the layer's bias, if it has one."""
+        return y if self.bias is None else _add_bias(y, self.bias[...])
 
     def parts(self, x: Array, count: int) -> list[Array]:
         """Return `jnp.split(self(x), count, axis=-1)`, computed by `count` products.
@@ -57,6 +73,8 @@ class Linear(nnx.Module):
         The backward pass then does not join the gradients of the parts into one large array.
         """
         x = x.astype(self.dtype)
+        if self.adapter is not None:
+            return jnp.split(self.adapter(self, x), count, axis=-1)
         ys = [_dense(x, kernel) for kernel in jnp.split(self.kernel[...], count, axis=1)]
         if self.bias is None:
             return ys
@@ -68,13 +86,14 @@ class Linear(nnx.Module):
 
         Each is split over devices in its own way, and none is copied into one large array.
         """
+        if self.adapter is not None:
+            return self(jnp.concatenate(xs, axis=-1))
         widths = np.cumsum([x.shape[-1] for x in xs])[:-1]
         kernels = jnp.split(self.kernel[...], widths, axis=0)
         first, *others = (
             _dense(x.astype(self.dtype), kernel) for x, kernel in zip(xs, kernels, strict=True)
         )
-        y = sum(others, start=first)
-        return y if self.bias is None else _add_bias(y, self.bias[...])
+        return self.biased(sum(others, start=first))
 
 
 class Conv(nnx.Module):
@@ -98,10 +117,21 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(zeros(rngs.params(), shape[3:], param_dtype)) if bias else None
         self.strides, self.padding, self.dtype = strides, padding, dtype
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         """Map x [B, H, W, in] to [B, H', W', out] in `dtype`."""
-        y = _conv(x.astype(self.dtype), self.kernel[...], self.strides, self.padding)
+        x = x.astype(self.dtype)
+        if self.adapter is not None:
+            return self.adapter(self, x)
+        return self.biased(self.product(x, self.kernel[...]))
+
+    def product(self, x: Array, kernel: Array) -> Array:
+        """Return the convolution of x with a kernel [kH, kW, in, any], as with the layer's own."""
+        return _conv(x, kernel, self.strides, self.padding)
+
+    def biased(self, y: Array) -> Array:
+        """Return y [..., out] with the layer's bias, if it has one."""
         return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
