@@ -8,6 +8,9 @@
     python -m sdjax.convert --output=FOLDER --average runs/a runs/b [--average_weights 1 2]
     python -m sdjax.convert --input=WORKDIR --output=FOLDER --ema_length=0.07
     python -m sdjax.convert --input=WORKDIR --bundle
+    python -m sdjax.convert --input=MODEL --lora=FILE:0.8 --output=MERGED
+    python -m sdjax.convert --input=ADAPTER --output=FILE.safetensors --format=kohya
+    python -m sdjax.convert --input=TUNED --base=MODEL --extract_lora=16 --output=FILE.safetensors
 
 A diffusers pipeline (or the folder of one network, as a VAE) and a single file, as AUTOMATIC1111
 and ComfyUI read, become a workdir that sdjax.sample, --config.init_from and --config.vae_from
@@ -40,6 +43,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from sdjax.checkpoints.conversion_options import (
+    INPUT_OPTIONS,
+    add_adapter_options,
+    add_average_options,
+    add_file_options,
+)
 from sdjax.system import locks, paths, progress
 
 if TYPE_CHECKING:
@@ -47,18 +56,6 @@ if TYPE_CHECKING:
     from sdjax.families.family import Model
 
 FORMATS = ("workdir", "diffusers", "single_file")
-# Options that only one kind of input, or of output, has.
-_INPUT_OPTIONS = {
-    "variant": "diffusers",
-    "step": "workdir",
-    "ema_length": "workdir",
-    "tokenizer": "single_file",
-    "config_from": "single_file",
-    "prediction_type": "single_file",
-    "zero_terminal_snr": "single_file",
-    "scaling_factor": "single_file",
-    "shift_factor": "single_file",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,67 +92,13 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of the weights to write; a workdir is float32 (%(default)s)",
     )  # fmt: skip
-    _add_file_options(p)
-    _add_average_options(p)
+    add_file_options(p)
+    add_average_options(p)
+    add_adapter_options(p)
     p.add_argument(
         "--force", action="store_true", help="replace what an earlier conversion wrote to --output"
     )
     return p
-
-
-def _add_file_options(p: argparse.ArgumentParser) -> None:
-    """Those that belong to one kind of input or output."""
-    p.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest by default")
-    p.add_argument(
-        "--variant", default="",
-        help="of a diffusers folder to read: which of its weights, as 'fp16' or 'non_ema'",
-    )  # fmt: skip
-    p.add_argument(
-        "--max_shard_size",
-        help="of a file of weights in a diffusers folder to write, as 5GB or 500MB; a network that "
-        "is larger is spread over several (10GB, and 5GB of a text encoder)",
-    )
-    single = p.add_argument_group("of a single file to read, which does not say everything")
-    single.add_argument(
-        "--tokenizer", default="",
-        help="folder with CLIP's vocab.json and merges.txt, as the tokenizer/ of a pipeline",
-    )  # fmt: skip
-    single.add_argument(
-        "--config_from", default="",
-        help="diffusers folder or workdir whose configs, schedule and tokenizers are also those of "
-        "the file, for models of another shape than the releases; its weights are not read",
-    )  # fmt: skip
-    single.add_argument(
-        "--prediction_type", choices=("epsilon", "v_prediction"), default="",
-        help="what the UNet predicts, for Stable Diffusion 2 and fine-tuned others",
-    )  # fmt: skip
-    single.add_argument(
-        "--zero_terminal_snr", action="store_true", default=None,
-        help="its noise schedule ends in pure noise, as the mark ztsnr says",
-    )  # fmt: skip
-    latents = "of the latents of an autoencoder that is alone"
-    single.add_argument("--scaling_factor", type=float, help=f"{latents}, as a release has it")
-    single.add_argument("--shift_factor", type=float, help=f"{latents}; by default the release's")
-
-
-def _add_average_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that make one model of several."""
-    group = p.add_argument_group("a mean in place of one model")
-    group.add_argument(
-        "--average", nargs="+", metavar="STEP|last:N|DIR",
-        help="mean of the weights of several models: steps of checkpoints of --input, as 8000 9000 "
-        "10000, or its newest, as last:5; or, without --input, anything that --input can be",
-    )  # fmt: skip
-    group.add_argument(
-        "--average_weights", nargs="+", type=float, metavar="W",
-        help="how much each of them counts, as 1 1 2; equal by default",
-    )  # fmt: skip
-    group.add_argument(
-        "--ema_length", type=float, metavar="WIDTH",
-        help="of a workdir with EMA snapshots (ema.snapshot_every): the average of this relative "
-        "width, as 0.07, at its newest snapshot or at --step; `sdjax.evaluate --ema_lengths` finds "
-        "the best",
-    )  # fmt: skip
 
 
 def convert(
@@ -172,6 +115,7 @@ def convert(
     average: Sequence[str] | None = None,
     average_weights: Sequence[float] | None = None,
     ema_length: float | None = None,
+    lora: Sequence[str] = (),
     force: bool = False,
     **of_file: Any,
 ) -> list[str]:
@@ -179,6 +123,7 @@ def convert(
 
     Args:
         source: None where `average` names folders.
+        lora: adapters to merge, see `checkpoints.adapters.with_loras`.
         of_file: fields of `Hints`, besides `like`.
 
     Returns:
@@ -188,6 +133,7 @@ def convert(
         ModelError, CheckpointError: `source` cannot be read or `target` not written.
         OSError: of the disk.
     """
+    from sdjax.checkpoints.adapters import with_loras
     from sdjax.checkpoints.reading import read_any
     from sdjax.formats.folders import ModelError, folder_kind
     from sdjax.formats.single_file import Hints
@@ -219,8 +165,10 @@ def convert(
             ema_length=ema_length,
             step=step,
         )
+        read = with_loras(read, lora)
         count = sum(value.size for value in read.params.values())
         lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
+        lines += [f"merged the adapter {option}" for option in lora]
         if read.ignored:
             lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
         if read.unsupported_sampler and to == "workdir":
@@ -322,8 +270,8 @@ def _misplaced(
 ) -> str:
     """Return the fault of options that another kind of input or output has, or ""."""
     for option, value in given.items():
-        if value not in ("", None) and kind != _INPUT_OPTIONS[option]:
-            wanted = _INPUT_OPTIONS[option]
+        if value not in ("", None) and kind != INPUT_OPTIONS[option]:
+            wanted = INPUT_OPTIONS[option]
             return f"--{option}={value} is for a {wanted} as --input: leave it out"
     if to == "workdir" and dtype != "float32":
         return f"--dtype={dtype}: a workdir holds float32; leave --dtype out"
@@ -363,6 +311,31 @@ def _write(
     return [f"wrote the single file {target}, {options['dtype']}", *notes]
 
 
+def _of_adapter(options: dict[str, Any]) -> list[str] | None:
+    """Write an adapter where the options ask for one; what was done, or None for a model.
+
+    Raises:
+        ValueError: other options are given that do not go with it.
+    """
+    from sdjax.checkpoints.adapter_conversion import AdapterOptions, convert_adapter
+    from sdjax.formats.single_file import Hints
+
+    names = {"form": "format", "base": "base", "extract": "extract_lora", "rank": "lora_rank"}
+    asked = AdapterOptions(**{field: options.pop(name) for field, name in names.items()})
+    asked.check()
+    if not asked.asked:
+        return None
+    names_own = ("input", "output", "weights", "step", "dtype", "force")
+    own = {name: options.pop(name) for name in names_own}
+    own["hints"] = Hints(options.pop("tokenizer"), options.pop("prediction_type"))
+    for name, value in options.items():
+        if value != parser().get_default(name):
+            raise ValueError(f"--{name}={value} does not go with an adapter to write: leave it out")
+    if own["input"] is None:
+        raise ValueError("--input is missing, the adapter, or the run or model to take it from")
+    return convert_adapter(own.pop("input"), own.pop("output"), asked, **own)
+
+
 def _alone(options: dict[str, Any]) -> str:
     """Return the --input of --bundle. ValueError if other options are given, or it is not."""
     for name, value in options.items():
@@ -389,7 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 if options["output"] is None:
                     raise ValueError("--output is missing, the folder or file to write")
-                lines = convert(options.pop("input"), options.pop("output"), **options)
+                lines = _of_adapter(options) or convert(
+                    options.pop("input"), options.pop("output"), **options
+                )
     except paths.storage_errors(ValueError, CheckpointError) as error:
         return explain(error)
     print("\n".join(lines))

@@ -48,7 +48,12 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax.sampling.options import add_drawing_options, guidance_changes, sampler_changes
+from sdjax.sampling.options import (
+    add_drawing_options,
+    add_lora_option,
+    guidance_changes,
+    sampler_changes,
+)
 from sdjax.system import locks, paths, progress
 from sdjax.system.allocator import use_large_pages
 
@@ -66,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--model", default="", help="workdir of sdjax, or a diffusers folder")
+    add_lora_option(p)
     p.add_argument(
         "--images", default="", metavar="DIR",
         help="judge the pictures of this folder in place of drawing; captions are those of its "
@@ -243,6 +249,7 @@ def make_request(args: argparse.Namespace) -> Request:
         sampler=sampler_changes(args),
         guidance=guidance_changes(args),
         size=None if args.height is None else (args.height, args.width),
+        lora=tuple(args.lora),
         **{name: getattr(args, name) for name in names},
     )
 
@@ -265,7 +272,9 @@ def evaluate(args: argparse.Namespace) -> str:
     from sdjax.train.startup import enable_compilation_cache
 
     request = make_request(args)
-    loaded = load(args.model, weights=args.weights, step=args.step) if args.model else None
+    loaded = None
+    if args.model:
+        loaded = load(args.model, weights=args.weights, step=args.step, loras=args.lora)
     if loaded is not None and args.max_sequence_length is not None:
         found = with_text_length(loaded.found, args.max_sequence_length, f"--model={args.model}")
         loaded = dataclasses.replace(loaded, found=found)
@@ -298,10 +307,13 @@ def _search(
     args: argparse.Namespace, request: Request, loaded: Loaded | None, output: paths.Path
 ) -> str:
     """The best length of average."""
+    from sdjax.errors import UserError
     from sdjax.evaluation import ema_lengths
     from sdjax.evaluation.evaluation_output import FILE, number
     from sdjax.evaluation.session import open_session
 
+    if args.lora:
+        raise UserError("--ema_lengths takes averages of the run alone; leave --lora out")
     lengths = ema_lengths.parse(args.ema_lengths)
     ema_lengths.check(loaded)
     request = dataclasses.replace(request, metrics=request.metrics[:1] or ("validation_loss",))

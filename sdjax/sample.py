@@ -179,7 +179,8 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     from sdjax.sampling.ensemble import with_others, with_refiner
     from sdjax.sampling.pictures import with_pictures
 
-    request = _request_of(args, prompts, args.model[0], f"--model={args.model[0]}")
+    name = f"--model={args.model[0]}"
+    request = _request_of(args, prompts, args.model[0], name, loras=args.lora)
     size = tuple(side * request.model.vae.downscale for side in request.shape[:2])
     if len(args.model) > 1:
         names = [(f"--model={folder}", folder) for folder in args.model[1:]]
@@ -200,22 +201,25 @@ def _request_of(
     folder: str,
     name: str,
     size: tuple[int, ...] | None = None,
+    loras: Sequence[str] = (),
 ) -> SamplingRequest:
     """Return the pictures as one model draws them.
 
     Args:
         name: of the model, for messages; size: height and width if no option has to say them.
+        loras: adapters for it, as --lora names them.
     """
     import jax.numpy as jnp
     import numpy as np
 
+    from sdjax.checkpoints.adapters import with_loras
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text, with_text_length
     from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.request import SamplingRequest
 
-    model = read_any(folder, weights=args.weights)
+    model = with_loras(read_any(folder, weights=args.weights), loras)
     if args.max_sequence_length is not None:
         model = with_text_length(model, args.max_sequence_length, name)
     _check_model(model, args, name)
@@ -260,6 +264,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         "same_noise": args.same_noise,
         "model": args.model[0],
         **({"averaged_with": args.model[1:]} if args.model[1:] else {}),
+        **({"lora": args.lora} if args.lora else {}),
         **_refining(args),
         "weights": args.weights,
         "latents": args.latents or "",

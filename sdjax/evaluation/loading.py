@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from sdjax.checkpoints.adapters import with_loras
 from sdjax.checkpoints.checkpoint import latest_step
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import CONFIG_FILE
@@ -44,8 +45,17 @@ class Loaded:
     data: DataConfig | None = None
 
 
-def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None) -> Loaded:
+def load(
+    model: paths.PathLike,
+    *,
+    weights: str = "ema",
+    step: int | None = None,
+    loras: Sequence[str] = (),
+) -> Loaded:
     """A workdir, one of its checkpoints, a diffusers folder or a single file.
+
+    Args:
+        loras: adapters for it, as --lora names them.
 
     Raises:
         ModelError, CheckpointError: it cannot be read, or has no such weights or step.
@@ -54,7 +64,7 @@ def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None
     if folder_kind(folder) != "workdir":
         if step is not None:
             raise UserError(f"--step={step}: {model} is no workdir, and has no checkpoints")
-        return Loaded(read_any(folder, weights=weights))
+        return Loaded(with_loras(read_any(folder, weights=weights), loras))
     if folder.parent.name == "checkpoints" and is_number(folder.name):
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
@@ -64,7 +74,7 @@ def load(model: paths.PathLike, *, weights: str = "ema", step: int | None = None
             f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
             "from prompts"
         )
-    found = read_any(folder, weights=weights, step=step)
+    found = with_loras(read_any(folder, weights=weights, step=step), loras)
     return Loaded(found, folder, of_model(config), step, data_of_model(config))
 
 

@@ -55,6 +55,7 @@ class Request:
     train_samples: int | None = 10_000
     validation_examples: int | None = None
     resamples: int = RESAMPLES
+    lora: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_names(self.metrics)
@@ -68,6 +69,8 @@ class Request:
                 raise UserError(f"--{name}={value}; expected {least} or more")
         if not self.model and not self.images:
             raise UserError("nothing to evaluate: give --model=DIR, or --images=DIR")
+        if self.lora and not self.model:
+            raise UserError(f"--lora={self.lora[0]} is for a model; give --model=DIR")
         if self.audit and not self.model:
             raise UserError(f"--audit={self.audit} draws its own pictures; give --model=DIR")
 
@@ -228,6 +231,7 @@ def default_output(request: Request, loaded: Loaded | None) -> paths.Path:
     dataset = given.rstrip("/").rpartition("/")[2] or dataset_name(loaded.data)
     if request.audit:
         dataset = paths.to_path(request.audit).stem
-    parts = (f"{loaded.step or 0:08d}", request.weights, dataset)
+    loras = [paths.to_path(lora).name for lora in request.lora]
+    parts = (f"{loaded.step or 0:08d}", request.weights, *loras, dataset)
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
     return loaded.workdir / "evaluations" / name

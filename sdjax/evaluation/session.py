@@ -245,6 +245,7 @@ class Session:
             "model": request.model or request.images,
             "step": self.loaded.step if self.loaded else None,
             "weights": request.weights if request.model else None,
+            "lora": list(request.lora),
             "dataset": self.dataset,
             "split": self.split,
             "num_samples": len(inputs.pictures) if inputs.pictures is not None else self.count,

@@ -18,6 +18,7 @@ import numpy as np
 
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.schedules import ScheduleConfig
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.single_file import SingleFile
 from sdjax.models import weights
 from sdjax.models.params import Params, component, prefixed
@@ -160,6 +161,7 @@ class Family:
     reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
     skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
     inpainting: what its denoisers for inpainting read; None where drawing knows none.
+    adapters: names of its modules in files of adapters; None if they have those of diffusers alone.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
         the family's are not everyone's.
     """
@@ -188,6 +190,7 @@ class Family:
     reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
     skips_layers: bool = False
     inpainting: Inpainting | None = None
+    adapters: AdapterNames | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def text_length(self, name: str, config: Any, settings: Mapping[str, Any]) -> int:

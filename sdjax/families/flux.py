@@ -18,6 +18,7 @@ import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families import flux_files, sd, sd3
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
@@ -30,6 +31,7 @@ from sdjax.families.family import (
     Networks,
     Part,
 )
+from sdjax.families.flux_names import flux_places, xlabs_respelled
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
 from sdjax.models.flux.config import FluxConfig
@@ -169,6 +171,20 @@ def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"kontext": True} if isinstance(cls, str) and cls.startswith("FluxKontext") else {}
 
 
+def adapter_facts(model: Model) -> dict[str, str]:
+    """Return what a LoRA's metadata says of its model, as kohya's trainer writes it.
+
+    Sources: kohya-ss/sd-scripts, library/sai_model_spec.py and flux_utils.py.
+    """
+    guided = model.networks["transformer"].guidance_embeds
+    return {
+        "ss_base_model_version": "flux1",
+        "ss_v2": "False",
+        "modelspec.architecture": f"flux-1-{'dev' if guided else 'schnell'}",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+    }
+
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
@@ -199,6 +215,15 @@ FLUX = Family(
         count=lambda latent, side: latent + side**2 if side == MASK_SIDE else 0,
         make=_fill_channels,
         named=True,
+    ),
+    # T5's prefix is ComfyUI's, which has the second encoder of others in between.
+    adapters=AdapterNames(
+        {CLIP: "lora_te1", T5: "lora_te3"},
+        flux_places,
+        native=True,
+        entrance="x_embedder",
+        facts=adapter_facts,
+        respelled=xlabs_respelled,
     ),
     presets={
         "base": FluxModelConfig(),

@@ -12,6 +12,8 @@ what is written here.
 
 from __future__ import annotations
 
+import re
+
 from sdjax.families.single_file import Place, Places, halves_swapped
 from sdjax.models.flux.config import FluxConfig
 
@@ -66,6 +68,27 @@ _PARTS = {
     "attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3,
     "attn.add_q_proj": 0, "attn.add_k_proj": 1, "attn.add_v_proj": 2,
 }  # fmt: skip
+
+# Attention of a block as XLabs-AI/x-flux names it: 1 is of the picture, 2 of the text.
+_XLABS = re.compile(r"(.*)(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(\w+)")
+_XLABS_NAMES = {
+    ("double", "qkv", "1"): "img_attn.qkv",
+    ("double", "qkv", "2"): "txt_attn.qkv",
+    ("double", "proj", "1"): "img_attn.proj",
+    ("double", "proj", "2"): "txt_attn.proj",
+    ("single", "qkv", ""): "linear1",
+    ("single", "proj", ""): "linear2",
+}
+
+
+def xlabs_respelled(key: str) -> str:
+    """Return a key of a LoRA of XLabs' trainer under the names of Black Forest Labs."""
+    found = _XLABS.match(key)
+    name = _XLABS_NAMES.get((found[2], found[4], found[5])) if found else None
+    if not found or not name:
+        return key
+    rest = key[found.end() :]
+    return f"{found[1]}{found[2]}_blocks.{found[3]}.{name}.lora_{found[6]}{rest}"
 
 
 def flux_place(name: str) -> Place:

@@ -15,7 +15,8 @@ import numpy as np
 
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
-from sdjax.families import ldm_configs, ldm_files
+from sdjax.families import ldm_configs, ldm_files, ldm_names
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     Context,
@@ -259,6 +260,23 @@ SD2_FILE = SingleFile(
 )
 
 
+def adapter_facts(model: Model) -> dict[str, str]:
+    """Return what a LoRA's metadata says of its model, as kohya's trainer writes it.
+
+    Sources: kohya-ss/sd-scripts, library/train_util.py (get_sai_model_spec) and train_network.py.
+    """
+    second = model.networks["unet"].cross_attention_dim == UNET_SD2.cross_attention_dim
+    v = model.prediction_type == "v_prediction"
+    release = "stable-diffusion-v1" if not second else f"stable-diffusion-v2-{768 if v else 512}"
+    return {
+        "ss_base_model_version": f"sd_v{2 if second else 1}" + "_v" * v,
+        "ss_v2": str(second),
+        "modelspec.architecture": release + "-v" * (second and v),
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "v" if v else "epsilon",
+    }
+
+
 SD = Family(
     name="sd",
     title="SD1 and SD2",
@@ -282,6 +300,9 @@ SD = Family(
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
     inpainting=INPAINTING,
+    adapters=AdapterNames(
+        {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
+    ),
     presets={
         "base": SDConfig(),
         "sd2": SDConfig(unet=UNET_SD2, text_encoder=CLIP_H),

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 
 from sdjax.errors import UserError
 from sdjax.families import sd, sd3_files, sdxl
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Context, Family, Features, Model, Networks, Part
+from sdjax.families.sd3_names import sd3_places
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
 from sdjax.models.config import check
 from sdjax.models.mmdit import MMDiT, MMDiTConfig
@@ -185,6 +187,22 @@ def index(model: Model) -> dict[str, Any]:
     return entries
 
 
+def adapter_facts(model: Model) -> dict[str, str]:
+    """Return what a LoRA's metadata says of its model, as kohya's trainer writes it.
+
+    Source: kohya-ss/sd-scripts, library/sd3_utils.py (analyze_state_dict_state).
+    """
+    transformer = model.networks["transformer"]
+    large = transformer.num_layers == SD35_LARGE.num_layers
+    release = "5-medium" if transformer.dual_attention_layers else "5-large" if large else "medium"
+    return {
+        "ss_base_model_version": release,
+        "ss_v2": "False",
+        "modelspec.architecture": f"stable-diffusion-3-{release}",
+        "modelspec.implementation": "diffusers",
+    }
+
+
 SD3 = Family(
     name="sd3",
     title="SD3 and SD3.5",
@@ -212,6 +230,13 @@ SD3 = Family(
         "sd3_medium": SD3Config(transformer=SD3_MEDIUM),
     },
     skips_layers=True,
+    adapters=AdapterNames(
+        {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", T5: "lora_te3"},
+        sd3_places,
+        native=True,
+        entrance="pos_embed.proj",
+        facts=adapter_facts,
+    ),
     # scheduler/scheduler_config.json; guidance as Stability's cards advise for SD3.5-medium.
     defaults={
         "schedule.kind": "flow",

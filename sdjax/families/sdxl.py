@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.errors import UserError
-from sdjax.families import ldm_configs, ldm_files, sd
+from sdjax.families import ldm_configs, ldm_files, ldm_names, sd
+from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     Context,
@@ -239,6 +240,18 @@ def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"zero_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True))}
 
 
+def adapter_facts(model: Model) -> dict[str, str]:
+    """Return what a LoRA's metadata says of its model, as kohya's trainer writes it."""
+    release = "refiner" if _refines(model) else "base"
+    return {
+        "ss_base_model_version": f"sdxl_{release}_v1-0",
+        "ss_v2": "False",
+        "modelspec.architecture": f"stable-diffusion-xl-v1-{release}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.prediction_type": "v" if model.prediction_type == "v_prediction" else "epsilon",
+    }
+
+
 def _open_clip(prefix: str) -> FileNetwork:
     return ldm_files.open_clip(
         prefix, lambda shapes, _: ldm_configs.open_clip_config(shapes, penultimate=False)
@@ -300,6 +313,13 @@ SDXL = Family(
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
     inpainting=sd.INPAINTING,
+    adapters=AdapterNames(
+        {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        ldm_names.unet_places,
+        native=True,
+        entrance="conv_in",
+        facts=adapter_facts,
+    ),
     presets={
         "base": SDXLConfig(),
         "refiner": SDXLConfig(unet=UNET_SDXL_REFINER, text_encoder=None, zero_empty_prompt=False),

@@ -60,6 +60,7 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
         help="workdir of sdjax, or a diffusers folder; given again, the mean of the predictions of "
         "models of one family, schedule, prediction type and latent space",
     )  # fmt: skip
+    add_lora_option(p)
     p.add_argument(
         "--refiner", metavar="DIR",
         help="SDXL: the model that takes the last steps, as SDXL's refiner",
@@ -67,6 +68,16 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--refiner_start", type=float,
         help="share of the way from noise to picture after which it does (0.8)",
+    )  # fmt: skip
+
+
+def add_lora_option(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the option of adapters that a model is given before it draws."""
+    p.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="an adapter (LoRA, DoRA, LoHa, LoKr) for --model: a file of kohya's or diffusers' "
+        "layout, its folder, or the workdir of a run that trained one; the weight is 1 where none "
+        "is given; may be given again",
     )  # fmt: skip
 
 
