@@ -98,8 +98,8 @@ class Export(Protocol):
 
     def __call__(
         self, model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path]:
-        """Write into a workdir; return {label for the last screen: file or folder}.
+    ) -> dict[str, paths.Path | str]:
+        """Write into a workdir; return {label for the last screen: file, folder, or a remark}.
 
         Args:
             model: of the run, without parameters.
@@ -125,6 +125,8 @@ class Phase:
     trains: whether a path of `Method.abstract` is trained here; the phases share nothing.
     optim: the optimizer; None for the recipe's.
     every: the phase takes a step at each multiple of so many steps.
+    project: what it trains, after an update -> the same where it is allowed to be; None for
+        anywhere.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Phase:
     trains: Callable[[str], bool]
     optim: OptimConfig | None = None
     every: int = 1
+    project: Callable[[Params], Params] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
