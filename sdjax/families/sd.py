@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig
@@ -22,6 +23,7 @@ from sdjax.families.family import (
     Context,
     Family,
     Features,
+    Inpainting,
     Model,
     Networks,
     Part,
@@ -190,6 +192,14 @@ def reading(model: Model) -> str:
     return "Inpaint" if inpaints(model) else "InstructPix2Pix" if edits else ""
 
 
+# Of diffusers pipeline_stable_diffusion_inpaint.py: the mask, then the rest of the picture.
+INPAINTING = Inpainting(
+    count=lambda latent, side: latent + 1,
+    make=lambda mask, small, hidden: np.concatenate([small, hidden], axis=-1),
+    named=False,
+)
+
+
 def index(model: Model) -> dict[str, Any]:
     """Return entries of model_index.json: no safety checker, and a clip skip other than 1."""
     skip = model.settings.get("clip_skip", 1)
@@ -315,6 +325,8 @@ SD = Family(
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
+    inpainting=INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
     ),

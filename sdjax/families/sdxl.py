@@ -312,6 +312,8 @@ SDXL = Family(
     scheduler_changes=lambda pipeline: {},
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
+    inpainting=sd.INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         ldm_names.unet_places,
