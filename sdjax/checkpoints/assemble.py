@@ -22,6 +22,8 @@ from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizers import KINDS, inner_folder, load_tokenizer
 from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted
+from sdjax.formats.folders import folder_kind
+from sdjax.formats.single_file import Hints
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.models.params import is_buffer
@@ -80,9 +82,11 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     for field, folder in _sources(config):
         wanted = kind.networks(dict.fromkeys(_brought_by(field, config)))
         source = locate(field, folder)
-        loaded, widening = widened(
-            read_source(source, wanted), kind.beside, name=f"{field}={folder}"
-        )
+        if folder_kind(source.place) == "single_file":
+            wanted = _not_replaced(field, config, wanted)
+        hints = _hints(field, config, with_tokenizer=with_tokenizer)
+        read = read_source(source, wanted, hints)
+        loaded, widening = widened(read, kind.beside, name=f"{field}={folder}")
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
@@ -111,6 +115,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         for name in config.model.text_encoders
     }
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
+    tokenizers = dict(kind.tokenizers(config.method, tokenizers))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
 
 
@@ -128,6 +133,28 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
     for field in FIELDS:
         if folder := getattr(config, field):
             yield field, folder
+
+
+def _not_replaced(field: str, config: Config, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The networks that no later field brings: in a single file, others would want a tokenizer."""
+    later = [f for f in FIELDS[FIELDS.index(field) + 1 :] if getattr(config, f)]
+    replaced = {name for f in later for name in _brought_by(f, config)}
+    return tuple(name for name in wanted if name not in replaced)
+
+
+def _hints(field: str, config: Config, *, with_tokenizer: bool) -> Hints:
+    """Return what the recipe says of a single file that does not say it."""
+    model, vae, tokenizer = config.model, config.model.vae, config.tokenizer
+    settings = {part.length_setting for part in model.parts.values() if part.length_setting}
+    first = field == "init_from"
+    return Hints(
+        tokenizer=tokenizer.path if with_tokenizer else None,
+        tokenizer_2=tokenizer.path_2,
+        prediction_type=config.init_prediction_type if first else "",
+        zero_terminal_snr=config.init_zero_terminal_snr and first,
+        alone=(vae.scaling_factor, vae.shift_factor),
+        lengths={name: model.settings[name] for name in settings},
+    )
 
 
 def _brought_by(field: str, config: Config) -> tuple[str, ...]:

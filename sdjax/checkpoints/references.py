@@ -33,7 +33,7 @@ from sdjax.errors import UserError
 from sdjax.families.family import Model
 from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.formats.folders import ModelError, folder_kind, read_json, write_json
-from sdjax.formats.single_file import Hints, read_single_file
+from sdjax.formats.single_file import PARAMETERS, read_single_file
 from sdjax.models.config import ConfigError
 from sdjax.models.params import component, prefixed
 from sdjax.system import paths, progress
@@ -238,7 +238,7 @@ def _read(name: str, reference: Reference, read_run: ReadRun) -> dict[str, np.nd
         if kind == "diffusers":
             read = read_diffusers(place, components=wanted)
         elif kind == "single_file":
-            read = read_single_file(place, components=wanted, hints=Hints())
+            read = read_single_file(place, components=wanted, hints=PARAMETERS)
         else:
             read = read_run(place, wanted, reference.weights or "ema", reference.step)
     if name not in read.networks:

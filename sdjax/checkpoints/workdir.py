@@ -26,6 +26,7 @@ from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
+from sdjax.families.embeddings import count_of
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted, model_of
 from sdjax.formats.adapters.layers import Adapter
@@ -136,7 +137,7 @@ def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer
         part = model.family.parts[name]
         own = folder / part.tokenizer
         tokenizer = load_tokenizer(part.tokenizer_kind, own, model.text_length(name))
-        tokenizer.check_vocabulary(config.vocab_size, own)
+        tokenizer.check_vocabulary(config.vocab_size + count_of(model), own)
         found[part.tokens] = tokenizer
     return found
 

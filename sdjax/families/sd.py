@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names
@@ -21,6 +23,7 @@ from sdjax.families.family import (
     Context,
     Family,
     Features,
+    Inpainting,
     Model,
     Networks,
     Part,
@@ -48,12 +51,24 @@ def clip_surplus(config: CLIPTextConfig, key: str) -> str:
     return "vision_model.*" if key.startswith("vision_model.") else ""
 
 
+def pooled_at_eos(config: CLIPTextConfig, tokenizer: Any) -> CLIPTextConfig:
+    """Return the config of an encoder that pools at the EOS of a tokenizer with added tokens.
+
+    A config with eos_token_id = 2 pools at the highest id of a caption, which is EOS only as long
+    as no token was added after it (huggingface/transformers#24650).
+    """
+    if config.eos_token_id == 2 and isinstance(tokenizer, Tokenizer):
+        if tokenizer.eos_id < tokenizer.largest_id:
+            return dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
+    return config
+
+
 PARTS = {
     "unet": Part(UNet, UNetConfig, "UNet2DConditionModel", lambda data: not takes_numbers(data)),
     "text_encoder": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", lambda data: not has_projection(data),
         tokens="tokens", tokenizer="tokenizer", prefix="text_model.",
-        surplus=clip_surplus,
+        surplus=clip_surplus, fitted=pooled_at_eos,
     ),
     "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
 }  # fmt: skip
@@ -175,6 +190,14 @@ def reading(model: Model) -> str:
     unet = model.networks["unet"]
     edits = unet.in_channels == 2 * unet.out_channels
     return "Inpaint" if inpaints(model) else "InstructPix2Pix" if edits else ""
+
+
+# Of diffusers pipeline_stable_diffusion_inpaint.py: the mask, then the rest of the picture.
+INPAINTING = Inpainting(
+    count=lambda latent, side: latent + 1,
+    make=lambda mask, small, hidden: np.concatenate([small, hidden], axis=-1),
+    named=False,
+)
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -302,6 +325,8 @@ SD = Family(
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
+    inpainting=INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
     ),

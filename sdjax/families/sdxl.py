@@ -41,7 +41,7 @@ PARTS = {
     "text_encoder_2": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", has_projection,
         tokens="tokens_2", tokenizer="tokenizer_2", prefix="text_model.",
-        surplus=sd.clip_surplus,
+        surplus=sd.clip_surplus, fitted=sd.pooled_at_eos,
     ),
     "vae": sd.PARTS["vae"],
 }  # fmt: skip
@@ -312,6 +312,8 @@ SDXL = Family(
     scheduler_changes=lambda pipeline: {},
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
+    inpainting=sd.INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         ldm_names.unet_places,

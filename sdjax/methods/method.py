@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
 from sdjax.system import paths
+
+if TYPE_CHECKING:  # a step needs no tokenizer
+    from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Batch = Mapping[str, jax.Array]
 Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
@@ -98,7 +101,7 @@ class Export(Protocol):
 
     def __call__(
         self, model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path | str]:
+    ) -> Mapping[str, paths.Path | str]:
         """Write into a workdir; return {label for the last screen: file, folder, or a remark}.
 
         Args:
@@ -242,6 +245,8 @@ class Kind:
         steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
     folded: a run's model with its parameters -> the same one without changes, as others read it.
+    tokenizers: (its group, {field: tokenizer}) -> those that the run reads captions with.
+    data: (its group, data) -> the data as the method reads them.
     """
 
     config: type
@@ -254,3 +259,7 @@ class Kind:
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model
+    tokenizers: Callable[[Any, Mapping[str, TextTokenizer]], Mapping[str, TextTokenizer]] = (
+        lambda config, tokenizers: tokenizers
+    )
+    data: Callable[[Any, DataConfig], DataConfig] = lambda config, data: data

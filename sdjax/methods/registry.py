@@ -8,6 +8,7 @@ from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
+from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
 
@@ -19,4 +20,5 @@ METHODS: dict[str, Kind] = {
     "dpo": DPO,
     "adapters": ADAPTERS,
     "control": CONTROL,
+    "embedding": EMBEDDING,
 }

@@ -100,11 +100,11 @@ class Member:
             reads, put = self.controls.beside(network, params, picture, timesteps)
             contexts = [put(context, False), put(away, True)]
         else:
-            reads, beside = with_channels(network, self.model.denoiser, picture)
+            reads, beside = with_channels(network, self.model.family, picture)
             contexts = [beside(context), beside(away)]
         if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
             blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
-            contexts.append(with_channels(network, self.model.denoiser, blank)[1](away))
+            contexts.append(with_channels(network, self.model.family, blank)[1](away))
         function = _guided(self.drawing, self.schedule, reads, contexts, size=tuple(size))
         return Denoising(function, network, _length(context))
 

@@ -20,8 +20,6 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
-from sdjax.models.flux.network import mask_channels
-from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.request import SamplingRequest
 from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
@@ -233,10 +231,8 @@ def picture_of(
         return found
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
-    if not reads_picture(model):
+    inpainting = model.family.inpainting
+    if inpainting is None or not reads_picture(model):
         return {**found, "known": clean, "mask": small}
     hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
-    if isinstance(model.denoiser, UNetConfig):
-        return {**found, "channels": np.concatenate([small, hidden], axis=-1)}
-    fine = np.asarray(mask_channels(jnp.asarray(masks)))
-    return {**found, "channels": np.concatenate([hidden, fine], axis=-1)}
+    return {**found, "channels": inpainting.make(masks, small, hidden)}

@@ -21,9 +21,7 @@ import jax.numpy as jnp
 from sdjax.diffusion.samplers import leave
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.errors import UserError
-from sdjax.families.family import Context, Model
-from sdjax.models.flux.network import MASK_SIDE, FluxConfig
-from sdjax.models.unet_config import UNetConfig
+from sdjax.families.family import Context, Family, Model
 
 Picture = Mapping[str, jax.Array]
 INPAINT, EDIT = "inpaint", "edit"  # what a denoiser does with the picture that it reads
@@ -55,20 +53,21 @@ def reads_picture(model: Model) -> str:
     Raises:
         UserError: it reads channels that drawing does not know.
     """
-    latent, config = model.vae.latent_channels, model.denoiser
-    added = model.family.latent_channels(config) - latent
-    known: dict[type, dict[int, str]] = {UNetConfig: {latent + 1: INPAINT, latent: EDIT}}
-    if model.vae.downscale == MASK_SIDE:
-        known[FluxConfig] = {latent + MASK_SIDE**2: INPAINT}
+    latent, family = model.vae.latent_channels, model.family
+    added = family.latent_channels(model.denoiser) - latent
+    known = {latent: EDIT} if family.edits else {}
+    if family.inpainting and (count := family.inpainting.count(latent, model.vae.downscale)):
+        known[count] = INPAINT
     if not added:
         return ""
-    if added not in known.get(type(config), {}):
+    if added not in known:
+        takes = " or ".join(f"{number} to {task}" for number, task in known.items())
         raise UserError(
-            f"the {model.family.denoiser} reads {added} channels besides {latent} of noisy latents;"
-            " drawing knows UNets and FLUX.1-Fill for inpainting, UNets that edit, and denoisers "
-            "that read none; take such a model"
+            f"the {family.denoiser} reads {added} channels besides {latent} of noisy latents; of "
+            f"{family.title}, drawing knows {takes or 'none'}; take a model that reads those, or "
+            "noisy latents alone"
         )
-    return known[type(config)][added]
+    return known[added]
 
 
 def initial_state(picture: Picture, noise: jax.Array, plan: SolverPlan) -> tuple[jax.Array, bool]:
@@ -94,7 +93,7 @@ def constraint(picture: Picture, noise: jax.Array) -> Callable[..., jax.Array]:
 
 
 def with_channels(
-    denoiser: Any, config: Any, picture: Picture
+    denoiser: Any, family: Family, picture: Picture
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return a denoiser that reads the picture's channels, and what puts them beside a context.
 
@@ -102,7 +101,7 @@ def with_channels(
     """
     if "channels" not in picture:
         return denoiser, lambda context: context
-    if not isinstance(config, UNetConfig):
+    if family.inpainting and family.inpainting.named:
         return denoiser, lambda context: {**context, "channels": picture["channels"]}
 
     def denoise(xt: jax.Array, t: jax.Array, context: tuple[Context, jax.Array], **kw: Any) -> Any:

@@ -56,7 +56,7 @@ def finish(
     except FloatingPointError as error:
         telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
         finite = False
-    exported: dict[str, paths.Path | str] = {}
+    exported: Mapping[str, paths.Path | str] = {}
     # What follows from the weights, as the scale of latents, would be NaN too.
     if config.train.export and (finite or method.adjust is None):
         if method.export is None:

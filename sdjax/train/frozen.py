@@ -33,6 +33,7 @@ from sdjax.checkpoints.references import (
 from sdjax.checkpoints.workdir import FROZEN_FILE, bundle, read_run
 from sdjax.config import Config
 from sdjax.errors import UserError
+from sdjax.formats.single_file import PARAMETERS
 from sdjax.models import weight_checks
 from sdjax.models.params import Params, component, is_buffer, prefixed
 from sdjax.models.weights import save_file
@@ -140,7 +141,7 @@ def _moved(
     """The same network from another place, and its reference there."""
     source = locate(reference.field, place, like=reference)
     there = reference.network or name
-    read = read_source(source, (there,))
+    read = read_source(source, (there,), PARAMETERS)
     params = {p: value for p, value in read.params.items() if p.split(".")[0] == there}
     new = refer(
         source,

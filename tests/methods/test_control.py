@@ -23,6 +23,7 @@ from sdjax.config_model import method_of_run
 from sdjax.data.pipeline import make_iterator
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
+from sdjax.evaluation.loading import load
 from sdjax.families.controlnet import CONTROLNET
 from sdjax.formats.controlnet import read_controlnet_files
 from sdjax.formats.folders import ModelError
@@ -239,6 +240,11 @@ def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, c
     (tmp_path / "other" / "config.json").write_text(json.dumps(values))
     with pytest.raises(ModelError, match="the method 'denoise', which trains no ControlNet"):
         read_controlnet(tmp_path / "other")
+
+
+def test_a_run_is_not_evaluated_without_conditions(whole):
+    with pytest.raises(UserError, match="'control', which draws nothing from prompts alone"):
+        load(whole)
 
 
 def test_a_run_goes_on_from_a_controlnet(config, whole):
