@@ -23,6 +23,7 @@ HARMLESS = (
     "objective.weighting", "objective.min_snr_gamma", "objective.p2_*", "objective.sigma_data",
     "objective.loss", "objective.huber_*", "objective.offset_noise",
     "objective.input_perturbation", "objective.caption_dropout",
+    "objective.unmasked_*", "objective.normalize_masked_area",
     "objective.encoder_dropout", "method.loss", "method.kl_weight",
     "model.aesthetic_score", "model.negative_aesthetic_score",
     # How it is computed, and where.
@@ -30,7 +31,7 @@ HARMLESS = (
     "train.xla_options",
     "train.accumulation", "data.data_dir", "data.workers", "data.threads", "data.prefetch",
     # How an example is shown, not which one stands where.
-    "data.crop", "data.flip", "data.captions.main_share", "data.captions.templates",
+    "data.crop", "data.flip", "data.captions.main_share", "data.captions.templates", "data.captions.texts",
     "data.captions.separator", "data.captions.shuffle_tags", "data.captions.keep_tags",
     "data.captions.tag_dropout",
     # Other rules for raw data import it anew, under a name that the state of the data refuses.
