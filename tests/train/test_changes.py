@@ -31,7 +31,7 @@ HARMLESS = (
     "train.xla_options",
     "train.accumulation", "data.data_dir", "data.workers", "data.threads", "data.prefetch",
     # How an example is shown, not which one stands where.
-    "data.crop", "data.flip", "data.captions.main_share", "data.captions.templates", "data.captions.texts",
+    "data.crop", "data.flip", "data.captions.main_share", "data.captions.templates",
     "data.captions.separator", "data.captions.shuffle_tags", "data.captions.keep_tags",
     "data.captions.tag_dropout",
     # Other rules for raw data import it anew, under a name that the state of the data refuses.
