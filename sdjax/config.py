@@ -106,7 +106,8 @@ class Config:
     """A whole run."""
 
     seed: int = 0
-    init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
+    # Diffusers folder, sdjax workdir or single file to start from: all its networks.
+    init_from: str = ""
     init_prediction_type: str = ""  # "epsilon" or "v_prediction", where init_from says it wrong
     init_zero_terminal_snr: bool = False  # the schedule has one, where init_from does not say so
     vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax
@@ -151,6 +152,12 @@ class Config:
                 f"validation.maxima_every is {self.validation.maxima_every} and validation.metrics "
                 f"is {self.validation.metrics!r} with method {self.method.name!r}; they are of "
                 "denoisers and what these draw, set them to 0 and ()"
+            )
+        if METHODS[self.method.name].steers and self.validation.metrics:
+            raise ValueError(
+                f"validation.metrics is {self.validation.metrics!r} with method "
+                f"{self.method.name!r}, whose pictures follow others that metrics do not have; set "
+                "it to ()"
             )
         starts = [0, *(stage.start for stage in self.stages)]
         if sorted(set(starts)) != starts:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sdjax.data import encoded, splits, transforms
+from sdjax.data import encoded, named_images, splits, transforms
 from sdjax.data.builders.opening import prepared_builder
 from sdjax.data.caption_choice import Caption, replaced
 from sdjax.data.columns import Columns
@@ -31,6 +31,7 @@ from sdjax.data.tfds.features import (
     decoders_and_text,
 )
 from sdjax.data.tfds.records import Records
+from sdjax.data.transforms import Made
 from sdjax.system import untrusted
 
 _AT_ONCE = 4096  # records read together where all are
@@ -75,7 +76,10 @@ class Source:
         example = self.example(index)
         if "image" not in example:
             return example
-        images = {name: as_array(picture) for name, picture in example["images"].items()}
+        images = {
+            name: picture if isinstance(picture, Made) else as_array(picture)
+            for name, picture in example["images"].items()
+        }
         return example | {"image": np.asarray(example["image"]), "images": images}
 
     def example(self, index: int) -> dict[str, Any]:
@@ -112,11 +116,13 @@ class Source:
         name = "the image"
         try:
             found = {"image": decoded(record[self._config.image_key], most)}
-            others = {}
-            for image in self._config.images:
+            others: dict[str, transforms.Picture | Made] = {
+                image.name: Made(image.made) for image in self._config.images if image.made
+            }
+            for image in named_images.stored(self._config.images):
                 name = f"the picture {image.name!r}"
-                others[image.name] = decoded(record[image.origin], most, image)
-                size, main = map(transforms.size_of, (others[image.name], found["image"]))
+                other = others[image.name] = decoded(record[image.origin], most, image)
+                size, main = map(transforms.size_of, (other, found["image"]))
                 transforms.check_geometry(image.name, size, main)
             return {**found, "images": others, "original": original_size(record)}
         except ImageError as error:

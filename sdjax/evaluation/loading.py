@@ -71,10 +71,10 @@ def load(
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))
-    if not config.draws:
+    if not config.draws or METHODS[config.method.name].steers:
         raise UserError(
             f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
-            "from prompts"
+            "from prompts alone"
         )
     found = with_loras(read_any(folder, weights=weights, step=step), loras)
     return Loaded(found, folder, of_model(config), step, data_of_model(config))

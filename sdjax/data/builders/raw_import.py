@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from sdjax.data import named_images
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.named_images import NamedImage
 from sdjax.data.raw import clean, folder, formats, parquet, webdataset
@@ -296,12 +297,13 @@ def prepare(config: DataConfig) -> Any:
 
     Raises DataError when nothing is usable, or more is skipped than config.max_bad_examples.
     """
-    fields = Fields(image=config.image_key, text=config.text_key, images=config.images)
+    images = named_images.stored(config.images)
+    fields = Fields(image=config.image_key, text=config.text_key, images=images)
     texts = config.captions.texts
     needed = not texts or any("{}" in text for text in texts)
     rules = clean.Rules(
         min_side=config.min_side, max_aspect=config.max_aspect, max_pixels=config.max_pixels,
-        min_caption_chars=int(needed), images=config.images,
+        min_caption_chars=int(needed), images=images,
     )  # fmt: skip
     with quiet_tfds():
         builder = _BUILDERS[config.name](
