@@ -34,7 +34,8 @@ objective.input_perturbation objective.caption_dropout objective.encoder_dropout
 data.split data.eval_split data.image_key data.text_key data.label_template data.validation_share
 data.test_share data.fold data.split_key data.score_key data.min_score data.weight_key
 data.captions.others_key
-data.captions.main_share data.captions.templates data.captions.separator data.captions.shuffle_tags
+data.captions.main_share data.captions.templates data.captions.texts data.captions.separator
+data.captions.shuffle_tags
 data.captions.keep_tags data.captions.tag_dropout data.captions.empty data.resolution data.crop
 data.buckets.step data.buckets.max_aspect data.buckets.max_upscale data.flip data.batch_size
 data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shapes_test
