@@ -290,4 +290,6 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     """
     if hasattr(config, "to_dict"):
         config = config.to_dict()
-    return build(Config, config, "config", VARIANTS)
+    built = build(Config, config, "config", VARIANTS)
+    data = METHODS[built.method.name].data(built.method, built.data)
+    return built if data == built.data else dataclasses.replace(built, data=data)

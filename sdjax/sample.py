@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdjax.diffusion.samplers import SamplerConfig
+    from sdjax.families.embeddings import Embedding
     from sdjax.families.family import Model
     from sdjax.sampling.generate import Drawing
     from sdjax.sampling.request import SamplingRequest
@@ -163,6 +164,13 @@ def _tell_truncated(model: Model) -> None:
         )
 
 
+def _tell_words(words: Sequence[Embedding], texts: Sequence[str]) -> None:
+    """Say which of the words that were learnt no prompt has: it would be without effect."""
+    for word in words:
+        if not any(word.token.lower() in text.lower() for text in texts):
+            print(f"note: no prompt has the word {word.token!r} of --embedding", file=sys.stderr)
+
+
 def _numbers(
     args: argparse.Namespace, model: Model, count: int, height: int, width: int
 ) -> dict[str, np.ndarray]:
@@ -223,6 +231,7 @@ def _request_of(
     from sdjax.checkpoints.adapters import with_loras
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text, with_text_length
+    from sdjax.formats.embeddings import with_files
     from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.request import SamplingRequest
@@ -231,6 +240,9 @@ def _request_of(
     if args.max_sequence_length is not None:
         model = with_text_length(model, args.max_sequence_length, name)
     _check_model(model, args, name)
+    model, words = with_files(model, args.embedding)
+    if folder == args.model[0]:
+        _tell_words(words, [*prompts, args.negative_prompt or ""])
     rows, columns = size or model.native_size
     height, width = args.height or rows, args.width or columns
     shape = latent_shape(model, height, width)
@@ -276,6 +288,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         **_refining(args),
         "weights": args.weights,
         "latents": args.latents or "",
+        **({"embedding": args.embedding} if args.embedding else {}),
         "guidance": drawing.guidance,
         "guidance_rescale": drawing.guidance_rescale,
         **_special(request.model, drawing),

@@ -77,4 +77,4 @@ def read_run(
     assert folder_kind(folder) == "workdir"
     if folder.parent.name == "checkpoints" and is_number(folder.name):
         folder, step = folder.parents[1], int(folder.name)
-    return runs.read_adapter_run(folder, weights, step)  # type: ignore[attr-defined]
+    return runs.read_adapter_run(folder, weights, step)

@@ -105,6 +105,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         for name in config.model.text_encoders
     }
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
+    tokenizers = dict(kind.tokenizers(config.method, tokenizers))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
 
 

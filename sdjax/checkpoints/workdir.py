@@ -21,12 +21,15 @@ from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, latest_step, restore_params
 from sdjax.checkpoints.references import follow, read_references, write_references
 from sdjax.config import Config, resolve, to_dict
+from sdjax.config_model import model_of_run
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
+from sdjax.families.embeddings import count_of
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted, model_of
+from sdjax.formats.adapters.layers import Adapter
 from sdjax.formats.folders import (
     ModelError,
     check_components,
@@ -35,6 +38,8 @@ from sdjax.formats.folders import (
     write_json,
 )
 from sdjax.machine_settings import of_model
+from sdjax.methods.adapter_files import adapter_of
+from sdjax.methods.adapters import AdaptersConfig
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import WeightsError, check_finite, load_file, save_file
@@ -132,7 +137,7 @@ def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer
         part = model.family.parts[name]
         own = folder / part.tokenizer
         tokenizer = load_tokenizer(part.tokenizer_kind, own, model.text_length(name))
-        tokenizer.check_vocabulary(config.vocab_size, own)
+        tokenizer.check_vocabulary(config.vocab_size + count_of(model), own)
         found[part.tokens] = tokenizer
     return found
 
@@ -203,6 +208,30 @@ def frozen_params(
             raise ModelError(f"{folder} holds no {name}, but refers to another folder for it")
         frozen |= follow(folder, name, reference, read_run)
     return frozen
+
+
+def read_adapter_run(folder: paths.Path, weights: str, step: int | None) -> tuple[Model, Adapter]:
+    """Return the model of a run of adapters, without parameters, and what the run has trained.
+
+    Args:
+        weights, step: see `read_workdir`.
+
+    Raises:
+        ModelError: it is no such run, or `weights` is none.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    with explained(folder, "a workdir of sdjax"):
+        config = of_model(read_run_config(folder))
+        if not isinstance(config.method, AdaptersConfig):
+            raise ModelError(
+                f"{folder} is of a run with method {config.method.name!r}, which trains no "
+                "adapter; expected one with method 'adapters'. sdjax.convert --extract_lora makes "
+                "one of what a run has changed"
+            )
+        model = model_of_run(config, {})
+        trained = trained_params(folder, config, weights, step, model.networks)
+        check_finite(trained)
+        return dataclasses.replace(model, changes=()), adapter_of(model, trained)
 
 
 def read_run(path: paths.Path, components: Sequence[str], weights: str, step: int | None) -> Model:

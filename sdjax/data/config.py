@@ -110,9 +110,9 @@ class DataConfig:
             if kinds == {False}:
                 raise UserError("data.text_embeddings is True, but data.name is "
                                 f"{self.name!r}; only 'encoded' datasets have any")  # fmt: skip
-            if self.captions.shuffle_tags or self.captions.tag_dropout:
-                raise UserError("data.captions varies tags, which data.text_embeddings, made of "
-                                "whole captions, cannot follow; switch off one")  # fmt: skip
+            if self.captions.shuffle_tags or self.captions.tag_dropout or self.captions.texts:
+                raise UserError("data.captions varies tags or texts, which data.text_embeddings "
+                                "of whole captions cannot follow; switch off one")  # fmt: skip
         if not self.name:
             raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
                              "or a TFDS dataset name")  # fmt: skip

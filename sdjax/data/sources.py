@@ -16,7 +16,7 @@ from absl import logging
 
 from sdjax.data import encoded, named_images, splits, transforms
 from sdjax.data.builders.opening import prepared_builder
-from sdjax.data.caption_choice import Caption
+from sdjax.data.caption_choice import Caption, replaced
 from sdjax.data.columns import Columns
 from sdjax.data.columns import Row as ColumnsRow
 from sdjax.data.columns import load as load_columns
@@ -155,6 +155,11 @@ class Source:
         return [self.text(index) for index in indices]
 
     def _caption(self, record: dict[str, Any]) -> Caption:
+        """The captions of an example."""
+        caption, texts = self._stored(record), self._config.captions.texts
+        return replaced(caption, texts) if texts else caption
+
+    def _stored(self, record: dict[str, Any]) -> Caption:
         """The captions of a record."""
         caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
         if not choice.others_key:
@@ -182,6 +187,7 @@ class Source:
                 directory=self.directory,
                 identity=f"{self.name} {self.split} {config.image_key} {config.text_key} "
                 f"{config.captions.others_key} {config.split_key} {config.score_key} "
+                f"{config.captions.texts or ''}"
                 f"{config.max_pixels}",
                 threads=config.threads,
             )

@@ -51,6 +51,7 @@ class Part:
     tied: {another name that files have for a weight: its own}.
     surplus: (config, name of a weight in its file) -> a label for the log if the network does not
         read it, else "".
+    fitted: (config, tokenizer) -> the config of the network that reads the tokenizer's tokens.
     filled: {field: value} for fields of config.json that pipelines of the family read as numbers,
         where it would have null.
     """
@@ -66,6 +67,7 @@ class Part:
     prefix: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     surplus: Callable[[Any, str], str] = lambda config, key: ""
+    fitted: Callable[[Any, Any], Any] = lambda config, tokenizer: config
     filled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def described(self, config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names
@@ -47,12 +48,24 @@ def clip_surplus(config: CLIPTextConfig, key: str) -> str:
     return "vision_model.*" if key.startswith("vision_model.") else ""
 
 
+def pooled_at_eos(config: CLIPTextConfig, tokenizer: Any) -> CLIPTextConfig:
+    """Return the config of an encoder that pools at the EOS of a tokenizer with added tokens.
+
+    A config with eos_token_id = 2 pools at the highest id of a caption, which is EOS only as long
+    as no token was added after it (huggingface/transformers#24650).
+    """
+    if config.eos_token_id == 2 and isinstance(tokenizer, Tokenizer):
+        if tokenizer.eos_id < tokenizer.largest_id:
+            return dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
+    return config
+
+
 PARTS = {
     "unet": Part(UNet, UNetConfig, "UNet2DConditionModel", lambda data: not takes_numbers(data)),
     "text_encoder": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", lambda data: not has_projection(data),
         tokens="tokens", tokenizer="tokenizer", prefix="text_model.",
-        surplus=clip_surplus,
+        surplus=clip_surplus, fitted=pooled_at_eos,
     ),
     "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
 }  # fmt: skip

@@ -35,6 +35,7 @@ PARTS = {
     "text_encoder": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", has_projection,
         tokens="tokens", tokenizer="tokenizer", prefix="text_model.", surplus=sd.clip_surplus,
+        fitted=sd.pooled_at_eos,
     ),
     "text_encoder_2": sdxl.PARTS["text_encoder_2"],
     T5: Part(

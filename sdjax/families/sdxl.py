@@ -41,7 +41,7 @@ PARTS = {
     "text_encoder_2": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", has_projection,
         tokens="tokens_2", tokenizer="tokenizer_2", prefix="text_model.",
-        surplus=sd.clip_surplus,
+        surplus=sd.clip_surplus, fitted=sd.pooled_at_eos,
     ),
     "vae": sd.PARTS["vae"],
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Change, Family, Model
 from sdjax.methods import denoise
+from sdjax.methods.adapter_files import export
 from sdjax.methods.method import (
     Aux,
     Averages,
@@ -71,6 +72,8 @@ class AdaptersConfig(MethodConfig):
     hidden_dropout: float = 0.0  # between the factors (kohya's network_dropout); lora and dora
     rank_dropout: float = 0.0  # of ranks of an example; lora and dora
     module_dropout: float = 0.0  # of whole adapters, for a step
+    # The most that the norm of a kernel's change may be, kohya's scale_weight_norms; lora. 0: any.
+    max_norm: float = 0.0
 
     def __post_init__(self) -> None:
         _check("kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")
@@ -78,6 +81,9 @@ class AdaptersConfig(MethodConfig):
         _check("rank", self.rank, self.rank >= 1, "1 or more")
         _check("alpha", self.alpha, self.alpha is None or self.alpha >= 0, "0 or more, or None")
         _check("factor", self.factor, self.factor == -1 or self.factor > 0, "-1, or 1 and more")
+        _check("max_norm", self.max_norm, self.max_norm >= 0, "0 or more")
+        limited = self.kind != "lora" and self.max_norm
+        _check("max_norm", self.max_norm, not limited, f"0 with method.kind={self.kind!r}")
         _check("targets", self.targets, self.targets or self.text_targets, "at least one")
         for field in ("dropout", "hidden_dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, field)
@@ -191,8 +197,9 @@ def make(setup: Setup) -> Method:
     start = functools.partial(_magnitudes, frozenset(method.abstract))
     return dataclasses.replace(
         method,
-        phases=(Phase("main", loss, lambda path: MARK in path),),
+        phases=(Phase("main", loss, lambda path: MARK in path, project=_limit(setup)),),
         start=start,
+        export=export,
     )
 
 
@@ -240,6 +247,21 @@ def _with_keys(setup: Setup, method: Method) -> LossFn:
         return loss({**trained, **own}, frozen, averages, batch, draw)
 
     return dropped
+
+
+def _limit(setup: Setup) -> Callable[[Params], Params] | None:
+    """Return what keeps the changes of kernels small, if the recipe asks for it."""
+    most = setup.config.max_norm
+    if not most:
+        return None
+    networks = bind(setup.model)
+    scales = {
+        f"{name}.{path}": layer.adapter.rule.scale
+        for name in networks.configs
+        for path, layer in adapters.layers(networks.module(name, networks.abstract))
+        if layer.adapter is not None
+    }
+    return lambda params: adapters.within(params, scales, most)
 
 
 def _magnitudes(paths: frozenset[str], loaded: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
 from sdjax.system import paths
+
+if TYPE_CHECKING:  # a step needs no tokenizer
+    from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Batch = Mapping[str, jax.Array]
 Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
@@ -98,8 +101,8 @@ class Export(Protocol):
 
     def __call__(
         self, model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path]:
-        """Write into a workdir; return {label for the last screen: file or folder}.
+    ) -> Mapping[str, paths.Path | str]:
+        """Write into a workdir; return {label for the last screen: file, folder, or a remark}.
 
         Args:
             model: of the run, without parameters.
@@ -127,6 +130,8 @@ class Phase:
     trains: whether a path of `Method.abstract` is trained here; the phases share nothing.
     optim: the optimizer; None for the recipe's.
     every: the phase takes a step at each multiple of so many steps.
+    project: what it trains, after an update -> the same where it is allowed to be; None for
+        anywhere.
     """
 
     name: str
@@ -134,6 +139,7 @@ class Phase:
     trains: Callable[[str], bool]
     optim: OptimConfig | None = None
     every: int = 1
+    project: Callable[[Params], Params] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,6 +237,8 @@ class Kind:
         steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
     folded: a run's model with its parameters -> the same one without changes, as others read it.
+    tokenizers: (its group, {field: tokenizer}) -> those that the run reads captions with.
+    data: (its group, data) -> the data as the method reads them.
     """
 
     config: type
@@ -241,3 +249,7 @@ class Kind:
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model
+    tokenizers: Callable[[Any, Mapping[str, TextTokenizer]], Mapping[str, TextTokenizer]] = (
+        lambda config, tokenizers: tokenizers
+    )
+    data: Callable[[Any, DataConfig], DataConfig] = lambda config, data: data

@@ -6,6 +6,7 @@ from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
+from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.method import Kind
 
 METHODS: dict[str, Kind] = {
@@ -13,4 +14,5 @@ METHODS: dict[str, Kind] = {
     "autoencoder": AUTOENCODER,
     "adapters": ADAPTERS,
     "control": CONTROL,
+    "embedding": EMBEDDING,
 }

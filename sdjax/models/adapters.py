@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -290,6 +290,32 @@ def dropout_keys(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], key: A
         own = jax.random.fold_in(key, i)
         own = jax.random.split(own, shape[0]) if len(shape) > 1 else own
         found[path] = jax.random.key_data(own)
+    return found
+
+
+def within(params: dict[str, Array], scales: Mapping[str, float], most: float) -> dict[str, Array]:
+    """Return factors of lora with no change of a kernel larger than `most`.
+
+    Where n = ||s A B|| is larger, both factors are multiplied by sqrt(most / n) (kohya,
+    `apply_max_norm_regularization`).
+
+    Args:
+        params: {path: array}.
+        scales: {path of a layer: s}.
+    """
+    found = dict(params)
+    for layer, scale in scales.items():
+        first, second = f"{layer}{MARK}A", f"{layer}{MARK}B"
+        if first not in params:
+            continue  # of a group that is frozen
+        b = params[second]
+        a = params[first].reshape(*b.shape[:-2], -1, b.shape[-2])
+        # ||A B||^2 is the sum over (A^T A) * (B B^T), which is r x r.
+        squared = jnp.sum((a.mT @ a) * (b @ b.mT), (-2, -1), keepdims=True)
+        norm = abs(scale) * jnp.sqrt(jnp.maximum(squared, 0))
+        ratio = jnp.sqrt(most / jnp.maximum(norm, most))
+        found[second] = b * ratio
+        found[first] = (a * ratio).reshape(params[first].shape)
     return found
 
 

@@ -56,7 +56,7 @@ def finish(
     except FloatingPointError as error:
         telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
         finite = False
-    exported: dict[str, paths.Path] = {}
+    exported: Mapping[str, paths.Path | str] = {}
     # What follows from the weights, as the scale of latents, would be NaN too.
     if config.train.export and (finite or method.adjust is None):
         if method.export is None:
@@ -99,7 +99,7 @@ def export(
     params: Params,
     folder: paths.Path,
     telemetry: Telemetry,
-) -> dict[str, paths.Path]:
+) -> dict[str, paths.Path | str]:
     """Write DIR/diffusers, a pipeline or the one folder of a network; {"diffusers": it}, or {}.
 
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
@@ -150,7 +150,7 @@ def last_screen(
     config: Config,
     folder: paths.Path,
     picture: paths.Path | None,
-    exported: Mapping[str, paths.Path],
+    exported: Mapping[str, paths.Path | str],
     score_line: str,
     step: int,
     selection: Selection,

@@ -138,6 +138,7 @@ def _advance(
     grad_norm = optax.tree.norm(grads)
     updates, new_opt_state = one.optimizer.update(grads, opt_state, own)
     new = optax.apply_updates(own, updates)
+    new = one.phase.project(new) if one.phase.project else new
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     kept = jax.tree.map(
         lambda a, b: jnp.where(finite, a, b), (new, new_opt_state), (own, opt_state)

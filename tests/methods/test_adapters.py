@@ -1,0 +1,198 @@
+"""The method `adapters`: which layers, which scales, how many parameters, what moves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax.config import default, resolve
+from sdjax.config_model import blank_method
+from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.registry import FAMILIES, model_of
+from sdjax.methods.adapter_files import adapter_of
+from sdjax.methods.adapters import AdaptersConfig, changes
+from sdjax.models.adapters import MARK
+from sdjax.optim.optimizers import OptimConfig, make_optimizer
+from sdjax.train.program import split_trainable
+
+
+def factors(family, preset, config):
+    """{path: shape} of the factors of a release, without an array."""
+    model = model_of(FAMILIES[family].presets[preset])
+    model = dataclasses.replace(model, changes=changes(config, model.family))
+    denoiser = (model.family.denoiser,) if config.targets else ()
+    names = (*denoiser, *(model.text_encoders if config.text_targets else ()))
+    return {path: v for path, v in bind(model, names).abstract.items() if MARK in path}
+
+
+def modules(found):
+    return {path.split(MARK)[0] for path in found}
+
+
+@pytest.mark.parametrize(
+    "family, preset, targets, count, parameters",
+    [
+        ("sd", "base", "attention", 128, 3_188_736),
+        ("sd", "base", "transformer", 192, 6_782_976),
+        ("sd", "base", "linear", 184, 6_823_936),
+        ("sd", "base", "all", 282, 16_931_456),
+        ("sd", "sd2", "attention", 128, 3_319_808),
+        ("sd", "sd2", "all", 282, 17_062_528),
+        ("sdxl", "base", "attention", 560, 23_224_320),
+        ("sdxl", "base", "all", 794, 49_412_736),
+    ],
+)
+def test_parameters_of_rank_16_are_those_of_the_releases(
+    family, preset, targets, count, parameters
+):
+    found = factors(family, preset, AdaptersConfig(targets=(targets,)))
+    assert len(modules(found)) == count
+    assert sum(v.size for v in found.values()) == parameters
+
+
+@pytest.mark.parametrize(
+    "family, preset, name, targets, count, parameters",
+    [
+        ("sd", "base", "text_encoder", "transformer", 72, 2_654_208),
+        ("sd", "base", "text_encoder", "attention", 48, 1_179_648),
+        ("sd", "sd2", "text_encoder", "transformer", 138, 6_782_976),
+        ("sd", "sd2", "text_encoder", "attention", 92, 3_014_656),
+        ("sdxl", "base", "text_encoder_2", "transformer", 192, 11_796_480),
+        ("sdxl", "base", "text_encoder_2", "attention", 128, 5_242_880),
+    ],
+)
+def test_parameters_of_text_encoders(family, preset, name, targets, count, parameters):
+    found = factors(family, preset, AdaptersConfig(targets=(), text_targets=(targets,)))
+    own = {path: v for path, v in found.items() if path.startswith(f"{name}.")}
+    assert len(modules(own)) == count
+    assert sum(v.size for v in own.values()) == parameters
+
+
+@pytest.mark.parametrize(
+    "kind, extra, parameters",
+    [
+        ("dora", {"targets": ("attention",)}, 3_188_736 + 99_840),
+        ("lokr", {"targets": ("transformer",), "factor": 4, "whole": True}, 16_689_152),
+        ("lokr", {"targets": ("transformer",), "factor": 16, "whole": True}, 1_092_032),
+        ("lokr", {"targets": ("transformer",), "whole": True}, 386_176),
+        ("loha", {"targets": ("attention",), "rank": 8}, 3_188_736),
+    ],
+)
+def test_parameters_of_other_kinds(kind, extra, parameters):
+    found = factors("sd", "base", AdaptersConfig(kind=kind, **extra))
+    assert sum(v.size for v in found.values()) == parameters
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_transformers_of_stacked_blocks_have_adapters(family):
+    found = factors(family, "base", AdaptersConfig())
+    assert any("add_q_proj" in path for path in found)
+    assert any(v.ndim == 3 for v in found.values())
+    assert not any(path.startswith(("vae", "text_encoder")) for path in found)
+
+
+@pytest.mark.parametrize(
+    "changed, scale",
+    [
+        ({}, 1.0),
+        ({"rank": 128, "alpha": 1.0}, 0.0078125),
+        ({"rank": 16, "alpha": 16.0, "rank_stabilized": True}, 4.0),
+        ({"rank": 8, "alpha": 0.0}, 1.0),
+    ],
+)
+def test_scale_is_alpha_by_the_rank(changed, scale, tiny_config):
+    model = model_of(resolve(tiny_config).model)
+    config = AdaptersConfig(**changed)
+    model = dataclasses.replace(model, changes=changes(config, model.family))
+    adapter = adapter_of(model, zeros(bind(model).abstract))
+    layers = list(adapter.values())
+    assert layers and {layer.scale for layer in layers} == {scale}
+    if config.rank_stabilized:  # what a reader divides by the rank
+        assert {layer.alpha for layer in layers} == {64.0}
+
+
+def zeros(abstract):
+    """Arrays of no size in memory."""
+    return {p: np.broadcast_to(np.float32(0), v.shape) for p, v in abstract.items() if MARK in p}
+
+
+def test_ranks_and_alphas_by_pattern():
+    config = AdaptersConfig(
+        ranks=((r"mid_block", 0), (r"attn1\.to_q$", 4)), alphas=((r"attn1", 2.0),)
+    )
+    found = factors("sd", "base", config)
+    assert not any("mid_block" in path for path in found)
+    for path, value in found.items():
+        if path.endswith(".A"):
+            assert value.shape[-1] == (4 if "attn1.to_q" in path else 16)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"targets": ("attn3",)}, r"method.targets: 'attn3' takes no layer; expected one of atten"),
+        ({"text_targets": ("mlp.fc3",)}, "method.text_targets: 'mlp.fc3' takes no layer"),
+        ({"ranks": (("nowhere", 3),)}, "method.ranks: 'nowhere' is found in no path"),
+    ],
+)
+def test_a_pattern_that_takes_nothing_is_an_error(tiny_config, changed, message):
+    tiny_config.method = {"name": "adapters", **changed}
+    with pytest.raises(UserError, match=message):
+        blank_method(resolve(tiny_config))
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"kind": "ia3"}, "method.kind is 'ia3'; expected one of lora, dora, loha, lokr"),
+        ({"rank": 0}, "method.rank is 0; expected 1 or more"),
+        ({"dropout": 1.0}, r"method.dropout is 1.0; expected in \[0, 1\)"),
+        ({"kind": "lokr", "rank_dropout": 0.1}, "method.rank_dropout is 0.1; expected 0 with"),
+        ({"targets": ()}, r"method.targets is \(\); expected at least one"),
+        ({"targets": ("(",)}, "method.targets: '\\(' is no regular expression"),
+    ],
+)
+def test_values_out_of_range_name_their_field(changed, message):
+    config = default(method="adapters")
+    config.method.update(changed)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_a_pattern_for_some_of_the_stacked_blocks_is_an_error():
+    config = AdaptersConfig(targets=(r"transformer_blocks\.3\.attn\.to_q",))
+    with pytest.raises(UserError, match="takes 1 of the 13 blocks"):
+        factors("sd3", "base", config)
+
+
+def test_stored_features_have_no_text_encoder_to_train(tiny_config):
+    tiny_config.method = {"name": "adapters", "text_targets": ("attention",)}
+    tiny_config.data.update(name="encoded", path="nowhere", text_embeddings=True)
+    with pytest.raises(UserError, match="method.text_targets is .* with data.text_embeddings"):
+        blank_method(resolve(tiny_config))
+
+
+def test_the_method_trains_factors_alone(tiny_config):
+    tiny_config.method = {"name": "adapters", "text_targets": ("attention",)}
+    config = resolve(tiny_config)
+    split = split_trainable(config, blank_method(config))
+    assert all(MARK in path for path in split.trained)
+    assert not any(MARK in path for path in split.frozen)
+    assert {path.split(".")[0] for path in split.trained} == {"unet", "text_encoder"}
+
+
+def test_a_group_gives_the_second_factor_a_rate_of_its_own():
+    """LoRA+ (arXiv:2402.12354): 16 times the rate for B."""
+    params = {"unet.a.adapter.A": jnp.ones((4, 2)), "unet.a.adapter.B": jnp.ones((2, 4))}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    updates = []
+    for groups in ((), ((r"adapter\.B$", 16.0),)):
+        config = OptimConfig(name="adamw", learning_rate=1e-3, groups=groups)
+        optimizer = make_optimizer(config, 10, params)
+        updates.append(optimizer.update(grads, optimizer.init(params), params)[0])
+    plain, plus = updates
+    np.testing.assert_array_equal(plain["unet.a.adapter.A"], plus["unet.a.adapter.A"])
+    np.testing.assert_array_equal(16 * plain["unet.a.adapter.B"], plus["unet.a.adapter.B"])
