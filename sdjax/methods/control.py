@@ -156,7 +156,7 @@ def make(setup: Setup) -> Method:
 
     def export(
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path]:
+    ) -> dict[str, paths.Path | str]:
         """See `Export`: the folder that diffusers loads."""
         written = write_controlnet(folder / FOLDER, network, component(trained, CONTROLNET))
         return {FOLDER: written}

@@ -295,7 +295,7 @@ def test_recipes_that_do_not_suit_are_refused(config, changes, words):
 
 def test_metrics_of_pictures_without_conditions_are_refused(config):
     changed = config.copy_and_resolve_references()
-    changed.validation.metrics = ("fid",)
+    changed.validation.update(metrics=("fid",), examples=8)
     with pytest.raises(UserError, match="whose pictures follow others that metrics do not have"):
         resolve(changed)
 
