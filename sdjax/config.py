@@ -106,7 +106,8 @@ class Config:
     """A whole run."""
 
     seed: int = 0
-    init_from: str = ""  # diffusers folder or sdjax workdir to start from: all its networks
+    # Diffusers folder, sdjax workdir or single file to start from: all its networks.
+    init_from: str = ""
     init_prediction_type: str = ""  # "epsilon" or "v_prediction", where init_from says it wrong
     init_zero_terminal_snr: bool = False  # the schedule has one, where init_from does not say so
     vae_from: str = ""  # the same for one network; "tiny" is the VAE shipped with sdjax

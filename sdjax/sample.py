@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax.errors import UserError, explain
-from sdjax.sampling.inputs import read_latents, read_prompts
+from sdjax.sampling.inputs import read_latents, read_prompts, repeated, write_metadata
 from sdjax.sampling.options import (
     add_control_options,
     add_drawing_options,
@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(p)
     add_prompt_options(p)
     p.add_argument("--output", required=True, help="folder for the pictures")
+    p.add_argument(
+        "--count", type=int,
+        help="so many pictures, of the prompts in turn, and metadata.jsonl with their prompts, so "
+        "that the folder can be trained on; one of each prompt by default",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
     p.add_argument("--width", type=int, help=f"in pixels; {own}")
@@ -137,6 +142,7 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
     from sdjax.data.numbers import of_geometry
+    from sdjax.sampling.start import EDIT, reads_picture
 
     if model.missing():
         raise UserError(
@@ -147,6 +153,11 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         raise UserError(
             f"--embedded_guidance is for FLUX.1-dev and its kin; {name} reads no "
             "guidance, --guidance is what it takes"
+        )
+    if args.image_guidance is not None and reads_picture(model) != EDIT:
+        raise UserError(
+            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
+            "none, leave it out"
         )
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
@@ -304,7 +315,11 @@ def _refining(args: argparse.Namespace) -> dict[str, Any]:
 
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
     """The settings that few families have."""
+    from sdjax.sampling.start import EDIT, reads_picture
+
     found: dict[str, Any] = {}
+    if reads_picture(model) == EDIT:
+        found["image_guidance"] = drawing.image_guidance
     if model.family.reads_guidance(model.networks):
         found["embedded_guidance"] = drawing.embedded_guidance
     if "max_sequence_length" in model.settings:
@@ -347,7 +362,7 @@ def sample(args: argparse.Namespace) -> str:
     from sdjax.sampling.pictures import picture_settings
 
     _check(args)
-    prompts = read_prompts(args.prompts, args.prompts_file)
+    prompts = repeated(read_prompts(args.prompts, args.prompts_file), args.count)
     output = paths.to_path(args.output)
     with locks.held(output, "--output", "sdjax.sample"):
         request = _request(args, prompts)
@@ -362,13 +377,17 @@ def sample(args: argparse.Namespace) -> str:
         images, seen = request.draw([look.callback for look in looks.values()])
         settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            own = picture_settings(args.init_image, args.mask_image, args.strength, i)
+            own = picture_settings(
+                request.model, args.init_image, args.mask_image, args.strength, i
+            )
             own |= control_settings(args, number=i, count=len(prompts))
             about = {"prompt": prompt, "number": i, **settings, **own}
             save_png(output / f"{i:05d}.png", image, about)
             for look, states in zip(looks.values(), seen, strict=True):
                 look.write(output, i, image, states, about)
         save_png(output / "grid.png", grid(images, prompts))
+        if args.count is not None:
+            write_metadata(output, [f"{i:05d}.png" for i in range(len(prompts))], prompts)
         if ways:
             interpolate.draw_ways(
                 output, request, ways, images, args.interpolate_seeds, settings, args.animation

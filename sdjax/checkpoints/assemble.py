@@ -15,12 +15,15 @@ import numpy as np
 
 from sdjax.checkpoints.reading import locate, read_source
 from sdjax.checkpoints.references import FIELDS, Source
+from sdjax.checkpoints.widening import widened
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizers import KINDS, inner_folder, load_tokenizer
 from sdjax.families.family import AUTOENCODER, Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted
+from sdjax.formats.folders import folder_kind
+from sdjax.formats.single_file import Hints
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.models.params import is_buffer
@@ -79,10 +82,15 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     for field, folder in _sources(config):
         wanted = kind.networks(dict.fromkeys(_brought_by(field, config)))
         source = locate(field, folder)
-        loaded = read_source(source, wanted)
+        if folder_kind(source.place) == "single_file":
+            wanted = _not_replaced(field, config, wanted)
+        hints = _hints(field, config, with_tokenizer=with_tokenizer)
+        read = read_source(source, wanted, hints)
+        loaded, widening = widened(read, kind.beside, name=f"{field}={folder}")
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
+        notes += [widening] if widening else []
         if field == "init_from" and draws:
             scheduler = loaded.scheduler
             if loaded.unsupported_sampler:
@@ -93,6 +101,8 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
                 )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         sources |= dict.fromkeys(_components(loaded.params), source)
+        if widening:  # what lies there is another network: parts that are frozen are copied
+            sources.pop(loaded.family.denoiser, None)
         tokenizers |= loaded.tokenizers
     if not (draws and with_tokenizer):
         return Assembled(config, params, {}, tuple(notes), scheduler, sources)
@@ -123,6 +133,28 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
     for field in FIELDS:
         if folder := getattr(config, field):
             yield field, folder
+
+
+def _not_replaced(field: str, config: Config, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The networks that no later field brings: in a single file, others would want a tokenizer."""
+    later = [f for f in FIELDS[FIELDS.index(field) + 1 :] if getattr(config, f)]
+    replaced = {name for f in later for name in _brought_by(f, config)}
+    return tuple(name for name in wanted if name not in replaced)
+
+
+def _hints(field: str, config: Config, *, with_tokenizer: bool) -> Hints:
+    """Return what the recipe says of a single file that does not say it."""
+    model, vae, tokenizer = config.model, config.model.vae, config.tokenizer
+    settings = {part.length_setting for part in model.parts.values() if part.length_setting}
+    first = field == "init_from"
+    return Hints(
+        tokenizer=tokenizer.path if with_tokenizer else None,
+        tokenizer_2=tokenizer.path_2,
+        prediction_type=config.init_prediction_type if first else "",
+        zero_terminal_snr=config.init_zero_terminal_snr and first,
+        alone=(vae.scaling_factor, vae.shift_factor),
+        lengths={name: model.settings[name] for name in settings},
+    )
 
 
 def _brought_by(field: str, config: Config) -> tuple[str, ...]:

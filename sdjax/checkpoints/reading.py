@@ -89,11 +89,14 @@ def locate(field: str, value: str, *, like: Source | None = None) -> Source:
     return Source(field, os.fspath(path), step, profiles[0] if profiles else "ema")
 
 
-def read_source(source: Source, components: Sequence[str] = NETWORKS) -> Model:
-    """Return networks of a source. Errors are those of `read_any`."""
+def read_source(
+    source: Source, components: Sequence[str] = NETWORKS, hints: Hints | None = None
+) -> Model:
+    """Return networks of a source. Arguments and errors are those of `read_any`."""
     return read_any(
-        source.place, components=components, weights=source.weights or "ema", step=source.step
-    )
+        source.place, components=components, weights=source.weights or "ema", step=source.step,
+        hints=hints,
+    )  # fmt: skip
 
 
 def lasts(source: Source) -> bool:

@@ -259,6 +259,8 @@ def bundle(folder: paths.Path) -> list[str]:
         saved_state.trained(checkpoint_folder(folder) / str(step)) if step is not None else set()
     )
     frozen = {path: v for path, v in frozen_params(folder, model).items() if path not in trained}
+    for name in references.keys() - model.networks.keys():  # copies, which the run alone reads
+        frozen |= follow(folder, name, references[name], read_run)
     save_file(frozen, folder / FROZEN_FILE)
     write_references(folder, {})
     return list(references)

@@ -126,6 +126,11 @@ def is_encoded(config: DataConfig) -> bool:
     return parts(config)[0].name == "encoded"
 
 
+def is_weighted(config: DataConfig) -> bool:
+    """Whether examples have a weight that multiplies their loss."""
+    return bool(config.weight_key) or any(part.loss_weight != 1 for part in config.mixture)
+
+
 def parts(config: DataConfig) -> list[DataConfig]:
     """The configuration of each part of a mixture; without a mixture, that of the one dataset."""
     fields = ("name", "path", "data_dir", "split", "eval_split", "image_key", "text_key",

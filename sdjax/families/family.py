@@ -119,6 +119,22 @@ class MakeContext(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Inpainting:
+    """The channels that denoisers for inpainting read besides the noisy latents.
+
+    count: (channels of a latent, pixels along its side) -> their number; 0 for sides that no
+        denoiser of the family is made for.
+    make: (mask [N, H, W, 1], 1 where redrawn; the same at each latent [N, h, w, 1]; latents
+        [N, h, w, C] of the picture without what is redrawn) -> [N, h, w, count] float32.
+    named: whether the context carries them as "channels"; else they follow the noisy latents.
+    """
+
+    count: Callable[[int, int], int]
+    make: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    named: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -146,6 +162,8 @@ class Family:
     latent_channels: channels of latents that the denoiser reads, from its config.
     reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
     skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
+    inpainting: what its denoisers for inpainting read; None where drawing knows none.
+    edits: whether a denoiser that reads as many more channels as latents have edits a picture.
     adapters: names of its modules in files of adapters; None if they have those of diffusers alone.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
         the family's are not everyone's.
@@ -174,6 +192,8 @@ class Family:
     latent_channels: Callable[[Any], int] = lambda denoiser: denoiser.in_channels
     reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
     skips_layers: bool = False
+    inpainting: Inpainting | None = None
+    edits: bool = False
     adapters: AdapterNames | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -10,21 +10,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families import flux_files, sd, sd3
 from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
-from sdjax.families.family import GUIDANCE, Context, Family, Features, Model, Networks, Part
+from sdjax.families.family import (
+    GUIDANCE,
+    Context,
+    Family,
+    Features,
+    Inpainting,
+    Model,
+    Networks,
+    Part,
+)
 from sdjax.families.flux_names import flux_places, xlabs_respelled
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
 from sdjax.models.flux.config import FluxConfig
-from sdjax.models.flux.network import Flux
+from sdjax.models.flux.network import MASK_SIDE, Flux, mask_channels
 from sdjax.models.t5 import T5Config, T5Encoder
 from sdjax.models.vae import VAEConfig
 
@@ -66,6 +77,9 @@ class FluxModelConfig(ModelConfig):
     text_encoder_2: T5Config = T5Config()
     # Tokens of T5. They are not masked: another number is another input. Of schnell it is 256.
     max_sequence_length: int = 512
+    # The transformer edits a reference picture. Its shape is that of dev: folders say it, by the
+    # class of their pipeline, and files do not.
+    kontext: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +102,10 @@ def check_model(model: Model) -> None:
     )
     for own, name, width in pairs:
         if name not in model.networks:
-            raise UserError(f"model.{name} is missing: the transformer takes what it makes of text")
+            raise UserError(
+                f"model.{name} is missing: the transformer takes what it makes of text; name a "
+                "folder or file with the text encoders in config.text_encoder_from"
+            )
         found = getattr(model.networks[name], width)
         if getattr(transformer, own) != found:
             raise UserError(
@@ -131,12 +148,27 @@ def context(
     return {**features, GUIDANCE: batch.get(GUIDANCE, jnp.full(count, TRAINED_GUIDANCE))}
 
 
+# Of diffusers pipeline_flux_fill.py.
+def _fill_channels(mask: np.ndarray, small: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """The channels that FLUX.1-Fill reads: the rest of the picture, then the mask."""
+    return np.concatenate([hidden, np.asarray(mask_channels(jnp.asarray(mask)))], axis=-1)
+
+
 def pipeline_class(model: Model) -> str:
-    """Return the class of diffusers that draws with a model; Kontext has the shape of dev."""
+    """Return the class of diffusers that draws with a model."""
     transformer = model.networks["transformer"]
     added = transformer.added_channels
-    kind = "" if added == 0 else "Control" if added == transformer.latent_channels else "Fill"
+    if added:
+        kind = "Control" if added == transformer.latent_channels else "Fill"
+    else:
+        kind = "Kontext" if model.settings.get("kontext") else ""
     return f"Flux{kind}Pipeline"
+
+
+def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return that a model is Kontext, if the pipeline's class says so."""
+    cls = index.get("_class_name")
+    return {"kontext": True} if isinstance(cls, str) and cls.startswith("FluxKontext") else {}
 
 
 def adapter_facts(model: Model) -> dict[str, str]:
@@ -167,17 +199,23 @@ FLUX = Family(
     features=("context", "pooled"),
     numbers={},
     pipelines=tuple(
-        f"Flux{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Fill", "Control", "Kontext")
+        f"Flux{kind}Pipeline"
+        for kind in ("", "Img2Img", "Inpaint", "Fill", "Control", "Kontext", "KontextInpaint")
     ),
     pipeline_class=pipeline_class,
     index=lambda model: {"image_encoder": [None, None], "feature_extractor": [None, None]},
-    settings_of_index=lambda index: {},
+    settings_of_index=settings_of_index,
     # The pipelines give levels of their own, from 1 to 1 / steps.
     scheduler_changes=lambda pipeline: {"timestep_spacing": "trailing"},
     single_files=(flux_files.DEV_FILE, flux_files.SCHNELL_FILE),
     single_file=lambda model: "dev" if model.networks["transformer"].guidance_embeds else "schnell",
     latent_channels=lambda denoiser: denoiser.latent_channels + denoiser.added_channels,
     reads_guidance=lambda networks: networks["transformer"].guidance_embeds,
+    inpainting=Inpainting(
+        count=lambda latent, side: latent + side**2 if side == MASK_SIDE else 0,
+        make=_fill_channels,
+        named=True,
+    ),
     # T5's prefix is ComfyUI's, which has the second encoder of others in between.
     adapters=AdapterNames(
         {CLIP: "lora_te1", T5: "lora_te3"},

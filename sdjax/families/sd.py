@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig
@@ -22,6 +23,7 @@ from sdjax.families.family import (
     Context,
     Family,
     Features,
+    Inpainting,
     Model,
     Networks,
     Part,
@@ -32,6 +34,7 @@ from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
 
 CLIP_SKIP = "_sdjax_clip_skip"  # in model_index.json
+KINDS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")  # of pipelines
 SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
 
 
@@ -173,7 +176,7 @@ def context(
 
 def pipeline_class(model: Model) -> str:
     """Return the class of diffusers that draws with a model."""
-    return f"StableDiffusion{'Inpaint' if inpaints(model) else ''}Pipeline"
+    return f"StableDiffusion{reading(model)}Pipeline"
 
 
 def inpaints(model: Model) -> bool:
@@ -182,11 +185,29 @@ def inpaints(model: Model) -> bool:
     return unet.in_channels == 2 * unet.out_channels + 1
 
 
+def reading(model: Model) -> str:
+    """Return the word for the UNet's other inputs in the name of a pipeline, or ""."""
+    unet = model.networks["unet"]
+    edits = unet.in_channels == 2 * unet.out_channels
+    return "Inpaint" if inpaints(model) else "InstructPix2Pix" if edits else ""
+
+
+# Of diffusers pipeline_stable_diffusion_inpaint.py: the mask, then the rest of the picture.
+INPAINTING = Inpainting(
+    count=lambda latent, side: latent + 1,
+    make=lambda mask, small, hidden: np.concatenate([small, hidden], axis=-1),
+    named=False,
+)
+
+
 def index(model: Model) -> dict[str, Any]:
     """Return entries of model_index.json: no safety checker, and a clip skip other than 1."""
     skip = model.settings.get("clip_skip", 1)
     return {
         **({CLIP_SKIP: skip} if skip != 1 else {}),
+        # The pipeline for inpainting refuses an index without a version above 0.5.1
+        # (pipeline_loading_utils.py, _maybe_raise_warning_for_inpainting).
+        **({"_diffusers_version": "0.6.0"} if inpaints(model) else {}),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
@@ -202,10 +223,12 @@ def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
 def scheduler_changes(pipeline: str) -> dict[str, Any]:
     """Return what a pipeline of diffusers corrects in a scheduler file that it reads.
 
-    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all of
-    them set steps_offset to 1, those that do not inpaint clip_sample to False, the one that does
-    skip_prk_steps to True.
+    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all but
+    InstructPix2Pix set steps_offset to 1, those that do not inpaint clip_sample to False, the one
+    that does skip_prk_steps to True.
     """
+    if pipeline == "StableDiffusionInstructPix2PixPipeline":
+        return {}
     if pipeline == "StableDiffusionInpaintPipeline":
         return {"steps_offset": 1, "skip_prk_steps": True}
     return {"steps_offset": 1, "clip_sample": False}
@@ -293,7 +316,7 @@ SD = Family(
     context=context,
     features=("context",),
     numbers={},
-    pipelines=tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
+    pipelines=tuple(f"StableDiffusion{kind}Pipeline" for kind in KINDS),
     pipeline_class=pipeline_class,
     index=index,
     settings_of_index=settings_of_index,
@@ -302,6 +325,8 @@ SD = Family(
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
+    inpainting=INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
     ),

@@ -102,7 +102,10 @@ def check_model(model: Model) -> None:
     clips = []
     for name in CLIPS:
         if name not in model.networks:
-            raise UserError(f"model.{name} is missing: the transformer takes its pooled captions")
+            raise UserError(
+                f"model.{name} is missing: the transformer takes its pooled captions; name a "
+                "folder or file with the text encoders in config.text_encoder_from"
+            )
         if model.networks[name].projection_dim is None:
             raise UserError(
                 f"model.{name}.projection_dim is None; expected the encoder with its projection"

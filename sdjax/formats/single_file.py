@@ -63,19 +63,31 @@ class Hints:
     """Answers to the questions that a single file may leave open.
 
     tokenizer: folder of a tokenizer, or of a pipeline with several; "" where `like` or nothing has
-        one.
+        one; None to read none.
+    tokenizer_2: the same for text encoders but the first, which may pad otherwise; "" for the same.
     prediction_type: "epsilon" or "v_prediction"; "" for what the file says, or its family.
     scaling_factor, shift_factor: of an autoencoder's latents.
     zero_terminal_snr: its noise schedule ends in pure noise, whatever the file says.
     like: a pipeline (without weights) whose configs, schedule and tokenizers the file's are.
+    alone: (scale, shift) of latents of an autoencoder that has a file to itself, which does not say
+        them; None to ask for `scaling_factor`.
+    lengths: {setting of the family: number of tokens} that encoders without a length of their own
+        read, where a file does not say it; {} for the release's.
     """
 
-    tokenizer: str = ""
+    tokenizer: str | None = ""
     prediction_type: str = ""
     scaling_factor: float | None = None
     like: Model | None = None
     shift_factor: float | None = None
     zero_terminal_snr: bool = False
+    tokenizer_2: str = ""
+    alone: tuple[float, float] | None = None
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+# For a caller that takes parameters alone: what a file leaves open does not change them.
+PARAMETERS = Hints(tokenizer=None, prediction_type="epsilon", alone=(1.0, 0.0))
 
 
 def read_single_file(
@@ -136,14 +148,15 @@ def _read(file: paths.Path, components: Sequence[str], weights: str, hints: Hint
         networks[name] = config
         params |= {f"{name}.{path}": value for path, value in read.items()}
     default = hints.like.settings if hints.like else layout.settings
-    settings = {**default, **said.get("settings", {})}
+    lengths = {k: v for k, v in hints.lengths.items() if k in layout.settings}
+    settings = {**default, **lengths, **said.get("settings", {})}
     fields: dict[str, Any] = {"tokenizers": _tokenizers(file, found, networks, settings, hints)}
     ignored += counted("model_ema.*" for _ in averages)
     if family.denoiser in networks:
         assert schedule
         fields["schedule"], fields["prediction_type"] = schedule
         fields |= _scheduler(file, found, said, hints)
-    if fields["tokenizers"]:
+    if any(name in family.encoders for name in networks):
         fields["settings"] = settings
     return Model(family, networks, params=params, ignored=tuple(ignored), **fields)
 
@@ -204,8 +217,10 @@ def _config(
         return part.config.from_json(said[name], where=f"{file}, header, {name}")[0]
     if name != AUTOENCODER:
         return found.network(name).configure(shapes, prediction_type)
-    factor, layout = hints.scaling_factor, found.layout
-    chosen = {"scaling_factor": factor, "shift_factor": hints.shift_factor}
+    layout, factor, shift = found.layout, hints.scaling_factor, hints.shift_factor
+    if not found.sure and factor is None and hints.alone is not None:
+        factor, shift = hints.alone
+    chosen = {"scaling_factor": factor, "shift_factor": shift}
     every = [release for family in FAMILIES.values() for release in family.single_files]
     if not found.sure and factor is None:
         known = {f.title: r.scaling_factor for f in FAMILIES.values() for r in f.single_files}
@@ -336,21 +351,23 @@ def _tokenizers(
     """{field: tokenizer} of the text encoders, from where the user says."""
     tokenizers: dict[str, TextTokenizer] = {}
     for encoder, part in found.family.encoders.items():
-        if encoder not in networks:
+        if encoder not in networks or hints.tokenizer is None:
             continue
         config = networks[encoder]
         own = hints.like.tokenizers.get(part.tokens) if hints.like is not None else None
         if own is None and not hints.tokenizer:
             raise ModelError(
-                f"{file}: single files have no tokenizer. Convert it with python -m sdjax.convert, "
-                "giving --tokenizer, a folder with CLIP's vocab.json and merges.txt (as the "
-                "tokenizer/ of any Stable Diffusion) or with such folders, or --config_from, a "
-                "whole pipeline"
+                f"{file}: single files have no tokenizer; name a folder with CLIP's vocab.json and "
+                "merges.txt (as the tokenizer/ of any Stable Diffusion) or with such folders, in "
+                "sdjax.convert by --tokenizer, in a run by config.tokenizer.path; or a whole "
+                "pipeline, by --config_from or config.text_encoder_from"
             )
         if own is None:
+            second = part is not next(iter(found.family.encoders.values()))
+            folder = (hints.tokenizer_2 if second else "") or hints.tokenizer
             own = load_tokenizer(
                 part.tokenizer_kind,
-                inner_folder(hints.tokenizer, part.tokenizer),
+                inner_folder(folder, part.tokenizer),
                 found.family.text_length(encoder, config, settings),
                 found.network(encoder).pad_token,
             )

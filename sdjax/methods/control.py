@@ -17,13 +17,9 @@ from sdjax.families.bind import abstract_params
 from sdjax.families.controlnet import CONTROLNET, PART, differences, with_controlnet
 from sdjax.families.family import Context, Model, Networks
 from sdjax.formats.controlnet import read_controlnet_files, write_controlnet
-from sdjax.methods.denoise import (
-    Denoiser,
-    MakeDenoiser,
-    Watched,
-    drawn_captions,
-    make_method,
-)
+from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
+from sdjax.methods.drawings import caption_pictures
+from sdjax.methods.fields import picture_fields
 from sdjax.methods.method import Batch, Kind, Method, MethodConfig, Setup
 from sdjax.models.controlnet import CHANNEL_ORDERS, ControlNetConfig
 from sdjax.models.params import Params, component, prefixed
@@ -144,14 +140,12 @@ def make(setup: Setup) -> Method:
             f"{factor.bit_length()} widths"
         )
     whole = with_controlnet(model, network)
-    method = make_method(
-        setup,
-        whole,
+    watched = Watched(CONTROLNET, (CONDITION,))
+    method = bound(
+        latent_diffusion(setup, whole, denoiser=steered, watched=watched),
+        images=picture_fields(setup, required={CONDITION: "condition"}, optional={MASK: "mask"}),
+        pictures=caption_pictures(setup, {CONDITION: Control(CONTROLNET, network)}),
         trains=lambda path: path.startswith(f"{CONTROLNET}."),
-        denoiser=steered,
-        watched=Watched(CONTROLNET, (CONDITION,)),
-        required={CONDITION: "condition"},
-        pictures=drawn_captions(setup, {CONDITION: Control(CONTROLNET, network)}),
     )
 
     def export(

@@ -160,10 +160,13 @@ class Method:
         if it is taken for that}, of "epsilon" and "v_prediction"; None where it is neither.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
+    reads_pictures: whether `pictures` takes those of the examples, where prompts are given too.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
     export: see `Export`; None writes DIR/diffusers of all networks.
     start: {path: array} of what was loaded -> {path: float32 array} of what follows from it, such
         as the copy of a network; called once, at the start of a run.
+    copies: {name: network} of what `start` copies whole and nothing trains; a workdir refers to the
+        network as it was loaded instead of keeping the copy.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -176,10 +179,12 @@ class Method:
     maxima: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None
     timesteps: Callable[[int], np.ndarray]
     pictures: Pictures
+    reads_pictures: bool = False
     numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
     export: Export | None = None
     start: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda loaded: {}
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )
@@ -233,6 +238,9 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    beside: channels of latents -> how many more the denoiser reads; networks that read latents
+        alone are widened when they are loaded.
+    sample: options that `sdjax.sample` needs besides prompts, for the last screen.
     steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
         steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
@@ -246,6 +254,8 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    beside: Callable[[int], int] = lambda latent: 0
+    sample: str = ""
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model

@@ -77,6 +77,19 @@ def _largest_logit(q: Array, k: Array) -> Array:
     return jax.lax.map(lambda head: _logits(*head).max(), (q, k)).max()
 
 
+def offer(module: nnx.Module, q: Array, k: Array, *, upcast: bool = False) -> None:
+    """Offer an attention layer's probabilities and its largest logit to `capture`.
+
+    Args:
+        q: [B, L, heads, D]; k: [B, M, heads, D].
+        upcast: see `attention`.
+    """
+    if upcast:
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    capture.offer(module, capture.PROBABILITIES, lambda: jax.nn.softmax(_logits(q, k)))
+    capture.offer(module, capture.LOGITS, lambda: _largest_logit(q, k))
+
+
 class Attention(nnx.Module):
     """Multi-head attention of tokens to themselves, or to a context of another width.
 
@@ -110,16 +123,9 @@ class Attention(nnx.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))  # [B, L, heads, D]
-        self._offer(q, k)
+        offer(self, q, k, upcast=self.upcast)
         out = attention(q, k, v, upcast=self.upcast)
         return self.to_out[0](out.reshape(x.shape))
-
-    def _offer(self, q: Array, k: Array) -> None:
-        """Offer the probabilities and the largest logit to `capture`."""
-        if self.upcast:
-            q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-        capture.offer(self, capture.PROBABILITIES, lambda: jax.nn.softmax(_logits(q, k)))
-        capture.offer(self, capture.LOGITS, lambda: _largest_logit(q, k))
 
 
 class GEGLU(nnx.Module):

@@ -9,7 +9,8 @@ the last operation.
     probabilities = found.take()  # {path: [B, heads, L, M]}
 
 A captured array belongs to its trace, like every traced array. The body of a `lax.scan` must call
-`take` itself, and return the arrays.
+`take` itself, and return the arrays: `stacking.Blocks` does so by `within` and `keep`, and each of
+its blocks shows its own arrays, `transformer_blocks.3.attn`. What runs in a branch shows nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdjax.models import weights
+from sdjax.models.stacked_paths import block_paths
 
 Array = jax.Array
-PROBABILITIES, LOGITS, OUTPUT = "probabilities", "logits", "output"
+PROBABILITIES, LOGITS, OUTPUT = KINDS = "probabilities", "logits", "output"
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,7 +76,7 @@ def capturing(
             [B, heads, L, M] float32, the softmax over M.
         maxima: whether to capture maxima, float32 scalars. An attention layer's is its largest
             logit (the softmax's argument). A residual or transformer block's, and a change of
-            resolution's, is the largest absolute value of its output.
+            resolution's, is the largest absolute value of its outputs.
 
     Raises:
         ValueError: at the first block that is rematerialised: arrays cannot leave it.
@@ -92,6 +94,11 @@ def capturing(
         _capture.reset(token)
 
 
+def joined(path: str, inner: str) -> str:
+    """Return the path of a module within the module at `path`; "" is that module itself."""
+    return ".".join(filter(None, (path, inner)))
+
+
 def offer(module: nnx.Module, kind: str, make: Callable[[], Array]) -> None:
     """Keep `make()` under the module's path, if a `capturing` wants arrays of this kind from it."""
     capture = _capture.get()
@@ -102,10 +109,57 @@ def offer(module: nnx.Module, kind: str, make: Callable[[], Array]) -> None:
         capture.arrays[path] = make()
 
 
-def output(module: nnx.Module, x: Array) -> Array:
-    """Return x, the output of a block, and offer its largest absolute value."""
-    offer(module, OUTPUT, lambda: jnp.abs(x).max().astype(jnp.float32))
+def output(module: nnx.Module, x: Array, *others: Array) -> Array:
+    """Return x, the output of a block, and offer the largest absolute value of all its outputs."""
+    every = (x, *others)
+    largest = lambda: jnp.stack([jnp.abs(y).max() for y in every]).max()  # noqa: E731
+    offer(module, OUTPUT, lambda: largest().astype(jnp.float32))
     return x
+
+
+@contextlib.contextmanager
+def within(stack: nnx.Module, block: nnx.Module) -> Iterator[Capture | None]:
+    """A context in which a block of stacked ones is captured; yields None where the stack is not.
+
+    Args:
+        stack: the module whose parameters have a first axis for the blocks.
+        block: one of them, in the body of the scan.
+    """
+    capture = _capture.get()
+    path = None if capture is None else capture.paths.get(id(stack))
+    if capture is None or path is None:
+        yield None
+        return
+
+    def wants(inner: str, kind: str) -> bool:
+        return any(capture.wants(name, kind) for name in block_paths(joined(path, inner)))
+
+    token = _capture.set(Capture(paths(block), wants))
+    try:
+        yield _capture.get()
+    finally:
+        _capture.reset(token)
+
+
+def keep(stack: nnx.Module, arrays: Mapping[str, Array]) -> None:
+    """Keep what the blocks of a stack have shown, {path in a block: [N, ...]}, block by block."""
+    capture = _capture.get()
+    if capture is not None and arrays:
+        for inner, stacked in arrays.items():
+            names = block_paths(joined(capture.paths[id(stack)], inner))
+            for name, array in zip(names, stacked, strict=True):
+                if any(capture.wants(name, kind) for kind in KINDS):
+                    capture.arrays[name] = array
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """A context in which nothing is captured."""
+    token = _capture.set(None)
+    try:
+        yield
+    finally:
+        _capture.reset(token)
 
 
 def refuse_remat(remat: str) -> None:
@@ -125,15 +179,15 @@ def maxima(
     context: Any,
     *more: Array,
 ) -> dict[str, Array]:
-    """The largest activations and attention logits of a UNet. Jittable.
+    """The largest activations and attention logits of a denoiser. Jittable.
 
     Logits grow before training diverges (Dehghani et al. 2023, "Scaling Vision Transformers to 22
     Billion Parameters", section 3.1); activations past 3.4e38 overflow bfloat16, 6.5e4 float16.
 
     Args:
         graph: the graph of `weights.abstract(UNet, config, dtype=...)`, without remat.
-        params: {path: array} of the UNet alone.
-        xt, timesteps, context: see `UNet.__call__`.
+        params: {path: array} of the denoiser alone.
+        xt, timesteps, context: see its `__call__`.
         more: what the network takes after them.
 
     Returns:

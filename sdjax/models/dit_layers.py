@@ -13,7 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models.attention import NoParameters, attention
+from sdjax.models import capture
+from sdjax.models.attention import NoParameters, attention, offer
 from sdjax.models.layers import (
     Array,
     Dtype,
@@ -195,6 +196,7 @@ class JointAttention(nnx.Module):
             q = q if text_q is None else self._joined(q, text_q)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
+        offer(self, q, k)
         out = attention(q, k, v)
         out = out.reshape(*out.shape[:2], -1)  # [B, N (+ L), C]
         if self.text != "joint" or context is None:
@@ -286,9 +288,10 @@ class JointBlock(nnx.Module):
             y = activation(y + gate2 * out)
         y = self._fed(self.ff, y, own[:3])
         if self.last:
-            return y, context
+            return capture.output(self, y), context
         context = activation(context + text_gate * text_out)
-        return y, self._fed(self.ff_context, context, text_own)
+        context = self._fed(self.ff_context, context, text_own)
+        return capture.output(self, y, context), context
 
     def _fed(self, ff: Any, x: Array, modulations: list[Array]) -> Array:
         """The residual around a feed-forward layer, of [B, L, C]."""

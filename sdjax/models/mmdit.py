@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sdjax.models import capture
 from sdjax.models.dit_layers import (
     AdaLayerNormContinuous,
     JointBlock,
@@ -162,7 +163,8 @@ class MMDiT(nnx.Module):
             if skipped is None:
                 return run(carry), None
             # A branch, not a selection: what is left out is not computed either.
-            return jax.lax.cond(skipped, lambda carry: carry, run, carry), None
+            with capture.paused():
+                return jax.lax.cond(skipped, lambda carry: carry, run, carry), None
 
         carry, first = (x, text), 0
         for i, (_, _, count) in enumerate(self.config.runs()):

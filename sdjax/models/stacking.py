@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from sdjax.models import weights
+from sdjax.models import capture, weights
 from sdjax.models.layers import rematerialised
 
 Make = Callable[[Any], nnx.Module]
@@ -59,14 +59,20 @@ class Blocks(nnx.Module):
         Returns:
             The last carry, and the outputs stacked to [N, ...].
         """
-        graph, params = weights.split(getattr(self, self.runs[run]))
+        stack = getattr(self, self.runs[run])
+        graph, params = weights.split(stack)
 
         def body(carry: Any, own: Any) -> tuple[Any, Any]:
             params, part = own
-            return step(weights.merge(graph, params), carry, part)
+            block = weights.merge(graph, params)
+            with capture.within(stack, block) as found:
+                carry, out = step(block, carry, part)
+            return carry, (out, found.take() if found else {})
 
         body = rematerialised(body, remat, level="stage" if remat == "full" else "block")
-        return lax.scan(body, carry, (params, each))
+        carry, (outputs, captured) = lax.scan(body, carry, (params, each))
+        capture.keep(stack, captured)
+        return carry, outputs
 
 
 class _Drawn:

@@ -381,10 +381,11 @@ def _kernels(steps: list[_Step]) -> Iterator[tuple[int, Kernel]]:
 
 
 def _operand_shapes(attributes: str) -> list[tuple[int, ...]]:
-    """The shapes of a custom call's operands, from `operand_layout_constraints`.
+    """The shapes of a custom call's floating-point operands, from `operand_layout_constraints`.
 
-    `operand_layout_constraints={bf16[2,4]{1,0}, f32[]}` -> [(2, 4), ()].
+    Kernels' tables of integers come first and are left out:
+    `operand_layout_constraints={s8[1,9]{1,0}, bf16[2,4]{1,0}, f32[]}` -> [(2, 4), ()].
     """
     found = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", attributes)
-    shapes = re.findall(r"\w+\[([\d,]*)\]", found.group(1)) if found else []
+    shapes = re.findall(r"\bb?f\w+\[([\d,]*)\]", found.group(1)) if found else []
     return [tuple(int(size) for size in shape.split(",") if size) for shape in shapes]

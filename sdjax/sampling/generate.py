@@ -40,9 +40,10 @@ def drawing_of(own: SampleConfig, sampler: SamplerConfig, changes: Mapping[str, 
     """Return a drawing as `own` has it, but for the changes.
 
     Args:
-        changes: "guidance", "guidance_rescale", "embedded_guidance", "skip_layers", "skip_scale".
+        changes: "guidance", "image_guidance", "guidance_rescale", "embedded_guidance",
+            "skip_layers", "skip_scale".
     """
-    kept = ("guidance", "guidance_rescale", "embedded_guidance")
+    kept = ("guidance", "image_guidance", "guidance_rescale", "embedded_guidance")
     values = {name: changes.get(name, getattr(own, name)) for name in kept}
     layers = tuple(changes.get("skip_layers", own.skip.layers))
     scale = changes.get("skip_scale", own.skip.scale)

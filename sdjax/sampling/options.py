@@ -32,6 +32,11 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         "SDXL, 5 for SD3 and 1 for FLUX.1 if nothing says it",
     )  # fmt: skip
     group.add_argument(
+        "--image_guidance", type=float,
+        help=f"guidance towards --init_image, of models that edit it (InstructPix2Pix); {own}, or "
+        "1.5",
+    )  # fmt: skip
+    group.add_argument(
         "--guidance_rescale", type=float,
         help=f"0 to 1, Lin et al. 2023, section 3.4; {own}",
     )  # fmt: skip
@@ -104,8 +109,8 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
     """Add the options of pictures to begin with."""
     p.add_argument(
         "--init_image", action="append", default=[], metavar="FILE",
-        help="picture to begin with instead of noise (img2img), resized to --height and --width; "
-        "once for all prompts, or once for each",
+        help="picture to begin with instead of noise (img2img), or to be edited by a model for "
+        "that, resized to --height and --width; once for all prompts, or once for each",
     )  # fmt: skip
     p.add_argument(
         "--strength", type=float,
@@ -210,6 +215,7 @@ def sampler_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def guidance_changes(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options change of guidance, for `sampling.generate.drawing_of`."""
-    names = ("guidance", "guidance_rescale", "embedded_guidance", "skip_layers", "skip_scale")
+    names = ("guidance", "image_guidance", "guidance_rescale", "embedded_guidance",
+             "skip_layers", "skip_scale")  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}

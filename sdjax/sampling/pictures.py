@@ -20,11 +20,9 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
-from sdjax.models.flux.network import mask_channels
-from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.request import SamplingRequest
-from sdjax.sampling.start import first_step, inpainting_channels
+from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
 
 VAE_STREAM = 2  # added to the seed: the noise and the sampler take 0 and 1
 
@@ -41,6 +39,10 @@ def with_pictures(
     _check(model, images, masks, strength)
     if not images:
         return request
+    size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
+    if reads_picture(model) == EDIT:
+        modes = modes_of(model, request.params, read_pictures(images, count, size), request.dtype)
+        return dataclasses.replace(request, picture={"channels": modes})
     strength = _strength(masks, strength)
     sampler = request.drawing.sampler
     first = first_step(sampler.steps, strength, flow=sampler.name == "flow_euler")
@@ -49,7 +51,6 @@ def with_pictures(
             f"--strength={strength} begins amid the steps, where 'pndm' knows nothing of those "
             "before; take another --sampler, as ddim or dpmpp_2m"
         )
-    size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
     picture = picture_of(
         model,
         request.params,
@@ -66,11 +67,16 @@ def with_pictures(
 def _check(
     model: Model, images: Sequence[str], masks: Sequence[str], strength: float | None
 ) -> None:
-    inpaints = bool(inpainting_channels(model))
+    task = reads_picture(model)
     for option, given in (("--mask_image", masks), ("--strength", strength is not None)):
         if given and not images:
             raise UserError(f"{option} is for --init_image=FILE; give that too, or leave it out")
-    if inpaints and not masks:
+    if task == EDIT and (not images or masks or strength is not None):
+        raise UserError(
+            f"the {model.family.denoiser} edits a picture; give --init_image=FILE, and neither "
+            "--mask_image nor --strength"
+        )
+    if task == INPAINT and not masks:
         raise UserError(
             f"the {model.family.denoiser} reads a picture and a mask; give --init_image=FILE and "
             "--mask_image=FILE, or take a model that is not for inpainting"
@@ -84,12 +90,18 @@ def _strength(masks: Sequence[str], strength: float | None) -> float:
 
 
 def picture_settings(
-    images: Sequence[str], masks: Sequence[str], strength: float | None, number: int
+    model: Model,
+    images: Sequence[str],
+    masks: Sequence[str],
+    strength: float | None,
+    number: int,
 ) -> dict[str, object]:
     """Return the settings that a picture's file carries of these options."""
     if not images:
         return {}
     found: dict[str, object] = {"init_image": images[number % len(images)]}
+    if reads_picture(model) == EDIT:
+        return found
     if masks:
         found["mask_image"] = masks[number % len(masks)]
     return {**found, "strength": _strength(masks, strength)}
@@ -167,6 +179,29 @@ def latents_of(
     return np.concatenate([np.asarray(encode(own, i[None], n[None])) for i, n in pairs])
 
 
+def modes_of(
+    model: Model, params: Mapping[str, jax.Array], images: np.ndarray, dtype: str = "float32"
+) -> np.ndarray:
+    """Return the mode of the VAE's distribution for pictures, one at a time, not scaled.
+
+    So does InstructPix2Pix read the picture that it edits (its pipeline, prepare_image_latents).
+
+    Args:
+        images: [N, H, W, 3] in [-1, 1].
+
+    Returns:
+        [N, h, w, C].
+    """
+    networks = bind(model, ("vae",), dtype=dtype)
+
+    @jax.jit
+    def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
+        return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+
+    own = {path: params[path] for path in networks.abstract}
+    return np.concatenate([np.asarray(encode(own, image[None])) for image in images])
+
+
 def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Return the noise of `latents_of`, [N, *shape]: of each picture's number, as all its noise."""
     keys = example_keys(jax.random.key(seed + VAE_STREAM), jnp.asarray(positions))
@@ -196,10 +231,8 @@ def picture_of(
         return found
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
-    if not inpainting_channels(model):
+    inpainting = model.family.inpainting
+    if inpainting is None or not reads_picture(model):
         return {**found, "known": clean, "mask": small}
     hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
-    if isinstance(model.denoiser, UNetConfig):
-        return {**found, "channels": np.concatenate([small, hidden], axis=-1)}
-    fine = np.asarray(mask_channels(jnp.asarray(masks)))
-    return {**found, "channels": np.concatenate([hidden, fine], axis=-1)}
+    return {**found, "channels": inpainting.make(masks, small, hidden)}

@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from sdjax.diffusion.samplers import leave
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.errors import UserError
-from sdjax.families.family import Context, Model
-from sdjax.models.flux.network import MASK_SIDE, FluxConfig
-from sdjax.models.unet_config import UNetConfig
+from sdjax.families.family import Context, Family, Model
 
 Picture = Mapping[str, jax.Array]
+INPAINT, EDIT = "inpaint", "edit"  # what a denoiser does with the picture that it reads
 
 
 def first_step(steps: int, strength: float, *, flow: bool) -> int:
@@ -48,24 +47,27 @@ def first_step(steps: int, strength: float, *, flow: bool) -> int:
     return first
 
 
-def inpainting_channels(model: Model) -> int:
-    """Return how many channels the denoiser reads besides the noisy latents; 0 for most models.
+def reads_picture(model: Model) -> str:
+    """Return what the denoiser does with a picture that it reads: `INPAINT`, `EDIT`, or "".
 
     Raises:
         UserError: it reads channels that drawing does not know.
     """
-    latent, config = model.vae.latent_channels, model.denoiser
-    added = model.family.latent_channels(config) - latent
-    known: dict[type, int] = {UNetConfig: latent + 1}
-    if model.vae.downscale == MASK_SIDE:
-        known[FluxConfig] = latent + MASK_SIDE**2
-    if added and known.get(type(config)) != added:
+    latent, family = model.vae.latent_channels, model.family
+    added = family.latent_channels(model.denoiser) - latent
+    known = {latent: EDIT} if family.edits else {}
+    if family.inpainting and (count := family.inpainting.count(latent, model.vae.downscale)):
+        known[count] = INPAINT
+    if not added:
+        return ""
+    if added not in known:
+        takes = " or ".join(f"{number} to {task}" for number, task in known.items())
         raise UserError(
-            f"the {model.family.denoiser} reads {added} channels besides {latent} of noisy latents;"
-            " drawing knows UNets and FLUX.1-Fill for inpainting, and denoisers that read none; "
-            "take such a model"
+            f"the {family.denoiser} reads {added} channels besides {latent} of noisy latents; of "
+            f"{family.title}, drawing knows {takes or 'none'}; take a model that reads those, or "
+            "noisy latents alone"
         )
-    return added
+    return known[added]
 
 
 def initial_state(picture: Picture, noise: jax.Array, plan: SolverPlan) -> tuple[jax.Array, bool]:
@@ -91,7 +93,7 @@ def constraint(picture: Picture, noise: jax.Array) -> Callable[..., jax.Array]:
 
 
 def with_channels(
-    denoiser: Any, config: Any, picture: Picture
+    denoiser: Any, family: Family, picture: Picture
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return a denoiser that reads the picture's channels, and what puts them beside a context.
 
@@ -99,7 +101,7 @@ def with_channels(
     """
     if "channels" not in picture:
         return denoiser, lambda context: context
-    if not isinstance(config, UNetConfig):
+    if family.inpainting and family.inpainting.named:
         return denoiser, lambda context: {**context, "channels": picture["channels"]}
 
     def denoise(xt: jax.Array, t: jax.Array, context: tuple[Context, jax.Array], **kw: Any) -> Any:

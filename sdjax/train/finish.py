@@ -105,6 +105,7 @@ def export(
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
     """
     path = folder / "diffusers"
+    params = {p: v for p, v in params.items() if p.split(".")[0] not in method.copies}
     host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 
@@ -178,7 +179,8 @@ def last_screen(
         model = config.init_from if steers else folder
         options = [f"{option}={value or folder}" for option, value in steers.items()]
         draw = [python, "-m", "sdjax.sample", f"--model={model}", *options, "--output=out"]
-        rows.append(("draw", f'{shlex.join(draw)} --prompts="{prompt}"'))
+        needed = METHODS[config.method.name].sample
+        rows.append(("draw", f'{shlex.join(draw)} --prompts="{prompt}" {needed}'.rstrip()))
         if not steers:
             convert = [
                 python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder",

@@ -90,13 +90,14 @@ class Gallery:
         prompts = ("",) * sample.count if self._blind else sample.prompts
         if not (prompts and self._tokenizers):
             return read_examples(self._config, self._tokenizers, sample.count)
-        images = np.zeros((len(prompts), side, side, 3), np.float32)
-        named: dict[str, np.ndarray] = {}
-        if self._config.data.images:  # those of as many examples, from the first again
-            read = read_examples(self._config, self._tokenizers, len(prompts))
-            rows = np.arange(len(prompts)) % len(read.captions)
-            named = {name: pictures[rows] for name, pictures in read.named.items()}
-        return Examples(prompts, images, encode_text(self._tokenizers, prompts), named)
+        tokens = encode_text(self._tokenizers, prompts)
+        if not (self._config.data.images or self._method.reads_pictures):
+            return Examples(prompts, np.zeros((len(prompts), side, side, 3), np.float32), tokens)
+        # The pictures of as many examples, from the first again.
+        read = read_examples(self._config, self._tokenizers, len(prompts))
+        rows = np.arange(len(prompts)) % len(read.captions)
+        named = {name: pictures[rows] for name, pictures in read.named.items()}
+        return Examples(prompts, read.images[rows], tokens, named)
 
     def show(self, step: int, state: State, frozen: Params, telemetry: Telemetry) -> paths.Path:
         """Draw, write DIR/samples/STEP.png and those it is compared with, and TensorBoard images.

@@ -259,7 +259,7 @@ def test_zero_terminal_snr_is_seen_in_the_files_own_table(file, sd1, pipeline_fo
 
 
 def test_what_a_file_does_not_say_is_asked_for(file, sd2, tmp_path):
-    with pytest.raises(ModelError, match="no tokenizer. Convert it .*--tokenizer"):
+    with pytest.raises(ModelError, match="no tokenizer; .* in sdjax.convert by --tokenizer"):
         read_any(file)
     two = tmp_path / "two.safetensors"
     write_single_file(two, sd2)

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from sdjax.models import capture
 from sdjax.models.dit_layers import (
     AdaLayerNorm,
     AdaLayerNormContinuous,
@@ -95,7 +96,7 @@ class SingleBlock(nnx.Module):
         attended, _ = self.attn(read, rotate=rotate)
         # Not of both in one array: each is split over devices by its own heads or channels.
         out = self.proj_out.joined(attended, gelu_tanh(self.proj_mlp(read)))
-        return activation(x + gate * out)
+        return capture.output(self, activation(x + gate * out))
 
 
 class Flux(nnx.Module):

@@ -8,6 +8,7 @@ memory traffic of a training step of Stable Diffusion 1.5, and most of its tempo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -132,8 +133,8 @@ def kernel_cost(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, fl
 
     Args:
         name: the name of the kernel in the compiled program, as "splash_mha_fwd_residuals".
-        shapes: the shapes of its operands; the first two of four dimensions are
-            q [B, heads, L, D] and k [B, heads, M, D].
+        shapes: the shapes of its floating-point operands; the first two are q [B, heads, L, D] and
+            k [B, heads, M, D], which have no axis B for one example.
 
     Returns:
         None for a kernel of another file.
@@ -141,7 +142,7 @@ def kernel_cost(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, fl
     kind = next((start for start in PRODUCTS if start in name), None)
     if kind is None:
         return None
-    (batch, heads, length, width), (_, _, keys, _) = [s for s in shapes if len(s) == 4][:2]
+    (*batch, heads, length, width), (*_, keys, _) = shapes[:2]
     padded = -(-width // LANES) * LANES
     products = PRODUCTS[kind] * padded + VECTOR[kind] * LANES
     largest = ROW_BYTES // (2 * padded)
@@ -149,4 +150,5 @@ def kernel_cost(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[float, fl
         moved = 2 * length + 2 * keys * (length // _block(length, largest))
     else:  # k, v, dk and dv once; q, its gradient and the output's for each block of keys
         moved = 4 * keys + 3 * length * (keys // _block(keys, 2 * largest))
-    return 2.0 * batch * heads * length * keys * products, 2.0 * batch * heads * padded * moved
+    rows = math.prod(batch) * heads
+    return 2.0 * rows * length * keys * products, 2.0 * rows * padded * moved
