@@ -13,6 +13,7 @@ from sdjax.errors import UserError
 from sdjax.families import ldm_configs
 from sdjax.families.family import Family, Model, Part
 from sdjax.families.ldm_names import unet_name
+from sdjax.families.sd import SD
 from sdjax.families.single_file import Place, Places, Shapes
 from sdjax.models.config import ConfigError
 from sdjax.models.controlnet.config import ControlNetConfig
@@ -49,6 +50,9 @@ def with_controlnet(model: Model, config: ControlNetConfig) -> Model:
 def family_with(family: Family) -> Family:
     """Return a family whose parts include a ControlNet."""
     return dataclasses.replace(family, parts={**family.parts, CONTROLNET: PART})
+
+
+ALONE = family_with(SD)  # of a ControlNet without a model: its part is the same in every family
 
 
 def check(model: Model, config: ControlNetConfig, name: str) -> None:

@@ -9,16 +9,15 @@ import numpy as np
 
 from sdjax.families.bind import abstract_params
 from sdjax.families.controlnet import (
+    ALONE,
     CONTROLNET,
     MARK,
     PART,
     PREFIX,
     config_of_file,
-    family_with,
     places,
 )
 from sdjax.families.family import Model
-from sdjax.families.sd import SD
 from sdjax.families.single_file import from_file
 from sdjax.formats.diffusers_folder import read_network, write_diffusers
 from sdjax.formats.folders import ModelError, read_json
@@ -110,5 +109,5 @@ def write_controlnet(
         ModelError: the folder holds something else.
     """
     own = prefixed(params, CONTROLNET)
-    model = Model(family_with(SD), {CONTROLNET: config}, params=own)
+    model = Model(ALONE, {CONTROLNET: config}, params=own)
     return write_diffusers(folder, model, overwrite=True)

@@ -26,8 +26,8 @@ from sdjax.models.weights import load_file, save_file
 from sdjax.system import paths
 from sdjax.system.untrusted import brief, check_regular, plain
 
-# {name of rows in a file of several encoders: the text encoder of SDXL that they are for}.
-ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+# Names of rows in a file of several encoders, in the order of the family's text encoders.
+_ROWS = ("clip_l", "clip_g")
 _NAMELESS = ("emb_params", "*")  # names of rows that are no words
 _FIRST, _SECOND = "learned_embeds", "learned_embeds_2"  # diffusers' names of files
 _SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
@@ -123,7 +123,7 @@ def write_embeddings(
             (_FIRST if len(rows) == 1 or encoder == encoders[0] else _SECOND): {embedding.token: x}
             for encoder, x in rows.items()
         }
-        keys = {encoder: key for key, encoder in ENCODERS.items()}
+        keys = {encoder: key for key, encoder in _encoders(family).items()}
         one = len(encoders) == 1
         files[name] = {embedding.token if one else keys[encoder]: x for encoder, x in rows.items()}
         for stem, content in files.items():
@@ -161,9 +161,10 @@ def _by_encoder(
     file: paths.Path, tensors: Mapping[str, np.ndarray], family: Family
 ) -> tuple[dict[str, tuple[str, np.ndarray]], str]:
     """({text encoder: (name in the file, array)}, the word or "")."""
-    if tensors.keys() and tensors.keys() <= ENCODERS.keys():
-        found = {ENCODERS[name]: (name, value) for name, value in tensors.items()}
-        if others := [name for name in tensors if ENCODERS[name] not in family.encoders]:
+    if tensors.keys() and tensors.keys() <= set(_ROWS):
+        encoders = _encoders(family)
+        found = {encoders[n]: (n, value) for n, value in tensors.items() if n in encoders}
+        if others := [name for name in tensors if name not in encoders]:
             raise EmbeddingError(
                 f"{file} has {', '.join(tensors)}, and {family.title} has nothing that reads "
                 f"{others[0]}: it is an embedding of SDXL"
@@ -176,6 +177,11 @@ def _by_encoder(
     if others and paths.exists(beside):
         found[others[0]] = _only(beside, _tensors(beside))
     return found, "" if name in _NAMELESS else name
+
+
+def _encoders(family: Family) -> dict[str, str]:
+    """{name of rows: text encoder} of a family."""
+    return dict(zip(_ROWS, family.encoders, strict=False))
 
 
 def _only(file: paths.Path, tensors: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray]:

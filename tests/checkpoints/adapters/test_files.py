@@ -20,7 +20,7 @@ from sdjax.formats.adapters.writing import write_diffusers_adapter, write_kohya_
 from sdjax.formats.folders import ModelError
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.flux.network import FluxConfig
-from sdjax.models.mmdit import MMDiTConfig
+from sdjax.models.mmdit.network import MMDiTConfig
 from sdjax.models.unet_config import UNetConfig
 from sdjax.models.weights import load_file, read_header, save_file
 from tests.checkpoints.adapters import samples
