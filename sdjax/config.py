@@ -153,6 +153,12 @@ class Config:
                 f"is {self.validation.metrics!r} with method {self.method.name!r}; they are of "
                 "denoisers and what these draw, set them to 0 and ()"
             )
+        if METHODS[self.method.name].steers and self.validation.metrics:
+            raise ValueError(
+                f"validation.metrics is {self.validation.metrics!r} with method "
+                f"{self.method.name!r}, whose pictures follow others that metrics do not have; set "
+                "it to ()"
+            )
         starts = [0, *(stage.start for stage in self.stages)]
         if sorted(set(starts)) != starts:
             raise ValueError(f"stages start at {starts[1:]}; expected rising steps above 0")
@@ -285,4 +291,6 @@ def resolve(config: ml_collections.ConfigDict | dict) -> Config:
     """
     if hasattr(config, "to_dict"):
         config = config.to_dict()
-    return build(Config, config, "config", VARIANTS)
+    built = build(Config, config, "config", VARIANTS)
+    data = METHODS[built.method.name].data(built.method, built.data)
+    return built if data == built.data else dataclasses.replace(built, data=data)

@@ -15,6 +15,8 @@ from sdjax.families.registry import FAMILIES, NETWORKS
 # structure of the state (say, a group of parameters that is no longer frozen) `restore` reports.
 BREAKING = (
     "method.name",
+    "method.tokens",
+    "method.vectors",
     "seed",
     "*_from",
     "init_prediction_type",

@@ -41,15 +41,20 @@ def model_of_run(
     )
 
 
-def method_of_run(config: Config, tokenizers: Mapping[str, Tokenize]) -> Method:
+def method_of_run(
+    config: Config, tokenizers: Mapping[str, Tokenize], model: Model | None = None
+) -> Method:
     """Return the method of a run, bound to its networks.
+
+    Args:
+        model: what to bind it to; by default what the run trains.
 
     Raises:
         UserError: the networks do not belong together, or do not suit the method.
     """
     setup = Setup(
         config=config.method,
-        model=model_of_run(config, tokenizers),
+        model=model or model_of_run(config, tokenizers),
         objective=config.objective,
         data=config.data,
         sample=config.sample,

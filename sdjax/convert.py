@@ -22,6 +22,9 @@ float32, there and back gives the same bits.
 that began from the same weights. --ema_length writes the average of a run over another length than
 it tracked. Both are often better models than the last checkpoint (docs/averages.md).
 
+--lora merges adapters (LoRA, DoRA, LoHa, LoKr) into the model. --format writes an adapter in
+another layout, --extract_lora the difference of two models as a LoRA (docs/convert.md).
+
 --bundle writes no other folder: it copies the frozen networks that a workdir refers to
 (WORKDIR/frozen.json) into it, so that it can be moved to another machine.
 

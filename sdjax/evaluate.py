@@ -248,6 +248,7 @@ def make_request(args: argparse.Namespace) -> Request:
         metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
         sampler=sampler_changes(args),
         guidance=guidance_changes(args),
+        embeddings=tuple(args.embedding),
         size=None if args.height is None else (args.height, args.width),
         lora=tuple(args.lora),
         **{name: getattr(args, name) for name in names},
@@ -264,11 +265,13 @@ def evaluate(args: argparse.Namespace) -> str:
         UserError and its kin: the model, a file or an option is wrong.
         FloatingPointError: a picture has NaN pixels.
     """
+    from sdjax.errors import UserError
     from sdjax.evaluation.evaluation_output import FILE, table
     from sdjax.evaluation.loading import load
     from sdjax.evaluation.request import default_output
     from sdjax.evaluation.session import open_session
     from sdjax.families.conditioning import with_text_length
+    from sdjax.formats.embeddings import with_files
     from sdjax.train.startup import enable_compilation_cache
 
     request = make_request(args)
@@ -277,6 +280,12 @@ def evaluate(args: argparse.Namespace) -> str:
         loaded = load(args.model, weights=args.weights, step=args.step, loras=args.lora)
     if loaded is not None and args.max_sequence_length is not None:
         found = with_text_length(loaded.found, args.max_sequence_length, f"--model={args.model}")
+        loaded = dataclasses.replace(loaded, found=found)
+    if args.embedding:
+        if loaded is None or args.ema_lengths:
+            other = "--ema_lengths" if args.ema_lengths else "--images"
+            raise UserError(f"--embedding is for a model that draws, not for {other}")
+        found, _ = with_files(loaded.found, args.embedding)
         loaded = dataclasses.replace(loaded, found=found)
     enable_compilation_cache("")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)

@@ -24,6 +24,7 @@ MACHINE = (
     "init_zero_terminal_snr",
     "vae_from",
     "text_encoder_from",
+    "method.controlnet_from",
     "tokenizer.path",
     "tokenizer.path_2",
     "data.name",  # TFDS downloads some by their names, and runs what it downloads

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from sdjax.errors import UserError, explain
-from sdjax.sampling.inputs import read_latents, read_prompts
+from sdjax.sampling.inputs import read_latents, read_prompts, repeated, write_metadata
 from sdjax.sampling.options import (
+    add_control_options,
     add_drawing_options,
     add_explaining_options,
     add_model_options,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdjax.diffusion.samplers import SamplerConfig
+    from sdjax.families.embeddings import Embedding
     from sdjax.families.family import Model
     from sdjax.sampling.generate import Drawing
     from sdjax.sampling.request import SamplingRequest
@@ -64,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(p)
     add_prompt_options(p)
     p.add_argument("--output", required=True, help="folder for the pictures")
+    p.add_argument(
+        "--count", type=int,
+        help="so many pictures, of the prompts in turn, and metadata.jsonl with their prompts, so "
+        "that the folder can be trained on; one of each prompt by default",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
     p.add_argument("--height", type=int, help=f"in pixels; {own}")
     p.add_argument("--width", type=int, help=f"in pixels; {own}")
@@ -95,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
     add_picture_options(p.add_argument_group("pictures to begin with"))
+    add_control_options(p.add_argument_group("ControlNets"))
     add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
 
@@ -134,6 +142,7 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
     from sdjax.data.numbers import of_geometry
+    from sdjax.sampling.start import EDIT, reads_picture
 
     if model.missing():
         raise UserError(
@@ -144,6 +153,11 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         raise UserError(
             f"--embedded_guidance is for FLUX.1-dev and its kin; {name} reads no "
             "guidance, --guidance is what it takes"
+        )
+    if args.image_guidance is not None and reads_picture(model) != EDIT:
+        raise UserError(
+            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
+            "none, leave it out"
         )
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
@@ -161,6 +175,13 @@ def _tell_truncated(model: Model) -> None:
         )
 
 
+def _tell_words(words: Sequence[Embedding], texts: Sequence[str]) -> None:
+    """Say which of the words that were learnt no prompt has: it would be without effect."""
+    for word in words:
+        if not any(word.token.lower() in text.lower() for text in texts):
+            print(f"note: no prompt has the word {word.token!r} of --embedding", file=sys.stderr)
+
+
 def _numbers(
     args: argparse.Namespace, model: Model, count: int, height: int, width: int
 ) -> dict[str, np.ndarray]:
@@ -176,6 +197,8 @@ def _numbers(
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
+    from sdjax.checkpoints.controlnet import read_controlnet
+    from sdjax.sampling.control_options import with_controls
     from sdjax.sampling.ensemble import with_others, with_refiner
     from sdjax.sampling.pictures import with_pictures
 
@@ -187,6 +210,10 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         others = [(n, _request_of(args, prompts, folder, n, size)) for n, folder in names]
         request = with_others(request, others)
     request = with_pictures(request, args.init_image, args.mask_image, args.strength)
+    request = with_controls(
+        request, args.controlnet, args.control_image, guess=args.guess_mode,
+        read=lambda place: read_controlnet(place, weights=args.weights),
+    )  # fmt: skip
     if args.refiner is None:
         return request
     name = f"--refiner={args.refiner}"
@@ -215,6 +242,7 @@ def _request_of(
     from sdjax.checkpoints.adapters import with_loras
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import encode_text, with_text_length
+    from sdjax.formats.embeddings import with_files
     from sdjax.sampling.a1111 import with_weights
     from sdjax.sampling.generate import drawing_of, latent_shape, settings_of
     from sdjax.sampling.request import SamplingRequest
@@ -223,6 +251,9 @@ def _request_of(
     if args.max_sequence_length is not None:
         model = with_text_length(model, args.max_sequence_length, name)
     _check_model(model, args, name)
+    model, words = with_files(model, args.embedding)
+    if folder == args.model[0]:
+        _tell_words(words, [*prompts, args.negative_prompt or ""])
     rows, columns = size or model.native_size
     height, width = args.height or rows, args.width or columns
     shape = latent_shape(model, height, width)
@@ -268,6 +299,7 @@ def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, A
         **_refining(args),
         "weights": args.weights,
         "latents": args.latents or "",
+        **({"embedding": args.embedding} if args.embedding else {}),
         "guidance": drawing.guidance,
         "guidance_rescale": drawing.guidance_rescale,
         **_special(request.model, drawing),
@@ -283,7 +315,11 @@ def _refining(args: argparse.Namespace) -> dict[str, Any]:
 
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
     """The settings that few families have."""
+    from sdjax.sampling.start import EDIT, reads_picture
+
     found: dict[str, Any] = {}
+    if reads_picture(model) == EDIT:
+        found["image_guidance"] = drawing.image_guidance
     if model.family.reads_guidance(model.networks):
         found["embedded_guidance"] = drawing.embedded_guidance
     if "max_sequence_length" in model.settings:
@@ -321,11 +357,12 @@ def sample(args: argparse.Namespace) -> str:
         FloatingPointError: a picture has NaN pixels.
     """
     from sdjax.sampling import explain, interpolate, trajectory
+    from sdjax.sampling.control_options import control_settings
     from sdjax.sampling.grids import grid, save_png
     from sdjax.sampling.pictures import picture_settings
 
     _check(args)
-    prompts = read_prompts(args.prompts, args.prompts_file)
+    prompts = repeated(read_prompts(args.prompts, args.prompts_file), args.count)
     output = paths.to_path(args.output)
     with locks.held(output, "--output", "sdjax.sample"):
         request = _request(args, prompts)
@@ -340,12 +377,17 @@ def sample(args: argparse.Namespace) -> str:
         images, seen = request.draw([look.callback for look in looks.values()])
         settings = _settings(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            own = picture_settings(args.init_image, args.mask_image, args.strength, i)
+            own = picture_settings(
+                request.model, args.init_image, args.mask_image, args.strength, i
+            )
+            own |= control_settings(args, number=i, count=len(prompts))
             about = {"prompt": prompt, "number": i, **settings, **own}
             save_png(output / f"{i:05d}.png", image, about)
             for look, states in zip(looks.values(), seen, strict=True):
                 look.write(output, i, image, states, about)
         save_png(output / "grid.png", grid(images, prompts))
+        if args.count is not None:
+            write_metadata(output, [f"{i:05d}.png" for i in range(len(prompts))], prompts)
         if ways:
             interpolate.draw_ways(
                 output, request, ways, images, args.interpolate_seeds, settings, args.animation

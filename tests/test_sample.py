@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from sdjax import sample
+from sdjax.data.config import DataConfig
+from sdjax.data.sources import open_source
 from tests.odd_names import ODD
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
@@ -113,6 +115,19 @@ def test_wrong_options_are_explained(pipeline_folder, tmp_path, capsys, options,
     assert draw(pipeline_folder, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
+
+
+def test_a_count_repeats_the_prompts_and_makes_a_dataset(pipeline_folder, tmp_path):
+    """Pictures of a class by the untrained model, for prior preservation."""
+    out = tmp_path / "class"
+    options = [f"--model={pipeline_folder}", f"--output={out}", "--steps=1", "--count=3"]
+    assert sample.main([*options, "--prompts=a red circle", "--prompts=a star"]) == 0
+    data = DataConfig(
+        name="image_text_folder", path=str(out), data_dir=str(tmp_path / "tfds"), min_side=8
+    )
+    found = [text for split in ("train", "test") for text in open_source(data, split).texts()]
+    assert sorted(found) == ["a red circle", "a red circle", "a star"]  # without grid.png
+    assert sample.main([*options[:-1], "--count=0", "--prompts=a star"]) == 2
 
 
 def test_latents_of_another_shape_are_refused(pipeline_folder, tmp_path, capsys):

@@ -15,6 +15,7 @@ import numpy as np
 
 from sdjax.checkpoints.reading import locate, read_source
 from sdjax.checkpoints.references import FIELDS, Source
+from sdjax.checkpoints.widening import widened
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.text.text_tokenizer import TextTokenizer
@@ -83,10 +84,13 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         source = locate(field, folder)
         if folder_kind(source.place) == "single_file":
             wanted = _not_replaced(field, config, wanted)
-        loaded = read_source(source, wanted, _hints(field, config, with_tokenizer=with_tokenizer))
+        hints = _hints(field, config, with_tokenizer=with_tokenizer)
+        read = read_source(source, wanted, hints)
+        loaded, widening = widened(read, kind.beside, name=f"{field}={folder}")
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
+        notes += [widening] if widening else []
         if field == "init_from" and draws:
             scheduler = loaded.scheduler
             if loaded.unsupported_sampler:
@@ -97,6 +101,8 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
                 )
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         sources |= dict.fromkeys(_components(loaded.params), source)
+        if widening:  # what lies there is another network: parts that are frozen are copied
+            sources.pop(loaded.family.denoiser, None)
         tokenizers |= loaded.tokenizers
     if not (draws and with_tokenizer):
         return Assembled(config, params, {}, tuple(notes), scheduler, sources)
@@ -109,6 +115,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         for name in config.model.text_encoders
     }
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
+    tokenizers = dict(kind.tokenizers(config.method, tokenizers))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint import all_steps, checkpoint_folder, latest_step
 from sdjax.config_changes import MISSING, compare_configs
+from sdjax.families.embeddings import tables_with
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS
 from sdjax.formats.folders import ModelError
@@ -222,9 +223,10 @@ def with_averages(
     Raises:
         ModelError: the snapshots are of another model, or of a part of what was trained.
     """
+    whole = tables_with(model.params, averages)
     strange = [
         path
-        for path, leaf in averages.items()
+        for path, leaf in whole.items()
         if path not in model.params or leaf.shape != model.params[path].shape
     ]
     if strange:
@@ -239,4 +241,4 @@ def with_averages(
             f"{len(trained)} parameters that the run trains, as {missing[0]}, and a mixture is no "
             "model; restore them from a copy, or convert the checkpoint itself"
         )
-    return {**model.params, **averages}
+    return {**model.params, **whole}

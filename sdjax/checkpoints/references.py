@@ -35,6 +35,7 @@ from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.formats.folders import ModelError, folder_kind, read_json, write_json
 from sdjax.formats.single_file import PARAMETERS, read_single_file
 from sdjax.models.config import ConfigError
+from sdjax.models.params import component, prefixed
 from sdjax.system import paths, progress
 from sdjax.system.untrusted import brief, explained
 from sdjax.typed_tree import build, to_dict
@@ -82,10 +83,12 @@ class Reference(Source):
 
     digest: of all its parameters, see `digest`.
     parameters: how many of its values the run does not train.
+    network: its name where it lies, if the run has it as a copy under another name; "" otherwise.
     """
 
     digest: str = ""
     parameters: int = 0
+    network: str = ""
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,7 +150,12 @@ def write_references(folder: paths.Path, references: Mapping[str, Reference]) ->
 
 
 def refer(
-    source: Source, params: Mapping[str, np.ndarray], *, parameters: int, inner: Reference | None
+    source: Source,
+    params: Mapping[str, np.ndarray],
+    *,
+    parameters: int,
+    inner: Reference | None,
+    network: str = "",
 ) -> Reference:
     """Return the reference to a network that was read from `source`.
 
@@ -155,11 +163,13 @@ def refer(
         params: {path: array} of the whole network.
         parameters: see `Reference`.
         inner: the reference of the workdir that `source` is, if it has one for the network.
+        network: see `Reference`.
     """
     found, field = digest(params), source.field
     if inner is not None and inner.digest == found:
         source = inner
-    return Reference(field, source.path, source.step, source.weights, found, parameters)
+    place = (source.path, source.step, source.weights)
+    return Reference(field, *place, digest=found, parameters=parameters, network=network)
 
 
 def follow(
@@ -179,14 +189,15 @@ def follow(
             f"{said}: a workdir on a disk refers to no bucket, and one in a bucket to no disk.\n"
             f"{_remedy(folder, reference)}"
         )
+    there = reference.network or name
     try:
-        params = _read(name, reference, read_run)
+        params = _read(there, reference, read_run)
     except UserError as error:
         raise ModelError(
             f"{said} and cannot be read there now: {error}\n{_remedy(folder, reference)}"
         ) from error
     check(folder, name, reference, digest(params), place=reference.path)
-    return params
+    return params if there == name else prefixed(component(params, there), name)
 
 
 def check(

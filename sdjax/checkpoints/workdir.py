@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.families.bind import bind
+from sdjax.families.embeddings import count_of
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, NETWORKS, TOKENIZERS, adopted, model_of
 from sdjax.formats.adapters.layers import Adapter
@@ -109,7 +110,7 @@ def _read(
     model = model_of(config.model, own, changes=kind.changes(config.method, family))
     fields: dict[str, Any] = {}
     if with_weights:
-        trained = _restore(folder, config, weights, step, model)
+        trained = trained_params(folder, config, weights, step, model.networks)
         frozen = frozen_params(folder, model, follows=follows)
         fields["params"] = _complete(folder, model, trained, frozen, step)
     if model.family.denoiser in model.networks:
@@ -136,7 +137,7 @@ def read_tokenizers(folder: paths.Path, model: Model) -> dict[str, TextTokenizer
         part = model.family.parts[name]
         own = folder / part.tokenizer
         tokenizer = load_tokenizer(part.tokenizer_kind, own, model.text_length(name))
-        tokenizer.check_vocabulary(config.vocab_size, own)
+        tokenizer.check_vocabulary(config.vocab_size + count_of(model), own)
         found[part.tokens] = tokenizer
     return found
 
@@ -154,10 +155,15 @@ def write_scheduler(folder: paths.Path, scheduler: Mapping[str, Any]) -> None:
     paths.write_text(file, json.dumps(scheduler, indent=2) + "\n")
 
 
-def _restore(
-    folder: paths.Path, config: Config, weights: str, step: int | None, model: Model
+def trained_params(
+    folder: paths.Path, config: Config, weights: str, step: int | None, networks: Container[str]
 ) -> dict[str, np.ndarray]:
-    """The trained parameters of a model's networks, as `weights` asks."""
+    """Return the trained parameters of some networks, as `weights` of `read_workdir` asks.
+
+    Raises:
+        ModelError: `weights` is none.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
     profiles = config.ema.profiles
     if weights not in ("ema", "raw", *profiles):
         raise ModelError(
@@ -171,7 +177,7 @@ def _restore(
         )
     profile = profiles[0] if weights == "ema" and profiles else weights
     which = f"ema:{profile}" if profile in profiles else "params"
-    return restore_params(folder, which, step, model.networks)
+    return restore_params(folder, which, step, networks)
 
 
 def frozen_params(
@@ -223,7 +229,7 @@ def read_adapter_run(folder: paths.Path, weights: str, step: int | None) -> tupl
                 "one of what a run has changed"
             )
         model = model_of_run(config, {})
-        trained = _restore(folder, config, weights, step, model)
+        trained = trained_params(folder, config, weights, step, model.networks)
         check_finite(trained)
         return dataclasses.replace(model, changes=()), adapter_of(model, trained)
 
@@ -253,6 +259,8 @@ def bundle(folder: paths.Path) -> list[str]:
         saved_state.trained(checkpoint_folder(folder) / str(step)) if step is not None else set()
     )
     frozen = {path: v for path, v in frozen_params(folder, model).items() if path not in trained}
+    for name in references.keys() - model.networks.keys():  # copies, which the run alone reads
+        frozen |= follow(folder, name, references[name], read_run)
     save_file(frozen, folder / FROZEN_FILE)
     write_references(folder, {})
     return list(references)

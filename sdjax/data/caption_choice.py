@@ -21,6 +21,7 @@ class CaptionConfig:
     others_key: str = ""  # a feature of more captions, a sequence of texts; "" for none
     main_share: float = 0.5  # probability of data.text_key where there are others
     templates: tuple[str, ...] = ()  # for labels, besides data.label_template: all equally often
+    texts: tuple[str, ...] = ()  # in place of captions, equally often; "{}" is the caption
     separator: str = ", "  # between tags: split there, and joined with it again
     shuffle_tags: bool = False  # tags in another order every time
     keep_tags: int = 0  # the first tags, as many, stay in front and are never dropped
@@ -51,6 +52,12 @@ class Caption:
     main: str
     others: tuple[str, ...] = ()
     main_share: float = 1.0
+
+
+def replaced(caption: Caption, texts: tuple[str, ...]) -> Caption:
+    """Return texts that take a caption's place, all equally probable; its main text fills "{}"."""
+    main, *others = (text.replace("{}", caption.main) for text in texts)
+    return Caption(main, tuple(others), 1 / len(texts))
 
 
 def choose(caption: Caption, config: CaptionConfig, rng: np.random.Generator) -> str:

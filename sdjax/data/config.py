@@ -110,9 +110,9 @@ class DataConfig:
             if kinds == {False}:
                 raise UserError("data.text_embeddings is True, but data.name is "
                                 f"{self.name!r}; only 'encoded' datasets have any")  # fmt: skip
-            if self.captions.shuffle_tags or self.captions.tag_dropout:
-                raise UserError("data.captions varies tags, which data.text_embeddings, made of "
-                                "whole captions, cannot follow; switch off one")  # fmt: skip
+            if self.captions.shuffle_tags or self.captions.tag_dropout or self.captions.texts:
+                raise UserError("data.captions varies tags or texts, which data.text_embeddings "
+                                "of whole captions cannot follow; switch off one")  # fmt: skip
         if not self.name:
             raise UserError("data.name is empty; expected 'captioned_shapes', 'image_text_folder' "
                              "or a TFDS dataset name")  # fmt: skip
@@ -124,6 +124,11 @@ class DataConfig:
 def is_encoded(config: DataConfig) -> bool:
     """Whether batches hold moments instead of pictures."""
     return parts(config)[0].name == "encoded"
+
+
+def is_weighted(config: DataConfig) -> bool:
+    """Whether examples have a weight that multiplies their loss."""
+    return bool(config.weight_key) or any(part.loss_weight != 1 for part in config.mixture)
 
 
 def parts(config: DataConfig) -> list[DataConfig]:

@@ -33,6 +33,7 @@ class Part:
     score_key: str = ""  # data.score_key
     min_score: float | None = None  # data.min_score
     weight: float = 1.0  # relative to the other parts that are active at the time
+    loss_weight: float = 1.0  # times the loss of its examples, as of pictures of the class
     start: int = 0  # the first step with this part, counted from 0 ...
     end: int = 0  # ... and the first step without it; 0: it stays to the end of the run
 
@@ -40,6 +41,8 @@ class Part:
         if not (0 < self.weight < math.inf):
             raise UserError(f"weight is {self.weight}; expected a number above 0 (for a part that "
                             "comes later or ends earlier, set start and end)")  # fmt: skip
+        if not (0 <= self.loss_weight < math.inf):
+            raise UserError(f"loss_weight is {self.loss_weight}; expected a number of 0 or more")
         if self.start < 0 or self.resolution < 0:
             field = "start" if self.start < 0 else "resolution"
             raise UserError(f"{field} is {getattr(self, field)}; expected 0 or more")

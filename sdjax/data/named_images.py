@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from sdjax.data.conditions import CONDITIONS
 from sdjax.errors import UserError
 
 KINDS = ("picture", "condition", "mask")
@@ -30,8 +31,16 @@ class NamedImage:
     key: str = ""  # where it is read, see docs/data.md; "" is the name
     # "picture" is RGB in [-1, 1], "condition" RGB in [0, 1], "mask" one channel in [0, 1].
     kind: str = "picture"
+    made: str = ""  # a condition made of the main picture, such as "canny", and not read
 
     def __post_init__(self) -> None:
+        if self.made and self.made not in CONDITIONS:
+            raise UserError(f"made is {self.made!r}; expected '' or one of {tuple(CONDITIONS)}")
+        if self.made and (self.kind != "condition" or self.key):
+            raise UserError(
+                f"made is {self.made!r}, with kind {self.kind!r} and key {self.key!r}; expected "
+                "the kind 'condition' and no key: it is made of the main picture"
+            )
         if self.kind not in KINDS:
             raise UserError(f"kind is {self.kind!r}; expected one of {KINDS}")
         if (
@@ -66,6 +75,11 @@ def check(images: Iterable[NamedImage]) -> None:
     names = [image.name for image in images]
     if len(set(names)) < len(names):
         raise UserError(f"data.images has the names {names}; expected names that differ")
+
+
+def stored(images: Iterable[NamedImage]) -> tuple[NamedImage, ...]:
+    """Return the pictures that are read, and not made of the main one."""
+    return tuple(image for image in images if not image.made)
 
 
 def kinds_of(images: Iterable[NamedImage]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from sdjax.data.batches import (
 )
 from sdjax.data.buckets import Buckets
 from sdjax.data.caption_choice import CaptionConfig, choose
-from sdjax.data.config import DataConfig, DataError, parts
+from sdjax.data.config import DataConfig, DataError, is_weighted, parts
 from sdjax.data.encoded import TEXT_FIELDS
 from sdjax.data.sources import Source, captions, open_parts, open_source
 from sdjax.data.stream import make_stream
@@ -228,9 +228,9 @@ def make_iterator(
     are features of the dataset. H and W are data.resolution, or those of the batch's bucket. Each
     of data.images adds float32 [b, H, W, 3], a mask [b, H, W, 1].
     Encoded datasets have "moments" float32 [b, h, w, 2C] in place of the image, and
-    "NAME_moments" in place of a named picture of the kind "picture". With data.weight_key they have
-    "weight" float32 [b]. With data.text_embeddings they have "context" [b, L, D] (for SDXL also
-    "pooled" [b, P]) in place of tokens.
+    "NAME_moments" in place of a named picture of the kind "picture". With data.weight_key, or a
+    loss_weight of a part of data.mixture, they have "weight" float32 [b]. With data.text_embeddings
+    they have "context" [b, L, D] (for SDXL also "pooled" [b, P]) in place of tokens.
     Raises DataError (a ValueError) for a batch size that does not divide or an unusable dataset.
     """
     _check_hosts(config, seed, process_index, process_count)
@@ -243,7 +243,7 @@ def make_iterator(
         config.flip,
         config.captions,
         tuple(number_shapes),
-        bool(config.weight_key),
+        is_weighted(config),
     )
     import grain.python as grain
 
@@ -318,7 +318,9 @@ def _identity(
     }
     # Only streams with named pictures, mixtures or buckets have these fields.
     if config.images:
-        identity["images"] = [[image.name, image.origin, image.kind] for image in config.images]
+        identity["images"] = [
+            [image.name, image.made or image.origin, image.kind] for image in config.images
+        ]
     if config.mixture:
         identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
     if config.buckets.step:

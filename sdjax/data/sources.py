@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sdjax.data import encoded, splits, transforms
+from sdjax.data import encoded, named_images, splits, transforms
 from sdjax.data.builders.opening import prepared_builder
-from sdjax.data.caption_choice import Caption
+from sdjax.data.caption_choice import Caption, replaced
 from sdjax.data.columns import Columns
 from sdjax.data.columns import Row as ColumnsRow
 from sdjax.data.columns import load as load_columns
@@ -31,6 +31,7 @@ from sdjax.data.tfds.features import (
     decoders_and_text,
 )
 from sdjax.data.tfds.records import Records
+from sdjax.data.transforms import Made
 from sdjax.system import untrusted
 
 _AT_ONCE = 4096  # records read together where all are
@@ -75,7 +76,10 @@ class Source:
         example = self.example(index)
         if "image" not in example:
             return example
-        images = {name: as_array(picture) for name, picture in example["images"].items()}
+        images = {
+            name: picture if isinstance(picture, Made) else as_array(picture)
+            for name, picture in example["images"].items()
+        }
         return example | {"image": np.asarray(example["image"]), "images": images}
 
     def example(self, index: int) -> dict[str, Any]:
@@ -112,11 +116,13 @@ class Source:
         name = "the image"
         try:
             found = {"image": decoded(record[self._config.image_key], most)}
-            others = {}
-            for image in self._config.images:
+            others: dict[str, transforms.Picture | Made] = {
+                image.name: Made(image.made) for image in self._config.images if image.made
+            }
+            for image in named_images.stored(self._config.images):
                 name = f"the picture {image.name!r}"
-                others[image.name] = decoded(record[image.origin], most, image)
-                size, main = map(transforms.size_of, (others[image.name], found["image"]))
+                other = others[image.name] = decoded(record[image.origin], most, image)
+                size, main = map(transforms.size_of, (other, found["image"]))
                 transforms.check_geometry(image.name, size, main)
             return {**found, "images": others, "original": original_size(record)}
         except ImageError as error:
@@ -149,6 +155,11 @@ class Source:
         return [self.text(index) for index in indices]
 
     def _caption(self, record: dict[str, Any]) -> Caption:
+        """The captions of an example."""
+        caption, texts = self._stored(record), self._config.captions.texts
+        return replaced(caption, texts) if texts else caption
+
+    def _stored(self, record: dict[str, Any]) -> Caption:
         """The captions of a record."""
         caption, choice = self._to_text(record[self._config.text_key]), self._config.captions
         if not choice.others_key:
@@ -176,6 +187,7 @@ class Source:
                 directory=self.directory,
                 identity=f"{self.name} {self.split} {config.image_key} {config.text_key} "
                 f"{config.captions.others_key} {config.split_key} {config.score_key} "
+                f"{config.captions.texts or ''}"
                 f"{config.max_pixels}",
                 threads=config.threads,
             )

@@ -134,6 +134,8 @@ class Stream:
     ):  # fmt: skip
         self._sources = list(sources)
         self._epochs = list(epochs)
+        self._loss_weights = [part.loss_weight for part in parts]
+        self._weighs = any(weight != 1 for weight in self._loss_weights)
         self._unit = batch_size if whole_batches else 1
         self._part_order = PartOrder(parts, batch_size // self._unit)
 
@@ -148,7 +150,10 @@ class Stream:
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         part, index, shape = self.locate(place)
-        return {**self._sources[part].example(index), "target": shape}
+        example = {**self._sources[part].example(index), "target": shape}
+        if self._weighs:
+            example["weight"] = np.float32(example.get("weight", 1.0) * self._loss_weights[part])
+        return example
 
 
 def make_stream(

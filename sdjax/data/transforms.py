@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import ExifTags, Image
 
+from sdjax.data.conditions import CONDITIONS
 from sdjax.data.config import MAX_PIXELS
 from sdjax.data.image_files import ImageError, damaged, open_image
 
@@ -218,6 +219,22 @@ def scaled(values: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class Made:
+    """Stands in for a picture that is made of the main one when that has its final pixels.
+
+    condition: a name of `CONDITIONS`.
+    """
+
+    condition: str
+
+    def of(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the picture made of pixels, uint8 [*frames, H, W, 3]."""
+        if pixels.ndim > 3:
+            return np.stack([self.of(frame) for frame in pixels])
+        return CONDITIONS[self.condition](np.ascontiguousarray(pixels))
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepared:
     """An image as a network takes it, and the numbers about it that SDXL takes.
 
@@ -240,7 +257,7 @@ class Prepared:
 def prepare(
     image: Picture | Sequence[Picture], rng: np.random.Generator, *, height: int, width: int,
     crop: str, flip: bool, mirror: bool = False, original: tuple[int, int] | None = None,
-    images: Mapping[str, Picture | Sequence[Picture]] = _NONE,
+    images: Mapping[str, Picture | Sequence[Picture] | Made] = _NONE,
 ) -> Prepared:  # fmt: skip
     """Resize an RGB picture to cover height x width, crop it, and perhaps mirror it.
 
@@ -267,7 +284,10 @@ def prepare(
         return part[:, ::-1] if mirrored else part
 
     pixels = cut(image, "a frame")
-    others = {name: cut(other, name) for name, other in images.items()}
+    others = {
+        name: other.of(pixels) if isinstance(other, Made) else cut(other, name)
+        for name, other in images.items()
+    }
     if mirrored:
         left = size[1] - width - left  # the crop's position in the mirrored picture
     return Prepared(pixels, np.array([*(original or stored), top, left], np.int32), others)

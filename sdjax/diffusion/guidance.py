@@ -45,6 +45,8 @@ def guided(
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
     num_train_timesteps: int = 1000,
+    middle: Any = None,
+    middle_scale: float = 1.0,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return a guided fn(xt, timesteps) of denoise_fn(xt, timesteps, context).
 
@@ -55,6 +57,12 @@ def guided(
       conditional output (Lin et al. 2023, section 3.4).
     interval: guide only where interval[0] <= t/num_train_timesteps <= interval[1]
       (Kynkaanniemi et al. 2024).
+    middle: a third context, with a part of the condition; the output is then (InstructPix2Pix,
+      arXiv 2211.09800, eq. 3)
+
+          null + middle_scale * (middle - null) + scale * (cond - middle),
+
+      evaluated in one call of 3B examples [cond | middle | null].
 
     Raises ValueError where rescale or interval is out of its range.
     """
@@ -63,23 +71,22 @@ def guided(
         raise ValueError(f"guidance interval is {interval}; expected 0 <= low <= high <= 1")
     if not 0.0 <= rescale <= 1.0:
         raise ValueError(f"guidance rescale is {rescale}; expected 0 to 1")
-    if not isinstance(scale, jax.Array) and scale == 1:
+    if not isinstance(scale, jax.Array) and scale == middle_scale == 1:
         return lambda xt, t: denoise_fn(xt, t, context)
 
-    both_contexts = jax.tree.map(
-        lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape).astype(c.dtype)]),
-        context,
-        null_context,
-    )  # [2B, ...]
+    others = [null_context] if middle is None else [middle, null_context]
+    contexts, count = _together(context, others), 1 + len(others)  # [count * B, ...]
 
     def fn(xt: jax.Array, t: jax.Array) -> jax.Array:
-        out = denoise_fn(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), both_contexts)
+        out = denoise_fn(jnp.concatenate([xt] * count), jnp.concatenate([t] * count), contexts)
         # In half precision cond - null would lose most of its digits.
-        cond, null = jnp.split(out.astype(jnp.float32), 2)
+        cond, *between, null = jnp.split(out.astype(jnp.float32), count)
         level = t / num_train_timesteps
         inside = (level >= low) & (level <= high)
         inside = inside.reshape(inside.shape + (1,) * (cond.ndim - 1))  # [B, 1, 1, 1]
         combined = null + scale * (cond - null)
+        for half in between:
+            combined = null + middle_scale * (half - null) + scale * (cond - half)
         if rescale:
             axes = tuple(range(1, cond.ndim))
             ratio = cond.std(axes, keepdims=True) / combined.std(axes, keepdims=True)
@@ -87,6 +94,17 @@ def guided(
         return jnp.where(inside, combined, cond)
 
     return fn
+
+
+def _together(context: Any, others: Iterable[Any]) -> Any:
+    """Contexts after one another, each array as many times as long as the first's."""
+    return jax.tree.map(
+        lambda c, *rest: jnp.concatenate(
+            [c, *(jnp.broadcast_to(n, c.shape).astype(c.dtype) for n in rest)]
+        ),
+        context,
+        *others,
+    )
 
 
 def with_skipped_layers(

@@ -21,7 +21,7 @@ LOSSES = ("l2", "huber")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 # Constants folded into an example's key, one per draw. Callers take CALLER_STREAM and up.
-NOISE, TIMESTEP, OFFSET, PERTURBATION, CAPTION = range(5)
+NOISE, TIMESTEP, OFFSET, PERTURBATION, CAPTION, UNMASKED = range(6)
 CALLER_STREAM = 16
 # Constants folded into a step's key: one stream for the examples, one for what the batch shares.
 _EXAMPLES, _BATCH = 0, 1
@@ -52,6 +52,10 @@ class ObjectiveConfig:
     encoder_dropout: share of the captions of each text encoder that it alone gets as the null
       caption, drawn for each encoder apart; so a model with several can do without one. SD3's
       paper has 0.464 and no caption_dropout (section 5.1.1).
+    unmasked_weight: the least value of a mask of the loss; OneTrainer's default is 0.1.
+    normalize_masked_area: divide the loss of an example by the mean of its mask, so that a small
+      mask has as much of a say as a large one.
+    unmasked_probability: share of examples that train without their mask; OneTrainer's is 0.1.
 
     Raises ValueError where a field is out of its range or does not go with another.
     """
@@ -76,6 +80,9 @@ class ObjectiveConfig:
     input_perturbation: float = 0.0
     caption_dropout: float = 0.1
     encoder_dropout: float = 0.0
+    unmasked_weight: float = 0.0
+    normalize_masked_area: bool = False
+    unmasked_probability: float = 0.0
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -98,7 +105,9 @@ class ObjectiveConfig:
         for field in ("p2_gamma", "offset_noise", "input_perturbation", "timestep_min"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"objective.{field} is {getattr(self, field)}; expected 0 or more")
-        for field in ("caption_dropout", "encoder_dropout"):
+        for field in (
+            "caption_dropout", "encoder_dropout", "unmasked_weight", "unmasked_probability",
+        ):  # fmt: skip
             if not 0.0 <= getattr(self, field) <= 1.0:
                 raise ValueError(f"objective.{field} is {getattr(self, field)}; expected 0 to 1")
         if not -1.0 <= self.mode_scale <= 1.75:  # beyond, the map of u is no longer monotonic
@@ -156,9 +165,14 @@ def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(draw)(keys).reshape(x.shape)
 
 
+def caption_draws(keys: jax.Array) -> jax.Array:
+    """The number in [0, 1) that decides whether an example loses its caption, float32 [b]."""
+    return jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION))
+
+
 def dropped_captions(keys: jax.Array, rate: float) -> jax.Array:
     """Whether each example trains without its caption, bool [b], true with probability `rate`."""
-    return jax.vmap(jax.random.uniform)(fold_keys(keys, CAPTION)) < rate
+    return caption_draws(keys) < rate
 
 
 def drop_captions(
@@ -241,6 +255,23 @@ def area_mean(mask: jax.Array, factor: int) -> jax.Array:
     return mask.reshape(squares).mean(axis=(-4, -2))  # [..., H/f, W/f, 1]
 
 
+def loss_mask(keys: jax.Array, mask: jax.Array, objective: ObjectiveConfig) -> jax.Array:
+    """Return what multiplies the loss at each position, of the shape of a mask [b, ..., 1].
+
+    OneTrainer's modelSetup/mixin/ModelSetupDiffusionLossMixin.py: clamped, perhaps all ones, and
+    perhaps divided by its mean.
+    """
+    factor = jnp.maximum(mask, objective.unmasked_weight)
+    each = (-1, *[1] * (mask.ndim - 1))  # [b, 1, ..., 1]
+    if objective.unmasked_probability:
+        draws = jax.vmap(jax.random.uniform)(fold_keys(keys, UNMASKED))
+        factor = jnp.where((draws < objective.unmasked_probability).reshape(each), 1.0, factor)
+    if objective.normalize_masked_area:
+        area = factor.mean(axis=tuple(range(1, mask.ndim)), keepdims=True)
+        factor = factor / jnp.maximum(area, 1e-6)  # a mask of zeros has no loss
+    return factor
+
+
 def _noise(
     keys: jax.Array, x0: jax.Array, objective: ObjectiveConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -279,7 +310,7 @@ def denoising_loss(
         L_i = w(t_i) / (F h w c) * sum_{f,y,x,c} m_i[f,y,x] e_i[f,y,x,c].
 
     The mean is over all positions, as in kohya's sd-scripts: a mask of 15 % of ones has 15 % of the
-    loss, and one of ones changes nothing.
+    loss, and one of ones changes nothing. `loss_mask` says how the objective changes m.
 
     denoise_fn: (xt [b,*frames,h,w,c] float32, timesteps [b] float32) -> prediction of that shape.
     x0: clean latents [b,*frames,h,w,c].
@@ -304,7 +335,7 @@ def denoising_loss(
         width = huber_width(objective, t, alpha, sigma, schedule.num_train_timesteps)
     errors = pointwise_loss(out - wanted, width)
     if mask is not None:
-        errors = errors * mask
+        errors = errors * loss_mask(keys, mask, objective)
     loss = errors.mean(axis=tuple(range(1, errors.ndim)))  # [b]
     weight = weighting.loss_weight(
         objective.weighting,

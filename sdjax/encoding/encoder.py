@@ -19,6 +19,7 @@ from sdjax.data import encoded, named_images, transforms
 from sdjax.data.config import DataError
 from sdjax.data.encoded import Encoding
 from sdjax.data.sources import Source
+from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import encode_text, make_conditioner
 from sdjax.families.registry import model_of
@@ -43,8 +44,18 @@ def make_vae_encoder(config: Config, params: Mapping[str, Any], batch: int) -> C
 def make_text_encoder(
     config: Config, params: Mapping[str, Any], tokenizers: Mapping[str, Any], batch: int
 ) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
-    """Return a function n texts -> {"context": float32 [n, L, D], ...}, the family's features."""
+    """Return a function n texts -> {"context": float32 [n, L, D], ...}, the family's features.
+
+    Raises:
+        UserError: the texts may have words that the run is still to learn.
+    """
     model = model_of(config.model)
+    for name, encoder in model.text_encoders.items():
+        if tokenizers[model.family.parts[name].tokens].largest_id >= encoder.vocab_size:
+            raise UserError(
+                f"method {config.method.name!r} learns words that {name} does not have yet: their "
+                "features cannot be encoded ahead; encode the pictures alone"
+            )
     conditioner = make_conditioner(model, tokenizers, dtype=config.model.dtype)
     own = {path: params[path] for path in conditioner.networks.abstract}
     run = _on_this_host(conditioner.embed, own, batch)

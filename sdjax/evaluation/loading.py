@@ -22,6 +22,8 @@ from sdjax.errors import UserError
 from sdjax.families.family import Model
 from sdjax.formats.folders import folder_kind, read_json
 from sdjax.machine_settings import asks_for, data_of_model, of_model
+from sdjax.methods.denoise import DenoiseConfig
+from sdjax.methods.registry import METHODS
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 from sdjax.train.validation import Validator
@@ -69,10 +71,10 @@ def load(
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))
-    if not config.draws:
+    if not config.draws or METHODS[config.method.name].steers:
         raise UserError(
             f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
-            "from prompts"
+            "from prompts alone"
         )
     found = with_loras(read_any(folder, weights=weights, step=step), loras)
     return Loaded(found, folder, of_model(config), step, data_of_model(config))
@@ -140,7 +142,11 @@ def make_validate(
 
     @functools.cache
     def validator() -> Validator:
-        method = method_of_run(config, found.tokenizers)
+        kind, family = METHODS[config.method.name], found.family
+        # What a run has changed is read as part of the networks, which have a plain loss then.
+        changed = kind.changes(config.method, family)
+        own = dataclasses.replace(config, method=DenoiseConfig()) if changed else config
+        method = method_of_run(own, found.tokenizers, found)
         return Validator(config, method, found.tokenizers, mesh, split=split, count=count)
 
     def validate(params: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,7 @@ class Request:
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # changes of the own one
     guidance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `drawing_of`
     negative_prompt: str | None = None
+    embeddings: tuple[str, ...] = ()  # as --embedding names them; the model has them already
     size: tuple[int, int] | None = None
     batch_size: int = 16
     dtype: str = "float32"

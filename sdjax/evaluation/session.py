@@ -139,6 +139,7 @@ class Session:
             **drawing,
             "negative_prompt": self.negative_prompt,
             "settings": dict(self.artist.model.settings),
+            **({"embeddings": list(self.request.embeddings)} if self.request.embeddings else {}),
             "size": list(self.artist.size),
             "dtype": self.request.dtype,
         }

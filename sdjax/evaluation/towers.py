@@ -20,7 +20,7 @@ from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.inception import InceptionConfig, InceptionV3
 from sdjax.evaluation.preprocess import ClipPreprocess
-from sdjax.evaluation.torch_file import read_tensors
+from sdjax.formats.torch_file import read_tensors
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText
 from sdjax.models.clip_vision import CLIPVision, read_clip_config

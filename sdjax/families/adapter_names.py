@@ -9,6 +9,12 @@ from typing import Any
 from sdjax.families.single_file import Places, own_name
 
 KOHYA_DENOISER = "lora_unet"  # in every family: networks/lora*.py of kohya-ss/sd-scripts
+ONLY_ENCODER = "lora_te"  # of a model with one text encoder
+# Of the denoiser's keys with underscores, to read: LyCORIS outside kohya's trainer, OneTrainer.
+DENOISER_PREFIXES = (KOHYA_DENOISER, "lycoris", "lycoris_unet", "lora_transformer")
+# Before names of diffusers, and before those of the authors' code: PEFT, ComfyUI.
+DOTTED_PREFIXES = ("", "diffusion_model.")
+NATIVE_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")
 
 
 def unchanged_key(key: str) -> str:
@@ -21,7 +27,7 @@ class AdapterNames:
     """The names of a family's modules in files of adapters.
 
     prefixes: {text encoder: prefix of its keys in kohya's files}; that of a model's only encoder is
-        `lora_te`.
+        `ONLY_ENCODER`.
     places: config of the denoiser -> places of its weights under the names of its authors' code.
     native: whether kohya's files have these names; else they have those of diffusers.
     entrance: the module of the denoiser that reads latents, whose inputs a model may have added to.

@@ -51,7 +51,12 @@ def abstract_params(part: Part, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _in_order(model: Model) -> dict[str, Any]:
     """{name: config} in the family's order, whatever the order they were read in."""
-    return {name: model.networks[name] for name in model.family.parts if name in model.networks}
+    parts = model.family.parts
+    return {
+        name: part.fitted(model.networks[name], model.tokenizers.get(part.tokens))
+        for name, part in parts.items()
+        if name in model.networks
+    }
 
 
 def _maker(model: Model, name: str) -> Any:

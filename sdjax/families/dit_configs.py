@@ -14,7 +14,7 @@ from sdjax.families.single_file import Shapes
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import ConfigError
 from sdjax.models.flux.config import FluxConfig
-from sdjax.models.mmdit_config import RMS_NORM, MMDiTConfig
+from sdjax.models.mmdit.config import RMS_NORM, MMDiTConfig
 from sdjax.models.t5 import GATED, PLAIN, T5Config
 
 

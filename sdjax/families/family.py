@@ -51,6 +51,7 @@ class Part:
     tied: {another name that files have for a weight: its own}.
     surplus: (config, name of a weight in its file) -> a label for the log if the network does not
         read it, else "".
+    fitted: (config, tokenizer) -> the config of the network that reads the tokenizer's tokens.
     filled: {field: value} for fields of config.json that pipelines of the family read as numbers,
         where it would have null.
     """
@@ -66,6 +67,7 @@ class Part:
     prefix: str = ""
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     surplus: Callable[[Any, str], str] = lambda config, key: ""
+    fitted: Callable[[Any, Any], Any] = lambda config, tokenizer: config
     filled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def described(self, config: Any) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class Family:
     reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
     skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
     inpainting: what its denoisers for inpainting read; None where drawing knows none.
+    edits: whether a denoiser that reads as many more channels as latents have edits a picture.
     adapters: names of its modules in files of adapters; None if they have those of diffusers alone.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
         the family's are not everyone's.
@@ -190,6 +193,7 @@ class Family:
     reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
     skips_layers: bool = False
     inpainting: Inpainting | None = None
+    edits: bool = False
     adapters: AdapterNames | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

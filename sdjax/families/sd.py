@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names
@@ -33,6 +34,7 @@ from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
 
 CLIP_SKIP = "_sdjax_clip_skip"  # in model_index.json
+KINDS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")  # of pipelines
 SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
 
 
@@ -49,12 +51,24 @@ def clip_surplus(config: CLIPTextConfig, key: str) -> str:
     return "vision_model.*" if key.startswith("vision_model.") else ""
 
 
+def pooled_at_eos(config: CLIPTextConfig, tokenizer: Any) -> CLIPTextConfig:
+    """Return the config of an encoder that pools at the EOS of a tokenizer with added tokens.
+
+    A config with eos_token_id = 2 pools at the highest id of a caption, which is EOS only as long
+    as no token was added after it (huggingface/transformers#24650).
+    """
+    if config.eos_token_id == 2 and isinstance(tokenizer, Tokenizer):
+        if tokenizer.eos_id < tokenizer.largest_id:
+            return dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
+    return config
+
+
 PARTS = {
     "unet": Part(UNet, UNetConfig, "UNet2DConditionModel", lambda data: not takes_numbers(data)),
     "text_encoder": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", lambda data: not has_projection(data),
         tokens="tokens", tokenizer="tokenizer", prefix="text_model.",
-        surplus=clip_surplus,
+        surplus=clip_surplus, fitted=pooled_at_eos,
     ),
     "vae": Part(VAE, VAEConfig, "AutoencoderKL"),
 }  # fmt: skip
@@ -162,13 +176,20 @@ def context(
 
 def pipeline_class(model: Model) -> str:
     """Return the class of diffusers that draws with a model."""
-    return f"StableDiffusion{'Inpaint' if inpaints(model) else ''}Pipeline"
+    return f"StableDiffusion{reading(model)}Pipeline"
 
 
 def inpaints(model: Model) -> bool:
     """Whether the UNet takes latents, a mask and masked latents."""
     unet = model.networks["unet"]
     return unet.in_channels == 2 * unet.out_channels + 1
+
+
+def reading(model: Model) -> str:
+    """Return the word for the UNet's other inputs in the name of a pipeline, or ""."""
+    unet = model.networks["unet"]
+    edits = unet.in_channels == 2 * unet.out_channels
+    return "Inpaint" if inpaints(model) else "InstructPix2Pix" if edits else ""
 
 
 # Of diffusers pipeline_stable_diffusion_inpaint.py: the mask, then the rest of the picture.
@@ -184,6 +205,9 @@ def index(model: Model) -> dict[str, Any]:
     skip = model.settings.get("clip_skip", 1)
     return {
         **({CLIP_SKIP: skip} if skip != 1 else {}),
+        # The pipeline for inpainting refuses an index without a version above 0.5.1
+        # (pipeline_loading_utils.py, _maybe_raise_warning_for_inpainting).
+        **({"_diffusers_version": "0.6.0"} if inpaints(model) else {}),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
@@ -199,10 +223,12 @@ def settings_of_index(index: Mapping[str, Any]) -> dict[str, Any]:
 def scheduler_changes(pipeline: str) -> dict[str, Any]:
     """Return what a pipeline of diffusers corrects in a scheduler file that it reads.
 
-    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all of
-    them set steps_offset to 1, those that do not inpaint clip_sample to False, the one that does
-    skip_prk_steps to True.
+    The constructors in pipelines/stable_diffusion/ correct files from before diffusers 0.5: all but
+    InstructPix2Pix set steps_offset to 1, those that do not inpaint clip_sample to False, the one
+    that does skip_prk_steps to True.
     """
+    if pipeline == "StableDiffusionInstructPix2PixPipeline":
+        return {}
     if pipeline == "StableDiffusionInpaintPipeline":
         return {"steps_offset": 1, "skip_prk_steps": True}
     return {"steps_offset": 1, "clip_sample": False}
@@ -290,7 +316,7 @@ SD = Family(
     context=context,
     features=("context",),
     numbers={},
-    pipelines=tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
+    pipelines=tuple(f"StableDiffusion{kind}Pipeline" for kind in KINDS),
     pipeline_class=pipeline_class,
     index=index,
     settings_of_index=settings_of_index,
@@ -300,6 +326,7 @@ SD = Family(
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
     inpainting=INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
     ),

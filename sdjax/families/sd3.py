@@ -25,7 +25,7 @@ from sdjax.families.family import Context, Family, Features, Model, Networks, Pa
 from sdjax.families.sd3_names import sd3_places
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
 from sdjax.models.config import check
-from sdjax.models.mmdit import MMDiT, MMDiTConfig
+from sdjax.models.mmdit.network import MMDiT, MMDiTConfig
 from sdjax.models.t5 import T5Config, T5Encoder
 from sdjax.models.vae import VAEConfig
 
@@ -35,6 +35,7 @@ PARTS = {
     "text_encoder": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", has_projection,
         tokens="tokens", tokenizer="tokenizer", prefix="text_model.", surplus=sd.clip_surplus,
+        fitted=sd.pooled_at_eos,
     ),
     "text_encoder_2": sdxl.PARTS["text_encoder_2"],
     T5: Part(

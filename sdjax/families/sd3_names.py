@@ -13,7 +13,7 @@ written here.
 from __future__ import annotations
 
 from sdjax.families.single_file import Place, Places, halves_swapped
-from sdjax.models.mmdit_config import MMDiTConfig
+from sdjax.models.mmdit.config import MMDiTConfig
 
 _ENDS = {
     "pos_embed": "",  # the table of positions, whose own name is the same

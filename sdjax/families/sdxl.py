@@ -41,7 +41,7 @@ PARTS = {
     "text_encoder_2": Part(
         CLIPText, CLIPTextConfig, "clip_text_model", has_projection,
         tokens="tokens_2", tokenizer="tokenizer_2", prefix="text_model.",
-        surplus=sd.clip_surplus,
+        surplus=sd.clip_surplus, fitted=sd.pooled_at_eos,
     ),
     "vae": sd.PARTS["vae"],
 }  # fmt: skip
@@ -218,7 +218,7 @@ def _refines(model: Model) -> bool:
 
 def pipeline_class(model: Model) -> str:
     """Return the class of diffusers that draws with a model."""
-    kind = "Inpaint" if sd.inpaints(model) else "Img2Img" if _refines(model) else ""
+    kind = sd.reading(model) or ("Img2Img" if _refines(model) else "")
     return f"StableDiffusionXL{kind}Pipeline"
 
 
@@ -305,7 +305,7 @@ SDXL = Family(
     context=context,
     features=("context", "pooled"),
     numbers={"size": (4,)},
-    pipelines=tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
+    pipelines=tuple(f"StableDiffusionXL{kind}Pipeline" for kind in sd.KINDS),
     pipeline_class=pipeline_class,
     index=index,
     settings_of_index=settings_of_index,
@@ -313,6 +313,7 @@ SDXL = Family(
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
     inpainting=sd.INPAINTING,
+    edits=True,
     adapters=AdapterNames(
         {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         ldm_names.unet_places,

@@ -85,7 +85,7 @@ def _read(folder: paths.Path, components: Sequence[str], variant: str, with_weig
     for name in [name for name in family.parts if name in folders and name in components]:
         part = family.parts[name]
         try:
-            config, skipped, own = _read_network(part, folders[name], variant, with_weights)
+            config, skipped, own = read_network(part, folders[name], variant, with_weights)
         except (ConfigError, WeightsError, ModelError) as error:
             problems.append(str(error))
             continue
@@ -168,10 +168,14 @@ def _single_part(
     return family, parts
 
 
-def _read_network(
+def read_network(
     part: Part, folder: paths.Path, variant: str, with_weights: bool
 ) -> tuple[Any, list[str], dict[str, np.ndarray]]:
-    """(config, ignored fields and weights, float32 params without prefix) of a network's folder."""
+    """(config, ignored fields and weights, float32 params without prefix) of a network's folder.
+
+    Raises:
+        UserError: config or weights are missing, or are not those of such a network.
+    """
     file = folder / "config.json"
     content = read_json(file)
     if problem := quantised_config(content):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.data.text.tokenizers import KINDS
 from sdjax.families.family import Model
 from sdjax.families.single_file import Shapes, SingleFile, to_file
@@ -38,6 +39,12 @@ def write_single_file(
     """
     file = paths.to_path(file)
     _check_target(file, overwrite)
+    for tokenizer in model.tokenizers.values():
+        if isinstance(tokenizer, Tokenizer) and (words := tokenizer.added_words):
+            raise ModelError(
+                f"{file}: a single file has no tokenizer, and the model has learnt {words[0]!r}: "
+                "write a diffusers folder, or take the files in embedding/ of the run"
+            )
     layout, prefixes = _layout(file, model)
     tensors: dict[str, np.ndarray] = {}
     lines: list[str] = []

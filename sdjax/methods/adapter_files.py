@@ -109,7 +109,7 @@ def _rows(value: np.ndarray) -> np.ndarray:
 
 
 def _about(folder: paths.Path) -> dict[str, Any]:
-    """What a run says of itself in the metadata of kohya's trainer and of modelspec."""
+    """Metadata of kohya's trainer and of modelspec that say how a run was trained."""
     about = {
         "ss_output_name": folder.name,
         "ss_training_finished_at": str(datetime.now(UTC).timestamp()),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.diffusion.guidance import SkipLayers
 from sdjax.diffusion.losses import (
     CALLER_STREAM,
     ObjectiveConfig,
@@ -23,15 +22,16 @@ from sdjax.diffusion.prediction import add_noise, target
 from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.conditioning import Conditioner, encode_text, make_conditioner
-from sdjax.families.family import Context, Networks
-from sdjax.methods.fields import number_fields, picture_fields, weight_field
+from sdjax.families.conditioning import Conditioner, make_conditioner
+from sdjax.families.family import Context, Model, Networks
+from sdjax.methods.drawings import caption_pictures
+from sdjax.methods.fields import Fields, number_fields, picture_fields, weight_field
+from sdjax.methods.inputs import Inputs
 from sdjax.methods.method import (
     Aux,
     Averages,
     Batch,
     Draw,
-    Examples,
     Kind,
     Method,
     MethodConfig,
@@ -41,8 +41,8 @@ from sdjax.methods.method import (
 )
 from sdjax.models import capture
 from sdjax.models.params import Params, component
+from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import sample_moments, scale_latents
-from sdjax.sampling.generate import Drawing, draw, latent_shape, make_generator
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
 LATENTS, DROPOUT, STRATA = CALLER_STREAM, CALLER_STREAM + 1, CALLER_STREAM + 2
@@ -57,14 +57,57 @@ class DenoiseConfig(MethodConfig):
     name: str = "denoise"
 
 
+class Denoiser(Protocol):
+    """Predicts from noisy latents: the network that denoises, and what works beside it."""
+
+    def __call__(
+        self, xt: jax.Array, t: jax.Array, context: Context, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the prediction, of the shape of xt [b, *frames, h, w, c], for timesteps t [b].
+
+        Args:
+            key: of dropout; None switches it off.
+        """
+
+
+class MakeDenoiser(Protocol):
+    """Gives the denoiser of a batch."""
+
+    def __call__(self, every: Params, batch: Batch) -> Denoiser:
+        """Return the denoiser that has these parameters of every network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """The network whose activations are measured, and the fields of a batch that it reads as well.
+
+    name: of the network, which is called as the denoiser is.
+    fields: given to it after the context.
+    """
+
+    name: str
+    fields: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentDiffusion:
-    """The losses of a model. Parameters are those of all its networks together."""
+    """The losses of a model. Parameters are those of all its networks together.
+
+    model: the one of the setup, or that with further networks.
+    make_denoiser: see `MakeDenoiser`; watched: see `Watched`.
+    inputs: what the denoiser reads beside the noisy latents; None for nothing.
+    mask: the picture of a batch that multiplies the loss, if the batch has it.
+    """
 
     setup: Setup
+    model: Model
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    make_denoiser: MakeDenoiser
+    watched: Watched
+    inputs: Inputs | None = None
+    mask: str = MASK
 
     def loss(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
@@ -73,15 +116,16 @@ class LatentDiffusion:
         every = {**frozen, **trained}
         key, keys, positions, batch_size = draw
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
-        denoiser = self._denoiser(every)
-        x0 = self._latents(every, batch, keys)
+        beside = self.beside(every, batch, keys)
+        if self.inputs is not None:
+            beside = self.inputs.drop(beside, keys)
+        denoiser = self.denoiser(every, batch, beside)
+        x0 = self.latents(every, batch, keys)
         objective = self.setup.objective
         captions = self.conditioner.drop(
             every, batch, keys, objective.caption_dropout, encoder_rate=objective.encoder_dropout
         )
-        context = self._context(
-            every, {**batch, **captions}, x0, key=jax.random.fold_in(dropout, 0)
-        )
+        context = self.context(every, {**batch, **captions}, x0, key=jax.random.fold_in(dropout, 0))
         return denoising_loss(
             lambda xt, t: denoiser(xt, t, context, key=jax.random.fold_in(dropout, 1)),
             jax.lax.stop_gradient(x0),
@@ -98,9 +142,9 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> jax.Array:
         """Losses [b, n] at n timesteps, of the plain objective; see `Method.validate`."""
-        denoiser = self._denoiser(every)
-        x0 = self._latents(every, batch, keys)
-        context = self._context(every, self._captions(every, batch, keys), x0)
+        denoiser = self.denoiser(every, batch, self.beside(every, batch, keys))
+        x0 = self.latents(every, batch, keys)
+        context = self.context(every, self.captions(every, batch, keys), x0)
         plain, mask = plain_objective(self.setup.objective), self._mask(batch)
 
         def at(stratum):
@@ -124,9 +168,9 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """Return the error of the output as each type of prediction; see `Method.predictions`."""
-        denoiser = self._denoiser(every)
-        x0 = self._latents(every, batch, keys)
-        context = self._context(every, self._captions(every, batch, keys), x0)
+        denoiser = self.denoiser(every, batch, self.beside(every, batch, keys))
+        x0 = self.latents(every, batch, keys)
+        context = self.context(every, self.captions(every, batch, keys), x0)
 
         def at(stratum):
             number, t = stratum
@@ -146,20 +190,41 @@ class LatentDiffusion:
         self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
     ) -> dict[str, jax.Array]:
         """{path: scalar}, see `sdjax.models.capture.maxima`; example i at timestep i modulo n."""
-        model = self.setup.model
-        name = model.family.denoiser
-        plain = bind(model, (name,), dtype=self.setup.dtype)  # rematerialised blocks show nothing
-        x0 = self._latents(every, batch, keys)
+        name, fields = self.watched.name, self.watched.fields
+        # Rematerialised blocks show nothing.
+        plain = bind(self.model, (name,), dtype=self.setup.dtype)
+        x0 = self.latents(every, batch, keys)
         t = jnp.asarray(np.resize(timesteps, len(x0)))
         eps = normal_like(fold_keys(keys, STRATA), x0)
         xt = add_noise(x0, eps, *schedule_at(self.schedule, t))
-        context = self._context(every, self._captions(every, batch, keys), x0)
-        return capture.maxima(plain.graphs[name], component(every, name), xt, t, context)
+        context = self.context(every, self.captions(every, batch, keys), x0)
+        if self.inputs is not None:
+            xt = jnp.concatenate([xt, self.beside(every, batch, keys)], axis=-1)
+        more = [batch[field] for field in fields]
+        own = component(every, name)
+        return capture.maxima(plain.graphs[name], own, xt, t, context, *more)
 
-    def _denoiser(self, every: Params):
-        return self.networks.module(self.setup.model.family.denoiser, every)
+    def denoiser(self, every: Params, batch: Batch, beside: jax.Array | None = None) -> Denoiser:
+        """Return the denoiser of a batch, with the channels beside xt."""
+        denoiser = self.make_denoiser(every, batch)
+        if beside is None:
+            return denoiser
 
-    def _latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        def denoise(
+            xt: jax.Array, t: jax.Array, context: Context, *, key: jax.Array | None = None
+        ) -> jax.Array:
+            return denoiser(jnp.concatenate([xt, beside], axis=-1), t, context, key=key)
+
+        return denoise
+
+    def beside(self, every: Params, batch: Batch, keys: jax.Array) -> Any:
+        """The channels of `inputs`, [b, h, w, K]; None for none."""
+        if self.inputs is None:
+            return None
+        return jax.lax.stop_gradient(self.inputs.make(self.networks, every, batch, keys))
+
+    def latents(self, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """Latents [b, *frames, h, w, c] of the main pictures, or of their moments."""
         vae_config = self.setup.model.vae
         vae = self.networks.module("vae", every)
         moments = vae.encode(batch["image"]) if "image" in batch else batch["moments"]
@@ -168,9 +233,11 @@ class LatentDiffusion:
 
     def _mask(self, batch: Batch) -> jax.Array | None:
         """The mask on the grid of the latents, [b, h, w, 1]; None if the batch has none."""
-        return area_mean(batch[MASK], self.setup.model.vae.downscale) if MASK in batch else None
+        if self.mask not in batch:
+            return None
+        return area_mean(batch[self.mask], self.setup.model.vae.downscale)
 
-    def _context(
+    def context(
         self, every: Params, batch: Batch, x0: jax.Array, key: jax.Array | None = None
     ) -> Context:
         """For pictures of the latents x0 [b, *frames, h, w, c]."""
@@ -178,7 +245,7 @@ class LatentDiffusion:
         target = x0.shape[-3] * factor, x0.shape[-2] * factor
         return self.conditioner(every, batch, target=target, key=key)
 
-    def _captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
+    def captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
         """As they are, but for a model that has never seen one."""
         if self.setup.objective.caption_dropout < 1.0:
             return batch
@@ -195,18 +262,45 @@ class LatentDiffusion:
 def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
     """The same prediction, judged by its plain mean squared error."""
     return dataclasses.replace(
-        objective, weighting="uniform", loss="l2", offset_noise=0.0, input_perturbation=0.0
+        objective,
+        weighting="uniform",
+        loss="l2",
+        offset_noise=0.0,
+        input_perturbation=0.0,
+        unmasked_probability=0.0,
     )
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the networks of a model; see `LatentDiffusion`.
+    """Bind the method to the networks of a model; see `latent_diffusion`."""
+    return bound(
+        latent_diffusion(setup),
+        images=picture_fields(setup, optional={MASK: "mask"}),
+        pictures=caption_pictures(setup),
+    )
+
+
+def latent_diffusion(
+    setup: Setup,
+    model: Model | None = None,
+    *,
+    denoiser: Callable[[Networks], MakeDenoiser] | None = None,
+    watched: Watched | None = None,
+    inputs: Inputs | None = None,
+    mask: str = MASK,
+) -> LatentDiffusion:
+    """Return the losses of a model; see `LatentDiffusion` for `inputs` and `mask`.
+
+    Args:
+        model: the one of the setup, or that with further networks.
+        denoiser: networks -> see `MakeDenoiser`; by default the family's alone.
+        watched: by default the denoiser.
 
     Raises:
-        UserError: the networks do not belong together, or the denoiser takes more than latents.
+        UserError: the networks do not belong together, or the denoiser takes other channels.
     """
-    model, data = setup.model, setup.data
-    _check_channels(setup)
+    model, data = model or setup.model, setup.data
+    _check_channels(setup, inputs.count if inputs else 0)
     if data.text_embeddings and setup.objective.encoder_dropout:
         raise UserError(
             f"objective.encoder_dropout is {setup.objective.encoder_dropout} with "
@@ -215,19 +309,54 @@ def make(setup: Setup) -> Method:
     conditioner = make_conditioner(model, model.tokenizers, dtype=setup.dtype, remat=setup.remat)
     networks = bind(model, dtype=setup.dtype, remat=setup.remat)
     assert model.schedule is not None
-    diffusion = LatentDiffusion(setup, networks, conditioner, make_schedule(model.schedule))
-    example = picture_fields(setup, optional={MASK: "mask"})
+    return LatentDiffusion(
+        setup=setup,
+        model=model,
+        networks=networks,
+        conditioner=conditioner,
+        schedule=make_schedule(model.schedule),
+        make_denoiser=(denoiser or alone)(networks),
+        watched=watched or Watched(model.family.denoiser),
+        inputs=inputs,
+        mask=mask,
+    )
+
+
+def alone(networks: Networks) -> MakeDenoiser:
+    """Return what gives the family's denoiser, as it is."""
+    return lambda every, batch: networks.module(networks.family.denoiser, every)
+
+
+def bound(
+    diffusion: LatentDiffusion,
+    *,
+    images: Fields,
+    pictures: Pictures,
+    gallery: bool = False,
+    trains: Callable[[str], bool] | None = None,
+) -> Method:
+    """Return the method that trains a denoiser by a loss.
+
+    Args:
+        images: the fields of one example's pictures, see `picture_fields`.
+        pictures, gallery: see `Method.pictures` and `Method.reads_pictures`.
+        trains: see `Phase`; by default the denoiser and the text encoders.
+    """
+    setup, networks = diffusion.setup, diffusion.networks
+    model, data = setup.model, setup.data
+    example = dict(images)
     if data.text_embeddings:
-        example |= conditioner.embedding()
+        example |= diffusion.conditioner.embedding()
     else:
-        for field, tokens in conditioner.null.items():
+        for field, tokens in diffusion.conditioner.null.items():
             example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
     example |= weight_field(data) | number_fields(model.family.numbers)
-    trained = (model.family.denoiser, *model.text_encoders)
+    networks_trained = (model.family.denoiser, *model.text_encoders)
+    trains = trains or (lambda path: path.split(".")[0] in networks_trained)
     return Method(
         abstract=networks.abstract,
         init=networks.init,
-        phases=(Phase("main", diffusion.loss, lambda path: path.split(".")[0] in trained),),
+        phases=(Phase("main", diffusion.loss, trains),),
         example=example,
         validate=diffusion.validate,
         maxima=diffusion.maxima,
@@ -235,62 +364,31 @@ def make(setup: Setup) -> Method:
             diffusion.predictions if setup.objective.prediction_type in CONFUSED else None
         ),
         timesteps=diffusion.timesteps,
-        pictures=_pictures(setup),
+        pictures=pictures,
+        reads_pictures=gallery,
         dtypes=networks.dtypes,
         numbers=model.family.numbers,
     )
 
 
-def _check_channels(setup: Setup) -> None:
+def _check_channels(setup: Setup, added: int) -> None:
+    """Check that the denoiser reads latents and `added` channels."""
     model = setup.model
     channels = model.family.latent_channels(model.denoiser)
-    if channels == model.vae.latent_channels:
+    latent = model.vae.latent_channels
+    if channels == latent + added:
         return
     hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
-    name = model.family.denoiser
+    name, method = model.family.denoiser, setup.config.name
+    others = {2 * latent + 1: "inpaint", 2 * latent: "edit"}
+    if not added and channels in others and isinstance(model.denoiser, UNetConfig):
+        hint = f"; method.name={others[channels]} trains networks of so many"
+    wanted = f"{latent} + {added}" if added else f"{latent}"
     raise UserError(
-        f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} of latents, and "
-        f"model.vae.latent_channels is {model.vae.latent_channels}: training takes as many (an "
-        f"inpainting UNet of 9 can be drawn from and converted, not trained){hint}"
+        f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} channels of "
+        f"latents and what is beside them, and model.vae.latent_channels is {latent}: method "
+        f"{method!r} takes {wanted}{hint}"
     )
-
-
-def _pictures(setup: Setup) -> Pictures:
-    """Drawing of captions, as `config.sample` says."""
-    sample, model, side = setup.sample, setup.model, setup.data.resolution
-
-    @functools.cache
-    def generator(guided: bool):
-        guidance = sample.guidance if guided else 1.0
-        drawing = Drawing(
-            sample.sampler,
-            guidance,
-            sample.guidance_rescale,
-            embedded_guidance=sample.embedded_guidance,
-            skip=sample.skip if guided else SkipLayers(),
-        )
-        return make_generator(model, drawing, dtype=setup.dtype)
-
-    generator(True)  # a sampler that does not fit is an error now
-    shape = latent_shape(model, side, side)
-    tokens = encode_text(model.tokenizers, [sample.negative_prompt])
-    negative = {field: rows[0] for field, rows in tokens.items()}
-
-    def pictures(
-        params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
-    ) -> np.ndarray:
-        images, _ = draw(
-            generator(guided),
-            params,
-            examples.tokens,
-            negative,
-            shape=shape,
-            seed=seed,
-            batch_size=64,
-        )
-        return images
-
-    return pictures
 
 
 DENOISE = Kind(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.data import named_images, numbers
-from sdjax.data.config import DataConfig, is_encoded
+from sdjax.data.config import DataConfig, is_encoded, is_weighted
 from sdjax.errors import UserError
 from sdjax.methods.method import Setup
 
@@ -84,4 +84,4 @@ def number_fields(shapes: numbers.Shapes) -> Fields:
 
 def weight_field(data: DataConfig) -> Fields:
     """Return the field of one example's weight, if it has any."""
-    return {"weight": jax.ShapeDtypeStruct((), jnp.float32)} if data.weight_key else {}
+    return {"weight": jax.ShapeDtypeStruct((), jnp.float32)} if is_weighted(data) else {}

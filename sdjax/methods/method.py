@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
 from sdjax.system import paths
+
+if TYPE_CHECKING:  # a step needs no tokenizer
+    from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Batch = Mapping[str, jax.Array]
 Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
@@ -98,7 +101,7 @@ class Export(Protocol):
 
     def __call__(
         self, model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path | str]:
+    ) -> Mapping[str, paths.Path | str]:
         """Write into a workdir; return {label for the last screen: file, folder, or a remark}.
 
         Args:
@@ -114,6 +117,8 @@ class Examples:
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
     tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+    # {name: [N, H, W, C] float32} of data.images, as batches have them
+    named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,10 +160,13 @@ class Method:
         if it is taken for that}, of "epsilon" and "v_prediction"; None where it is neither.
     timesteps: n -> the middles of n equal parts of the range that is trained, float32 [n].
     pictures: see `Pictures`.
+    reads_pictures: whether `pictures` takes those of the examples, where prompts are given too.
     adjust: see `Adjust`; None where nothing follows from the trained weights.
     export: see `Export`; None writes DIR/diffusers of all networks.
     start: {path: array} of what was loaded -> {path: float32 array} of what follows from it, such
         as the copy of a network; called once, at the start of a run.
+    copies: {name: network} of what `start` copies whole and nothing trains; a workdir refers to the
+        network as it was loaded instead of keeping the copy.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -171,10 +179,12 @@ class Method:
     maxima: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None
     timesteps: Callable[[int], np.ndarray]
     pictures: Pictures
+    reads_pictures: bool = False
     numbers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     adjust: Adjust | None = None
     export: Export | None = None
     start: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda loaded: {}
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )
@@ -228,8 +238,15 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
+    beside: channels of latents -> how many more the denoiser reads; networks that read latents
+        alone are widened when they are loaded.
+    sample: options that `sdjax.sample` needs besides prompts, for the last screen.
+    steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
+        steers another model; empty where --model takes it.
     changes: (its group, the family) -> `Model.changes` of a run.
     folded: a run's model with its parameters -> the same one without changes, as others read it.
+    tokenizers: (its group, {field: tokenizer}) -> those that the run reads captions with.
+    data: (its group, data) -> the data as the method reads them.
     """
 
     config: type
@@ -237,5 +254,12 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
+    beside: Callable[[int], int] = lambda latent: 0
+    sample: str = ""
+    steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()
     folded: Callable[[Model], Model] = lambda model: model
+    tokenizers: Callable[[Any, Mapping[str, TextTokenizer]], Mapping[str, TextTokenizer]] = (
+        lambda config, tokenizers: tokenizers
+    )
+    data: Callable[[Any, DataConfig], DataConfig] = lambda config, data: data

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
+from sdjax.methods.dpo import DPO
+from sdjax.methods.edit import EDIT
+from sdjax.methods.embedding import EMBEDDING
+from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
 
 METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
     "autoencoder": AUTOENCODER,
+    "inpaint": INPAINT,
+    "edit": EDIT,
+    "dpo": DPO,
     "adapters": ADAPTERS,
+    "control": CONTROL,
+    "embedding": EMBEDDING,
 }

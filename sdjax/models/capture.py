@@ -177,6 +177,7 @@ def maxima(
     xt: Array,
     timesteps: Array,
     context: Any,
+    *more: Array,
 ) -> dict[str, Array]:
     """The largest activations and attention logits of a denoiser. Jittable.
 
@@ -187,11 +188,12 @@ def maxima(
         graph: the graph of `weights.abstract(UNet, config, dtype=...)`, without remat.
         params: {path: array} of the denoiser alone.
         xt, timesteps, context: see its `__call__`.
+        more: what the network takes after them.
 
     Returns:
         {path: float32 scalar}, see `capturing`.
     """
     network = weights.merge(graph, params)
     with capturing(network, maxima=True) as found:
-        network(xt, timesteps, context)
+        network(xt, timesteps, context, *more)
     return found.take()

@@ -73,7 +73,8 @@ class CLIPTextConfig:
     hidden_act: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP; the exact one).
     num_hidden_layers: SD2 takes the last but one of OpenCLIP-H's 24 layers: 23 here.
     eos_token_id: the token whose state `pooled` returns. 2 means the highest id of the caption, the
-      convention of checkpoints with a wrong id in their config.
+      convention of checkpoints with a wrong id in their config; where a tokenizer has added tokens,
+      whose ids are higher, `bind` puts its EOS in this place.
     projection_dim: width of the pooled caption, for a `CLIPTextModelWithProjection`; None for a
       `CLIPTextModel`, whose files have this field although they lack the projection.
     bos_token_id, pad_token_id: for readers of the written file; the network does not use them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -30,7 +30,7 @@ from sdjax.models.layers import (
 from sdjax.models.placement import activation
 from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
 
-__all__ = ["UNet", "UNetConfig"]
+__all__ = ["Descent", "Residuals", "UNet", "UNetConfig"]
 
 
 class Stage(nnx.Module):
@@ -175,43 +175,37 @@ class UpStage(Stage):
         return x if self.upsamplers is None else self.upsamplers[0](x, size)
 
 
-class UNet(nnx.Module):
-    """Predicts what the objective asks for from noisy latents, timesteps and a text context.
+class Residuals(NamedTuple):
+    """The additions of another network to maps of a UNet, [B, h, w, C].
 
-    Starts as LDM does (openaimodel.py): the last convolution of each residual block, of each
-    transformer and of the network at zero.
+    Height and width may be 1, for the same addition everywhere.
 
-    Args:
-        config: the shape.
-        dtype: of matrix products, convolutions and activations.
-        param_dtype: of the parameters.
-        remat: see `layers.rematerialised`.
-        rngs: draws the parameters; not kept.
+    down: one for each map that the way up reads, the first being that of `conv_in`.
+    mid: for the output of the middle.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: str = "none",
-        rngs: nnx.Rngs,
-    ):
+    down: tuple[Array, ...]
+    mid: Array
+
+
+class Descent(nnx.Module):
+    """The way down of a UNet and its middle, which a ControlNet has as well.
+
+    Args: see `UNet`; kw has `dtype`, `param_dtype` and `rngs`.
+    """
+
+    def __init__(self, config: UNetConfig, *, remat: str, **kw: Any):
         check_remat(remat)
-        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         widths = config.block_out_channels
-        levels = range(len(widths))
         self.conv_in = conv(config.in_channels, widths[0], **kw)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kw)
         added = config.projection_class_embeddings_input_dim
         self.add_embedding = TimestepEmbedding(added, 4 * widths[0], **kw) if added else None
-        self.down_blocks = nnx.List(DownStage(config, i, remat=remat, **kw) for i in levels)
+        self.down_blocks = nnx.List(
+            DownStage(config, i, remat=remat, **kw) for i in range(len(widths))
+        )
         self.mid_block = MidStage(config, remat=remat, **kw)
-        self.up_blocks = nnx.List(UpStage(config, i, remat=remat, **kw) for i in reversed(levels))
-        self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, eps=config.norm_eps, **kw)
-        self.conv_out = conv(widths[0], config.out_channels, zero=True, **kw)
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat = config, kw["dtype"], remat
 
     def embed(self, timesteps: Array, added: Mapping[str, Array] | None = None) -> Array:
         """Conditioning of every residual block, [B, 4 C].
@@ -244,6 +238,65 @@ class UNet(nnx.Module):
             freq_shift=config.freq_shift,
         )
 
+    def descend(
+        self, x: Array, temb: Array, context: Array, key: Array | None
+    ) -> tuple[Array, list[Array]]:
+        """Return the output of the middle and the maps that the way up reads.
+
+        Args:
+            x: the output of `conv_in`, [B, H, W, C].
+            temb: see `embed`.
+            context: text features [B, L, D].
+        """
+        skips = [x]
+        for i, down in enumerate(self.down_blocks):
+            run = rematerialised(down, self.remat, level="stage")
+            x, new = run(x, temb, context, fold_key(key, i))
+            skips += new
+        run = rematerialised(self.mid_block, self.remat, level="stage")
+        return run(x, temb, context, fold_key(key, len(self.down_blocks))), skips
+
+    def conditioning(
+        self, timesteps: Array, context: Array | Mapping[str, Array]
+    ) -> tuple[Array, Array]:
+        """Return the embedding of `embed` and the text features; see `UNet.__call__`."""
+        added = context if isinstance(context, Mapping) else None
+        temb = self.embed(timesteps, added)
+        context = context["context"] if isinstance(context, Mapping) else context
+        return temb, activation(context.astype(self.dtype))
+
+
+class UNet(Descent):
+    """Predicts what the objective asks for from noisy latents, timesteps and a text context.
+
+    Starts as LDM does (openaimodel.py): the last convolution of each residual block, of each
+    transformer and of the network at zero.
+
+    Args:
+        config: the shape.
+        dtype: of matrix products, convolutions and activations.
+        param_dtype: of the parameters.
+        remat: see `layers.rematerialised`.
+        rngs: draws the parameters; not kept.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(config, remat=remat, **kw)
+        widths = config.block_out_channels
+        levels = reversed(range(len(widths)))
+        self.up_blocks = nnx.List(UpStage(config, i, remat=remat, **kw) for i in levels)
+        self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, eps=config.norm_eps, **kw)
+        self.conv_out = conv(widths[0], config.out_channels, zero=True, **kw)
+
     def __call__(
         self,
         xt: Array,
@@ -251,6 +304,7 @@ class UNet(nnx.Module):
         context: Array | Mapping[str, Array],
         *,
         key: Array | None = None,
+        residuals: Residuals | None = None,
     ) -> Array:
         """Runs the network.
 
@@ -260,23 +314,21 @@ class UNet(nnx.Module):
             context: text features [B, L, cross_attention_dim]; for "text_time" (SDXL) a mapping of
                 "context", these features, "pooled" [B, P] and "numbers" [B, N].
             key: dropout key, None for no dropout. Fold the training step into it.
+            residuals: what a ControlNet adds.
 
         Returns:
             [B, H, W, out_channels] in float32.
         """
-        added = context if isinstance(context, Mapping) else None
-        temb = self.embed(timesteps, added)
-        context = context["context"] if isinstance(context, Mapping) else context
-        context = activation(context.astype(self.dtype))
+        temb, context = self.conditioning(timesteps, context)
         x = activation(self.conv_in(xt.astype(self.dtype)))
-        skips = [x]
-        for i, down in enumerate(self.down_blocks):
-            run = rematerialised(down, self.remat, level="stage")
-            x, new = run(x, temb, context, fold_key(key, i))
-            skips += new
+        x, skips = self.descend(x, temb, context, key)
+        if residuals is not None:
+            skips = [
+                skip + more.astype(self.dtype)
+                for skip, more in zip(skips, residuals.down, strict=True)
+            ]
+            x = x + residuals.mid.astype(self.dtype)
         levels = len(self.down_blocks)
-        run = rematerialised(self.mid_block, self.remat, level="stage")
-        x = run(x, temb, context, fold_key(key, levels))
         for i, up in enumerate(self.up_blocks):
             used = tuple(skips.pop() for _ in up.resnets)
             # The size of the next level, which is not the double where that one is odd.

@@ -14,7 +14,7 @@ UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 # Fields of diffusers' UNet2DConditionModel that are not implemented, each with the values under
 # which it does nothing (unet_2d_condition.py).
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
@@ -44,7 +44,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 # Heads of an added embedding of a kind ("text") that this network does not have.
-_IGNORED = frozenset({"addition_embed_type_num_heads"})
+IGNORED = frozenset({"addition_embed_type_num_heads"})
 # Far beyond any network there is: the largest has 4 levels, widths to 2,048, 70 transformers.
 _MOST_LEVELS, _MOST_BLOCKS = 10, 500
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -192,8 +192,8 @@ class UNetConfig:
             cls,
             data,
             where=where,
-            ignored=_IGNORED,
-            neutral=_NEUTRAL,
+            ignored=IGNORED,
+            neutral=NEUTRAL,
             absent={"cross_attention_dim": 1280},
             null={"sample_size": 64, "upcast_attention": False},
         )

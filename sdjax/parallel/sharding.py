@@ -28,7 +28,7 @@ from sdjax.parallel.mesh import MeshConfig, count_slices
 # Below this many elements splitting costs more in latency than it saves in memory.
 MIN_FSDP_SIZE = 2**14
 
-EMBEDDINGS = r"(^|\.)embedding$"
+EMBEDDINGS = r"(^|\.)(embedding|token_embedding\.rows)$"
 # Tables that are read by rows, and the first axis that may be split, stacked blocks aside. A
 # look-up in a table that is split by rows would add up whole batches over all devices.
 TABLES = ((EMBEDDINGS, 1), (r"(^|\.)pos_embed\.pos_embed$", 2))

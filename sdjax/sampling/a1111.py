@@ -143,8 +143,8 @@ def split_chunks(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Chunk]:
             elif len(tokens) == size and last_comma >= 0 and size - last_comma <= COMMA_REACH:
                 close(last_comma + 1)
                 last_comma = -1
-            if len(tokens) == size:
-                close(size)
+            if len(tokens) + tokenizer.length_of_word(token) > size:  # a learnt word stays whole
+                close(len(tokens))
                 last_comma = -1
             tokens.append(token)
             weights.append(piece.weight)

@@ -22,7 +22,8 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
-from sdjax.sampling.start import Picture, with_channels
+from sdjax.sampling.control import Control, Controls, bind_controls
+from sdjax.sampling.start import EDIT, Picture, reads_picture, with_channels
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -31,6 +32,7 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 class Drawing:
     """How to draw: the sampler and its guidance.
 
+    image_guidance: towards the picture, of models that edit one.
     embedded_guidance: what a denoiser reads that has learned how guided pictures look.
     skip: of denoisers that can leave blocks out.
     window: the steps first <= i < last to take alone; None for all.
@@ -42,6 +44,7 @@ class Drawing:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     embedded_guidance: float = 3.5
+    image_guidance: float = 1.5
     skip: SkipLayers = SkipLayers()
     window: tuple[int, int] | None = None
     hands_over: bool = False
@@ -73,6 +76,7 @@ class Member:
     networks: Networks
     conditioner: Conditioner
     schedule: Schedule
+    controls: Controls
 
     def denoise(
         self,
@@ -89,19 +93,25 @@ class Member:
         prompts = {GUIDANCE: jnp.full(batch, self.drawing.embedded_guidance), **prompts}
         other = {**prompts, **negative}
         context = self.conditioner(params, prompts, target=target)
-        reads, beside = with_channels(network, self.model.family, picture)
-        function = _guided(
-            self.drawing,
-            self.schedule,
-            reads,
-            beside(context),
-            beside(self.conditioner(params, other, target=target, negative=True)),
-            size=tuple(size),
-        )
+        away = self.conditioner(params, other, target=target, negative=True)
+        reads: Any
+        if self.controls.each:
+            timesteps = self.drawing.plan(self.schedule, size).timesteps
+            reads, put = self.controls.beside(network, params, picture, timesteps)
+            contexts = [put(context, False), put(away, True)]
+        else:
+            reads, beside = with_channels(network, self.model.family, picture)
+            contexts = [beside(context), beside(away)]
+        if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
+            blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
+            contexts.append(with_channels(network, self.model.family, blank)[1](away))
+        function = _guided(self.drawing, self.schedule, reads, contexts, size=tuple(size))
         return Denoising(function, network, _length(context))
 
 
-def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
+def make_member(
+    model: Model, drawing: Drawing, dtype: str, controls: Sequence[Control] = ()
+) -> Member:
     """Return a model to draw with.
 
     Raises:
@@ -115,6 +125,7 @@ def make_member(model: Model, drawing: Drawing, dtype: str) -> Member:
         bind(model, (model.family.denoiser,), dtype=dtype),
         make_conditioner(model, model.tokenizers, dtype=dtype),
         make_schedule(model.schedule),
+        bind_controls(model, controls, dtype),
     )
 
 
@@ -154,16 +165,22 @@ def _guided(
     drawing: Drawing,
     schedule: Schedule,
     denoiser: Any,
-    context: Context,
-    negative: Context,
+    contexts: Sequence[Any],
     *,
     size: tuple[int, ...],
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return (xt, t) -> the guided prediction, for latents of height and width `size`."""
+    """Return (xt, t) -> the guided prediction, for latents of height and width `size`.
+
+    Args:
+        contexts: with the prompt; perhaps with a part of that; with nothing.
+    """
+    context, *middle, null = contexts
     denoise = guided(
         lambda xt, t, context: denoiser(xt, t, context),
         context,
-        negative,
+        null,
+        middle=middle[0] if middle else None,
+        middle_scale=drawing.image_guidance if middle else 1.0,
         scale=drawing.guidance,
         rescale=drawing.guidance_rescale,
         interval=drawing.guidance_interval,

@@ -18,13 +18,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sdjax.data.numbers import of_geometry
-from sdjax.data.pictures import METADATA, Folder, open_folder
+from sdjax.data.pictures import Folder, open_folder
 from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text
 from sdjax.families.family import Model
 from sdjax.parallel.sharding import placed, state_shardings
 from sdjax.sampling.generate import Drawing, Generate, draw, latent_shape, make_generator
 from sdjax.sampling.grids import save_png
+from sdjax.sampling.inputs import write_metadata
+from sdjax.sampling.start import reads_picture
 from sdjax.system import paths, progress
 
 SETTINGS = "settings.json"
@@ -108,6 +110,11 @@ def make_artist(
         raise UserError(
             f"the model has {', '.join(model.networks) or 'no network'} only; drawing takes "
             f"{', '.join(missing)} too"
+        )
+    if reads_picture(model):
+        raise UserError(
+            f"the {model.family.denoiser} reads pictures, but prompts alone are drawn here; draw "
+            "by sdjax.sample with --init_image, or take a model that reads prompts alone"
         )
     size = size or model.native_size
     negative = encode_text(model.tokenizers, [negative_prompt])
@@ -210,8 +217,8 @@ def _begin(folder: paths.Path, settings: Mapping[str, Any]) -> None:
 
 
 def _write_metadata(folder: paths.Path, prompts: Prompts, count: int) -> None:
-    rows = ({"file_name": file_name(i), "text": prompts.text(i)} for i in range(count))
-    paths.write_text(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows))
+    numbers = range(count)
+    write_metadata(folder, [file_name(i) for i in numbers], [prompts.text(i) for i in numbers])
 
 
 def _missing(folder: paths.Path, count: int, batch_size: int) -> list[int]:

@@ -141,9 +141,19 @@ def words_of(prompt: str, tokenizer: TextTokenizer) -> list[Word]:
     """The words of a prompt that is cut to the context length, without punctuation around them.
 
     BPE never crosses a space, so each word has the tokens that it has alone.
+
+    Raises:
+        UserError: a learnt word has a space.
     """
     chunks = prompt.split()
-    cores = [chunk.strip(PUNCTUATION) for chunk in chunks]
+    learnt = getattr(tokenizer, "added_words", ())
+    for word in learnt:
+        if " " in word and word.lower() in prompt.lower():
+            raise UserError(
+                f"--explain reads words at spaces, and the learnt word {word!r} has one: give it "
+                "another name, as --embedding=FILE:WORD"
+            )
+    cores = [_core(chunk, learnt) for chunk in chunks]
     pieces = [
         chunk.partition(core) if core else ("", "", chunk)
         for chunk, core in zip(chunks, cores, strict=True)
@@ -168,6 +178,15 @@ def words_of(prompt: str, tokenizer: TextTokenizer) -> list[Word]:
         if core and first < last:
             words.append(Word(text, first, last))
     return words
+
+
+def _core(chunk: str, learnt: Sequence[str]) -> str:
+    """The learnt word in a text without spaces, or else the text without punctuation around it."""
+    for word in learnt:
+        at = chunk.lower().find(word.lower())
+        if at >= 0:
+            return chunk[at : at + len(word)]
+    return chunk.strip(PUNCTUATION)
 
 
 def check_words(prompts: Sequence[str], tokenizers: Sequence[TextTokenizer]) -> list[list[Word]]:

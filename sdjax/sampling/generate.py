@@ -22,6 +22,7 @@ from sdjax.models import capture
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
+from sdjax.sampling.control import Control
 from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
 from sdjax.sampling.start import Picture, constraint, initial_state
@@ -39,9 +40,10 @@ def drawing_of(own: SampleConfig, sampler: SamplerConfig, changes: Mapping[str, 
     """Return a drawing as `own` has it, but for the changes.
 
     Args:
-        changes: "guidance", "guidance_rescale", "embedded_guidance", "skip_layers", "skip_scale".
+        changes: "guidance", "image_guidance", "guidance_rescale", "embedded_guidance",
+            "skip_layers", "skip_scale".
     """
-    kept = ("guidance", "guidance_rescale", "embedded_guidance")
+    kept = ("guidance", "image_guidance", "guidance_rescale", "embedded_guidance")
     values = {name: changes.get(name, getattr(own, name)) for name in kept}
     layers = tuple(changes.get("skip_layers", own.skip.layers))
     scale = changes.get("skip_scale", own.skip.scale)
@@ -98,18 +100,20 @@ def make_generator(
     dtype: str = "float32",
     callbacks: Sequence[Callback] = (),
     others: Sequence[Model] = (),
+    controls: Sequence[Control] = (),
 ) -> Generate:
     """Return a jitted `Generate`.
 
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
         others: models whose predictions are averaged with the first's; see `of_member`.
+        controls: ControlNets of all of them; their parameters are among `params`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
     assert model.schedule is not None
-    members = [make_member(each, drawing, dtype) for each in (model, *others)]
+    members = [make_member(each, drawing, dtype, controls) for each in (model, *others)]
     autoencoder = bind(model, ("vae",), dtype=dtype)
     drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
@@ -124,13 +128,12 @@ def make_generator(
         picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         picture = picture or {}
+        fields = params, prompts, negative
+        given = [[of_member(i, one) for one in fields] for i in range(len(members))]
         made = [
-            member.denoise(
-                of_member(i, params), of_member(i, prompts), of_member(i, negative), picture,
-                latents.shape,
-            )
-            for i, member in enumerate(members)
-        ]  # fmt: skip
+            member.denoise(own, positive, away, picture, latents.shape)
+            for member, (own, positive, away) in zip(members, given, strict=True)
+        ]
         state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
         with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
@@ -146,9 +149,8 @@ def make_generator(
                 begun=begun,
                 constrain=constraint(picture, latents),
             )
-        return (
-            x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
-        ), seen
+        out = x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
+        return out, seen
 
     return generate
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
+from sdjax.data.pictures import METADATA
 from sdjax.errors import UserError
 from sdjax.system import paths, text_files, untrusted
 
@@ -24,6 +26,28 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     if not found:
         raise UserError('no prompts: give --prompts="..." or --prompts_file=FILE')
     return found
+
+
+def repeated(prompts: Sequence[str], count: int | None) -> list[str]:
+    """Return `count` prompts, from the first again after the last; as they are if it is None.
+
+    Raises:
+        UserError: there would be none.
+    """
+    if count is None:
+        return list(prompts)
+    if count < 1:
+        raise UserError(f"--count={count}; expected at least 1")
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def write_metadata(folder: paths.Path, files: Sequence[str], texts: Sequence[str]) -> None:
+    """Write metadata.jsonl, so that pictures of a folder are a dataset with captions."""
+    rows = [
+        json.dumps({"file_name": file, "text": text})
+        for file, text in zip(files, texts, strict=True)
+    ]
+    paths.write_text(folder / METADATA, "".join(f"{row}\n" for row in rows))
 
 
 def read_latents(file: str, count: int, shape: tuple[int, int, int]):

@@ -32,10 +32,20 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         "SDXL, 5 for SD3 and 1 for FLUX.1 if nothing says it",
     )  # fmt: skip
     group.add_argument(
+        "--image_guidance", type=float,
+        help=f"guidance towards --init_image, of models that edit it (InstructPix2Pix); {own}, or "
+        "1.5",
+    )  # fmt: skip
+    group.add_argument(
         "--guidance_rescale", type=float,
         help=f"0 to 1, Lin et al. 2023, section 3.4; {own}",
     )  # fmt: skip
     group.add_argument("--negative_prompt", help="what guidance steers away from")
+    group.add_argument(
+        "--embedding", action="append", default=[], metavar="FILE[:WORD]",
+        help="SD1, SD2 and SDXL: a word that was learnt (textual inversion), for prompts to use; "
+        "WORD is by default the file's own, or else its name; may be given again",
+    )  # fmt: skip
     group.add_argument(
         "--embedded_guidance", type=float,
         help=f"the guidance that FLUX.1-dev reads as a number; {own}, or 3.5",
@@ -99,8 +109,8 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
     """Add the options of pictures to begin with."""
     p.add_argument(
         "--init_image", action="append", default=[], metavar="FILE",
-        help="picture to begin with instead of noise (img2img), resized to --height and --width; "
-        "once for all prompts, or once for each",
+        help="picture to begin with instead of noise (img2img), or to be edited by a model for "
+        "that, resized to --height and --width; once for all prompts, or once for each",
     )  # fmt: skip
     p.add_argument(
         "--strength", type=float,
@@ -111,6 +121,26 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
         "--mask_image", action="append", default=[], metavar="FILE",
         help="of --init_image, what is white is drawn anew and what is black stays (inpainting); "
         "resized likewise; once for all prompts, or once for each",
+    )  # fmt: skip
+
+
+def add_control_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options of ControlNets."""
+    p.add_argument(
+        "--controlnet", action="append", default=[], metavar="DIR[:WEIGHT[:START:END]]",
+        help="a ControlNet that steers the pictures: a folder of diffusers, a .safetensors file, "
+        "or a workdir of the method control; times WEIGHT (1), between these shares of the steps ("
+        "0 and 1); given again, what they say is added up",
+    )  # fmt: skip
+    p.add_argument(
+        "--control_image", action="append", default=[], metavar="FILE",
+        help="the condition of each --controlnet, resized to --height and --width: once for each "
+        "of them, or once for each of them and prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--guess_mode", action="store_true",
+        help="ControlNets steer the prompts' half of guidance alone, coarse maps more than fine "
+        "ones; for pictures without prompts, with --guidance 3 to 5",
     )  # fmt: skip
 
 
@@ -166,6 +196,7 @@ def check_together(args: argparse.Namespace) -> None:
         "--init_image": args.init_image,
         "--refiner": args.refiner,
         "a second --model": args.model[1:],
+        "--controlnet": args.controlnet,
     }
     for option, given in options.items():
         if given and interpolates:
@@ -184,6 +215,7 @@ def sampler_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def guidance_changes(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options change of guidance, for `sampling.generate.drawing_of`."""
-    names = ("guidance", "guidance_rescale", "embedded_guidance", "skip_layers", "skip_scale")
+    names = ("guidance", "image_guidance", "guidance_rescale", "embedded_guidance",
+             "skip_layers", "skip_scale")  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}

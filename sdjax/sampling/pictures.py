@@ -22,7 +22,7 @@ from sdjax.families.bind import bind
 from sdjax.families.family import Model
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.request import SamplingRequest
-from sdjax.sampling.start import first_step, inpainting_channels
+from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
 
 VAE_STREAM = 2  # added to the seed: the noise and the sampler take 0 and 1
 
@@ -39,6 +39,10 @@ def with_pictures(
     _check(model, images, masks, strength)
     if not images:
         return request
+    size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
+    if reads_picture(model) == EDIT:
+        modes = modes_of(model, request.params, read_pictures(images, count, size), request.dtype)
+        return dataclasses.replace(request, picture={"channels": modes})
     strength = _strength(masks, strength)
     sampler = request.drawing.sampler
     first = first_step(sampler.steps, strength, flow=sampler.name == "flow_euler")
@@ -47,7 +51,6 @@ def with_pictures(
             f"--strength={strength} begins amid the steps, where 'pndm' knows nothing of those "
             "before; take another --sampler, as ddim or dpmpp_2m"
         )
-    size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
     picture = picture_of(
         model,
         request.params,
@@ -64,11 +67,16 @@ def with_pictures(
 def _check(
     model: Model, images: Sequence[str], masks: Sequence[str], strength: float | None
 ) -> None:
-    inpaints = bool(inpainting_channels(model))
+    task = reads_picture(model)
     for option, given in (("--mask_image", masks), ("--strength", strength is not None)):
         if given and not images:
             raise UserError(f"{option} is for --init_image=FILE; give that too, or leave it out")
-    if inpaints and not masks:
+    if task == EDIT and (not images or masks or strength is not None):
+        raise UserError(
+            f"the {model.family.denoiser} edits a picture; give --init_image=FILE, and neither "
+            "--mask_image nor --strength"
+        )
+    if task == INPAINT and not masks:
         raise UserError(
             f"the {model.family.denoiser} reads a picture and a mask; give --init_image=FILE and "
             "--mask_image=FILE, or take a model that is not for inpainting"
@@ -82,12 +90,18 @@ def _strength(masks: Sequence[str], strength: float | None) -> float:
 
 
 def picture_settings(
-    images: Sequence[str], masks: Sequence[str], strength: float | None, number: int
+    model: Model,
+    images: Sequence[str],
+    masks: Sequence[str],
+    strength: float | None,
+    number: int,
 ) -> dict[str, object]:
     """Return the settings that a picture's file carries of these options."""
     if not images:
         return {}
     found: dict[str, object] = {"init_image": images[number % len(images)]}
+    if reads_picture(model) == EDIT:
+        return found
     if masks:
         found["mask_image"] = masks[number % len(masks)]
     return {**found, "strength": _strength(masks, strength)}
@@ -99,7 +113,7 @@ def read_pictures(files: Sequence[str], count: int, size: tuple[int, int]) -> np
     Raises:
         UserError: a file is no picture, or there are not one or `count` of them.
     """
-    pictures = [_read("--init_image", file, size) for file in files]
+    pictures = [read_picture("--init_image", file, size) for file in files]
     made = [np.asarray(picture, np.float32) / 255 * 2 - 1 for picture in pictures]
     return _one_each("--init_image", made, count)
 
@@ -110,14 +124,19 @@ def read_masks(files: Sequence[str], count: int, size: tuple[int, int]) -> np.nd
     Raises:
         UserError: as `read_pictures`.
     """
-    grey = [_read("--mask_image", file, size).convert("L") for file in files]
+    grey = [read_picture("--mask_image", file, size).convert("L") for file in files]
     made = [
         (np.asarray(mask, np.float32)[..., None] / 255 >= 0.5).astype(np.float32) for mask in grey
     ]
     return _one_each("--mask_image", made, count)
 
 
-def _read(option: str, file: str, size: tuple[int, int]) -> Image.Image:
+def read_picture(option: str, file: str, size: tuple[int, int]) -> Image.Image:
+    """Return the picture of a file, upright, in RGB, resized to (height, width).
+
+    Raises:
+        UserError: naming the option and the file, if that is no picture.
+    """
     try:
         picture = to_rgb(upright(read_image(file)))
     except ImageError as error:
@@ -160,6 +179,29 @@ def latents_of(
     return np.concatenate([np.asarray(encode(own, i[None], n[None])) for i, n in pairs])
 
 
+def modes_of(
+    model: Model, params: Mapping[str, jax.Array], images: np.ndarray, dtype: str = "float32"
+) -> np.ndarray:
+    """Return the mode of the VAE's distribution for pictures, one at a time, not scaled.
+
+    So does InstructPix2Pix read the picture that it edits (its pipeline, prepare_image_latents).
+
+    Args:
+        images: [N, H, W, 3] in [-1, 1].
+
+    Returns:
+        [N, h, w, C].
+    """
+    networks = bind(model, ("vae",), dtype=dtype)
+
+    @jax.jit
+    def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
+        return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+
+    own = {path: params[path] for path in networks.abstract}
+    return np.concatenate([np.asarray(encode(own, image[None])) for image in images])
+
+
 def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Return the noise of `latents_of`, [N, *shape]: of each picture's number, as all its noise."""
     keys = example_keys(jax.random.key(seed + VAE_STREAM), jnp.asarray(positions))
@@ -190,7 +232,7 @@ def picture_of(
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
     inpainting = model.family.inpainting
-    if inpainting is None or not inpainting_channels(model):
+    if inpainting is None or not reads_picture(model):
         return {**found, "known": clean, "mask": small}
     hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
     return {**found, "channels": inpainting.make(masks, small, hidden)}

@@ -13,6 +13,7 @@ import numpy as np
 from sdjax.diffusion.schedules import make_schedule
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.families.family import Model
+from sdjax.sampling.control import Control
 from sdjax.sampling.denoising import Drawing
 from sdjax.sampling.generate import Callback, draw, initial_latents, make_generator, to_uint8
 
@@ -26,6 +27,8 @@ class SamplingRequest:
     picture: {field: [N, ...]}, what to begin with and to keep; see `sampling.start`.
     others: models whose predictions are averaged with those of `model`; their parameters and tokens
         are among its own, see `sampling.denoising.of_member`.
+    controls: ControlNets, with their parameters among those of `model` and their conditions in
+        `picture`.
     refiner: takes over the latents where `drawing` ends, of the same prompts; or None.
     """
 
@@ -43,6 +46,7 @@ class SamplingRequest:
     positions: np.ndarray
     picture: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     others: Sequence[Model] = ()
+    controls: Sequence[Control] = ()
     refiner: SamplingRequest | None = None
 
     @cached_property
@@ -60,6 +64,7 @@ class SamplingRequest:
                 dtype=self.dtype,
                 callbacks=callbacks,
                 others=self.others,
+                controls=self.controls,
             ),
             self.params,
             self.prompts,

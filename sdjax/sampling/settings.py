@@ -16,6 +16,7 @@ class SampleConfig:
     count: int = 16  # how many of those
     compare: bool = False  # also with the raw weights, and without guidance, side by side
     guidance: float = 7.5
+    image_guidance: float = 1.5  # towards the picture, of models that edit one
     guidance_rescale: float = 0.0
     embedded_guidance: float = 3.5  # the number that FLUX.1-dev reads; other models have none
     skip: SkipLayers = SkipLayers()  # skip-layer guidance, of SD3 and SD3.5

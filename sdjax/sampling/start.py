@@ -24,6 +24,7 @@ from sdjax.errors import UserError
 from sdjax.families.family import Context, Family, Model
 
 Picture = Mapping[str, jax.Array]
+INPAINT, EDIT = "inpaint", "edit"  # what a denoiser does with the picture that it reads
 
 
 def first_step(steps: int, strength: float, *, flow: bool) -> int:
@@ -46,23 +47,27 @@ def first_step(steps: int, strength: float, *, flow: bool) -> int:
     return first
 
 
-def inpainting_channels(model: Model) -> int:
-    """Return how many channels the denoiser reads besides the noisy latents; 0 for most models.
+def reads_picture(model: Model) -> str:
+    """Return what the denoiser does with a picture that it reads: `INPAINT`, `EDIT`, or "".
 
     Raises:
         UserError: it reads channels that drawing does not know.
     """
     latent, family = model.vae.latent_channels, model.family
     added = family.latent_channels(model.denoiser) - latent
-    known = family.inpainting.count(latent, model.vae.downscale) if family.inpainting else 0
-    if added not in (0, known):
-        takes = f"{known} for inpainting" if known else "none for inpainting"
+    known = {latent: EDIT} if family.edits else {}
+    if family.inpainting and (count := family.inpainting.count(latent, model.vae.downscale)):
+        known[count] = INPAINT
+    if not added:
+        return ""
+    if added not in known:
+        takes = " or ".join(f"{number} to {task}" for number, task in known.items())
         raise UserError(
             f"the {family.denoiser} reads {added} channels besides {latent} of noisy latents; of "
-            f"{family.title}, drawing knows {takes}; take a model that reads those, or noisy "
-            "latents alone"
+            f"{family.title}, drawing knows {takes or 'none'}; take a model that reads those, or "
+            "noisy latents alone"
         )
-    return added
+    return known[added]
 
 
 def initial_state(picture: Picture, noise: jax.Array, plan: SolverPlan) -> tuple[jax.Array, bool]:

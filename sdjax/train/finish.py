@@ -56,7 +56,7 @@ def finish(
     except FloatingPointError as error:
         telemetry.message(f"pictures of held-out prompts cannot be read back: {error}")
         finite = False
-    exported: dict[str, paths.Path | str] = {}
+    exported: Mapping[str, paths.Path | str] = {}
     # What follows from the weights, as the scale of latents, would be NaN too.
     if config.train.export and (finite or method.adjust is None):
         if method.export is None:
@@ -105,6 +105,7 @@ def export(
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
     """
     path = folder / "diffusers"
+    params = {p: v for p, v in params.items() if p.split(".")[0] not in method.copies}
     host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 
@@ -174,10 +175,17 @@ def last_screen(
         prompt = "a large red circle above a small blue square"
         if config.data.name != "captioned_shapes":
             prompt = "..."
-        draw = shlex.join([python, "-m", "sdjax.sample", f"--model={folder}", "--output=out"])
-        convert = [python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder"]
-        rows.append(("draw", f'{draw} --prompts="{prompt}"'))
-        rows.append(("convert", shlex.join(convert)))
+        steers = METHODS[config.method.name].steers
+        model = config.init_from if steers else folder
+        options = [f"{option}={value or folder}" for option, value in steers.items()]
+        draw = [python, "-m", "sdjax.sample", f"--model={model}", *options, "--output=out"]
+        needed = METHODS[config.method.name].sample
+        rows.append(("draw", f'{shlex.join(draw)} --prompts="{prompt}" {needed}'.rstrip()))
+        if not steers:
+            convert = [
+                python, "-m", "sdjax.convert", f"--input={folder}", "--output=diffusers_folder",
+            ]  # fmt: skip
+            rows.append(("convert", shlex.join(convert)))
     elif field := METHODS[config.method.name].used_by:
         rows.append(("use it", shlex.quote(f"--config.{field}={folder}")))
     lines = [f"  {name:12} {value}" for name, value in rows]

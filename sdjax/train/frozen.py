@@ -35,7 +35,7 @@ from sdjax.config import Config
 from sdjax.errors import UserError
 from sdjax.formats.single_file import PARAMETERS
 from sdjax.models import weight_checks
-from sdjax.models.params import Params, is_buffer
+from sdjax.models.params import Params, component, is_buffer, prefixed
 from sdjax.models.weights import save_file
 from sdjax.system import paths
 from sdjax.system.text_files import pointer_note
@@ -49,26 +49,32 @@ def keep(
     folder: paths.Path,
     assembled: Assembled,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
+    copies: Mapping[str, str],
 ) -> None:
     """Write references to the networks that are not trained, and copies where they do not do.
 
     Process 0 writes, whatever an earlier start has left.
+
+    Args:
+        copies: see `Method.copies`.
     """
     if jax.process_index() != 0:
         return
     references: dict[str, Reference] = {}
     for name, own in _by_network(wanted).items():
-        source = assembled.sources.get(name)
+        origin = copies.get(name, name)
+        source = assembled.sources.get(origin)
         if config.train.bundle_frozen or source is None or not lasts(source):
             continue
         if all(is_buffer(path) for path in own):
             continue  # of a network that is trained
-        whole = {p: v for p, v in assembled.params.items() if p.split(".")[0] == name}
+        whole = {p: v for p, v in assembled.params.items() if p.split(".")[0] == origin}
         reference = refer(
             source,
             whole,
             parameters=sum(math.prod(want.shape) for want in own.values()),
-            inner=_inner(source, name),
+            inner=_inner(source, origin),
+            network=copies.get(name, ""),
         )
         if reference.reaches(folder):
             references[name] = reference
@@ -134,17 +140,23 @@ def _moved(
 ) -> tuple[dict[str, np.ndarray], Reference]:
     """The same network from another place, and its reference there."""
     source = locate(reference.field, place, like=reference)
-    read = read_source(source, (name,), PARAMETERS)
-    params = {p: value for p, value in read.params.items() if p.split(".")[0] == name}
-    inner = _inner(source, name)
-    new = refer(source, params, parameters=reference.parameters, inner=inner)
+    there = reference.network or name
+    read = read_source(source, (there,), PARAMETERS)
+    params = {p: value for p, value in read.params.items() if p.split(".")[0] == there}
+    new = refer(
+        source,
+        params,
+        parameters=reference.parameters,
+        inner=_inner(source, there),
+        network=reference.network,
+    )
     check(folder, name, reference, new.digest, place=place)
     if not new.reaches(folder):
         raise UserError(
             f"config.{reference.field} is {place!r}, but {folder} refers to networks on a disk if "
             "it is on one, and in a bucket if it is in one: copy them there"
         )
-    return params, new
+    return params if there == name else prefixed(component(params, there), name), new
 
 
 def _inner(source: Source, name: str) -> Reference | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from sdjax.config import Config
 from sdjax.data import pipeline, transforms
+from sdjax.data.batches import as_floats
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.families.conditioning import encode_text
 from sdjax.methods.method import Examples, Method
 from sdjax.models.params import Params
+from sdjax.sampling.generate import to_uint8
 from sdjax.sampling.grids import grid, save_png
 from sdjax.sampling.strips import append_column
 from sdjax.system import paths
@@ -26,21 +29,39 @@ def read_examples(config: Config, tokenizers: Mapping[str, TextTokenizer], count
     """The first `count` examples of the evaluation split; of a mixture, its parts' in turn."""
     sources = pipeline.open_parts(config.data, config.data.eval_split)
     turns = itertools.zip_longest(*(((s, i) for i in range(min(count, len(s)))) for s in sources))
-    side = config.data.resolution
+    chosen = itertools.islice((turn for row in turns for turn in row if turn), count)
+    examples = [source[i] for source, i in chosen]
+    captions = [example["text"] for example in examples]
+    rows = [_squares(example, config.data.resolution) for example in examples]
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    pictures = as_floats(stacked, pipeline.kinds_of(config.data))
+    images = pictures.pop("image")
+    return Examples(tuple(captions), images, encode_text(tokenizers, captions), pictures)
+
+
+def _squares(example: Mapping[str, Any], side: int) -> dict[str, np.ndarray]:
+    """The pictures of an example, uint8 [side, side, C] out of their middles."""
     rng = np.random.default_rng(0)  # for the centre crop, which draws nothing from it
-    captions, images = [], []
-    for source, i in itertools.islice((turn for row in turns for turn in row if turn), count):
-        example = source[i]
-        captions.append(example["text"])
-        if "image" not in example:  # encoded ahead, and drawing takes captions alone
-            images.append(np.zeros((side, side, 3), np.float32))
-            continue
-        images.append(
-            transforms.prepare(
-                example["image"], rng, height=side, width=side, crop="center", flip=False
-            ).image
+
+    def square(picture: np.ndarray, images: Mapping[str, np.ndarray]) -> transforms.Prepared:
+        return transforms.prepare(
+            picture, rng, height=side, width=side, crop="center", flip=False, images=images
         )
-    return Examples(tuple(captions), np.stack(images), encode_text(tokenizers, captions))
+
+    named = example["images"]
+    if "image" in example:
+        prepared = square(example["image"], named)
+        return {"image": prepared.pixels, **prepared.images}
+    # Encoded ahead: drawing takes captions and what was kept as pixels.
+    blank = np.full((side, side, 3), 127, np.uint8)
+    return {"image": blank, **{name: square(p, {}).pixels for name, p in named.items()}}
+
+
+def beside_conditions(config: Config, examples: Examples, images: np.ndarray) -> np.ndarray:
+    """Return pictures uint8 [N, H, W, 3] with the conditions that they follow on their left."""
+    kinds = pipeline.kinds_of(config.data)
+    shown = [to_uint8(v) for name, v in examples.named.items() if kinds[name] == "condition"]
+    return np.concatenate([*shown, images], axis=2)
 
 
 class Gallery:
@@ -67,10 +88,16 @@ class Gallery:
     def _get_examples(self) -> Examples:
         sample, side = self._config.sample, self._config.data.resolution
         prompts = ("",) * sample.count if self._blind else sample.prompts
-        if prompts and self._tokenizers:
-            images = np.zeros((len(prompts), side, side, 3), np.float32)
-            return Examples(prompts, images, encode_text(self._tokenizers, prompts))
-        return read_examples(self._config, self._tokenizers, sample.count)
+        if not (prompts and self._tokenizers):
+            return read_examples(self._config, self._tokenizers, sample.count)
+        tokens = encode_text(self._tokenizers, prompts)
+        if not (self._config.data.images or self._method.reads_pictures):
+            return Examples(prompts, np.zeros((len(prompts), side, side, 3), np.float32), tokens)
+        # The pictures of as many examples, from the first again.
+        read = read_examples(self._config, self._tokenizers, len(prompts))
+        rows = np.arange(len(prompts)) % len(read.captions)
+        named = {name: pictures[rows] for name, pictures in read.named.items()}
+        return Examples(prompts, read.images[rows], tokens, named)
 
     def show(self, step: int, state: State, frozen: Params, telemetry: Telemetry) -> paths.Path:
         """Draw, write DIR/samples/STEP.png and those it is compared with, and TensorBoard images.
@@ -83,6 +110,7 @@ class Gallery:
         for weights, guided in self._variants():
             params = {**frozen, **sets[weights]()}
             images = self._method.pictures(params, self._examples, self._config.seed, guided=guided)
+            images = beside_conditions(self._config, self._examples, images)
             words = [weights, "guided" if guided else "unguided"][: len(self._guidance)]
             variant = "" if (weights, guided) == main else "-" + "-".join(words)
             if jax.process_index() == 0:

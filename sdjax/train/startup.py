@@ -215,7 +215,7 @@ def place_frozen(
     check_complete(config, assembled.every, wanted)
     buffers = _buffers(method, [path for path in wanted if path not in assembled.every])
     assembled = dataclasses.replace(assembled, params=assembled.params | buffers)
-    frozen.keep(config, folder, assembled, wanted)
+    frozen.keep(config, folder, assembled, wanted, method.copies)
     write_workdir(folder, config, assembled.tokenizers, assembled.scheduler)
     return frozen.placed(assembled.every, wanted)
 

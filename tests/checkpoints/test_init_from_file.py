@@ -23,7 +23,7 @@ from sdjax.formats.folders import ModelError
 from sdjax.formats.single_file_writer import write_single_file
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.flux.config import FluxConfig
-from sdjax.models.mmdit import MMDiTConfig
+from sdjax.models.mmdit.network import MMDiTConfig
 from sdjax.models.t5 import T5Config
 from tests.families.torch_transformers import t5_tokenizer
 

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from sdjax.data.caption_choice import Caption, CaptionConfig, choose, vary_tags
+from sdjax.data.caption_choice import Caption, CaptionConfig, choose, replaced, vary_tags
 from sdjax.errors import UserError
 
 
@@ -26,6 +26,15 @@ def test_shares_of_main_and_others():
     found = collections.Counter(choose(caption, CaptionConfig(), rng) for _ in range(5000))
     assert abs(found["m"] - 3000) < 150 and abs(found["x"] - 1000) < 120
     assert found["m"] + found["x"] + found["y"] == 5000
+
+
+def test_texts_take_the_place_of_captions_equally_often():
+    rng = np.random.default_rng(0)
+    caption = replaced(Caption("red", ("other",), 0.1), ("<cat>", "a {} <cat>", "{}, {}"))
+    assert caption.main == "<cat>" and caption.others == ("a red <cat>", "red, red")
+    found = collections.Counter(choose(caption, CaptionConfig(), rng) for _ in range(3000))
+    assert all(abs(count - 1000) < 120 for count in found.values()) and len(found) == 3
+    assert replaced(Caption("red"), ("<cat>",)) == Caption("<cat>", (), 1.0)
 
 
 def test_tags_keep_their_front_and_lose_their_share():

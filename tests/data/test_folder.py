@@ -1,6 +1,7 @@
 """image_text_folder: splits, what is skipped and why, a changed folder imported anew."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sdjax.data.builders.opening import prepared_builder
 from sdjax.data.builders.raw_import import limit_of_test
+from sdjax.data.caption_choice import Caption, CaptionConfig
 from sdjax.data.raw import formats
 from sdjax.data.raw.clean import Rules, clean
 from sdjax.data.raw.rows import Fields, Row, fraction
@@ -163,6 +165,29 @@ def test_caption_field_can_be_chosen(tmp_path):
     assert {*captions(config, "train"), *captions(config, "test")} == {"zero", "one"}
     with pytest.raises(DataError, match="not one image can be used: .*no_caption.*'text'"):
         open_source(folder_config(folder, tmp_path), "train")
+
+
+def test_pictures_without_captions_are_used_where_texts_take_their_place(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 20), (number, number, number)).save(folder / f"{number}.png")
+    texts = CaptionConfig(texts=("a <cat>", "my <cat>"))
+    config = folder_config(folder, tmp_path, captions=texts, eval_split="train")
+    assert captions(config, "train") == ["a <cat>"] * 3
+    example = open_source(config, "train")[0]
+    assert example["caption"] == Caption("a <cat>", ("my <cat>",), 0.5)
+    needing = dataclasses.replace(config, captions=CaptionConfig(texts=("{}, a <cat>",)))
+    with pytest.raises(DataError, match="not one image can be used: 3 skipped .3 no_caption"):
+        open_source(needing, "train")
+
+
+def test_no_test_split_is_cut_off_where_none_is_asked_for(tmp_path):
+    folder = write_images(tmp_path / "d", 5)
+    every = [f"number {number}" for number in range(5)]
+    assert captions(folder_config(folder, tmp_path, eval_split="train"), "train") == every
+    cut = folder_config(folder, tmp_path)
+    assert len(captions(cut, "train")) == 4 and len(captions(cut, "test")) == 1
 
 
 def test_plain_files_are_stored_as_they_are_and_others_as_png(tmp_path):

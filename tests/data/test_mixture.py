@@ -75,8 +75,12 @@ def test_a_step_without_data_is_named(described, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"weight": 0.0}, {"weight": math.inf}, {"start": -1}, {"start": 5, "end": 5}]
-)
+    "fields",
+    [
+        {"weight": 0.0}, {"weight": math.inf}, {"start": -1}, {"start": 5, "end": 5},
+        {"loss_weight": -1.0}, {"loss_weight": math.inf},
+    ],
+)  # fmt: skip
 def test_wrong_fields_are_named(fields):
     with pytest.raises(UserError, match=list(fields)[-1] if "end" in fields else list(fields)[0]):
         Part(**fields)

@@ -411,6 +411,40 @@ def test_a_mixture_by_phases(mixed):
     assert sorted(rows[:54]) == sorted(rows[54:108]) == words and rows[:54] != rows[54:108]
 
 
+def with_class(mixed, own, of_class):
+    """Photos and, as many, pictures of the class; loss weights of both."""
+    photos = Part(name="photos", loss_weight=own)
+    shapes = Part(name="captioned_shapes", loss_weight=of_class)
+    return dataclasses.replace(mixed, mixture=(photos, shapes))
+
+
+def test_prior_preservation_in_both_conventions_of_the_loss(mixed):
+    """FT-40: 0.3 of instances and 0.1 of the class, weight 1; each batch has as many of both."""
+    found = {}
+    for own, of_class in ((1.0, 1.0), (2.0, 2.0), (1.0, 0.0), (1.0, 0.5)):
+        for batch in take(begin(with_class(mixed, own, of_class)), 5):
+            photo = batch["tokens"][:, 0] > 0
+            assert photo.sum() == len(photo) / 2  # captions and pictures stay together
+            weight = batch.get("weight", np.ones(len(photo), np.float32))
+            np.testing.assert_array_equal(weight, np.where(photo, own, of_class))
+            found[own, of_class] = np.mean(np.where(photo, 0.3, 0.1) * weight)
+    np.testing.assert_allclose(found[1.0, 1.0], 0.2)  # one mean over the batch, as kohya's
+    np.testing.assert_allclose(found[2.0, 2.0], 0.4)  # the sum of two means, as diffusers'
+    np.testing.assert_allclose(found[1.0, 0.0], 0.15)
+    np.testing.assert_allclose(found[1.0, 0.5], 0.175)
+
+
+def test_a_loss_weight_multiplies_the_weight_of_the_example(mixed):
+    found = []
+    for loss_weight in (1.0, 3.0):
+        part = Part(name="photos", score_key="score", min_score=0.0, loss_weight=loss_weight)
+        changed = {"name": "photos", "weight_key": "score", "mixture": (part,)}
+        found.append(next(begin(dataclasses.replace(mixed, **changed))))
+    one, three = found
+    np.testing.assert_allclose(three["weight"], 3 * one["weight"], rtol=1e-6)
+    np.testing.assert_array_equal(three["tokens"], one["tokens"])
+
+
 def test_mixtures_on_hosts_and_after_a_stop(mixed):
     reference = take(begin(mixed), 24)
     parts = [take(begin(mixed, process_index=i, process_count=2), 24) for i in range(2)]

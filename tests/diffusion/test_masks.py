@@ -14,6 +14,7 @@ from sdjax.diffusion.losses import (
     denoising_loss,
     example_keys,
     fold_keys,
+    loss_mask,
     normal_like,
 )
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule, schedule_at
@@ -113,3 +114,48 @@ def test_offset_noise_is_constant_over_each_channel_of_a_frame():
     offset = (xt / sigma - eps) / 0.5
     expected = normal_like(fold_keys(KEYS, OFFSET), jnp.zeros((BATCH, 3, 4)))[:, :, None, None]
     np.testing.assert_allclose(offset, jnp.broadcast_to(expected, offset.shape), atol=1e-4)
+
+
+def square(pixels=64, factor=8):
+    """FT-41: a mask of 25 x 25 pixels of 64 x 64, on the grid of the latents."""
+    mask = np.zeros((BATCH, pixels, pixels, 1), np.float32)
+    mask[:, 20:45, 20:45] = 1.0
+    return area_mean(jnp.asarray(mask), factor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mean"),
+    [
+        ({}, 0.1526),  # kohya's sd-scripts
+        ({"unmasked_weight": 0.1}, 0.2276),  # OneTrainer
+        ({"unmasked_weight": 0.1, "normalize_masked_area": True}, 1.0),
+        ({"normalize_masked_area": True}, 1.0),
+        ({"unmasked_probability": 1.0}, 1.0),
+    ],
+)
+def test_a_loss_of_ones_has_the_share_that_the_mask_leaves(fields, mean):
+    mask = loss_mask(KEYS, square(), ObjectiveConfig(**fields))
+    np.testing.assert_allclose(mask.mean(axis=(1, 2, 3)), mean, atol=5e-5)
+
+
+def test_a_mask_of_ones_equals_none_to_the_bit_whatever_is_made_of_it():
+    x0 = jnp.asarray(RNG.normal(size=(BATCH, 8, 8, 4)), jnp.float32)
+    fields = {"unmasked_weight": 0.3, "unmasked_probability": 0.5, "normalize_masked_area": True}
+    for chosen in ({}, fields):
+        loss, _ = run(x0, jnp.ones((BATCH, 8, 8, 1)), ObjectiveConfig(**chosen))
+        np.testing.assert_array_equal(loss, run(x0)[0])
+
+
+def test_some_examples_train_without_their_mask_and_a_mask_of_zeros_has_no_loss():
+    keys = example_keys(jax.random.key(1), jnp.arange(2000))
+    mask = jnp.zeros((2000, 1, 1, 1))
+    free = loss_mask(keys, mask, ObjectiveConfig(unmasked_probability=0.1))
+    assert abs(float(free.mean()) - 0.1) < 0.02
+    whole = ObjectiveConfig(normalize_masked_area=True)
+    assert not np.asarray(loss_mask(keys, mask, whole)).any()
+
+
+@pytest.mark.parametrize("field", ["unmasked_weight", "unmasked_probability"])
+def test_shares_of_masks_out_of_range_are_refused(field):
+    with pytest.raises(ValueError, match=rf"objective.{field} is 1.5; expected 0 to 1"):
+        ObjectiveConfig(**{field: 1.5})

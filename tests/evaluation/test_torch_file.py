@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sdjax.evaluation.torch_file import TorchFileError, read_tensors
+from sdjax.formats.torch_file import TorchFileError, read_tensors
 from sdjax.models import weights
 from sdjax.models.weights import WeightsError
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from sdjax.evaluation import torch_pickle
-from sdjax.evaluation.torch_file import TorchFileError, read_tensors
+from sdjax.formats import torch_pickle
+from sdjax.formats.torch_file import TorchFileError, read_tensors
 
 PROTO, STOP, MARK, NONE = b"\x80\x02", b".", b"(", b"N"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -144,7 +144,7 @@ def test_pickles_that_do_much_are_refused_at_once(tmp_path, monkeypatch, name):
 
 
 def test_a_pickle_larger_than_any_models_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("sdjax.evaluation.torch_file.MOST_BYTES", 1000)
+    monkeypatch.setattr("sdjax.formats.torch_file.MOST_BYTES", 1000)
     content = state(text("w" * 1000), tensor())
     with pytest.raises(TorchFileError, match=r"data.pkl has 1,\d+ bytes; expected at most 1,000"):
         read_tensors(zipped(tmp_path / "a.pth", content))

@@ -8,7 +8,7 @@ from sdjax.families.sd3_names import sd3_places
 from sdjax.families.single_file import from_file, halves_swapped, to_file
 from sdjax.models import weights
 from sdjax.models.flux.network import Flux, FluxConfig
-from sdjax.models.mmdit import MMDiT, MMDiTConfig
+from sdjax.models.mmdit.network import MMDiT, MMDiTConfig
 
 FLUX = dict(in_channels=16, num_layers=2, num_single_layers=3, joint_attention_dim=24,
             pooled_projection_dim=20, attention_head_dim=6, axes_dims_rope=(2, 2, 2))  # fmt: skip

@@ -57,6 +57,7 @@ def test_what_belongs_to_a_family_stands_in_its_file():
 
 def test_readers_and_writers_of_models_name_no_network_and_no_prefix():
     own = re.compile("[\"']unet[\"']|diffusion_model\\.|first_stage|cond_stage|families\\.sd")
-    for file in sorted((ROOT / "sdjax" / "checkpoints").glob("*.py")):
+    rooms = ("checkpoints", "formats")
+    for file in sorted(file for room in rooms for file in (ROOT / "sdjax" / room).rglob("*.py")):
         found = own.findall(file.read_text())
         assert not found, f"{file}: {sorted(set(found))}"

@@ -20,7 +20,13 @@ import numpy as np
 
 Target = Callable[[np.random.Generator, Path], str | None]
 
-MODULES = ("targets_data", "targets_models", "targets_settings")
+MODULES = (
+    "targets_adapters",
+    "targets_data",
+    "targets_embeddings",
+    "targets_models",
+    "targets_settings",
+)
 
 
 def targets() -> dict[str, Target]:

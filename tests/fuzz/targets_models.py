@@ -25,13 +25,13 @@ from sdjax.errors import UserError
 from sdjax.evaluation import reference
 from sdjax.evaluation.audit import read_audit
 from sdjax.evaluation.preprocess import ClipPreprocess
-from sdjax.evaluation.torch_file import read_tensors
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model
 from sdjax.families.sd import SD
 from sdjax.formats.diffusers_folder import write_diffusers
 from sdjax.formats.single_file import Hints
 from sdjax.formats.single_file_writer import write_single_file
+from sdjax.formats.torch_file import read_tensors
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_vision import read_clip_config
 from sdjax.models.unet import UNetConfig

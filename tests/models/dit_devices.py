@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.models import weights
-from sdjax.models.mmdit import MMDiT, MMDiTConfig
+from sdjax.models.mmdit.network import MMDiT, MMDiTConfig
 from sdjax.models.placement import placed
 from sdjax.models.t5 import T5Config, T5Encoder
 from sdjax.parallel import sharding

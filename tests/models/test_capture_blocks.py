@@ -9,7 +9,7 @@ import pytest
 from sdjax.models import capture, weights
 from sdjax.models.flux.config import FluxConfig
 from sdjax.models.flux.network import Flux
-from sdjax.models.mmdit import MMDiT, MMDiTConfig
+from sdjax.models.mmdit.network import MMDiT, MMDiTConfig
 from tests.models.test_flux import inputs as flux_inputs
 from tests.models.test_flux import run_diffusers
 

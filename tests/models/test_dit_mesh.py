@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from sdjax.models import weights
-from sdjax.models.mmdit import MMDiT, MMDiTConfig
+from sdjax.models.mmdit.network import MMDiT, MMDiTConfig
 from sdjax.models.stacked_paths import leading_axes
 from sdjax.models.t5 import T5Config, T5Encoder
 from sdjax.parallel import sharding

@@ -14,7 +14,7 @@ from sdjax.models import weights
 from sdjax.models.config import ConfigError
 from sdjax.models.dit_layers import WAVES
 from sdjax.models.layers import timestep_embedding
-from sdjax.models.mmdit import MMDiT, MMDiTConfig, PatchEmbed, position_codes
+from sdjax.models.mmdit.network import MMDiT, MMDiTConfig, PatchEmbed, position_codes
 from sdjax.models.params import is_buffer
 from sdjax.models.stacked_paths import shapes_apart
 from tests.models.flops import flops

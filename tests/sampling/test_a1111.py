@@ -56,6 +56,19 @@ def test_a_weight_that_is_no_number_is_named():
         parse_weights("(a:1.2.3)")
 
 
+def test_a_learnt_word_stays_in_one_chunk(pipeline_folder):
+    """As A1111's `tokenize_line`: a word of several vectors that does not fit begins the next."""
+    tokenizer = read_any(pipeline_folder).tokenizers["tokens"].with_token("<cat>", 3)
+    first = tokenizer.largest_id - 2
+    (a, cat) = tokenizer.encode(["a <cat>"])[0, 1:3]
+    assert cat == first
+    found = split_chunks(parse_weights("a " * 12 + "(<cat>:1.5)"), tokenizer)
+    assert [chunk.tokens for chunk in found] == [(a,) * 12, (first, first + 1, first + 2)]
+    assert found[1].weights == (1.5,) * 3
+    (whole,) = split_chunks(parse_weights("a " * 11 + "<cat>"), tokenizer)
+    assert whole.tokens == ((a,) * 11 + (first, first + 1, first + 2))
+
+
 def test_a_chunk_ends_at_a_comma_that_is_near(pipeline_folder):
     tokenizer = read_any(pipeline_folder).tokenizers["tokens"]
     size = tokenizer.context_length - 2

@@ -202,6 +202,20 @@ def test_words_have_the_tokens_that_they_cover(torch_pipeline, tmp_path):
     assert tokenizer.truncated == 0
 
 
+def test_a_learnt_word_has_all_of_its_tokens(torch_pipeline, tmp_path):
+    torch_pipeline.tokenizer.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, context_length=40).with_token("<cat>", 3)
+    tokenizer = tokenizer.with_token("my dog")
+    words = explain.words_of('A "<cat>", red', tokenizer)
+    ids = tokenizer.encode(['A "<cat>", red'])[0]
+    assert [word.text for word in words] == ["A", "<cat>", "red"]
+    first = tokenizer.largest_id - 3
+    cat = words[1]
+    assert ids[cat.first : cat.last].tolist() == [first, first + 1, first + 2]
+    with pytest.raises(UserError, match="the learnt word 'my dog' has one"):
+        explain.words_of("my dog", tokenizer)
+
+
 @pytest.mark.parametrize(
     "text, want",
     [("0:1", (0, 10)), ("0:0.5", (0, 5)), ("0.5:1", (5, 10)), ("0.3:0.7", (3, 7)),

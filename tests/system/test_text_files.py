@@ -18,7 +18,8 @@ from sdjax.data.raw.metadata import read_dialect
 from sdjax.data.raw.rows import Fields, Row
 from sdjax.data.text.tokenizer import Tokenizer, TokenizerError
 from sdjax.errors import UserError
-from sdjax.evaluation import audit, reference, torch_file
+from sdjax.evaluation import audit, reference
+from sdjax.formats import torch_file
 from sdjax.formats.folders import ModelError
 from sdjax.formats.folders import read_json as read_bundle_json
 from sdjax.models import weights

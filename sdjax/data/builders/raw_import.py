@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from sdjax.data import named_images
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.named_images import NamedImage
 from sdjax.data.raw import clean, folder, formats, parquet, webdataset
@@ -39,7 +40,10 @@ _OPTIONS = ("text_key", "image_key", "min_side", "max_aspect", "max_pixels", "ou
 
 @dataclasses.dataclass(eq=False)
 class ImportConfig(tfds.core.BuilderConfig):
-    """The shards of a source, notes about them, and the rules for their rows."""
+    """The shards of a source, notes about them, and the rules for their rows.
+
+    whole: whether no test split is cut off a source that has none.
+    """
 
     path: str = ""
     shards: list[Shard] = dataclasses.field(default_factory=list, repr=False)
@@ -47,28 +51,38 @@ class ImportConfig(tfds.core.BuilderConfig):
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
     fields: Fields = Fields()
     rules: clean.Rules = clean.Rules()
+    whole: bool = False
 
 
 def import_config(
-    path: str, format: str, fields: Fields, rules: clean.Rules, *, outside: bool = False
+    path: str,
+    format: str,
+    fields: Fields,
+    rules: clean.Rules,
+    *,
+    outside: bool = False,
+    whole: bool = False,
 ) -> ImportConfig:
     """The configuration of an import, named by the folder and a fingerprint of all its content.
 
     outside: links may lead out of the folder.
+    whole: see `ImportConfig`.
 
     Raises DataError when there is nothing to read.
     """
     survey = formats.survey(path, format, fields, outside=outside)
     identity = f"{formats.fingerprint(survey.shards, fields)} {rules} {outside}"
+    identity += " whole" if whole else ""
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     stem = Path(path).expanduser().resolve().name
     base = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "folder"
     notes = survey.lines()
-    if _is_cut(survey.shards):
+    if _is_cut(survey.shards) and not whole:
         notes.append(f"split test: {TEST_SHARE:.0%} of them, by a hash of the name")
     return ImportConfig(
         name=f"{base}-{fingerprint}", path=path, shards=survey.shards, notes=notes,
         passed_over=dict(survey.passed_over), fields=fields, rules=rules,
+        whole=whole,
     )  # fmt: skip
 
 
@@ -159,7 +173,7 @@ class RawImport(  # type: ignore[call-arg]
         self._skipped: list[Skip] = []
         self._passed_over: dict[str, Counter[str]] = {}  # by shard
         generators = {}
-        for split, shards, chosen in _splits(config.shards, config.fields):
+        for split, shards, chosen in _splits(config.shards, config.fields, config.whole):
             # A split without any usable image must not be written: read the first one.
             examples = self._examples(shards, chosen)
             first = next(examples, None)
@@ -221,11 +235,17 @@ _BUILDERS = {
 }  # fmt: skip
 
 
-def _splits(shards: list[Shard], fields: Fields) -> Iterator[tuple[str, list[Shard], Chosen]]:
+def _splits(
+    shards: list[Shard], fields: Fields, whole: bool
+) -> Iterator[tuple[str, list[Shard], Chosen]]:
     """Yield each split, its shards, and a function that chooses its rows.
 
-    A source of train alone is split by name. Every row, and every skip, is in exactly one split.
+    A source of train alone is split by name, but for `whole`. Every row, and every skip, is in
+    exactly one split.
     """
+    if whole and _is_cut(shards):
+        yield "train", shards, lambda name, split: True
+        return
     if not _is_cut(shards):
         for wanted in SPLITS:
             group = [shard for shard in shards if wanted in shard.splits]
@@ -277,15 +297,23 @@ def prepare(config: DataConfig) -> Any:
 
     Raises DataError when nothing is usable, or more is skipped than config.max_bad_examples.
     """
-    fields = Fields(image=config.image_key, text=config.text_key, images=config.images)
+    images = named_images.stored(config.images)
+    fields = Fields(image=config.image_key, text=config.text_key, images=images)
+    texts = config.captions.texts
+    needed = not texts or any("{}" in text for text in texts)
     rules = clean.Rules(
         min_side=config.min_side, max_aspect=config.max_aspect, max_pixels=config.max_pixels,
-        images=config.images,
+        min_caption_chars=int(needed), images=images,
     )  # fmt: skip
     with quiet_tfds():
         builder = _BUILDERS[config.name](
             config=import_config(
-                config.path, config.name, fields, rules, outside=config.outside_links
+                config.path,
+                config.name,
+                fields,
+                rules,
+                outside=config.outside_links,
+                whole=config.eval_split == config.split,
             ),
             data_dir=config.data_dir or None,
             file_format=FORMAT,

@@ -68,6 +68,10 @@ class TextTokenizer(abc.ABC):
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts, with marks, of any length."""
 
+    def _cut(self, ids: Sequence[int]) -> int:
+        """Return how many of too many tokens stay, besides an EOS."""
+        return self.context_length - 1
+
     @property
     def vocab_size(self) -> int:
         """The number of tokens, special and added ones included."""
@@ -140,7 +144,7 @@ class TextTokenizer(abc.ABC):
         for row, ids in enumerate(rows):
             lengths[row] = len(ids)
             if len(ids) > self.context_length:
-                ids = [*ids[: self.context_length - 1], self.eos_id]
+                ids = [*ids[: self._cut(ids)], self.eos_id]
             tokens[row, : len(ids)] = ids
         return tokens, lengths
 

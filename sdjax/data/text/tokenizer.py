@@ -37,8 +37,17 @@ SPLIT = (
 )
 
 
+# The arguments of a word that is added to a vocabulary, as `add_tokens` of transformers sets them.
+_WORD = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+         "special": False}  # fmt: skip
+
+
 class Tokenizer(TextTokenizer):
-    """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable."""
+    """Maps captions to tokens [n, context_length]: BOS, text, EOS, then padding. Picklable.
+
+    Where a vocabulary has the added tokens X, X_1, X_2, ..., an X in a text becomes all of them, as
+    in the pipelines of diffusers (loaders/textual_inversion.py, `maybe_convert_prompt`).
+    """
 
     title = "CLIP"
     transformers_class = "CLIPTokenizer"
@@ -63,7 +72,7 @@ class Tokenizer(TextTokenizer):
             ValueError: the context length is below 3, or the arguments do not fit together.
         """
         super().__init__(context_length)
-        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
+        self._vocab, self._merges = dict(vocab), [(left, right) for left, right in merges]
         self._special = {**DEFAULT_SPECIAL, **(special or {})}
         self._added = dict(added or {})
         names = {key: token_text(token) for key, token in self._special.items()}
@@ -75,6 +84,7 @@ class Tokenizer(TextTokenizer):
         self._backend.post_processor = processors.RobertaProcessing(
             (names["eos_token"], self.eos_id), (names["bos_token"], self.bos_id), False, False
         )
+        self._groups = _groups(self.added_words, ids, most=self.context_length)
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -94,11 +104,66 @@ class Tokenizer(TextTokenizer):
         content = [sorted(self._backend.get_vocab().items()), self._merges, ids]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    def with_token(self, token: str, count: int = 1) -> Tokenizer:
+        """Return a tokenizer with a word more, which becomes `count` tokens, those of the next ids.
+
+        Raises:
+            TokenizerError: the vocabulary has the word, or the context has no room for its tokens.
+        """
+        if not token.strip() or token != token.strip():
+            raise TokenizerError(f"the token {token!r} is empty, or has spaces around it")
+        room = self.context_length - self.marks_before - self.marks_after
+        if not 1 <= count <= room:
+            raise TokenizerError(
+                f"the token {token!r} has {count} vectors; expected 1 to {room}, for captions have "
+                f"{self.context_length} tokens"
+            )
+        names = [token, *(f"{token}_{i}" for i in range(1, count))]
+        # A text with a number after it belongs to the word before the number.
+        stem, _, number = token.rpartition("_")
+        follows = number.isdecimal() and stem in self.added_words
+        ends = [f"{token}_{count}", *([stem] if follows else [])]
+        words = {
+            form.lower(): form
+            for name in self.vocabulary
+            for form in (name, name.removesuffix(END_OF_WORD))
+        }
+        if there := [words[name.lower()] for name in (*names, *ends) if name.lower() in words]:
+            raise TokenizerError(
+                f"the token {token!r}: the tokenizer has {there[0]!r} in its vocabulary already; "
+                "choose another word, such as '<my-cat>'"
+            )
+        new = {self.largest_id + 1 + i: {"content": name, **_WORD} for i, name in enumerate(names)}
+        return Tokenizer(
+            self._vocab, self._merges, context_length=self.context_length,
+            special=self._special, added={**self._added, **new},
+        )  # fmt: skip
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # encode_batch starts threads, which takes longer than one caption.
         if len(texts) == 1:
-            return [self._backend.encode(texts[0]).ids]
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+            rows = [self._backend.encode(texts[0]).ids]
+        else:
+            rows = [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+        if not self._groups:
+            return rows
+        return [[i for first in row for i in self._groups.get(first, (first,))] for row in rows]
+
+    @property
+    def added_words(self) -> tuple[str, ...]:
+        """The added tokens that are not in the vocabulary of the files."""
+        return tuple(t["content"] for t in self._added.values() if t["content"] not in self._vocab)
+
+    def length_of_word(self, first: int) -> int:
+        """Return how many tokens a word of added ones has, by its first; 1 for all others."""
+        return len(self._groups.get(first, (first,)))
+
+    def _cut(self, ids: Sequence[int]) -> int:
+        """Return how many tokens stay: those of one added word stay together, or none does."""
+        at, most = 0, super()._cut(ids)
+        while at < most and at + (length := self.length_of_word(ids[at])) <= most:
+            at += length
+        return at
 
     @classmethod
     def load(
@@ -183,7 +248,7 @@ class Tokenizer(TextTokenizer):
 
 
 def _backend(
-    vocab: dict[str, int], merges: list[tuple[str, ...]], *, unk: str | None
+    vocab: dict[str, int], merges: list[tuple[str, str]], *, unk: str | None
 ) -> tokenizers.Tokenizer:
     """The pipeline from text to subwords: normalise, split into words, bytes, merge."""
     pieces: dict[str, Any] = {"unk_token": unk} if unk is not None else {}
@@ -230,6 +295,20 @@ def _add_tokens(
     for token in special.values():
         arguments = token_arguments(token)
         backend.add_tokens([AddedToken(**{**arguments, "special": True})])
+
+
+def _groups(
+    names: Sequence[str], ids: Mapping[str, int], *, most: int
+) -> dict[int, tuple[int, ...]]:
+    """{id of X: up to `most` ids of X, X_1, X_2, ...} of the added tokens that have followers."""
+    groups, there = {}, set(names)
+    for name in names:
+        every = [name]
+        while len(every) < most and (following := f"{name}_{len(every)}") in there:
+            every.append(following)
+        if len(every) > 1:
+            groups[ids[name]] = tuple(ids[one] for one in every)
+    return groups
 
 
 def _byte_alphabet() -> list[str]:

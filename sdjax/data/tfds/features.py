@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.data import named_images
 from sdjax.data.caption_choice import Caption
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.named_images import NamedImage
@@ -125,7 +126,7 @@ def _named_images(builder: Any, config: DataConfig) -> tuple[NamedImage, ...]:
     from sdjax.data.tfds.tfds_on_cpu import tfds
 
     features = builder.info.features
-    images = () if config.image_key == MOMENTS else config.images
+    images = () if config.image_key == MOMENTS else named_images.stored(config.images)
     for image in images:
         found = features[image.origin] if image.origin in features else None
         if not (isinstance(found, tfds.features.Image) or _is_array(found, image.channels)):

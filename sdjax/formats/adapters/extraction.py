@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from sdjax.families.family import Model
-from sdjax.formats.adapters.layers import BIAS, DORA, Adapter, AdapterLayer, delta, lora_pair
+from sdjax.formats.adapters.layers import BIAS, DORA, WHOLE, Adapter, AdapterLayer, delta, lora_pair
 from sdjax.formats.adapters.merging import part, torch_weight
 from sdjax.formats.adapters.spellings import modules_of, trainable_names
 from sdjax.formats.folders import ModelError
@@ -70,7 +70,7 @@ def resize(adapter: Adapter, rank: int, model: Model) -> tuple[Adapter, float]:
     before = after = 0.0
     for path, layer in adapter.items():
         shape = modules[path].shape
-        if len(shape) == 1 or not layer.changes_weight:
+        if len(shape) == 1 or not layer.changes_weight or WHOLE in layer.factors:
             found[path] = layer
             continue
         up, down, total = _product_truncated(*_factors(layer, shape), rank)

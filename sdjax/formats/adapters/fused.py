@@ -16,8 +16,10 @@ from sdjax.families.single_file import Change
 from sdjax.formats.adapters.layers import (
     BIAS,
     DORA,
+    WHOLE,
     AdapterLayer,
     delta,
+    fitted,
     per_input,
 )
 from sdjax.formats.adapters.spellings import Target
@@ -38,6 +40,8 @@ def split_layer(
     """
     if target.is_plain:
         return [(target.parts[0], layer)]
+    if layer.kind == "lokr":  # whose product is made here: it has to be of the modules' size
+        layer = fitted(layer, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
     layer = _in_rows(layer, "read")
     rows = max(len(layer.factors[part]) for part in _row_parts(layer))
     ends = np.cumsum([shape[0] for shape in shapes])
@@ -117,7 +121,7 @@ def _in_rows(layer: AdapterLayer, done: str) -> AdapterLayer:
 
 def _row_parts(layer: AdapterLayer) -> list[str]:
     """The factors whose first axis is that of the outputs."""
-    parts = ("lora_up", "hada_w1_a", "hada_w2_a", "diff", BIAS, DORA)
+    parts = ("lora_up", "hada_w1_a", "hada_w2_a", "diff", WHOLE, BIAS, DORA)
     return [part for part in parts if part in layer.factors]
 
 

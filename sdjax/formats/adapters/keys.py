@@ -14,14 +14,14 @@ ALPHA = "alpha"
 PEFT_BIAS = "lora_B.bias"  # times s, as the rest of PEFT's product
 PEFT_MAGNITUDE = "lora_magnitude_vector"  # [out] or [1, out, 1, 1]
 _OURS = frozenset((
-    "lora_down", "lora_up", "lora_mid", ALPHA, "dora_scale", "diff", "diff_b",
+    "lora_down", "lora_up", "lora_mid", ALPHA, "dora_scale", "diff", "diff_b", "set_weight",
     *(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     *(f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
 ))  # fmt: skip
-# A weight and a bias of a norm, as LyCORIS names their changes.
+# Changes of a norm's weight and bias in LyCORIS; a norm's whole scale in Black Forest Labs' files.
 _SPELLED = {
-    "w_norm": "diff", "b_norm": "diff_b", "lora_A": "lora_down", "lora_B": "lora_up",
-    PEFT_MAGNITUDE: PEFT_MAGNITUDE,
+    "w_norm": "diff", "b_norm": "diff_b", "scale": "set_weight", "lora_A": "lora_down",
+    "lora_B": "lora_up", PEFT_MAGNITUDE: PEFT_MAGNITUDE,
 }  # fmt: skip
 _TAIL = re.compile(r"(.+)\.([A-Za-z_0-9]+)")
 _OLD = re.compile(r"(.+)(?:\.lora|_lora|\.lora_linear_layer)\.(down|up)\.weight")

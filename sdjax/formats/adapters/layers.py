@@ -7,7 +7,7 @@ rank; s the scale, alpha / r, or alpha / sqrt(r) of rsLoRA.
     dora   W + dW = m (W + s up down) / ||W + s up down||      Liu et al. 2024, equation 5
     loha   dW = s (w1_a w1_b) * (w2_a w2_b)        LyCORIS, modules/loha.py
     lokr   dW = s kron(w1, w2)                     LyCORIS, modules/lokr.py
-    full   dW = diff
+    full   dW = diff, or W + dW = set_weight
 
 Convolutions: `lora_down` [r, in, kh, kw], `lora_up` [out, r, 1, 1]; Tucker's form has `lora_down`
 [r, in, 1, 1] and the kernel in `lora_mid` [r, r, kh, kw].
@@ -24,6 +24,7 @@ import numpy as np
 KINDS = ("lora", "dora", "loha", "lokr", "full")
 DORA = "dora_scale"  # the magnitudes m, of LoHa and LoKr too
 BIAS = "diff_b"  # a change of the bias, [out], which no scale multiplies
+WHOLE = "set_weight"  # a weight in the place of the base's, as ComfyUI calls it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class AdapterLayer:
     kind: of `KINDS`.
     factors: {part: float32 array} in torch's layouts, under the names of kohya and LyCORIS without
         ".weight": lora_down, lora_up, lora_mid, hada_w1_a, ..., lokr_w1, ..., dora_scale, diff,
-        diff_b.
+        diff_b, set_weight.
     scale: s; the factors are not scaled. A bias, `diff` and `dora_scale` are final.
     """
 
@@ -53,7 +54,7 @@ class AdapterLayer:
     @property
     def changes_weight(self) -> bool:
         """Whether it changes the weight, and not the bias alone."""
-        return self.kind != "full" or "diff" in self.factors
+        return self.kind != "full" or "diff" in self.factors or WHOLE in self.factors
 
     @property
     def alpha(self) -> float:
@@ -71,8 +72,12 @@ def delta(layer: AdapterLayer, weight: np.ndarray | None = None) -> np.ndarray:
         weight: W; of a convolution it also says the kernel's size, where the factors do not.
 
     Raises:
-        ValueError: a DoRA without W.
+        ValueError: a DoRA, or a weight in the place of W, without W.
     """
+    if WHOLE in layer.factors:
+        if weight is None:
+            raise ValueError(f"{WHOLE} is a whole weight: its change needs the base weight")
+        return layer.factors[WHOLE] - weight
     change = _product(layer)
     kernel = _kernel(layer)
     if weight is not None:
@@ -225,7 +230,7 @@ def _fits(
     layer: AdapterLayer, found: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
 ) -> bool:
     if layer.kind == "full":
-        return "diff" not in found or found["diff"] == shape
+        return all(found[part] == shape for part in ("diff", WHOLE) if part in found)
     if DORA in found and found[DORA][:2] not in ((shape[0], 1), (1, shape[1])):
         return False
     if len(shape) < 2:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sdjax.system import paths, text_files
@@ -91,17 +91,27 @@ def read_scales(file: paths.Path, metadata: Mapping[str, str]) -> PeftScales:
     return PeftScales()
 
 
-def written(networks: Mapping[str, Mapping[str, int]], dora: set[str], bias: set[str]) -> str:
+def written(
+    networks: Mapping[str, Mapping[str, int]],
+    *,
+    encoders: Collection[str],
+    dora: Collection[str],
+    bias: Collection[str],
+) -> str:
     """Return the entry for files whose alphas are the ranks.
 
     Args:
         networks: {network: {name of a module: rank}}.
+        encoders: the networks that transformers makes.
         dora, bias: the networks that have magnitudes, and changes of biases.
     """
     said: dict[str, Any] = {}
     for network, ranks in networks.items():
         rank = Counter(ranks.values()).most_common(1)[0][0]
-        others = {name: own for name, own in ranks.items() if own != rank}
+        # A name is one of a whole path after "^", else also the end of others. The paths of text
+        # encoders begin with another word in some versions of transformers.
+        start = "" if network in encoders else "^"
+        others = {start + name: own for name, own in ranks.items() if own != rank}
         fields = {
             "r": rank,
             "lora_alpha": rank,

@@ -17,7 +17,7 @@ from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.family import Model
 from sdjax.formats.adapters import keys
 from sdjax.formats.adapters.fused import split_layer
-from sdjax.formats.adapters.layers import DORA, Adapter, AdapterLayer, fitted
+from sdjax.formats.adapters.layers import DORA, WHOLE, Adapter, AdapterLayer, fitted
 from sdjax.formats.adapters.peft_metadata import PeftScales, read_scales
 from sdjax.formats.adapters.recognition import family_of
 from sdjax.formats.adapters.spellings import Module, Target, modules_of, spellings
@@ -160,7 +160,7 @@ def _layer(module: str, parts: Parts, scales: PeftScales) -> AdapterLayer:
     alpha = parts.pop(keys.ALPHA, None)
     kinds = {part.partition("_")[0] for part in parts} & {"lora", "hada", "lokr"}
     kinds |= {"lora"} if keys.PEFT_BIAS in parts or keys.PEFT_MAGNITUDE in parts else set()
-    kinds |= {"diff"} if "diff" in parts else set()
+    kinds |= {"diff"} if "diff" in parts or WHOLE in parts else set()
     if len(kinds) > 1:
         raise ValueError(f"expected one kind of adapter, found parts of {', '.join(sorted(kinds))}")
     if not kinds and "diff_b" not in parts:

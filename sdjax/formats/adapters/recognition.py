@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, model_of
 from sdjax.families.single_file import Shapes
 from sdjax.formats.adapters import keys
-from sdjax.formats.adapters.spellings import Module, modules_of, spellings, trainable_names
+from sdjax.formats.adapters.spellings import (
+    Module,
+    Target,
+    modules_of,
+    spellings,
+    trainable_names,
+)
 from sdjax.formats.folders import ModelError
 from sdjax.models.weights import read_header
 from sdjax.system import paths
@@ -38,20 +47,28 @@ def release_of(file: paths.Path) -> Model:
 
 
 def _model_of(shapes: Shapes) -> Model | None:
-    for family in FAMILIES.values():
-        for preset in family.presets.values():
-            model = model_of(preset)
-            model = model_of(preset, trainable_names(model))
-            if _fits(shapes, model):
+    for name, family in FAMILIES.items():
+        for preset in family.presets:
+            model, modules, spelled = _release(name, preset)
+            if _fits(shapes, model, modules, spelled):
                 return model
     return None
 
 
-def _fits(shapes: Shapes, model: Model) -> bool:
+@functools.cache
+def _release(family: str, preset: str) -> tuple[Model, dict[str, Module], dict[str, Target]]:
+    """(model without weights, its modules, their names) of a preset."""
+    config = FAMILIES[family].presets[preset]
+    model = model_of(config, trainable_names(model_of(config)))
+    modules = modules_of(model)
+    return model, modules, spellings(model, modules)
+
+
+def _fits(
+    shapes: Shapes, model: Model, modules: Mapping[str, Module], spelled: Mapping[str, Target]
+) -> bool:
     """Whether every key of a file is of a module of the model, with its inputs and outputs."""
     names = model.family.adapters or AdapterNames({})
-    modules = modules_of(model)
-    spelled = spellings(model, modules)
     for key, shape in shapes.items():
         if key.startswith(keys.BUNDLED):
             continue

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from sdjax.families.adapter_names import KOHYA_DENOISER, AdapterNames
+from sdjax.families.adapter_names import (
+    DENOISER_PREFIXES,
+    DOTTED_PREFIXES,
+    KOHYA_DENOISER,
+    NATIVE_PREFIXES,
+    ONLY_ENCODER,
+    AdapterNames,
+)
 from sdjax.families.bind import bind
 from sdjax.families.family import Family, Model, Part
 from sdjax.families.single_file import Place, unchanged
@@ -15,10 +22,6 @@ from sdjax.models.weights import tensor_shapes, weight_name
 
 Where = tuple[str, int | None]  # (path of a parameter, number of the block within a stacked one)
 _HEAD = "text_projection"  # which lies beside the network that has the prefix
-_ONLY_ENCODER = "lora_te"  # of a model with one text encoder
-# Prefixes of files: LyCORIS outside kohya's trainer, OneTrainer, PEFT, ComfyUI.
-_DENOISER_PREFIXES = (KOHYA_DENOISER, "lycoris", "lycoris_unet", "lora_transformer")
-_NATIVE_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ def kohya_prefixes(model: Model) -> dict[str, str]:
     names, encoders = _names(model.family), list(model.text_encoders)
     found = {name: names.prefixes.get(name, name) for name in encoders}
     if len(encoders) == 1:
-        found = {encoders[0]: _ONLY_ENCODER}
+        found = {encoders[0]: ONLY_ENCODER}
     return {model.family.denoiser: KOHYA_DENOISER, **found}
 
 
@@ -149,16 +152,16 @@ def spellings(model: Model, modules: Iterable[str]) -> dict[str, Target]:
         starts = [prefixes[network], _names(model.family).prefixes.get(network, "")]
         dotted = [f"{network}.", *(prefix for part, prefix in in_files if part == network)]
         if network == denoiser:
-            starts += _DENOISER_PREFIXES
-            dotted += ["", "diffusion_model."]
+            starts += DENOISER_PREFIXES
+            dotted += DOTTED_PREFIXES
         target = own_target(path)
         longer = in_transformers(model.family.parts[network], name)
         for spelled in dict.fromkeys((name, longer)):
             found |= dict.fromkeys((start + spelled for start in dotted), target)
             found |= dict.fromkeys(_underscored(starts, spelled), target)
     for stem, target in native_targets(model, modules).items():
-        starts = [f"{denoiser}.", *_NATIVE_PREFIXES]
-        every = [*(start + stem for start in starts), *_underscored(_DENOISER_PREFIXES, stem)]
+        starts = [f"{denoiser}.", *NATIVE_PREFIXES]
+        every = [*(start + stem for start in starts), *_underscored(DENOISER_PREFIXES, stem)]
         for spelled in every:
             found.setdefault(spelled, target)
     return found

@@ -76,7 +76,8 @@ def write_diffusers_adapter(
             # transformers wants the last word for its networks, and diffusers does not write it.
             end = ".weight" if network in model.text_encoders else ""
             tensors[f"{stem}.lora_magnitude_vector{end}"] = magnitude.reshape(conv)
-    entry = peft_metadata.written(ranks, dora, biased)
+    encoders = model.text_encoders
+    entry = peft_metadata.written(ranks, encoders=encoders, dora=dora, bias=biased)
     _save(file, tensors, {"format": "pt", peft_metadata.ENTRY: entry}, dtype)
     return _encoder_notes(model, adapter)
 
@@ -271,9 +272,8 @@ def _encoder_notes(model: Model, adapter: Adapter) -> list[str]:
         clip = [path for path in own if ".self_attn." in path or ".mlp." in path]
         if clip and not any(path.endswith(".out_proj") for path in clip):
             lines.append(
-                f"{name}: no out_proj is among its modules; diffusers before 0.43 then drops "
-                "others of kohya's file without an error. Train out_proj too, or use the "
-                "diffusers file"
+                f"{name}: no out_proj is among its modules; of a file of kohya's, diffusers then "
+                "drops others without an error. Train out_proj too, or give it the diffusers file"
             )
     return lines
 

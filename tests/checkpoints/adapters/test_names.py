@@ -157,21 +157,17 @@ def test_sd_is_written_under_the_names_of_diffusers_and_read_under_those_of_ldm(
     ):
         assert spelled[name].parts == (path,), name
     # The two that clash in readers that match beginnings.
-    assert (
-        spelled["lora_unet_input_blocks_1_0_in_layers_2"].parts[0].startswith("unet.down_blocks.0")
-    )
-    assert (
-        spelled["lora_unet_input_blocks_10_0_in_layers_2"].parts[0].startswith("unet.down_blocks.3")
-    )
+    for number, block in ((1, 0), (10, 3)):
+        (path,) = spelled[f"lora_unet_input_blocks_{number}_0_in_layers_2"].parts
+        assert path.startswith(f"unet.down_blocks.{block}.")
 
 
 def test_the_transformers_fused_names(tmp_path):
     flux, sd3 = release("flux", "dev"), release("sd3", "sd35_medium")
     found = spellings(flux, modules_of(flux))["lora_unet_single_blocks_37_linear1"].parts
     block = "transformer.single_transformer_blocks.37"
-    assert found == tuple(
-        f"{block}.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-    )
+    names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    assert found == tuple(f"{block}.{name}" for name in names)
     found = spellings(sd3, modules_of(sd3))
     block = "transformer.transformer_blocks.0.attn"
     assert found["lora_unet_joint_blocks_0_context_block_attn_qkv"].parts == tuple(

@@ -1,7 +1,7 @@
 """The tensors of a PyTorch file, read without PyTorch and without running the file.
 
 `torch.save` writes a pickle, and a pickle can call any function of the machine that reads it. Here
-`sdjax.evaluation.torch_pickle` reads it, which can call none. Both formats are read: the zip of
+`sdjax.formats.torch_pickle` reads it, which can call none. Both formats are read: the zip of
 PyTorch 1.6 and later, and the older one, which many published weights have
 (torch/serialization.py, `_save` and `_legacy_save`). The arrays are never larger than the file.
 """
@@ -13,12 +13,12 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from sdjax.evaluation.torch_pickle import MOST_BYTES, Storage, Tensor, TorchFileError, read_pickle
+from sdjax.formats.torch_pickle import MOST_BYTES, Storage, Tensor, TorchFileError, read_pickle
 from sdjax.models import weights
 from sdjax.models.weights import WeightsError
 from sdjax.system import paths, text_files
@@ -31,12 +31,15 @@ _ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 2**20  # values of a tensor that repeats those of its storage
 
 
-def read_tensors(path: paths.PathLike) -> dict[str, np.ndarray]:
+def read_tensors(
+    path: paths.PathLike, *, inner: Sequence[str] = ("state_dict",)
+) -> dict[str, np.ndarray]:
     """The arrays {name: array} of a state dict in a .pth, .pt, .bin, .ckpt or .safetensors file.
 
     Args:
         path: a file of `torch.save(model.state_dict(), path)`, or of {"state_dict": that, ...}.
             Entries that are no tensors (numbers, texts) are left out.
+        inner: names of entries that may be the state dict.
 
     Returns:
         Read-only arrays; tensors that share their storage in the file share it here too.
@@ -60,7 +63,7 @@ def read_tensors(path: paths.PathLike) -> dict[str, np.ndarray]:
         if text_files.is_pointer(start):
             raise TorchFileError(f"{path}: {text_files.POINTER}")
         tree, data = (_read_zip if start.startswith(_ZIP) else _read_legacy)(file, str(path))
-        found = _state_dict(tree, str(path))
+        found = _state_dict(tree, str(path), inner)
         return {name: _view(name, tensor, data) for name, tensor in found.items()}
 
 
@@ -146,10 +149,12 @@ def _read_legacy(file: BinaryIO, where: str) -> tuple[Any, Callable[[Storage], b
     return tree, lambda storage: found[storage.key]
 
 
-def _state_dict(tree: Any, where: str) -> dict[str, Tensor]:
-    """The tensors of a pickled dictionary."""
-    if isinstance(tree, Mapping) and isinstance(tree.get("state_dict"), Mapping):
-        tree = tree["state_dict"]
+def _state_dict(tree: Any, where: str, inner: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a pickled dictionary, or of the first dictionary in it with such a name."""
+    for name in inner if isinstance(tree, Mapping) else ():
+        if isinstance(tree.get(name), Mapping):
+            tree = tree[name]
+            break
     found = {}
     if isinstance(tree, Mapping):
         found = {str(name): value for name, value in tree.items() if isinstance(value, Tensor)}

@@ -23,7 +23,7 @@ from sdjax.models.dit_layers import (
     conditioned,
 )
 from sdjax.models.layers import Array, Dtype, check_remat, conv, linear
-from sdjax.models.mmdit_config import MMDiTConfig
+from sdjax.models.mmdit.config import MMDiTConfig
 from sdjax.models.placement import activation
 from sdjax.models.stacking import Blocks
 

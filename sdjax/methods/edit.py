@@ -1,0 +1,122 @@
+"""Editing by an instruction: a UNet that reads latents and a picture's latents (InstructPix2Pix).
+
+Brooks et al. 2023, arXiv 2211.09800. The picture "before" is read beside the noisy latents of the
+main one, which shows it as the caption asks. Its latents are the mode of the VAE's distribution and
+not scaled, as the released weights have it (timothybrooks/instruct-pix2pix#36).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.data.config import is_encoded
+from sdjax.diffusion.losses import caption_draws
+from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.family import Networks
+from sdjax.methods.denoise import MASK, DenoiseConfig, bound, latent_diffusion
+from sdjax.methods.drawings import make_drawing
+from sdjax.methods.fields import picture_fields
+from sdjax.methods.inpaint import check_unet
+from sdjax.methods.inputs import Inputs
+from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
+from sdjax.models.params import Params
+from sdjax.parallel.sharding import to_host
+from sdjax.sampling.generate import to_uint8
+
+BEFORE = "before"  # the picture of data.images that is edited
+
+
+@dataclasses.dataclass(frozen=True)
+class EditConfig(DenoiseConfig):
+    """Training of a denoiser that reads the picture to be edited.
+
+    Half of objective.caption_dropout is the share of examples that lose their caption alone, and
+    the same share loses both, or the picture alone.
+    """
+
+    name: str = "edit"
+
+
+def original(networks: Networks, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+    """Return the latents of the picture before, [b, h, w, C]; see `MakeInputs`."""
+    return jnp.split(networks.module("vae", every).encode(batch[BEFORE]), 2, axis=-1)[0]
+
+
+def dropped(rate: float, channels: jax.Array, keys: jax.Array) -> jax.Array:
+    """Return channels [b, h, w, C] that are zero in p <= u < 3 p.
+
+    u is the number that takes the caption where u < 2 p (diffusers
+    train_instruct_pix2pix.py, conditioning_dropout_prob).
+
+    Args:
+        rate: of captions that are dropped, 2 p.
+    """
+    u, p = caption_draws(keys), rate / 2
+    gone = (u >= p) & (u < 3 * p)
+    return jnp.where(gone[:, None, None, None], 0.0, channels)
+
+
+def make(setup: Setup) -> Method:
+    """Bind the method to the networks of a model.
+
+    Raises:
+        UserError: the denoiser is no UNet of so many channels, the data has no pixels or no picture
+            before, or the share of dropped captions leaves none for the pictures.
+    """
+    check_unet(setup)
+    if is_encoded(setup.data):
+        raise UserError(
+            "data.name is 'encoded', but method 'edit' shows pictures before and after, which an "
+            "encoded dataset does not have; train on the pictures"
+        )
+    rate = setup.objective.caption_dropout
+    if not 0.0 <= rate <= 2 / 3:
+        raise UserError(
+            f"objective.caption_dropout is {rate}; method 'edit' drops the caption alone, both, "
+            "and the picture alone with half of that each: expected 0 to 2/3"
+        )
+    inputs = Inputs(
+        setup.model.vae.latent_channels,
+        original,
+        lambda channels, keys: dropped(rate, channels, keys),
+    )
+    images = picture_fields(setup, required={BEFORE: "picture"}, optional={MASK: "mask"})
+    diffusion = latent_diffusion(setup, inputs=inputs)
+    return bound(diffusion, images=images, pictures=_pictures(setup), gallery=True)
+
+
+def _pictures(setup: Setup) -> Callable[..., np.ndarray]:
+    """Drawing that shows the picture before on the left, and the result on the right."""
+    drawn = make_drawing(setup)
+    networks = bind(setup.model, ("vae",), dtype=setup.dtype)
+
+    @jax.jit
+    def prepared(params: Params, before: jax.Array) -> jax.Array:
+        return original(networks, params, {BEFORE: before}, jnp.zeros(0))
+
+    def pictures(
+        params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
+    ) -> np.ndarray:
+        before = examples.named[BEFORE]
+        own = {path: value for path, value in params.items() if path.startswith("vae.")}
+        channels = to_host(prepared(own, before))
+        images = drawn(params, examples, seed, guided=guided, picture={"channels": channels})
+        return np.concatenate([to_uint8(before / 2 + 0.5), images], axis=2)
+
+    return pictures
+
+
+EDIT = Kind(
+    config=EditConfig,
+    make=make,
+    networks=tuple,
+    draws=True,
+    beside=lambda latent: latent,
+    sample="--init_image=FILE",
+)

@@ -1,0 +1,178 @@
+"""Inpainting: a UNet that reads latents, a mask and the masked picture's latents (9 channels).
+
+RunwayML's stable-diffusion-inpainting, the inpainting models of SD2 and SDXL, and the pipelines of
+diffusers have this order. A mask is 1 where the picture is drawn anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.data.config import is_encoded
+from sdjax.diffusion.losses import example_keys, fold_keys
+from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.family import Networks
+from sdjax.methods.denoise import DenoiseConfig, bound, latent_diffusion
+from sdjax.methods.drawings import make_drawing
+from sdjax.methods.fields import picture_fields
+from sdjax.methods.inputs import Inputs
+from sdjax.methods.masks import SHAPES, draw_masks, whole_masks
+from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
+from sdjax.models.params import Params
+from sdjax.models.unet_config import UNetConfig
+from sdjax.models.vae import scale_latents
+from sdjax.parallel.sharding import to_host
+from sdjax.sampling.generate import to_uint8
+
+MASK = "mask"  # the picture of data.images that says what is drawn anew
+# Streams of randomness, beyond those of the validation's strata.
+SHAPE, WHOLE = 2**15, 2**15 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class InpaintConfig(DenoiseConfig):
+    """Training of a denoiser that reads a mask and a masked picture.
+
+    Raises ValueError where a share is out of its range.
+    """
+
+    name: str = "inpaint"
+    # Share of examples whose whole picture is masked, 25 % as RunwayML's model card has it.
+    whole: float = 0.25
+    # Shares of the shapes among other masks, any scale; a mask of data.images replaces all four.
+    boxes: float = 1.0
+    ellipses: float = 1.0
+    polygons: float = 1.0
+    strokes: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.whole <= 1.0:
+            raise ValueError(f"method.whole is {self.whole}; expected 0 to 1")
+        if min(self.shares.values()) < 0 or not sum(self.shares.values()) > 0:
+            raise ValueError(
+                f"method has the shares {self.shares}; expected 0 or more, and one above 0"
+            )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """{shape: share}."""
+        return {name: getattr(self, name) for name in SHAPES}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inpainting:
+    """The mask and the masked picture of an example."""
+
+    config: InpaintConfig
+
+    def channels(
+        self, networks: Networks, every: Params, batch: Batch, keys: jax.Array
+    ) -> jax.Array:
+        """Mask and masked latents [b, h, w, 1 + C]; see `MakeInputs`."""
+        return beside(networks, every, batch["image"], self.masks(batch, keys))
+
+    def masks(self, batch: Batch, keys: jax.Array) -> jax.Array:
+        """The masks of a batch, [b, H, W, 1] of zeros and ones."""
+        return whole_masks(fold_keys(keys, WHOLE), self.shapes(batch, keys), self.config.whole)
+
+    def shapes(self, batch: Batch, keys: jax.Array) -> jax.Array:
+        """The masks of the data, else drawn, before some cover the whole picture."""
+        if MASK in batch:
+            return (batch[MASK] >= 0.5).astype(jnp.float32)
+        _, height, width, _ = batch["image"].shape
+        return draw_masks(fold_keys(keys, SHAPE), (height, width), self.config.shares)
+
+
+def beside(networks: Networks, every: Params, images: jax.Array, masks: jax.Array) -> jax.Array:
+    """Return what an inpainting UNet reads beside the noisy latents, [b, h, w, 1 + C].
+
+    The mask of a latent is its pixel at the top left, as torch's nearest `interpolate` takes it.
+    The VAE sees grey where the mask is; the latents are its mode.
+
+    Args:
+        images: [b, H, W, 3] in [-1, 1]; masks: [b, H, W, 1] of zeros and ones.
+    """
+    vae = networks.module("vae", every)
+    mean, _ = jnp.split(vae.encode(images * (1.0 - masks)), 2, axis=-1)
+    side = vae.config.downscale
+    return jnp.concatenate([masks[:, ::side, ::side], scale_latents(mean, vae.config)], axis=-1)
+
+
+def make(setup: Setup) -> Method:
+    """Bind the method to the networks of a model; see `Inpainting`.
+
+    Raises:
+        UserError: the denoiser is no UNet of so many channels, or the data has no pixels.
+    """
+    check_unet(setup)
+    if is_encoded(setup.data):
+        raise UserError(
+            "data.name is 'encoded', but method 'inpaint' masks pixels, which an encoded dataset "
+            "does not have; train on the pictures"
+        )
+    task = Inpainting(setup.config)
+    inputs = Inputs(setup.model.vae.latent_channels + 1, task.channels)
+    images = picture_fields(setup, optional={MASK: "mask"})
+    # The mask is the task: it does not multiply the loss.
+    diffusion = latent_diffusion(setup, inputs=inputs, mask="")
+    return bound(diffusion, images=images, pictures=_pictures(setup, task), gallery=True)
+
+
+def check_unet(setup: Setup) -> None:
+    """Check that the denoiser is one that can be given channels, and that pictures are not read.
+
+    Raises:
+        UserError: it is not, or `sample.fidelity` would read back what shows more than the result.
+    """
+    name, method = setup.model.family.denoiser, setup.config.name
+    if not isinstance(setup.model.denoiser, UNetConfig):
+        raise UserError(
+            f"method {method!r} trains UNets, of SD1, SD2 and SDXL; model.family is "
+            f"{setup.model.family.name!r}, whose denoiser is a {name}"
+        )
+    if setup.sample.fidelity:
+        raise UserError(
+            f"sample.fidelity is {setup.sample.fidelity}, but method {method!r} draws from "
+            "pictures, and not from prompts alone; set it to 0"
+        )
+
+
+def _pictures(setup: Setup, task: Inpainting) -> Callable[..., np.ndarray]:
+    """Drawing that shows the masked picture on the left, and the result on the right."""
+    drawn = make_drawing(setup)
+    networks = bind(setup.model, ("vae",), dtype=setup.dtype)
+
+    @functools.partial(jax.jit, static_argnames="seed")
+    def prepared(params: Params, batch: Batch, seed: int) -> tuple[jax.Array, jax.Array]:
+        keys = example_keys(jax.random.key(seed), jnp.arange(len(batch["image"])))
+        masks = task.shapes(batch, keys)
+        return masks, beside(networks, params, batch["image"], masks)
+
+    def pictures(
+        params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
+    ) -> np.ndarray:
+        batch = {"image": examples.images, **examples.named}
+        own = {path: value for path, value in params.items() if path.startswith("vae.")}
+        masks, channels = map(to_host, prepared(own, batch, seed))
+        images = drawn(params, examples, seed, guided=guided, picture={"channels": channels})
+        masked = to_uint8(examples.images * (1.0 - masks) / 2 + 0.5)
+        return np.concatenate([masked, images], axis=2)
+
+    return pictures
+
+
+INPAINT = Kind(
+    config=InpaintConfig,
+    make=make,
+    networks=tuple,
+    draws=True,
+    beside=lambda latent: latent + 1,
+    sample="--init_image=FILE --mask_image=FILE",
+)

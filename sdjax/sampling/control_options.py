@@ -1,0 +1,145 @@
+"""ControlNets and their condition pictures, from the options of a command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.errors import UserError
+from sdjax.families.controlnet import CONTROLNET, check
+from sdjax.models.controlnet import ControlNetConfig
+from sdjax.models.params import prefixed
+from sdjax.sampling.control import Control
+from sdjax.sampling.pictures import read_picture
+from sdjax.sampling.request import SamplingRequest
+from sdjax.system import paths
+
+
+class Asked(NamedTuple):
+    """The words of --controlnet: where the network lies, and how it steers; see `Control`."""
+
+    place: str
+    weight: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+
+
+class Read(Protocol):
+    """Reads a ControlNet."""
+
+    def __call__(self, place: str) -> tuple[ControlNetConfig, Mapping[str, np.ndarray]]:
+        """Return its config and {path: array}.
+
+        Raises:
+            UserError: there is none.
+        """
+
+
+def parse(text: str) -> Asked:
+    """Return what "DIR[:WEIGHT[:START:END]]" asks for; a path that exists is one, as it stands.
+
+    Raises:
+        UserError: it has one number too few.
+    """
+    if paths.exists(paths.to_path(text)):
+        return Asked(text)
+    place, *words = text.rsplit(":", 3)
+    numbers = [_number(word) for word in words]
+    if len(numbers) == 3 and None not in numbers:
+        return Asked(place, *numbers)  # type: ignore[arg-type]
+    if len(numbers) >= 2 and None not in numbers[-2:]:
+        raise UserError(
+            f"--controlnet={text} ends in two numbers; expected DIR, DIR:WEIGHT or "
+            "DIR:WEIGHT:START:END"
+        )
+    if numbers and numbers[-1] is not None:
+        return Asked(text.rpartition(":")[0], numbers[-1])
+    return Asked(text)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def with_controls(
+    request: SamplingRequest,
+    options: Sequence[str],
+    images: Sequence[str],
+    *,
+    guess: bool,
+    read: Read,
+) -> SamplingRequest:
+    """Return a request whose pictures ControlNets steer.
+
+    Args:
+        options, images: of --controlnet and --control_image.
+        guess: of --guess_mode.
+
+    Raises:
+        UserError: options do not go together, or a ControlNet is not for this model.
+    """
+    _check(options, images, guess)
+    if not options:
+        return request
+    factor, count = request.model.vae.downscale, len(request.texts)
+    size = request.shape[0] * factor, request.shape[1] * factor
+    chosen = _of_each(images, len(options), count)
+    controls: list[Control] = []
+    picture, params = dict(request.picture), dict(request.params)
+    for i, (asked, files) in enumerate(zip(map(parse, options), chosen, strict=True)):
+        config, own = read(asked.place)
+        check(request.model, config, f"--controlnet={asked.place}")
+        name = f"{CONTROLNET}{i}"
+        controls.append(Control(name, config, asked.weight, asked.start, asked.stop, guess))
+        made = [np.asarray(read_picture("--control_image", f, size), np.float32) for f in files]
+        picture[name] = np.stack(made * (count if len(made) == 1 else 1)) / 255
+        params |= {path: jnp.asarray(value) for path, value in prefixed(own, name).items()}
+    steered = dataclasses.replace(request, controls=tuple(controls), picture=picture, params=params)
+    for control in controls:
+        control.inside(steered.plan.timesteps)  # a range without a step is an error now
+    return steered
+
+
+def _check(options: Sequence[str], images: Sequence[str], guess: bool) -> None:
+    for option, given in (("--control_image", images), ("--guess_mode", guess)):
+        if given and not options:
+            raise UserError(f"{option} is for --controlnet=DIR; give that too, or leave it out")
+    if options and not images:
+        raise UserError("--controlnet takes a picture that steers; give --control_image=FILE")
+
+
+def _of_each(images: Sequence[str], networks: int, count: int) -> list[Sequence[str]]:
+    """The files of each network: one for all prompts, or one for each."""
+    if len(images) == networks:
+        return [[file] for file in images]
+    if len(images) == networks * count:
+        return [images[i * count : (i + 1) * count] for i in range(networks)]
+    raise UserError(
+        f"--control_image is given {len(images)} times for {networks} of --controlnet and {count} "
+        f"prompts; expected {networks}, or {networks * count}: those of the first network, then of "
+        "the next"
+    )
+
+
+def control_settings(args: argparse.Namespace, *, number: int, count: int) -> dict[str, Any]:
+    """Return the settings that the file of a picture carries of the options above.
+
+    Args:
+        number: of the picture, among `count`.
+    """
+    if not args.controlnet:
+        return {}
+    chosen = _of_each(args.control_image, len(args.controlnet), count)
+    return {
+        "controlnet": args.controlnet,
+        "control_image": [files[number % len(files)] for files in chosen],
+        "guess_mode": args.guess_mode,
+    }
