@@ -107,7 +107,7 @@ FINE_TUNES = {
         ("v5e", "16x16", 256, 256, 4),
         ("v6e", "2x4", 8, 8, 1),
         ("v6e", "16x16", 256, 16, 4),
-        ("v5p", "2x2x2", 8, 8, 4),
+        ("v5p", "2x2x2", 8, 8, 1),
         ("v5p", "4x8x8", 256, 8, 4),
         ("gpu:h100", "8", 8, 8, 4),
         ("gpu:h100", "32x8", 256, 8, 4),
@@ -208,11 +208,11 @@ def row(plan: dict, case: Case) -> str:
         needed = memory["needed"] or memory["total"]
         size = f"{needed / 2**30:.1f}" if needed else "more"
         return f"{start}does not fit: {size} {limit} | | | | | | `{flags}` |"
-    took = plan["time"]
+    took, speed = plan["time"], plan["images_per_second_per_chip"]
     return (
         f"{start}{memory['total'] / 2**30:.1f} {limit} | {took['step'] * 1e3:.0f} ms | "
         f"{took['collectives'] * 1e3:.0f} ms ({took['exposed'] * 1e3:.0f}) | "
-        f"{plan['images_per_second_per_chip']:.1f} | {plan['mfu']:.1%} | {by} | `{flags}` |"
+        f"{speed:.{1 if speed >= 10 else 2}f} | {plan['mfu']:.1%} | {by} | `{flags}` |"
     )
 
 
