@@ -40,6 +40,7 @@ BREAKING = (
     "data.split_key",
     "data.captions.empty",
     "data.captions.others_key",
+    "data.captions.texts",
     "data.score_key",
     "data.min_score",
     "data.text_embeddings",
