@@ -47,7 +47,7 @@ def finish(
     """Last pictures, score, diffusers folder, and the last screen; whether pictures are finite."""
     step = int(state["step"])
     picture = observers.draw(step, state, frozen, telemetry)
-    trained = evaluated_params(state)
+    trained = evaluated_params(state, config.ema.profiles)
     params = {**frozen, **trained}
     score_line, finite = "", picture is not None
     try:

@@ -33,6 +33,10 @@ def evaluated_set(profiles: Sequence[str]) -> str:
     return profiles[0] if profiles else RAW
 
 
-def evaluated_params(state: State) -> Params:
-    """The parameters of `evaluated_set`."""
-    return weight_sets(state)[evaluated_set(tuple(state["ema"]))]()
+def evaluated_params(state: State, profiles: Sequence[str]) -> Params:
+    """The parameters of `evaluated_set`.
+
+    Args:
+        profiles: of the recipe, whose order the state does not keep: JAX sorts a dictionary.
+    """
+    return weight_sets(state)[evaluated_set(profiles)]()
