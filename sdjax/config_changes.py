@@ -10,13 +10,17 @@ from typing import Any
 
 from sdjax.families.registry import FAMILIES, NETWORKS
 
+# Of adapters, words and control networks: which arrays are trained, and what they mean.
+_OF_ARRAYS = (
+    "kind rank ranks alpha alphas rank_stabilized targets text_targets factor full_matrix "
+    "tokens vectors widths channel_order pooled"
+).split()
 # Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
 # the data would no longer mean the same. Shell patterns on dotted names. What else changes the
 # structure of the state (say, a group of parameters that is no longer frozen) `restore` reports.
 BREAKING = (
     "method.name",
-    "method.tokens",
-    "method.vectors",
+    *(f"method.{name}" for name in _OF_ARRAYS),
     "seed",
     "*_from",
     "init_prediction_type",
@@ -40,6 +44,7 @@ BREAKING = (
     "data.split_key",
     "data.captions.empty",
     "data.captions.others_key",
+    "data.captions.texts",
     "data.score_key",
     "data.min_score",
     "data.text_embeddings",

@@ -19,9 +19,9 @@ from sdjax.train.agreement import OWN
 
 # Every other field, so that whoever adds one decides whose it is.
 MODEL = """
-method.* seed tokenizer.vocab_size
+method.(?!controlnet_from$)* seed tokenizer.vocab_size
 model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family
-model.transformer.* model.text_encoder_3.* model.max_sequence_length data.images
+model.transformer.* model.text_encoder_3.* model.max_sequence_length model.kontext data.images
 model.zero_empty_prompt model.clip_skip
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
@@ -31,10 +31,12 @@ objective.timestep_max objective.logit_mean objective.logit_std objective.mode_s
 objective.weighting objective.min_snr_gamma objective.p2_k objective.p2_gamma objective.sigma_data
 objective.loss objective.huber_c objective.huber_schedule objective.offset_noise
 objective.input_perturbation objective.caption_dropout objective.encoder_dropout
+objective.unmasked_weight objective.normalize_masked_area objective.unmasked_probability
 data.split data.eval_split data.image_key data.text_key data.label_template data.validation_share
 data.test_share data.fold data.split_key data.score_key data.min_score data.weight_key
 data.captions.others_key
-data.captions.main_share data.captions.templates data.captions.separator data.captions.shuffle_tags
+data.captions.main_share data.captions.templates data.captions.texts data.captions.separator
+data.captions.shuffle_tags
 data.captions.keep_tags data.captions.tag_dropout data.captions.empty data.resolution data.crop
 data.buckets.step data.buckets.max_aspect data.buckets.max_upscale data.flip data.batch_size
 data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shapes_test
@@ -46,6 +48,7 @@ ema.profiles ema.snapshot_every ema.snapshot_dtype
 train.steps train.accumulation train.log_every train.checkpoint_every train.keep_last
 train.keep_every train.sample_every train.timestep_buckets train.max_nonfinite train.spike_factor
 train.rollbacks train.export train.report train.bundle_frozen
+sample.image_guidance
 sample.prompts sample.count sample.compare sample.guidance sample.guidance_rescale
 sample.negative_prompt sample.sampler.name sample.sampler.steps sample.sampler.spacing
 sample.sampler.steps_offset sample.sampler.eta sample.sampler.karras

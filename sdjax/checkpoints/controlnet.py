@@ -13,7 +13,7 @@ from sdjax.formats.controlnet import read_controlnet_files
 from sdjax.formats.folders import ModelError, folder_kind
 from sdjax.machine_settings import of_model
 from sdjax.methods.control import ControlConfig, network_config
-from sdjax.models.controlnet import ControlNetConfig
+from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.params import component
 from sdjax.models.weights import WeightsError, check_finite
 from sdjax.system import paths

@@ -16,7 +16,8 @@ from sdjax.families.ldm_names import unet_name
 from sdjax.families.sd import SD
 from sdjax.families.single_file import Place, Places, Shapes
 from sdjax.models.config import ConfigError
-from sdjax.models.controlnet import ControlNet, ControlNetConfig
+from sdjax.models.controlnet.config import ControlNetConfig
+from sdjax.models.controlnet.network import ControlNet
 from sdjax.models.unet_config import UNetConfig
 
 CONTROLNET = "controlnet"  # the name of the network, and the first word of its parameters' paths

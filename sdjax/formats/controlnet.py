@@ -22,7 +22,7 @@ from sdjax.families.single_file import from_file
 from sdjax.formats.diffusers_folder import read_network, write_diffusers
 from sdjax.formats.folders import ModelError, read_json
 from sdjax.models.config import ConfigError
-from sdjax.models.controlnet import ControlNetConfig
+from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.params import prefixed
 from sdjax.models.weights import (
     WeightsError,

@@ -67,7 +67,7 @@ class AdaptersConfig(MethodConfig):
     alphas: tuple[tuple[str, float], ...] = ()  # the same for alpha
     init: str = "kaiming"  # of the first factor of lora and dora; or "gaussian"
     factor: int = -1  # of lokr: one side of its first factor; -1 is near the square root
-    whole: bool = False  # of lokr: never split its second factor into two of `rank`
+    full_matrix: bool = False  # of lokr: never split its second factor into two of `rank`
     dropout: float = 0.0  # of inputs (PEFT's lora_dropout); lora and dora
     hidden_dropout: float = 0.0  # between the factors (kohya's network_dropout); lora and dora
     rank_dropout: float = 0.0  # of ranks of an example; lora and dora
@@ -113,7 +113,7 @@ class AdaptersConfig(MethodConfig):
         root = rank**0.5 if self.rank_stabilized else rank
         dropout = Dropout(self.dropout, self.hidden_dropout, self.rank_dropout, self.module_dropout)
         scale = (alpha or rank) / root  # alpha 0 is the rank, as in kohya's
-        return Rule(self.kind, rank, scale, self.init, self.factor, self.whole, dropout)
+        return Rule(self.kind, rank, scale, self.init, self.factor, self.full_matrix, dropout)
 
 
 def _check(field: str, value: Any, good: Any, expected: str) -> None:

@@ -21,7 +21,7 @@ from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, 
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields
 from sdjax.methods.method import Batch, Kind, Method, MethodConfig, Setup
-from sdjax.models.controlnet import CHANNEL_ORDERS, ControlNetConfig
+from sdjax.models.controlnet.config import CHANNEL_ORDERS, ControlNetConfig
 from sdjax.models.params import Params, component, prefixed
 from sdjax.models.unet_config import UNetConfig
 from sdjax.sampling.control import Control

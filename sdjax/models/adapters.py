@@ -68,7 +68,7 @@ class Rule:
     init: of A: "kaiming", U(+-1/sqrt(fan_in)) as PEFT and kohya have it, or "gaussian", N(0, 1/r^2)
         as the examples of diffusers.
     factor: of lokr, see `factorization`.
-    whole: of lokr, whether w2 is never split into two of rank r.
+    full_matrix: of lokr, whether w2 is never split into two of rank r.
     dropout: of the training loss alone.
     """
 
@@ -77,7 +77,7 @@ class Rule:
     scale: float = 1.0
     init: str = "kaiming"
     factor: int = -1
-    whole: bool = False
+    full_matrix: bool = False
     dropout: Dropout = Dropout()
 
 
@@ -275,7 +275,7 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 def is_whole(rule: Rule, b: int, d: int) -> bool:
     """Whether the second factor of lokr, [d, b], is one matrix and not two of rank r."""
-    return rule.whole or rule.rank >= max(b, d) / 2
+    return rule.full_matrix or rule.rank >= max(b, d) / 2
 
 
 def dropout_keys(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], key: Array) -> dict:

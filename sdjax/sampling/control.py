@@ -20,7 +20,8 @@ from sdjax.families.bind import bind
 from sdjax.families.controlnet import CONTROLNET
 from sdjax.families.family import Context, Model
 from sdjax.models import weights
-from sdjax.models.controlnet import ControlNetConfig, scaled, total
+from sdjax.models.controlnet.config import ControlNetConfig
+from sdjax.models.controlnet.network import scaled, total
 from sdjax.models.params import component
 from sdjax.models.unet import Residuals
 from sdjax.sampling.start import Picture

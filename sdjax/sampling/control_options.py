@@ -12,7 +12,7 @@ import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families.controlnet import CONTROLNET, check
-from sdjax.models.controlnet import ControlNetConfig
+from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.params import prefixed
 from sdjax.sampling.control import Control
 from sdjax.sampling.pictures import read_picture

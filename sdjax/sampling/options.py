@@ -32,11 +32,6 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         "SDXL, 5 for SD3 and 1 for FLUX.1 if nothing says it",
     )  # fmt: skip
     group.add_argument(
-        "--image_guidance", type=float,
-        help=f"guidance towards --init_image, of models that edit it (InstructPix2Pix); {own}, or "
-        "1.5",
-    )  # fmt: skip
-    group.add_argument(
         "--guidance_rescale", type=float,
         help=f"0 to 1, Lin et al. 2023, section 3.4; {own}",
     )  # fmt: skip
@@ -121,6 +116,10 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
         "--mask_image", action="append", default=[], metavar="FILE",
         help="of --init_image, what is white is drawn anew and what is black stays (inpainting); "
         "resized likewise; once for all prompts, or once for each",
+    )  # fmt: skip
+    p.add_argument(
+        "--image_guidance", type=float,
+        help="guidance towards --init_image, of models that edit it (InstructPix2Pix) (1.5)",
     )  # fmt: skip
 
 
@@ -217,5 +216,5 @@ def guidance_changes(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options change of guidance, for `sampling.generate.drawing_of`."""
     names = ("guidance", "image_guidance", "guidance_rescale", "embedded_guidance",
              "skip_layers", "skip_scale")  # fmt: skip
-    given = {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name, None) for name in names}  # not all verbs have all
     return {name: value for name, value in given.items() if value is not None}

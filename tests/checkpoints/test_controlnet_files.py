@@ -12,7 +12,7 @@ from sdjax.families.single_file import to_file
 from sdjax.formats.controlnet import read_controlnet_files, write_controlnet
 from sdjax.formats.folders import ModelError
 from sdjax.models.config import ConfigError
-from sdjax.models.controlnet import ControlNetConfig
+from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.weights import from_diffusers, load_file, save_file, tensor_shapes, to_diffusers
 
 CROSS, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -12,7 +12,7 @@ from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
 from sdjax.families.flux import FLUX
-from sdjax.formats.adapters import keys, peft_metadata
+from sdjax.formats.adapters import keys, peft_metadata, recognition
 from sdjax.formats.adapters.merging import merged
 from sdjax.formats.adapters.reading import read_adapter
 from sdjax.formats.adapters.spellings import modules_of, spellings
@@ -38,7 +38,11 @@ _KINDS = (
 
 @functools.cache
 def _model() -> Model:
-    """A transformer with modules that are fused in files."""
+    """A transformer with modules that are fused in files.
+
+    An adapter that does not fit is compared with every release, whose networks are made once.
+    """
+    recognition._model_of({"none": ()})
     config = FluxConfig(
         in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=24,
         pooled_projection_dim=20, attention_head_dim=6, axes_dims_rope=(2, 2, 2),

@@ -75,9 +75,9 @@ def test_parameters_of_text_encoders(family, preset, name, targets, count, param
     "kind, extra, parameters",
     [
         ("dora", {"targets": ("attention",)}, 3_188_736 + 99_840),
-        ("lokr", {"targets": ("transformer",), "factor": 4, "whole": True}, 16_689_152),
-        ("lokr", {"targets": ("transformer",), "factor": 16, "whole": True}, 1_092_032),
-        ("lokr", {"targets": ("transformer",), "whole": True}, 386_176),
+        ("lokr", {"targets": ("transformer",), "factor": 4, "full_matrix": True}, 16_689_152),
+        ("lokr", {"targets": ("transformer",), "factor": 16, "full_matrix": True}, 1_092_032),
+        ("lokr", {"targets": ("transformer",), "full_matrix": True}, 386_176),
         ("loha", {"targets": ("attention",), "rank": 8}, 3_188_736),
     ],
 )

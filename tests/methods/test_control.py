@@ -167,6 +167,18 @@ def test_the_copy_has_the_weights_of_the_unet_and_zeros_where_it_speaks(beginnin
         assert np.any(value) != zero or path.endswith("bias"), path
 
 
+def test_validation_and_maxima_are_of_the_controlnet(beginning):
+    made, params, batch, draw = beginning
+    timesteps = made.timesteps(3)
+    given = params, batch, draw.keys
+    losses = jax.eval_shape(lambda *a: made.validate(*a, timesteps), *given)
+    assert losses.shape == (4, 3)
+    found = jax.eval_shape(lambda *a: made.maxima(*a, timesteps), *given)
+    assert "mid_block.resnets.0" in found and not any("up_blocks" in path for path in found)
+    kinds = jax.eval_shape(lambda *a: made.predictions(*a, timesteps), *given)
+    assert set(kinds) == {"epsilon", "v_prediction"}
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(config, whole, tmp_path):
     process = start(config, tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 3)
@@ -283,7 +295,7 @@ def test_recipes_that_do_not_suit_are_refused(config, changes, words):
 
 def test_metrics_of_pictures_without_conditions_are_refused(config):
     changed = config.copy_and_resolve_references()
-    changed.validation.metrics = ("fid",)
+    changed.validation.update(metrics=("fid",), examples=8)
     with pytest.raises(UserError, match="whose pictures follow others that metrics do not have"):
         resolve(changed)
 

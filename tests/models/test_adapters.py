@@ -224,7 +224,7 @@ def test_factors_of_a_convolution_by_kronecker(whole, shapes):
         kernel_init=nnx.initializers.zeros,
         rngs=weights.Keys(jax.random.key(0)),
     )
-    adapted(layer, Rule("lokr", 4, 0.25, factor=8, whole=whole))
+    adapted(layer, Rule("lokr", 4, 0.25, factor=8, full_matrix=whole))
     params = weights.split(layer.adapter)[1]
     assert {path: value.shape for path, value in params.items()} == shapes
     assert layer.adapter.rule.scale == (1.0 if whole else 0.25)

@@ -11,7 +11,8 @@ import pytest
 from sdjax.families import sd, sdxl
 from sdjax.models import weights
 from sdjax.models.config import ConfigError
-from sdjax.models.controlnet import ControlNet, ControlNetConfig, guess_scales, scaled, total
+from sdjax.models.controlnet.config import ControlNetConfig
+from sdjax.models.controlnet.network import ControlNet, guess_scales, scaled, total
 from sdjax.models.unet import Residuals, UNet, UNetConfig
 
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"

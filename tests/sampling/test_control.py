@@ -12,7 +12,7 @@ from sdjax import sample
 from sdjax.errors import UserError
 from sdjax.families import sd
 from sdjax.families.family import Model
-from sdjax.models.controlnet import ControlNetConfig
+from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.sampling.control import Control, bind_controls
 from sdjax.sampling.control_options import Asked, parse

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from sdjax import convert
+from sdjax.checkpoints.adapters import with_loras
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import read_adapter_run
 from sdjax.config import resolve
@@ -198,3 +200,18 @@ def test_without_a_model_to_start_from_the_error_says_so(config, tmp_path):
     config.init_from = ""
     with pytest.raises(UserError, match="the .* has no weights and .* set config.init_from"):
         train(config, tmp_path)
+
+
+def test_verbs_take_the_workdir_for_its_adapter(reference, base, tmp_path):
+    file = tmp_path / "raw.safetensors"
+    options = [f"--input={reference}", f"--output={file}", "--format=kohya", "--weights=raw"]
+    assert convert.main(options) == 0
+    plain = read_any(base / "diffusers")
+    _, raw = read_adapter_run(reference, "raw", None)
+    for how, adapter in ((f"{file}:0.5", raw), (f"{reference}:0.5", None)):
+        adapter = adapter or read_adapter_run(reference, "ema", None)[1]
+        found, expected = with_loras(plain, [how]), merged(plain, [(adapter, 0.5)])
+        for path, value in expected.params.items():
+            np.testing.assert_allclose(found.params[path], value, atol=1e-7, err_msg=path)
+    with pytest.raises(UserError, match="trains no adapter"):
+        with_loras(plain, [str(base)])

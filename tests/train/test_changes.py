@@ -13,6 +13,7 @@ from sdjax.families.registry import FAMILIES
 from sdjax.families.sd import SDConfig
 from sdjax.families.sdxl import SDXLConfig
 from sdjax.methods.autoencoder import AutoencoderConfig
+from sdjax.methods.registry import METHODS
 
 # What a run may change half-way, and why that is no break.
 HARMLESS = (
@@ -23,7 +24,11 @@ HARMLESS = (
     "objective.weighting", "objective.min_snr_gamma", "objective.p2_*", "objective.sigma_data",
     "objective.loss", "objective.huber_*", "objective.offset_noise",
     "objective.input_perturbation", "objective.caption_dropout",
-    "objective.encoder_dropout", "method.loss", "method.kl_weight",
+    "objective.unmasked_*", "objective.normalize_masked_area",
+    "objective.encoder_dropout", "method.loss", "method.kl_weight", "method.beta",
+    "method.whole", "method.boxes", "method.ellipses", "method.polygons", "method.strokes",
+    "method.*dropout", "method.max_norm", "method.templates",
+    "method.init", "method.initializer",  # of what is there already
     "model.aesthetic_score", "model.negative_aesthetic_score",
     # How it is computed, and where.
     "model.dtype", "model.remat", "model.attention", "mesh.*", "compilation_cache",
@@ -81,8 +86,9 @@ def test_differences_of_configurations():
 
 def test_every_field_either_breaks_a_run_or_is_known_not_to():
     """Whoever adds a field has to decide."""
-    groups = [family.config() for family in FAMILIES.values()]
-    every = [dataclasses.replace(EVERY, model=group) for group in groups]
+    groups = [{"model": family.config()} for family in FAMILIES.values()]
+    groups += [{"method": kind.config()} for kind in METHODS.values()]
+    every = [dataclasses.replace(EVERY, **group) for group in groups]
     changed = [d for config in every for d in compare_configs({}, to_dict(config))]
     assert len({d.field for d in changed}) > 150
     for difference in changed:

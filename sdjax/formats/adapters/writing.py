@@ -257,8 +257,8 @@ def _algorithm(kinds: set[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return an entry of metadata: every value is a string, as the format has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """Return an entry of metadata as kohya's trainer has it: JSON of lists and dictionaries."""
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
 
 
 def _encoder_notes(model: Model, adapter: Adapter) -> list[str]:

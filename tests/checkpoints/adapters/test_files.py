@@ -572,7 +572,8 @@ def test_metadata_says_the_base_as_web_interfaces_read_it(
         (p, m) for p, m in modules_of(model).items() if p.endswith(("to_out.0", "proj_out"))
     )
     adapter = {path: samples.lora(np.random.default_rng(0), module.shape, 2, scale=0.5)}
-    own = {"ss_output_name": "mine", "ss_tag_frequency": {"a": {"b": 1}}, "ss_steps": 10}
+    own = {"ss_output_name": "mine", "ss_tag_frequency": {"a": {"b": 1}}, "ss_steps": 10,
+           "ss_min_snr_gamma": None}  # fmt: skip
     write_kohya_adapter(tmp_path / "a.safetensors", model, adapter, own)
     said = read_header(tmp_path / "a.safetensors")[1]
     assert all(isinstance(value, str) for value in said.values())
@@ -583,6 +584,7 @@ def test_metadata_says_the_base_as_web_interfaces_read_it(
     assert said["ss_network_module"] == "networks.lora" and said["ss_network_args"] == "{}"
     assert said["modelspec.sai_model_spec"] == "1.0.1"
     assert json.loads(said["ss_tag_frequency"]) == {"a": {"b": 1}} and said["ss_steps"] == "10"
+    assert said["ss_min_snr_gamma"] == "None"
 
 
 def test_bfloat16_files_are_read_in_float32(tmp_path):

@@ -105,6 +105,48 @@ def test_diffusers_finds_every_module_of_the_unet(family, preset, write, tmp_pat
     assert len(loaded) in (0, 2 * len(adapter))
 
 
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+JOINT = (*ATTENTION, ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+
+
+@pytest.mark.parametrize(
+    "family, preset, ends, without, modules, parameters",
+    [
+        ("sd", "base", ATTENTION, (), 128, 3_188_736),
+        ("sd", "sd2", ATTENTION, (), 128, 3_319_808),
+        ("sdxl", "base", ATTENTION, (), 560, 23_224_320),
+        ("sd", "base", "", (), 282, 16_931_456),
+        ("sd", "sd2", "", (), 282, 17_062_528),
+        ("sdxl", "base", "", (), 794, 49_412_736),
+        ("sd3", "sd35_medium", JOINT, (".attn2.",), 191, 9_388_032),
+        ("sd3", "sd35_large", JOINT, (), 303, 23_580_672),
+        ("flux", "dev", JOINT, (), 266, 26_148_864),
+    ],
+)
+def test_as_many_parameters_as_peft_has(family, preset, ends, without, modules, parameters):
+    """FT-15: at rank 16; counted with PEFT on diffusers' networks."""
+    model = release(family, preset)
+    shapes = [
+        shape
+        for path, shape in samples.matrices(model).items()
+        if path.startswith(model.family.denoiser)
+        and path.endswith(ends)
+        and not any(part in path for part in without)
+    ]
+    assert len(shapes) == modules
+    assert sum(16 * (np.prod(shape[1:]) + shape[0]) for shape in shapes) == parameters
+
+
+def test_a_file_is_as_large_as_its_parameters(tmp_path):
+    """FT-15: SD1.5's attention at rank 16, in float16."""
+    model = release("sd", "base")
+    adapter = samples.lora_adapter(
+        model, ranks=(16,), wanted=lambda p: p.startswith("unet.") and p.endswith(ATTENTION)
+    )
+    write_kohya_adapter(tmp_path / "a.safetensors", model, adapter, dtype="float16")
+    assert (tmp_path / "a.safetensors").stat().st_size == pytest.approx(2 * 3_188_736, rel=0.01)
+
+
 ROWS = {
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q":
         "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
