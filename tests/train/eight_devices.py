@@ -1,6 +1,6 @@
 """Run by test_mesh.py in a process with 8 virtual devices: 5 steps on each mesh, as JSON.
 
-    python eight_devices.py CONFIG.json OUT.npz
+    python eight_devices.py CONFIG.json OUT.npz [MESHES, JSON]
 
 What is compared is the step as the loop runs it: compiled ahead of time from abstract arrays, with
 batches from the pipeline, and the state placed by the rules.
@@ -166,18 +166,23 @@ def main():
     method = method_of_run(config, assembled.tokenizers)
     run.drawn = {p: np.asarray(v) for p, v in jax.jit(method.init)(jax.random.key(0)).items()}
     results, params = [], {}
-    for sizes in MESHES:
+    meshes = [tuple(sizes) for sizes in json.loads(sys.argv[3])] if sys.argv[3:] else MESHES
+    for sizes in meshes:
         begin = time.monotonic()
         result, flat = run(config, assembled, sizes)
         results.append({"mesh": sizes, **result})
         params |= {f"{sizes}:{path}": value for path, value in flat.items()}
         print(f"{sizes}: {time.monotonic() - begin:.1f} s", file=sys.stderr)
     np.savez(sys.argv[2], **params)
-    of_all = {
-        "kernel_error": kernel_error(),
-        "summed_error": summed_error(),
-        "exchanges": exchanges_for_one_caption(config, assembled.tokenizers),
-    }
+    of_all = (
+        {}
+        if sys.argv[3:]
+        else {
+            "kernel_error": kernel_error(),
+            "summed_error": summed_error(),
+            "exchanges": exchanges_for_one_caption(config, assembled.tokenizers),
+        }
+    )
     print(json.dumps({"runs": results, **of_all}))
 
 

@@ -23,18 +23,12 @@ SCRIPT = Path(__file__).with_name("eight_devices.py")
 FLAGS = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
 
 
-@pytest.fixture
-def eight(tiny_config, tmp_path):
-    # Adam makes a step of up to the learning rate from a gradient that is zero but for rounding.
-    tiny_config.optim.learning_rate = 2e-4
-    tiny_config.ema.profiles = ("warmup-0.9",)
-    # More to split over `tensor` than the middle has.
-    tiny_config.model.unet.down_block_types = ("CrossAttnDownBlock2D",)
-    tiny_config.validation.rows = 2
-    tiny_config.optim.clip_norm = 1.0  # the norm is over all shards
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(tiny_config))))
+def on_meshes(config, tmp_path, *meshes):
+    """(what `eight_devices.py` prints, the parameters that it writes)."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(config))))
+    files = [str(tmp_path / "config.json"), str(tmp_path / "out.npz")]
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path / "config.json"), str(tmp_path / "out.npz")],
+        [sys.executable, str(SCRIPT), *files, *([json.dumps(meshes)] if meshes else [])],
         env=os.environ | {"XLA_FLAGS": FLAGS},
         capture_output=True,
         text=True,
@@ -45,6 +39,38 @@ def eight(tiny_config, tmp_path):
     with np.load(tmp_path / "out.npz") as file:
         params = dict(file)
     return json.loads(run.stdout.splitlines()[-1]), params
+
+
+@pytest.fixture
+def eight(tiny_config, tmp_path):
+    # Adam makes a step of up to the learning rate from a gradient that is zero but for rounding.
+    tiny_config.optim.learning_rate = 2e-4
+    tiny_config.ema.profiles = ("warmup-0.9",)
+    # More to split over `tensor` than the middle has.
+    tiny_config.model.unet.down_block_types = ("CrossAttnDownBlock2D",)
+    tiny_config.validation.rows = 2
+    tiny_config.optim.clip_norm = 1.0  # the norm is over all shards
+    return on_meshes(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_adapters_do_not_depend_on_the_mesh(kind, tiny_config, tmp_path):
+    tiny_config.method = {
+        "name": "adapters", "kind": kind, "targets": ("all",), "text_targets": ("linear",),
+    }  # fmt: skip
+    tiny_config.ema.profiles = ("warmup-0.9",)
+    tiny_config.optim.learning_rate = 2e-4
+    output, params = on_meshes(tiny_config, tmp_path, (1, 1, 1), (2, 4, 1), (2, 2, 2))
+    one, *others = output["runs"]
+    for result in others:
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
+        np.testing.assert_allclose(result["grad_norm"], one["grad_norm"], rtol=1e-4)
+        assert result["redrawn"] and result["recompiled"] == 0
+        for name in {key.split(":")[1] for key in params}:
+            np.testing.assert_allclose(
+                params[f"{tuple(result['mesh'])}:{name}"], params[f"(1, 1, 1):{name}"],
+                rtol=1e-5, atol=1e-5, err_msg=name,
+            )  # fmt: skip
 
 
 def test_nothing_depends_on_the_mesh(eight):
