@@ -4,10 +4,10 @@
         --config.init_from=DIFFUSERS_FOLDER --config.data.path=IMAGES
 
 The folder decides the networks: that of SD3.5 large goes as well. Rank 16 on the joint attention,
-the layers of diffusers' train_dreambooth_lora_sd3.py; rate 1e-4 and logit-normal
-timesteps as there. T5 is 9.5 GB in bfloat16: encode captions ahead with sdjax.prepare --encode
---encode_text, as configs/sd35_medium_finetune.py shows, to leave it off the training chips. Not run
-at full size here.
+the layers of diffusers' train_dreambooth_lora_sd3.py; rate 1e-4 and logit-normal timesteps as
+there. T5 is 9.5 GB in bfloat16; captions encoded ahead with sdjax.prepare
+--encode --encode_text, as configs/sd35_medium_finetune.py shows, save its work in each step. Not
+run at full size here.
 """
 
 from sdjax.config import default
