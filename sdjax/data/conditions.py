@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from PIL import Image
 
 # cv2.Canny(image, 100, 200) of diffusers' ControlNet guide and of ControlNet's own demo.
 CANNY_LOW, CANNY_HIGH = 100, 200
@@ -71,7 +70,7 @@ def _is_crest(size: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 def soft_edges(image: np.ndarray) -> np.ndarray:
     """Return the steepness of the luma, |(dx, dy)| / 4 of Sobel's derivatives, in grey."""
-    luma = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    luma = grey(image)[..., :1]
     steepness = np.hypot(*_gradients(luma)) / 4
     return np.repeat(np.clip(np.round(steepness), 0, 255).astype(np.uint8), 3, axis=-1)
 
@@ -87,23 +86,27 @@ def blur(image: np.ndarray) -> np.ndarray:
 
 def tile(image: np.ndarray) -> np.ndarray:
     """Return the picture with an eighth of its pixels on a side, enlarged again."""
-    return _coarse(image, TILE, Image.Resampling.BICUBIC)
+    return _coarse(image, TILE, "BICUBIC")
 
 
 def colour(image: np.ndarray) -> np.ndarray:
     """Return a mosaic of mean colours, 16 fields across the shorter side."""
-    return _coarse(image, max(1, min(image.shape[:2]) // COLOUR), Image.Resampling.NEAREST)
+    return _coarse(image, max(1, min(image.shape[:2]) // COLOUR), "NEAREST")
 
 
-def _coarse(image: np.ndarray, factor: int, enlarge: Image.Resampling) -> np.ndarray:
+def _coarse(image: np.ndarray, factor: int, enlarge: str) -> np.ndarray:
+    from PIL import Image  # not where shapes are enough
+
     height, width = image.shape[:2]
     small = max(1, width // factor), max(1, height // factor)
     reduced = Image.fromarray(image).resize(small, Image.Resampling.BOX)
-    return np.asarray(reduced.resize((width, height), enlarge))
+    return np.asarray(reduced.resize((width, height), Image.Resampling[enlarge]))
 
 
 def grey(image: np.ndarray) -> np.ndarray:
     """Return the luma, for a network that colours."""
+    from PIL import Image
+
     return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
 
 

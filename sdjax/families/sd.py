@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names
@@ -57,10 +56,10 @@ def pooled_at_eos(config: CLIPTextConfig, tokenizer: Any) -> CLIPTextConfig:
     A config with eos_token_id = 2 pools at the highest id of a caption, which is EOS only as long
     as no token was added after it (huggingface/transformers#24650).
     """
-    if config.eos_token_id == 2 and isinstance(tokenizer, Tokenizer):
-        if tokenizer.eos_id < tokenizer.largest_id:
-            return dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
-    return config
+    largest = getattr(tokenizer, "largest_id", None)  # stand-ins have no ids
+    if config.eos_token_id != 2 or largest is None or tokenizer.eos_id == largest:
+        return config
+    return dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
 
 
 PARTS = {

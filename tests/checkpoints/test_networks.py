@@ -21,6 +21,7 @@ def loaded(monkeypatch, found):
     """Every source is a pipeline without weights."""
     monkeypatch.setattr(assemble, "locate", lambda field, folder: Source(field, f"/{folder}"))
     monkeypatch.setattr(assemble, "read_source", lambda *args: found)
+    monkeypatch.setattr(assemble, "folder_kind", lambda place: "diffusers")
 
 
 def test_the_tiny_vae_is_told_in_one_line(recipe):

@@ -88,7 +88,7 @@ WRITERS = {
     "batch": lambda folder: monitor.dump_batch(folder, 1, {"image": jnp.zeros((1, 8, 8, 3))}),
     "rollbacks": lambda folder: rollback.record(folder, Spike(3, "loss", 2.0, 1.0)),
     "config": lambda folder: startup.write_config(folder, Config()),
-    "frozen": lambda folder: frozen.keep(Config(), folder, ASSEMBLED, {"vae.a": np.zeros(9)}),
+    "frozen": lambda folder: frozen.keep(Config(), folder, ASSEMBLED, {"vae.a": np.zeros(9)}, {}),
     "references": lambda folder: references.write_references(folder, {"vae": REFERENCE}),
     "work of prepare": lambda folder: Workspace(str(folder)).write_json(folder / "work" / "a", {}),
     "encoded": lambda folder: encoded.write(folder, encoding_of_nothing(), {}),

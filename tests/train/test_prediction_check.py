@@ -63,9 +63,9 @@ def test_a_network_that_is_right_for_one_type_has_no_error_for_it(kind, config, 
         eps = (xt - alpha * x0) / sigma
         return eps if kind == "epsilon" else alpha * eps - sigma * x0
 
-    monkeypatch.setattr(LatentDiffusion, "_denoiser", lambda self, every: oracle)
-    monkeypatch.setattr(LatentDiffusion, "_latents", lambda self, *args: x0)
-    monkeypatch.setattr(LatentDiffusion, "_context", lambda self, *args, **kw: None)
+    monkeypatch.setattr(LatentDiffusion, "denoiser", lambda self, *args: oracle)
+    monkeypatch.setattr(LatentDiffusion, "latents", lambda self, *args: x0)
+    monkeypatch.setattr(LatentDiffusion, "context", lambda self, *args, **kw: None)
     keys = example_keys(jax.random.key(0), jnp.arange(2))
     errors = method.predictions({}, {}, keys, method.timesteps(4))
     assert errors.keys() == {"epsilon", "v_prediction"}

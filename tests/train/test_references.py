@@ -205,7 +205,7 @@ def test_what_an_earlier_start_kept_is_kept_no_longer(recipe, tiny_vae, tmp_path
     vae = read_any(tiny_vae).params
     assembled = Assembled(config, vae, {}, (), sources={"vae": locate("vae_from", str(tiny_vae))})
     for own, left in ((config, "frozen.json"), (bundled, "frozen.safetensors")) * 2:
-        frozen.keep(own, folder, assembled, vae)
+        frozen.keep(own, folder, assembled, vae, {})
         assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_its_run_may_still_delete_is_copied(recipe, referring,
     assert source.step == 4 and not lasts(source)
     params = {"unet.a": np.ones(3, np.float32)}
     assembled = Assembled(resolve(recipe), params, {}, (), sources={"unet": source})
-    frozen.keep(resolve(recipe), paths.to_path(tmp_path), assembled, params)
+    frozen.keep(resolve(recipe), paths.to_path(tmp_path), assembled, params, {})
     assert not (tmp_path / "frozen.json").exists()
     assert load_file(tmp_path / "frozen.safetensors")["unet.a"].tolist() == [1, 1, 1]
 

@@ -20,6 +20,7 @@ from sdjax.system.untrusted import brief, check_depth
 
 ENTRY = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"
+_MOST = 2.0**31  # of a rank or an alpha
 # A pattern of names: a path or its end, after "^" a whole path. Other regular expressions of a
 # stranger's file are not run.
 _PATTERN = re.compile(r"\^?[\w.\\]+\$?")
@@ -47,7 +48,7 @@ class PeftScales:
         alpha = _matching(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
         said = _matching(config.get("rank_pattern"), name, config.get("r", rank))
         for field, value in (("r", said), ("lora_alpha", alpha)):
-            if type(value) not in (int, float) or not math.isfinite(value):
+            if type(value) not in (int, float) or not abs(value) < _MOST:
                 raise ValueError(f"{ENTRY} has {field} = {brief(value)}; expected a number")
         if said != rank:
             raise ValueError(f"the rank of its factors is {rank}, that of {ENTRY} is {said}")
