@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from sdjax.data.text.text_tokenizer import TextTokenizer
-from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.families.family import Change, Family, Model
 from sdjax.models.longer_table import ROWS, LongerEmbed
@@ -97,6 +96,8 @@ def with_tokens(
     Raises:
         TokenizerError: a word is in a vocabulary already, or has too many tokens.
     """
+    from sdjax.data.text.tokenizer import Tokenizer  # whose library is not where shapes are enough
+
     longer = dict(tokenizers)
     for word, count in words.items():
         for field, tokenizer in longer.items():
@@ -113,6 +114,8 @@ def check_ids(model: Model) -> None:
     Raises:
         UserError: a table has more rows than its tokenizer has tokens.
     """
+    from sdjax.data.text.tokenizer import Tokenizer
+
     for name, config in model.text_encoders.items():
         tokenizer = model.tokenizers.get(model.family.parts[name].tokens)
         tokens = config.vocab_size

@@ -16,7 +16,6 @@ from sdjax.errors import UserError
 from sdjax.families.bind import abstract_params
 from sdjax.families.controlnet import CONTROLNET, PART, differences, with_controlnet
 from sdjax.families.family import Context, Model, Networks
-from sdjax.formats.controlnet import read_controlnet_files, write_controlnet
 from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields
@@ -103,6 +102,8 @@ def first_values(
         unet = component(loaded, model.family.denoiser)
         own = abstract_params(PART, network)
         return prefixed({path: unet[path] for path in own if path in unet}, CONTROLNET)
+    from sdjax.formats.controlnet import read_controlnet_files
+
     path = paths.to_path(config.controlnet_from)
     if not paths.exists(path):
         raise UserError(f"method.controlnet_from is {str(path)!r}: no such folder or file")
@@ -152,6 +153,8 @@ def make(setup: Setup) -> Method:
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
     ) -> dict[str, paths.Path | str]:
         """See `Export`: the folder that diffusers loads."""
+        from sdjax.formats.controlnet import write_controlnet
+
         written = write_controlnet(folder / FOLDER, network, component(trained, CONTROLNET))
         return {FOLDER: written}
 

@@ -16,7 +16,6 @@ import numpy as np
 from sdjax.data.config import DataConfig
 from sdjax.data.templates import TEMPLATES
 from sdjax.data.text.text_tokenizer import TextTokenizer
-from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.families.embeddings import (
     Embedding,
@@ -30,7 +29,6 @@ from sdjax.families.embeddings import (
     with_tokens,
 )
 from sdjax.families.family import Change, Family, Model
-from sdjax.formats.embeddings import write_embeddings
 from sdjax.methods import denoise
 from sdjax.methods.method import (
     Aux,
@@ -146,6 +144,8 @@ def make(setup: Setup) -> Method:
     def export(
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
     ) -> dict[str, paths.Path | str]:
+        from sdjax.formats.embeddings import write_embeddings
+
         target = folder / FOLDER
         write_embeddings(target, model.family, learnt(config, model, trained))
         return {"embedding": target}
@@ -174,6 +174,8 @@ def _first_rows(
     Raises:
         UserError: an initializer has neither one token nor as many as there are vectors.
     """
+    from sdjax.data.text.tokenizer import Tokenizer
+
     found = {}
     for name in model.text_encoders:
         table = loaded.get(table_path(name))
