@@ -70,12 +70,12 @@ def _prompt(shape: str, size: str, position: str, colour: str = COLOUR) -> str:
 
 def judge(model: str, lora: str | None, keep: Path | None) -> None:
     """Print a table of the shares of pictures that are right, before and after."""
-    shapes.PALETTE[COLOUR] = RGB  # which the reader then knows, too
     new = [(_prompt(*one), Wanted(COLOUR, one[0], one[1], one[2])) for one in _others()]
     old = []
     for i in range(HELD_OUT):
         caption = shapes.make_example(0, "test", i, pair_fraction=0.0)[1]
         old.append((caption, shapes.parse_caption(caption)[0]))
+    shapes.PALETTE[COLOUR] = RGB  # from here on the reader knows it, too
     print(f"{'':28}{'colour':>9}{'shape':>9}{'size':>9}{'place':>9}{'all':>9}")
     for name, options in (("base", []), ("with the LoRA", [f"--lora={lora}"])):
         if lora is None and options:

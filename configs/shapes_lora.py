@@ -24,7 +24,7 @@ def get_config():
     c.objective.caption_dropout = 0.1
     c.objective.stratified = True
 
-    c.optim.learning_rate = 1e-3
+    c.optim.learning_rate = 4e-4
     c.optim.schedule = "cosine"
     c.ema.profiles = ()
 
