@@ -159,6 +159,14 @@ class Config:
                 f"{self.method.name!r}, whose pictures follow others that metrics do not have; set "
                 "it to ()"
             )
+        changes = METHODS[self.method.name].changes(self.method, FAMILIES[self.model.family])
+        frozen = [pattern for pattern, rate in self.optim.groups if rate == 0]
+        if changes and frozen:
+            raise ValueError(
+                f"optim.groups freezes {frozen} with method {self.method.name!r}, whose files need "
+                "all that it adds; leave such a group out (adapters: by method.targets, "
+                "method.text_targets, or a rank of 0 in method.ranks)"
+            )
         starts = [0, *(stage.start for stage in self.stages)]
         if sorted(set(starts)) != starts:
             raise ValueError(f"stages start at {starts[1:]}; expected rising steps above 0")

@@ -54,7 +54,7 @@ def export(
     if any(layer.kind in ("lora", "dora") for layer in adapter.values()):
         notes += write_diffusers_adapter(own, plain, adapter)
         written["diffusers"] = own / DIFFUSERS_FILE
-    file = own / f"{folder.name}.safetensors"
+    file = own / f"{paths.absolute(folder).name or FOLDER}.safetensors"
     notes += write_kohya_adapter(file, plain, adapter, _about(folder))
     written["kohya"] = file
     return written | ({"note": "\n               ".join(notes)} if notes else {})

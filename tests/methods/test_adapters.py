@@ -162,6 +162,14 @@ def test_values_out_of_range_name_their_field(changed, message):
         resolve(config)
 
 
+def test_a_frozen_group_is_refused():
+    config = default(method="adapters")
+    config.method.text_targets = ("attention",)
+    config.optim.groups = ((r"^text_encoder", 0.0),)
+    with pytest.raises(UserError, match=r"optim.groups freezes \['\^text_encoder'\] with method"):
+        resolve(config)
+
+
 def test_a_pattern_for_some_of_the_stacked_blocks_is_an_error():
     config = AdaptersConfig(targets=(r"transformer_blocks\.3\.attn\.to_q",))
     with pytest.raises(UserError, match="takes 1 of the 13 blocks"):
