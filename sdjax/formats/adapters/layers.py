@@ -229,10 +229,12 @@ def _misfit(layer: AdapterLayer, shape: tuple[int, ...]) -> str:
 def _fits(
     layer: AdapterLayer, found: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]
 ) -> bool:
+    ones = (1,) * (len(shape) - 2)
+    rows, columns = (shape[0], 1, *ones), (1, *shape[1:2], *ones)
+    if DORA in found and (len(shape) < 2 or found[DORA] not in (rows, columns)):
+        return False
     if layer.kind == "full":
         return all(found[part] == shape for part in ("diff", WHOLE) if part in found)
-    if DORA in found and found[DORA][:2] not in ((shape[0], 1), (1, shape[1])):
-        return False
     if len(shape) < 2:
         return False
     flat = (shape[0], math.prod(shape[1:]))
@@ -241,7 +243,6 @@ def _fits(
         return False
     if layer.kind in ("lora", "dora"):
         if "lora_mid" in found:
-            ones = (1,) * (len(shape) - 2)
             core = found["lora_mid"]
             return (
                 len(shape) == 4
@@ -249,7 +250,6 @@ def _fits(
                 and found["lora_down"] == (core[1], shape[1], *ones)
                 and found["lora_up"] == (shape[0], core[0], *ones)
             )
-        ones = (1,) * (len(shape) - 2)
         return found["lora_down"] == (r, *shape[1:]) and found["lora_up"] == (shape[0], r, *ones)
     if layer.kind == "loha":
         halves = [_span(found, f"hada_w{n}", f"hada_t{n}", shape) for n in (1, 2)]

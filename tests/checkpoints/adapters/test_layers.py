@@ -126,6 +126,18 @@ def test_factors_that_do_not_fit_are_named(change):
         fitted(wrong, (6, 4))
 
 
+@pytest.mark.parametrize("size", [(1, 4, 0), (6, 1, 2), (1, 0), (5,)])
+@pytest.mark.parametrize("kind", ["full", "dora"])
+def test_magnitudes_of_another_number_are_named(kind, size):
+    """Found by fuzzing: 24 numbers, none at all, or of a whole difference of another module."""
+    factors = {"lora_down": np.ones((2, 4)), "lora_up": np.ones((6, 2))}
+    if kind == "full":
+        factors = {"diff": np.ones((6, 4))}
+    layer = AdapterLayer(kind, factors | {"dora_scale": np.ones(size)}, 1.0)
+    with pytest.raises(ValueError, match="dora_scale is .*the module's weight is"):
+        fitted(layer, (6, 4))
+
+
 def test_a_bias_is_changed_as_it_stands():
     layer = AdapterLayer("full", {"diff_b": np.ones(3, np.float32)})
     np.testing.assert_array_equal(bias_delta(layer), np.ones(3))
