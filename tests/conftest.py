@@ -39,12 +39,15 @@ if cache := os.environ.get("SDJAX_TEST_CACHE"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The longest, of minutes each: begun last, they would leave a core idle at the end.
-FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "launch/test_launch.py",
-         "train/test_validation.py", "train/test_sdxl.py", "train/test_reshape.py",
-         "planning/test_plan.py",
-         "train/test_stages.py", "train/test_rollback.py", "encoding/test_encoded.py",
-         "train/test_buckets.py", "models/test_unet.py")  # fmt: skip
+# The costliest, by `-p tests.cpu_seconds`: begun last, they would leave a core idle at the end.
+FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "models/test_unet.py",
+         "train/test_validation.py", "launch/test_launch.py", "planning/test_plan.py",
+         "train/test_sdxl.py", "train/test_reshape.py", "train/test_adapters.py",
+         "train/test_references.py", "methods/test_phases.py", "methods/test_control.py",
+         "sampling/test_control.py", "train/test_dit.py", "train/test_stages.py",
+         "train/test_rollback.py", "methods/test_embedding.py", "encoding/test_encoded_images.py",
+         "train/test_frozen_dtypes.py", "encoding/test_encoded.py",
+         "train/test_buckets.py")  # fmt: skip
 
 
 # The files of `make check`: they compile no network, start no process, and take a few seconds.
