@@ -1,7 +1,9 @@
 """What several rooms' tests need: a tiny Stable Diffusion of torch, with random weights."""
 
 import functools
+import gc
 import os
+import platform
 import re
 import signal
 from pathlib import Path
@@ -15,16 +17,15 @@ from tests import torchvision_names
 torchvision_names.prepare()
 
 # Most of the time goes into compiling programs that run a few times. Without LLVM's optimisations
-# it takes a fifth less, and the arithmetic is the same.
-UNOPTIMISED = "--xla_backend_optimization_level=0"
-os.environ.setdefault("XLA_FLAGS", UNOPTIMISED)
-
-# For processes that tests start: a third less again with fusions emitted in the older way and a
-# program compiled in one part. Not for all tests: some compare two programs to the bit, which
-# that way round differently.
-XLA_FLAGS = UNOPTIMISED
+# it takes a fifth less; with fusions emitted in the older way, and a program compiled in one part,
+# half of the rest. Without fused multiply-adds, which AVX does not have, two programs with the same
+# arithmetic have the same bits, however their operations are fused: some tests compare them.
+XLA_FLAGS = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it no longer knows
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    if platform.machine() in ("x86_64", "AMD64"):
+        XLA_FLAGS += " --xla_cpu_max_isa=AVX"
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 
 # What was compiled for a run of the tests is read back by the next one. Programs are compiled anew
 # where this is "", as in .ci/run, and where their text or the flags have changed.
@@ -38,12 +39,15 @@ if cache := os.environ.get("SDJAX_TEST_CACHE"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The longest, of minutes each: begun last, they would leave a core idle at the end.
-FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "launch/test_launch.py",
-         "train/test_validation.py", "train/test_sdxl.py", "train/test_reshape.py",
-         "planning/test_plan.py",
-         "train/test_stages.py", "train/test_rollback.py", "encoding/test_encoded.py",
-         "train/test_buckets.py", "models/test_unet.py")  # fmt: skip
+# The costliest, by `-p tests.cpu_seconds`: begun last, they would leave a core idle at the end.
+FIRST = ("train/test_hosts.py", "train/test_mesh.py", "train/test_loop.py", "models/test_unet.py",
+         "train/test_validation.py", "launch/test_launch.py", "planning/test_plan.py",
+         "train/test_sdxl.py", "train/test_reshape.py", "train/test_adapters.py",
+         "train/test_references.py", "methods/test_phases.py", "methods/test_control.py",
+         "sampling/test_control.py", "train/test_dit.py", "train/test_stages.py",
+         "train/test_rollback.py", "methods/test_embedding.py", "encoding/test_encoded_images.py",
+         "train/test_frozen_dtypes.py", "encoding/test_encoded.py",
+         "train/test_buckets.py")  # fmt: skip
 
 
 # The files of `make check`: they compile no network, start no process, and take a few seconds.
@@ -80,6 +84,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))
     for item in items:
         item.add_marker(cost(item.path))
+
+
+def pytest_collection_finish():
+    """Leave the libraries' millions of objects out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -325,7 +335,7 @@ def make_tiny_config(tiny_vae, shapes_dir):
     )
     c.tokenizer.vocab_size = 560
     c.optim.learning_rate = 1e-3
-    c.ema.profiles = ("warmup-0.9", "power-0.05")
+    c.ema.profiles = ("warmup-0.9",)
     c.train.update(steps=6, log_every=1, checkpoint_every=3, sample_every=0, export=False,
                    report=False)  # fmt: skip
     c.validation.examples = 0

@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 HOSTS = "subjectAltName=DNS:storage.googleapis.com,DNS:www.googleapis.com"
 
@@ -148,14 +148,13 @@ class _Handler(BaseHTTPRequestHandler):
             query["alt"] = "media"
         if bucket not in gcs.buckets:
             return self.answer({"error": "no such bucket"}, 404)
-        full = f"{bucket}/{unquote(name or query.get('name', ''))}"
+        full = f"{bucket}/{unquote(name) if name else query.get('name', '')}"
         generation = str(gcs.generations[full]) if full in gcs.objects else "0"
         if query.get("ifGenerationMatch", generation) != generation:
             return self.answer({"error": "generation"}, 412)
         if upload and query["uploadType"] == "resumable":
             host = self.headers.get("Host")
-            return self.answer({}, Location=f"https://{host}/session/{name or query['name']}"
-                               .replace("/session/", f"/session/{bucket}%2F"))  # fmt: skip
+            return self.answer({}, Location=f"https://{host}/session/{quote(full, safe='')}")
         if upload:
             return self.answer(gcs.write(full, body))
         if path.endswith("/o"):

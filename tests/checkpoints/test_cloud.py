@@ -56,7 +56,7 @@ def ran(bucket, tiny_config, tiny_vae):
         values = json.dumps(to_dict(resolve(tiny_config)))
         done = subprocess.run(
             [sys.executable, "-c", WHOLE_RUN, values],
-            env=bucket.environment, timeout=300, capture_output=True, text=True,
+            env=bucket.environment, timeout=900, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         bucket.output = done.stdout + done.stderr

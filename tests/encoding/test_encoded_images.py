@@ -18,6 +18,7 @@ from sdjax.methods.method import Draw
 from sdjax.train import loop
 from tests.data.test_named_images import Copies
 from tests.encoding.test_encoded import encoded_once, on
+from tests.methods.runs import broken_off
 from tests.train.test_loop import assert_same_run
 
 BEFORE = {"name": "before", "key": "copy"}
@@ -128,9 +129,7 @@ def test_a_run_with_masks_in_buckets_resumes_to_the_bit(config, tmp_path):
     config.optim.schedule = "constant"
     config.train.update(steps=2, checkpoint_every=1)
     assert loop.run(resolve(config), str(tmp_path / "whole")) == loop.DONE
-    config.train.steps = 1
-    assert loop.run(resolve(config), str(tmp_path / "parts")) == loop.DONE
-    config.train.steps = 2
+    broken_off(tmp_path / "whole", tmp_path / "parts", 1)
     assert loop.run(resolve(config), str(tmp_path / "parts")) == loop.DONE
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     config.data.images = ()

@@ -10,7 +10,7 @@ import pytest
 from sdjax.errors import UserError
 from sdjax.evaluation.features import clip_tower, text_image_scores
 from sdjax.evaluation.towers import read_clip
-from tests.conftest import UNOPTIMISED
+from tests.conftest import XLA_FLAGS
 from tests.evaluation.clip_folders import CASES, copy, make_folder, pillow_pixels
 
 torch = pytest.importorskip("torch")
@@ -140,7 +140,7 @@ np.savez(out, devices=len(jax.devices()), **found)
 
 
 def test_features_are_the_same_on_eight_devices(folder, tmp_path):
-    flags = f"{UNOPTIMISED} --xla_force_host_platform_device_count=8"
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", DEVICES, str(folder), str(tmp_path / "out.npz")]
     subprocess.run(command, check=True, env=environment)

@@ -90,20 +90,20 @@ def test_the_start_is_a_tie_and_the_loss_is_the_formula(config):
     positions = jnp.arange(4)
     draw = Draw(jax.random.key(1), example_keys(jax.random.key(1), positions), positions, 4)
     step = jax.jit(
-        lambda trained, batch: method.phases[0].loss(trained, frozen, {}, batch, draw),
+        lambda trained, frozen, batch: method.phases[0].loss(trained, frozen, {}, batch, draw),
         compiler_options={"xla_backend_optimization_level": 0},
     )
-    loss, aux = step(trained, batch)
+    loss, aux = step(trained, frozen, batch)
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
     np.testing.assert_array_equal(aux["accuracy"], 0.5)
     moved = {p: v + 0.01 * rng.normal(size=v.shape).astype(np.float32) for p, v in trained.items()}
     win_ref, lose_ref = aux["win_loss"], aux["lose_loss"]  # of the start, which is the reference
-    loss, aux = step(moved, batch)
+    loss, aux = step(moved, frozen, batch)
     logit = -2500 * ((aux["win_loss"] - win_ref) - (aux["lose_loss"] - lose_ref))
     assert np.abs(logit).min() > 1e-3
     np.testing.assert_allclose(loss, -jax.nn.log_sigmoid(logit), rtol=2e-3, atol=2e-3)
     np.testing.assert_array_equal(aux["accuracy"], np.asarray(logit) > 0)
-    other, other_aux = step(moved, swapped)
+    other, other_aux = step(moved, frozen, swapped)
     # One noise, one t: the rejected picture's error does not change with its place.
     np.testing.assert_allclose(other_aux["win_loss"], aux["lose_loss"], rtol=1e-5)
     np.testing.assert_allclose(other, -jax.nn.log_sigmoid(-logit), rtol=2e-3, atol=2e-3)

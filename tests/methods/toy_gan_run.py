@@ -14,7 +14,7 @@ from pathlib import Path
 
 DEVICES = math.prod(int(size) for size in sys.argv[5].split(","))
 os.environ["XLA_FLAGS"] = (
-    f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={DEVICES}"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
 )
 
 LINE = '"autoencoder": AUTOENCODER'

@@ -165,13 +165,18 @@ def test_a_checkpoint_holds_the_codes_to_the_bit(tmp_path):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 4, 2), (64, 1, 1)])
-def test_moments_of_a_real_unet_are_split_as_its_parameters(sizes):
-    mesh = AbstractMesh(sizes, AXES)
+@pytest.fixture(scope="module")
+def real_unet():
+    """The parameters of SD1's UNet and the state of Adam in 8 bits, abstract."""
     _, shapes = weights.abstract(UNet, UNetConfig())
     params = {f"unet.{p}": v for p, v in shapes.items()}
-    optimizer = make_optimizer(EIGHT, 100, params)
-    state = jax.eval_shape(optimizer.init, params)
+    return params, jax.eval_shape(make_optimizer(EIGHT, 100, params).init, params)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 4, 2), (64, 1, 1)])
+def test_moments_of_a_real_unet_are_split_as_its_parameters(sizes, real_unet):
+    mesh = AbstractMesh(sizes, AXES)
+    params, state = real_unet
     placed = sharding.state_shardings(state, params, mesh, spec=sharding.update_spec)
     held = sum(
         np.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -14,7 +14,6 @@ def picture(path):
 
 @pytest.fixture
 def drawing(tiny_config):
-    tiny_config.ema.profiles = ("warmup-0.9",)
     tiny_config.train.update(steps=4, sample_every=2, checkpoint_every=4)
     return tiny_config
 

@@ -23,7 +23,6 @@ def recipe(tiny_vae, shapes_dir, tmp_path_factory):
     """Long enough to be interrupted."""
     config = make_tiny_config(tiny_vae, shapes_dir)
     small_autoencoder(config)
-    config.ema.profiles = ("warmup-0.9",)
     config.mesh.update(data=2, fsdp=1, tensor=2)  # on four hosts parameters lie across two
     config.train.update(steps=STEPS, checkpoint_every=6, keep_last=2, export=True)
     return write_recipe(tmp_path_factory.mktemp("recipe") / "vae.py", config)
@@ -160,7 +159,7 @@ def test_two_hosts_leave_what_one_does(tiny_config, tmp_path):
     tiny_config.mesh.update(data=1, fsdp=1, tensor=4)  # so that parameters lie across hosts
     tiny_config.train.update(steps=3, sample_every=2, checkpoint_every=2, export=True)
     tiny_config.sample.update(count=3, fidelity=4)
-    tiny_config.ema.snapshot_every = 3
+    tiny_config.ema.update(profiles=("warmup-0.9", "power-0.05"), snapshot_every=3)
     recipe = write_recipe(tmp_path / "recipe.py", tiny_config)
     for count in (1, 2):
         codes, hosts = run_hosts(recipe, tmp_path / str(count), count)
@@ -171,7 +170,8 @@ def test_two_hosts_leave_what_one_does(tiny_config, tmp_path):
         list(losses(tmp_path / "2").values()), list(losses(tmp_path / "1").values()), rtol=1e-5
     )
     assert_same_results(tmp_path / "2", tmp_path / "1")
-    assert len(list((tmp_path / "2" / "samples").iterdir())) == 2
+    drawn = {file.name for file in (tmp_path / "2" / "samples").iterdir()}
+    assert drawn == {"00000002.png", "00000003.png", "strip.png"}
     assert list((tmp_path / "2" / "ema_snapshots").iterdir())
 
 

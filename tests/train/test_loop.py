@@ -91,6 +91,13 @@ def wait_for_step(process, workdir, step, seconds=180):
     raise AssertionError(f"no step {step} in {seconds} s")
 
 
+@pytest.fixture
+def tiny_config(tiny_config):
+    """With averages of both kinds, which a resumed run must go on with to the bit."""
+    tiny_config.ema.profiles = ("warmup-0.9", "power-0.05")
+    return tiny_config
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """The workdir of a run that nothing happened to; made by the first test that has a config."""

@@ -10,6 +10,7 @@ from sdjax.data.pipeline import make_iterator
 from sdjax.errors import UserError
 from sdjax.parallel.mesh import make_mesh
 from sdjax.train import loop, program, stages
+from tests.methods.runs import broken_off
 from tests.train.test_loop import assert_same_run, rows
 
 SECOND = {"start": 3, "resolution": 8, "batch_size": 4, "timestep_min": 500, "learning_rate": 1e-4}
@@ -18,7 +19,7 @@ SECOND = {"start": 3, "resolution": 8, "batch_size": 4, "timestep_min": 500, "le
 @pytest.fixture
 def staged(tiny_config):
     tiny_config.stages = (SECOND,)
-    tiny_config.train.keep_last = 6
+    tiny_config.train.update(checkpoint_every=1, keep_last=6)
     return tiny_config
 
 
@@ -106,15 +107,13 @@ def test_the_first_step_of_a_stage_is_that_of_its_own_configuration(staged, unbr
     assert float(metrics["loss"]) == pytest.approx(rows(unbroken)[4]["train/loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("broken_off", [pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_broken_off_at_or_after_a_change_it_goes_on_to_the_same_bits(
-    staged, unbroken, tmp_path, broken_off
+    staged, unbroken, tmp_path, step
 ):
-    staged.train.steps = broken_off
-    assert loop.run(resolve(staged), str(tmp_path)) == loop.DONE
-    staged.train.steps = 6
-    assert loop.run(resolve(staged), str(tmp_path)) == loop.DONE
-    assert_same_run(unbroken, tmp_path)
+    workdir = broken_off(unbroken, tmp_path / "run", step)
+    assert loop.run(resolve(staged), str(workdir)) == loop.DONE
+    assert_same_run(unbroken, workdir)
 
 
 def test_a_stage_that_has_begun_cannot_change_and_a_later_one_can(staged, unbroken):

@@ -160,6 +160,7 @@ def run(config, workdir, **changes):
 
 def test_a_run_validates_and_keeps_the_best(validating, tmp_path, capsys):
     # A checkpoint at each validation that is the best so far, and of the others only the newest.
+    validating.ema.profiles = ("warmup-0.9", "power-0.05")
     changes = {"train.keep_last": 1, "train.steps": 6, "train.report": True,
                "validation.maxima_every": 3}  # fmt: skip
     assert run(validating, tmp_path, **changes) == loop.DONE
@@ -183,7 +184,6 @@ def test_a_run_validates_and_keeps_the_best(validating, tmp_path, capsys):
 def test_it_stops_when_patience_ends_and_the_same_command_does_not_go_on(validating, tmp_path):
     """A high learning rate breaks the model: the best is an early step."""
     validating.optim.learning_rate = 0.3
-    validating.ema.profiles = ("warmup-0.9",)
     validating.validation.metric = "validation/raw/loss"
     changes = {"train.steps": 40, "validation.patience": 2, "train.checkpoint_every": 100}
     assert run(validating, tmp_path, **changes) == loop.DONE
