@@ -15,7 +15,7 @@ import numpy as np
 
 from sdjax.checkpoints.reading import locate, read_source
 from sdjax.checkpoints.references import FIELDS, Source
-from sdjax.checkpoints.widening import widened
+from sdjax.checkpoints.widening import reading_guidance, widened
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.text.text_tokenizer import TextTokenizer
@@ -86,11 +86,13 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
             wanted = _not_replaced(field, config, wanted)
         hints = _hints(field, config, with_tokenizer=with_tokenizer)
         read = read_source(source, wanted, hints)
-        loaded, widening = widened(read, kind.beside, name=f"{field}={folder}")
+        name = f"{field}={folder}"
+        loaded, widening = widened(read, kind.beside, name=name)
+        loaded, told = reading_guidance(loaded, kind.guidance_width(config.method), name=name)
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
-        notes += [widening] if widening else []
+        notes += [note for note in (widening, told) if note]
         if field == "init_from" and draws:
             scheduler = loaded.scheduler
             if loaded.unsupported_sampler:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.schedules import ScheduleConfig
@@ -19,6 +20,7 @@ from sdjax.families import ldm_configs, ldm_files, ldm_names
 from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
+    GUIDANCE,
     Context,
     Family,
     Features,
@@ -169,8 +171,20 @@ def context(
     target: tuple[int, int],
     negative: bool,
 ) -> Context:
-    """Return the text, which is all that the UNet is told; see `MakeContext`."""
-    return features["context"]
+    """Return the text, and the strength of guidance where the UNet reads it; see `MakeContext`."""
+    if not reads_guidance({"unet": networks.denoiser}):
+        return features["context"]
+    return {**features, **guidance(features, batch)}
+
+
+def guidance(features: Features, batch: Mapping[str, jax.Array]) -> Features:
+    """Return the strength of guidance of a batch; 1 is none."""
+    return {GUIDANCE: batch.get(GUIDANCE, jnp.ones(len(features["context"])))}
+
+
+def reads_guidance(networks: Mapping[str, Any]) -> bool:
+    """Return whether the UNet was distilled to draw guided pictures from a number."""
+    return networks["unet"].time_cond_proj_dim is not None
 
 
 def pipeline_class(model: Model) -> str:
@@ -324,6 +338,7 @@ SD = Family(
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
+    reads_guidance=reads_guidance,
     inpainting=INPAINTING,
     edits=True,
     adapters=AdapterNames(

@@ -209,7 +209,8 @@ def context(
         last = (networks.settings.get(score, getattr(SDXLConfig, score)),)
     rows = jnp.broadcast_to(jnp.asarray(last, jnp.float32), (count, len(last)))
     ids = jnp.concatenate([jnp.asarray(size, jnp.float32), rows], axis=1)
-    return {**features, "numbers": ids}
+    told = sd.guidance(features, batch) if sd.reads_guidance({"unet": networks.denoiser}) else {}
+    return {**features, **told, "numbers": ids}
 
 
 def _refines(model: Model) -> bool:
@@ -312,6 +313,7 @@ SDXL = Family(
     scheduler_changes=lambda pipeline: {},
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
+    reads_guidance=sd.reads_guidance,
     inpainting=sd.INPAINTING,
     edits=True,
     adapters=AdapterNames(

@@ -240,6 +240,8 @@ class Kind:
     used_by: the field of a recipe that takes what a run has made; "" for none.
     beside: channels of latents -> how many more the denoiser reads; networks that read latents
         alone are widened when they are loaded.
+    guidance_width: its group -> the width in which the denoiser is to read the guidance scale; one
+        that reads none is made to when it is loaded. None leaves it as it is.
     sample: options that `sdjax.sample` needs besides prompts, for the last screen.
     steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
         steers another model; empty where --model takes it.
@@ -255,6 +257,7 @@ class Kind:
     draws: bool
     used_by: str = "init_from"
     beside: Callable[[int], int] = lambda latent: 0
+    guidance_width: Callable[[Any], int | None] = lambda config: None
     sample: str = ""
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.consistency import LCM
 from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.dpo import DPO
@@ -19,6 +20,7 @@ METHODS: dict[str, Kind] = {
     "edit": EDIT,
     "dpo": DPO,
     "adapters": ADAPTERS,
+    "lcm": LCM,
     "control": CONTROL,
     "embedding": EMBEDDING,
 }
