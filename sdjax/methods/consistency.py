@@ -273,6 +273,12 @@ def check_setup(setup: Setup) -> None:
             f"method {method!r} is for UNets, of SD1, SD2 and SDXL; model.family is "
             f"{model.family.name!r}"
         )
+    width = setup.config.guidance_width
+    if model.denoiser.time_cond_proj_dim != width:
+        raise UserError(
+            f"model.unet.time_cond_proj_dim is {model.denoiser.time_cond_proj_dim}, but "
+            f"method.guidance_width is {width}; expected the same, which init_from brings about"
+        )
     plain = plain_objective(objective)
     for field in ("weighting", "loss", "offset_noise", "input_perturbation"):
         if getattr(objective, field) != getattr(plain, field):
