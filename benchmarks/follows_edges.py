@@ -5,9 +5,9 @@
     python benchmarks/follows_edges.py --model=runs/base --controlnet=runs/control
 
 runs/base is the model of `make train`. The edges are those of pictures of the test split with one
-shape. The prompts name its colour and shape, and neither size nor place, which are in the edges
-alone; or another shape than the edges show. The reader of shapes then says whether the pictures
-have the size, the place and the shape of the edges.
+shape. The prompts name its colour, and its shape or another one than the edges show; never the size
+and the place, which are in the edges alone. The reader of shapes says whether the pictures have the
+colour and the shape of the prompt, and the size and the place of the edges.
 """
 
 from __future__ import annotations
@@ -40,15 +40,14 @@ def main() -> None:
         folder = args.keep or Path(temporary)
         wanted, edges = scenes(folder / "edges")
         follow = [f"--controlnet={args.controlnet}", *(f"--control_image={file}" for file in edges)]
-        said = {
-            "colour and shape": [_prompt(one) for one in wanted],
-            "another shape": [_prompt(_another(one)) for one in wanted],
-        }
+        said = {"shape": wanted, "another shape": [_another(one) for one in wanted]}
         print(HEADER)
         for name, options in (("without", []), ("with edges", follow)):
-            for what, prompts in said.items():
+            for what, scenes_said in said.items():
+                prompts = [_prompt(one) for one in scenes_said]
                 images = drawn(args.model, prompts, options, folder / name / what)
-                print(line(f"{name}, said: {what}", [[one] for one in wanted], images), flush=True)
+                right = [[one] for one in scenes_said]
+                print(line(f"{name}, said: {what}", right, images), flush=True)
 
 
 def scenes(folder: Path) -> tuple[list[Wanted], list[Path]]:

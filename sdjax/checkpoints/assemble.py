@@ -95,12 +95,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         notes += [note for note in (widening, told) if note]
         if field == "init_from" and draws:
             scheduler = loaded.scheduler
-            if loaded.unsupported_sampler:
-                notes.append(
-                    f"{field}={folder}: it is sampled with {loaded.unsupported_sampler}, which "
-                    "sdjax does not have; pictures are drawn with config.sample.sampler, "
-                    f"{config.sample.sampler.name}. What the run writes keeps the scheduler"
-                )
+            notes += _sampler_notes(loaded, config, name)
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         sources |= dict.fromkeys(_components(loaded.params), source)
         if widening:  # what lies there is another network: parts that are frozen are copied
@@ -119,6 +114,17 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
     tokenizers = dict(kind.tokenizers(config.method, tokenizers))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
+
+
+def _sampler_notes(loaded: Model, config: Config, name: str) -> list[str]:
+    """A line on what draws in place of a model's own sampler, if sdjax does not have it."""
+    if not loaded.unsupported_sampler:
+        return []
+    return [
+        f"{name}: it is sampled with {loaded.unsupported_sampler}, which sdjax does not have; "
+        f"pictures are drawn with config.sample.sampler, {config.sample.sampler.name}. What the "
+        "run writes keeps the scheduler"
+    ]
 
 
 def _of_length(config: Config, name: str, tokenizer: TextTokenizer) -> TextTokenizer:

@@ -323,6 +323,7 @@ SDXL = Family(
         entrance="conv_in",
         facts=adapter_facts,
     ),
+    defaults={"sample.embedded_guidance": sd.LCM_GUIDANCE},
     presets={
         "base": SDXLConfig(),
         "refiner": SDXLConfig(unet=UNET_SDXL_REFINER, text_encoder=None, zero_empty_prompt=False),

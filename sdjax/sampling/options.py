@@ -9,7 +9,8 @@ from sdjax.errors import UserError
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
-    "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
+    "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "lcm",
+    "flow_euler",
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
     )  # fmt: skip
     group.add_argument(
         "--embedded_guidance", type=float,
-        help=f"the guidance that FLUX.1-dev reads as a number; {own}, or 3.5",
+        help="the guidance that FLUX.1-dev, and models distilled to few steps, read as a number; "
+        f"{own}, or 3.5 for FLUX.1 and 8.5 for the others",
     )  # fmt: skip
     group.add_argument(
         "--skip_layers", type=int, nargs="*", metavar="BLOCK",
