@@ -28,8 +28,9 @@ from sdjax.methods.method import (
     Phase,
     Setup,
 )
-from sdjax.models import adapters
-from sdjax.models.adapters import INITS, KINDS, MARK, Dropout, Layer, Rule, is_pointwise
+from sdjax.models.adapters import networks as adapters
+from sdjax.models.adapters.factors import INITS, KINDS, Dropout, Layer, Rule, is_pointwise
+from sdjax.models.adapters.networks import MARK
 from sdjax.models.params import Params, prefixed
 from sdjax.models.products import Linear
 
@@ -68,6 +69,9 @@ class AdaptersConfig(MethodConfig):
     init: str = "kaiming"  # of the first factor of lora and dora; or "gaussian"
     factor: int = -1  # of lokr: one side of its first factor; -1 is near the square root
     full_matrix: bool = False  # of lokr: never split its second factor into two of `rank`
+    # Of convolutions larger than 1x1: their kernels lie in a core of rank x rank channels, between
+    # factors of 1x1 (Tucker's form, LyCORIS's use_tucker).
+    tucker: bool = False
     dropout: float = 0.0  # of inputs (PEFT's lora_dropout); lora and dora
     hidden_dropout: float = 0.0  # between the factors (kohya's network_dropout); lora and dora
     rank_dropout: float = 0.0  # of ranks of an example; lora and dora
@@ -84,6 +88,9 @@ class AdaptersConfig(MethodConfig):
         _check("max_norm", self.max_norm, self.max_norm >= 0, "0 or more")
         limited = self.kind != "lora" and self.max_norm
         _check("max_norm", self.max_norm, not limited, f"0 with method.kind={self.kind!r}")
+        _check(
+            "max_norm", self.max_norm, not (self.tucker and self.max_norm), "0 with method.tucker"
+        )
         _check("targets", self.targets, self.targets or self.text_targets, "at least one")
         for field in ("dropout", "hidden_dropout", "rank_dropout", "module_dropout"):
             value = getattr(self, field)
@@ -113,7 +120,8 @@ class AdaptersConfig(MethodConfig):
         root = rank**0.5 if self.rank_stabilized else rank
         dropout = Dropout(self.dropout, self.hidden_dropout, self.rank_dropout, self.module_dropout)
         scale = (alpha or rank) / root  # alpha 0 is the rank, as in kohya's
-        return Rule(self.kind, rank, scale, self.init, self.factor, self.full_matrix, dropout)
+        form = self.factor, self.full_matrix, self.tucker
+        return Rule(self.kind, rank, scale, self.init, *form, dropout)
 
 
 def _check(field: str, value: Any, good: Any, expected: str) -> None:
@@ -227,6 +235,13 @@ def _check_targets(config: AdaptersConfig, model: Model) -> None:
                     f"{', '.join(TARGETS)}, or a regular expression that is found in paths such as "
                     f"{examples}"
                 )
+    own = [(path, layer) for path, layer in found if not path.startswith(encoders)]
+    taken = [one for one in own if any(_is_target(t, *one) for t in config.targets)]
+    if config.tucker and all(is_pointwise(layer) for _, layer in taken):
+        raise UserError(
+            "method.tucker is True, and no layer of method.targets is a convolution larger than "
+            "1x1; add some, as 'all' does, or set it to False"
+        )
     for field in ("ranks", "alphas"):
         for pattern, _ in getattr(config, field):
             if not any(adapters.matches(pattern, path) for path, _ in found):

@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdjax.checkpoints.reading import read_any
 from sdjax.config import default, resolve
 from sdjax.config_model import blank_method
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.registry import FAMILIES, model_of
-from sdjax.methods.adapter_files import adapter_of
-from sdjax.methods.adapters import AdaptersConfig, changes
-from sdjax.models.adapters import MARK
+from sdjax.formats.adapters.merging import merged
+from sdjax.formats.adapters.reading import read_adapter
+from sdjax.methods.adapter_files import adapter_of, export
+from sdjax.methods.adapters import AdaptersConfig, changes, folded
+from sdjax.models.adapters.factors import KINDS
+from sdjax.models.adapters.networks import MARK
 from sdjax.optim.optimizers import OptimConfig, make_optimizer
 from sdjax.train.program import split_trainable
 
@@ -114,6 +118,32 @@ def test_scale_is_alpha_by_the_rank(changed, scale, tiny_config):
         assert {layer.alpha for layer in layers} == {64.0}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_tuckers_form_merge_to_the_kernels_of_the_run(kind, tiny_model, tmp_path):
+    plain = read_any(tiny_model)
+    config = AdaptersConfig(kind=kind, targets=("conv1", "attn1"), rank=2, factor=1, tucker=True)
+    model = dataclasses.replace(plain, changes=changes(config, plain.family))
+    rng = np.random.default_rng(0)
+    drawn = {
+        path: rng.normal(size=v.shape, scale=0.3).astype(np.float32)
+        for path, v in bind(model).abstract.items()
+        if MARK in path
+    }
+    assert any(f"{MARK}C" in path for path in drawn)
+    kernels = folded(dataclasses.replace(model, params={**plain.params, **drawn}))
+    written = export(model, drawn, tmp_path)
+    assert ("diffusers" in written, "no Tucker's" in written.get("note", "")) == (False, True)
+    read = merged(plain, [(read_adapter(written["kohya"], plain), 1.0)])
+    for path, value in kernels.params.items():
+        np.testing.assert_allclose(read.params[path], value, atol=2e-6, err_msg=path)
+
+
+def test_tuckers_form_without_a_convolution_is_an_error(tiny_config):
+    tiny_config.method = {"name": "adapters", "tucker": True}
+    with pytest.raises(UserError, match="method.tucker is True, and no layer of method.targets"):
+        blank_method(resolve(tiny_config))
+
+
 def zeros(abstract):
     """Arrays of no size in memory."""
     return {p: np.broadcast_to(np.float32(0), v.shape) for p, v in abstract.items() if MARK in p}
@@ -151,6 +181,10 @@ def test_a_pattern_that_takes_nothing_is_an_error(tiny_config, changed, message)
         ({"rank": 0}, "method.rank is 0; expected 1 or more"),
         ({"dropout": 1.0}, r"method.dropout is 1.0; expected in \[0, 1\)"),
         ({"kind": "lokr", "rank_dropout": 0.1}, "method.rank_dropout is 0.1; expected 0 with"),
+        (
+            {"tucker": True, "max_norm": 1.0},
+            "method.max_norm is 1.0; expected 0 with method.tucker",
+        ),
         ({"targets": ()}, r"method.targets is \(\); expected at least one"),
         ({"targets": ("(",)}, "method.targets: '\\(' is no regular expression"),
     ],
