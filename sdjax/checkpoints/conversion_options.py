@@ -77,9 +77,9 @@ def add_adapter_options(p: argparse.ArgumentParser) -> None:
     """Add the options of adapters: LoRA, DoRA, LoHa, LoKr."""
     group = p.add_argument_group("adapters, as LoRA, DoRA, LoHa and LoKr")
     group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
         help="merge this adapter, a file, its folder, or the workdir of a run that trained one, "
-        "into what is written; may be given again",
+        "into what is written; lbw: weights of blocks, as of sdjax.sample; may be given again",
     )  # fmt: skip
     group.add_argument(
         "--format", choices=("kohya", "diffusers"), default="",

@@ -130,6 +130,7 @@ class Phase:
     trains: whether a path of `Method.abstract` is trained here; the phases share nothing.
     optim: the optimizer; None for the recipe's.
     every: the phase takes a step at each multiple of so many steps.
+    rate: path -> multiplier of its learning rate, above 0, besides that of `optim.groups`.
     project: what it trains, after an update -> the same where it is allowed to be; None for
         anywhere.
     """
@@ -139,6 +140,7 @@ class Phase:
     trains: Callable[[str], bool]
     optim: OptimConfig | None = None
     every: int = 1
+    rate: Callable[[str], float] = lambda path: 1.0
     project: Callable[[Params], Params] | None = None
 
 

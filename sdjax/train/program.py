@@ -142,7 +142,13 @@ def _optimizations(config: Config, method: Method, split: Split) -> tuple[Optimi
         own = {path: value for path, value in split.trained.items() if phase.trains(path)}
         if own:
             optim = trained_groups(phase.optim or config.optim)
-            optimizer = make_optimizer(optim, config.train.steps, own, all_paths=split.trained)
+            optimizer = make_optimizer(
+                optim,
+                config.train.steps,
+                own,
+                all_paths=split.trained,
+                factors={path: phase.rate(path) for path in own},
+            )
             found.append(Optimization(phase, optimizer, frozenset(own)))
     return tuple(found)
 
