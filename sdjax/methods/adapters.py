@@ -31,9 +31,10 @@ from sdjax.methods.method import (
     Kind,
     LossFn,
     Method,
-    Phase,
+    Project,
     Setup,
 )
+from sdjax.methods.parts import Part, joined
 from sdjax.models.adapters import networks as adapters
 from sdjax.models.adapters.factors import Layer, is_pointwise
 from sdjax.models.adapters.networks import MARK
@@ -48,11 +49,18 @@ def make(setup: Setup) -> Method:
     Raises:
         UserError: a target names no layer, or text encoders are to be trained on stored features.
     """
+    method = denoiser(setup)
+    return joined(method, (factors(setup, method),))
+
+
+def denoiser(setup: Setup) -> Method:
+    """Return the method of a denoiser with adapters, whose loss drops parts of them.
+
+    Raises:
+        UserError: see `make`.
+    """
     config = setup.config
-    (change,) = setup.model.changes
-    assert isinstance(change, Adapted)
-    plain = dataclasses.replace(setup.model, changes=())
-    _check_targets(config, plain)
+    _check_targets(config, dataclasses.replace(setup.model, changes=()))
     if config.text_targets and setup.data.text_embeddings:
         raise UserError(
             f"method.text_targets is {config.text_targets} with data.text_embeddings, in which no "
@@ -64,16 +72,30 @@ def make(setup: Setup) -> Method:
             "method.ranks, method.block_ranks and method.block_rates have a 0 for every layer of "
             "method.targets and method.text_targets; leave some out"
         )
-    loss = method.phases[0].loss
-    if adapters_dropout(config):
-        model = dataclasses.replace(
-            setup.model, changes=(dataclasses.replace(change, training=True),)
-        )
-        loss = _with_keys(dataclasses.replace(setup, model=model), method)
-    start = functools.partial(_magnitudes, frozenset(method.abstract))
-    phase = Phase("main", loss, lambda path: MARK in path, project=_limit(setup))
-    phase = dataclasses.replace(phase, rate=_block_rates(setup))
-    return dataclasses.replace(method, phases=(phase,), start=start, export=export)
+    if not adapters_dropout(config):
+        return method
+    changes = tuple(
+        dataclasses.replace(change, training=True) if isinstance(change, Adapted) else change
+        for change in setup.model.changes
+    )
+    model = dataclasses.replace(setup.model, changes=changes)
+    loss = _with_keys(dataclasses.replace(setup, model=model), method)
+    return dataclasses.replace(method, phases=(dataclasses.replace(method.phases[0], loss=loss),))
+
+
+def factors(setup: Setup, method: Method) -> Part:
+    """Return the factors of adapters as a part of a method.
+
+    Args:
+        method: bound to the networks with adapters.
+    """
+    return Part(
+        trains=lambda path: MARK in path,
+        start=functools.partial(_magnitudes, frozenset(method.abstract)),
+        export=export,
+        rate=_block_rates(setup),
+        project=_limit(setup),
+    )
 
 
 def adapters_dropout(config: AdaptersConfig) -> bool:
@@ -143,7 +165,7 @@ def _block_rates(setup: Setup) -> Callable[[str], float]:
     return rate
 
 
-def _limit(setup: Setup) -> Callable[[Params], Params] | None:
+def _limit(setup: Setup) -> Project | None:
     """Return what keeps the changes of kernels small, if the recipe asks for it."""
     most = setup.config.max_norm
     if not most:
@@ -155,7 +177,7 @@ def _limit(setup: Setup) -> Callable[[Params], Params] | None:
         for path, layer in adapters.layers(networks.module(name, networks.abstract))
         if layer.adapter is not None
     }
-    return lambda params: adapters.within(params, scales, most)
+    return lambda trained, frozen: adapters.within(trained, scales, most)
 
 
 def _magnitudes(paths: frozenset[str], loaded: Mapping[str, Any]) -> dict[str, Any]:

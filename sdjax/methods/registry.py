@@ -11,6 +11,7 @@ from sdjax.methods.edit import EDIT
 from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
+from sdjax.methods.pivotal import PIVOTAL
 
 METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
@@ -21,4 +22,5 @@ METHODS: dict[str, Kind] = {
     "adapters": ADAPTERS,
     "control": CONTROL,
     "embedding": EMBEDDING,
+    "pivotal": PIVOTAL,
 }
