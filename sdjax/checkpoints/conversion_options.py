@@ -99,3 +99,9 @@ def add_adapter_options(p: argparse.ArgumentParser) -> None:
         "--lora_rank", type=int, metavar="RANK",
         help="with --format: bring the adapter to this rank by its largest singular values",
     )  # fmt: skip
+    group.add_argument(
+        "--lora_dynamic", default="", metavar="RULE:NUMBER",
+        help="with --format: a rank of its own for each module, up to --lora_rank, as kohya's "
+        "resize_lora.py: sv_fro:0.9 keeps this share of the norm, sv_cumulative:0.9 of the sum of "
+        "singular values, sv_ratio:10 those above a tenth of the largest",
+    )  # fmt: skip

@@ -68,6 +68,18 @@ def test_metadata_of_a_kohya_file_stays(pipeline_folder, lora, tmp_path):
     assert said["ss_network_dim"] == "2"
 
 
+def test_ranks_follow_from_singular_values(pipeline_folder, model, lora, tmp_path, capsys):
+    new, folder = tmp_path / "new.safetensors", tmp_path / "new"
+    options = ("--lora_dynamic=sv_fro:0.8", "--lora_rank=3", f"--base={pipeline_folder}")
+    assert run(f"--input={lora}", f"--output={new}", *options, "--format=kohya") == 0
+    assert run(f"--input={lora}", f"--output={folder}", *options, "--format=diffusers") == 0
+    text = capsys.readouterr().out
+    assert "ranks 1 to 3, " in text and "of the changes' squared norm is kept" in text
+    found = read_adapter(new, model)
+    assert {layer.rank for layer in found.values()} == {1, 2, 3}
+    assert_same_changes(read_adapter(folder, model), found)
+
+
 def test_the_release_is_found_by_names_and_shapes(tmp_path, capsys):
     from sdjax.families.registry import FAMILIES, model_of
 
@@ -112,6 +124,10 @@ def test_the_difference_of_two_models_becomes_a_lora(
     "options, words",
     [
         (["--lora_rank=4"], "--lora_rank is for --format"),
+        (["--lora_dynamic=sv_fro:0.9"], "--lora_dynamic is for --format"),
+        (["--format=kohya", "--lora_dynamic=sv_fro"], "expected sv_fro:SHARE or sv_cumulative"),
+        (["--format=kohya", "--lora_dynamic=sv_ratio:1"], "or sv_ratio:NUMBER with a number above"),
+        (["--format=kohya", "--lora_dynamic=svd:1"], "--lora_dynamic=svd:1: expected sv_fro"),
         (["--base=X"], "--base is for --format or --extract_lora"),
         (["--extract_lora=4"], "give --base"),
         (["--extract_lora=0", "--base=X"], "expected 1 or more"),
