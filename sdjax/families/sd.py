@@ -7,6 +7,7 @@ layer, so that this is the last but one; Stability's v2-inference.yaml, layer: p
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names
-from sdjax.families.adapter_names import AdapterNames
+from sdjax.families.adapter_names import AdapterNames, unet_blocks
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     GUIDANCE,
@@ -343,7 +344,11 @@ SD = Family(
     inpainting=INPAINTING,
     edits=True,
     adapters=AdapterNames(
-        {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
+        {"text_encoder": "lora_te"},
+        ldm_names.unet_places,
+        entrance="conv_in",
+        facts=adapter_facts,
+        blocks=functools.partial(unet_blocks, ends=False),
     ),
     defaults={"sample.embedded_guidance": LCM_GUIDANCE},
     presets={

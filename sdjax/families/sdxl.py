@@ -10,6 +10,7 @@ in the place of the last two numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names, sd
-from sdjax.families.adapter_names import AdapterNames
+from sdjax.families.adapter_names import AdapterNames, unet_blocks
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     Context,
@@ -322,6 +323,7 @@ SDXL = Family(
         native=True,
         entrance="conv_in",
         facts=adapter_facts,
+        blocks=functools.partial(unet_blocks, ends=True),
     ),
     defaults={"sample.embedded_guidance": sd.LCM_GUIDANCE},
     presets={

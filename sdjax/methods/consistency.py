@@ -32,7 +32,6 @@ from sdjax.families.bind import bind
 from sdjax.families.family import GUIDANCE, Context, Model
 from sdjax.methods.denoise import (
     STRATA,
-    DenoiseConfig,
     LatentDiffusion,
     bound,
     latent_diffusion,
@@ -40,7 +39,17 @@ from sdjax.methods.denoise import (
 )
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields
-from sdjax.methods.method import Aux, Averages, Batch, Draw, Kind, Method, Phase, Setup
+from sdjax.methods.method import (
+    Aux,
+    Averages,
+    Batch,
+    Draw,
+    Kind,
+    Method,
+    MethodConfig,
+    Phase,
+    Setup,
+)
 from sdjax.models.params import Params, component, prefixed
 from sdjax.models.unet_config import UNetConfig
 
@@ -53,17 +62,15 @@ Predict = Callable[[Params, jax.Array, jax.Array, Context], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyConfig(DenoiseConfig):
-    """Distillation of a denoiser into a latent consistency model.
+class ConsistencyConfig(MethodConfig):
+    """The loss of consistency distillation.
 
     Raises ValueError where a field is out of its range.
     """
 
-    name: str = "lcm"
     # Guidance scales that the student learns, drawn uniformly. The paper counts them from 0: its
     # w of 5 to 15 is 6 to 16 here.
     guidance: tuple[float, float] = (6.0, 16.0)
-    guidance_width: int = 256  # of the sinusoids in which the student reads the scale
     original_steps: int = 50  # points of the teacher's solver
     loss: str = "huber"  # sqrt(d^2 + c^2) - c of each difference d; or "l2", its square
     huber_c: float = 0.001
@@ -83,6 +90,20 @@ class ConsistencyConfig(DenoiseConfig):
         ):
             if not good:
                 raise ValueError(f"method.{field} is {getattr(self, field)}; expected more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class LCMConfig(ConsistencyConfig):
+    """Distillation of a whole denoiser, which learns to read the guidance scale.
+
+    Raises ValueError where a field is out of its range.
+    """
+
+    name: str = "lcm"
+    guidance_width: int = 256  # of the sinusoids in which the student reads the scale
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.guidance_width < 2 or self.guidance_width % 2:
             raise ValueError(
                 f"method.guidance_width is {self.guidance_width}; expected an even number"
@@ -218,40 +239,65 @@ class Consistency:
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the networks of a model.
+    """Bind the method to the networks of a model, whose denoiser reads the guidance scale.
+
+    Raises:
+        UserError: see `bound_method`; or the denoiser reads another width of guidance.
+    """
+    own, width = setup.model.denoiser, setup.config.guidance_width
+    if isinstance(own, UNetConfig) and own.time_cond_proj_dim != width:
+        raise UserError(
+            f"model.unet.time_cond_proj_dim is {own.time_cond_proj_dim}, but "
+            f"method.guidance_width is {width}; expected the same, which init_from brings about"
+        )
+    name = setup.model.family.denoiser
+    method = bound_method(
+        setup, lambda every: prefixed(component(every, TEACHER), name), lambda path: True
+    )
+    of_teacher = bind(without_guidance(setup.model), (name,)).abstract
+
+    def renamed(fields: dict) -> dict:
+        own = {path: fields[path] for path in of_teacher if path in fields}
+        return prefixed(component(own, name), TEACHER)
+
+    return dataclasses.replace(
+        method,
+        abstract=method.abstract | renamed(method.abstract),
+        start=lambda loaded: renamed(dict(loaded)),
+        copies={TEACHER: name},
+        dtypes={**method.dtypes, **renamed(dict(method.dtypes))},
+    )
+
+
+def bound_method(
+    setup: Setup, of_teacher: Callable[[Params], Params], trains: Callable[[str], bool]
+) -> Method:
+    """Return the method that distils a denoiser.
+
+    Args:
+        of_teacher: parameters of every network -> those of the teacher, as a denoiser's.
+        trains: whether a path of the denoiser is trained.
 
     Raises:
         UserError: the model has no UNet on a table of noise levels, or the recipe asks for another
             objective, or draws with another sampler.
     """
     check_setup(setup)
-    model, name = setup.model, setup.model.family.denoiser
+    name = setup.model.family.denoiser
     diffusion = latent_diffusion(setup)
     method = bound(diffusion, images=picture_fields(setup), pictures=caption_pictures(setup))
-    plain = without_guidance(model)
-    networks = bind(plain, (name,), dtype=setup.dtype, remat="none")
+    plain = bind(without_guidance(setup.model), (name,), dtype=setup.dtype)
 
     def teacher(every: Params, xt: jax.Array, t: jax.Array, context: Context) -> jax.Array:
-        return networks.module(name, prefixed(component(every, TEACHER), name))(xt, t, context)
+        own = of_teacher(every)
+        return plain.module(name, {path: own[path] for path in plain.abstract})(xt, t, context)
 
     def student(every: Params, xt: jax.Array, t: jax.Array, context: Context) -> jax.Array:
         return diffusion.networks.module(name, every)(xt, t, context)
 
-    def renamed(fields: dict) -> dict:
-        own = component(fields, name)
-        return prefixed({path: own[path] for path in of_teacher if path in own}, TEACHER)
-
-    of_teacher = component(networks.abstract, name)
     loss = Consistency(setup.config, diffusion, teacher, student)
-    return dataclasses.replace(
-        method,
-        abstract=method.abstract | renamed(method.abstract),
-        phases=(Phase("main", loss.loss, lambda path: path.startswith(f"{name}.")),),
-        validate=loss.validate,
-        start=lambda loaded: renamed(dict(loaded)),
-        copies={TEACHER: name},
-        dtypes={**method.dtypes, **renamed(dict(method.dtypes))},
-    )
+    phase = Phase("main", loss.loss, lambda path: path.startswith(f"{name}.") and trains(path))
+    return dataclasses.replace(method, phases=(phase,), validate=loss.validate)
 
 
 def without_guidance(model: Model) -> Model:
@@ -273,12 +319,6 @@ def check_setup(setup: Setup) -> None:
             f"method {method!r} is for UNets, of SD1, SD2 and SDXL; model.family is "
             f"{model.family.name!r}"
         )
-    width = setup.config.guidance_width
-    if model.denoiser.time_cond_proj_dim != width:
-        raise UserError(
-            f"model.unet.time_cond_proj_dim is {model.denoiser.time_cond_proj_dim}, but "
-            f"method.guidance_width is {width}; expected the same, which init_from brings about"
-        )
     plain = plain_objective(objective)
     for field in ("weighting", "loss", "offset_noise", "input_perturbation"):
         if getattr(objective, field) != getattr(plain, field):
@@ -295,7 +335,7 @@ def check_setup(setup: Setup) -> None:
 
 
 LCM = Kind(
-    config=ConsistencyConfig,
+    config=LCMConfig,
     make=make,
     networks=tuple,
     draws=True,

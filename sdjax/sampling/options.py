@@ -81,10 +81,11 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
 def add_lora_option(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the option of adapters that a model is given before it draws."""
     p.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
         help="an adapter (LoRA, DoRA, LoHa, LoKr) for --model: a file of kohya's or diffusers' "
         "layout, its folder, or the workdir of a run that trained one; the weight is 1 where none "
-        "is given; may be given again",
+        "is given; lbw: weights of the blocks of SD1 and SD2 (17 or 26) or SDXL (12 or 20), as in "
+        "sd-webui-lora-block-weight; may be given again",
     )  # fmt: skip
 
 
