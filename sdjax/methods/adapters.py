@@ -53,8 +53,11 @@ def make(setup: Setup) -> Method:
     return joined(method, (factors(setup, method),))
 
 
-def denoiser(setup: Setup) -> Method:
+def denoiser(setup: Setup, make: Callable[[Setup], Method] = denoise.make) -> Method:
     """Return the method of a denoiser with adapters, whose loss drops parts of them.
+
+    Args:
+        make: binds the method whose loss it is.
 
     Raises:
         UserError: see `make`.
@@ -66,7 +69,7 @@ def denoiser(setup: Setup) -> Method:
             f"method.text_targets is {config.text_targets} with data.text_embeddings, in which no "
             "text encoder runs; set one of them to what it is by default"
         )
-    method = denoise.make(setup)
+    method = make(setup)
     if not any(MARK in path for path in method.abstract):
         raise UserError(
             "method.ranks, method.block_ranks and method.block_rates have a 0 for every layer of "
@@ -79,7 +82,7 @@ def denoiser(setup: Setup) -> Method:
         for change in setup.model.changes
     )
     model = dataclasses.replace(setup.model, changes=changes)
-    loss = _with_keys(dataclasses.replace(setup, model=model), method)
+    loss = _with_keys(make(dataclasses.replace(setup, model=model)), method)
     return dataclasses.replace(method, phases=(dataclasses.replace(method.phases[0], loss=loss),))
 
 
@@ -135,9 +138,13 @@ def _check_targets(config: AdaptersConfig, model: Model) -> None:
                 raise UserError(f"method.{field}: {pattern!r} is found in no path of a layer")
 
 
-def _with_keys(setup: Setup, method: Method) -> LossFn:
-    """Return the loss with dropout."""
-    training = denoise.make(setup)
+def _with_keys(training: Method, method: Method) -> LossFn:
+    """Return the loss with dropout.
+
+    Args:
+        training: bound to networks whose adapters take keys.
+        method: bound to those whose adapters take none.
+    """
     keys = {path: v.shape for path, v in training.abstract.items() if path not in method.abstract}
     loss = training.phases[0].loss
 

@@ -50,7 +50,8 @@ def joined(method: Method, parts: Sequence[Part]) -> Method:
         return next(part for part in parts if part.trains(path))
 
     def start(loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {path: value for part in parts for path, value in part.start(loaded).items()}
+        own = {path: value for part in parts for path, value in part.start(loaded).items()}
+        return method.start(loaded) | own
 
     def export(
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sdjax.methods.adapted import EDIT_ADAPTERS, INPAINT_ADAPTERS
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.consistency import LCM
@@ -27,4 +28,6 @@ METHODS: dict[str, Kind] = {
     "control": CONTROL,
     "embedding": EMBEDDING,
     "pivotal": PIVOTAL,
+    "inpaint_adapters": INPAINT_ADAPTERS,
+    "edit_adapters": EDIT_ADAPTERS,
 }
