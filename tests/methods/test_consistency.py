@@ -17,9 +17,14 @@ from sdjax.config import resolve
 from sdjax.config_model import method_of_run, model_of_run
 from sdjax.diffusion.losses import NOISE, example_keys, fold_keys, normal_like
 from sdjax.errors import UserError
+from sdjax.families.bind import bind
+from sdjax.families.registry import FAMILIES, model_of
 from sdjax.methods import consistency
+from sdjax.methods.adapter_rules import changes
+from sdjax.methods.consistency_lora import LCMLoRAConfig
 from sdjax.methods.method import Draw
 from sdjax.models import weights
+from sdjax.models.adapters.networks import MARK
 from sdjax.models.config import ConfigError
 from sdjax.models.params import component
 from sdjax.train import loop
@@ -258,3 +263,49 @@ def test_a_distilled_model_is_no_teacher(config, tmp_path):
     config.init_from = str(tmp_path / "distilled")
     with pytest.raises(ConfigError, match="was distilled already"):
         assemble(resolve(config))
+
+
+@pytest.mark.parametrize(
+    "family, modules, parameters", [("sd", 278, 67_252_224), ("sdxl", 788, 196_751_360)]
+)
+def test_the_layers_of_a_lora_are_those_of_the_releases(family, modules, parameters):
+    """D14: rank 64, of latent-consistency/lcm-lora-sdv1-5 and -sdxl."""
+    model = model_of(FAMILIES[family].presets["base"])
+    model = dataclasses.replace(model, changes=changes(LCMLoRAConfig(), model.family))
+    found = {p: v for p, v in bind(model, ("unet",)).abstract.items() if MARK in p}
+    assert len({path.split(MARK)[0] for path in found}) == modules
+    assert sum(value.size for value in found.values()) == parameters
+
+
+def test_a_lora_begins_with_the_loss_of_its_teacher_and_alone_is_trained(
+    config, tiny_config, tiny_model, tmp_path
+):
+    """Student and teacher are one at the start of both methods, so their first losses are equal."""
+    with_lora = begun_from(tiny_config, tiny_model, "lcm_lora")
+    for group in ("objective", "sample", "ema"):
+        with_lora[group] = config[group]
+    with_lora.method.rank = 2
+    with_lora.optim.groups = ()
+    with_lora.train.update(export=True)
+    losses = []
+    for each in (config, with_lora):
+        assembled, method, every = bound(each)
+        batch, positions = batch_of(assembled, np.random.default_rng(1)), jnp.arange(B)
+        draw = Draw(jax.random.key(1), example_keys(jax.random.key(1), positions), positions, B)
+        phase = method.phases[0]
+        trained = {p: v for p, v in every.items() if phase.trains(p)}
+        frozen = {p: v for p, v in every.items() if p not in trained}
+        losses.append(jax.jit(phase.loss)(trained, frozen, {}, batch, draw)[0])
+    assert all(MARK in path for path in trained) and len(trained) > 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+
+    assert loop.run(resolve(with_lora), str(tmp_path / "run")) == loop.DONE
+    assert (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").exists()
+    references = json.loads((tmp_path / "run" / "frozen.json").read_text())
+    assert references["unet"]["path"] == str(tiny_model) and "teacher" not in references
+    assert read_any(tmp_path / "run").sampler.name == "lcm"
+
+
+def test_a_lora_that_would_change_the_text_is_refused():
+    with pytest.raises(ValueError, match="teacher and student read the same text"):
+        LCMLoRAConfig(text_targets=("attention",))
