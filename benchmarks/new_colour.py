@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from read_back import HEADER, drawn, line
 
 from sdjax.data.builders import shapes
-from sdjax.data.builders.shape_reader import score
 from sdjax.data.builders.shapes import POSITIONS, SHAPES, WIDTHS, Placed, Scene, Wanted
 
 COLOUR, RGB = "pink", (255, 105, 180)  # CSS's hotpink; the nearest of the palette is purple
@@ -76,30 +73,13 @@ def judge(model: str, lora: str | None, keep: Path | None) -> None:
         caption = shapes.make_example(0, "test", i, pair_fraction=0.0)[1]
         old.append((caption, shapes.parse_caption(caption)[0]))
     shapes.PALETTE[COLOUR] = RGB  # from here on the reader knows it, too
-    print(f"{'':28}{'colour':>9}{'shape':>9}{'size':>9}{'place':>9}{'all':>9}")
+    print(HEADER)
     for name, options in (("base", []), ("with the LoRA", [f"--lora={lora}"])):
         if lora is None and options:
             continue
         for what, pairs in ((f"new: {COLOUR}", new), ("held-out prompts", old)):
-            images = _drawn(model, [p for p, _ in pairs], options, keep and keep / name / what[:3])
-            shares = score([[wanted] for _, wanted in pairs], images)
-            shares.pop("samples")
-            values = "".join(f"{100 * value:7.1f} %" for value in shares.values())
-            print(f"{f'{name}, {what}':28}{values}", flush=True)
-
-
-def _drawn(model: str, prompts: list[str], options: list[str], keep: Path | None) -> np.ndarray:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
-        command = [
-            sys.executable, "-m", "sdjax.sample", f"--model={model}", f"--output={folder}",
-            f"--prompts_file={folder / 'prompts.txt'}", "--batch_size=64", *options,
-        ]  # fmt: skip
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        files = sorted(folder.glob("[0-9]*.png"))
-        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+            images = drawn(model, [p for p, _ in pairs], options, keep and keep / name / what[:3])
+            print(line(f"{name}, {what}", [[wanted] for _, wanted in pairs], images), flush=True)
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from sdjax.families.registry import FAMILIES, NETWORKS
 
-# Of adapters, words and control networks: which arrays are trained, and what they mean.
+# Of adapters, words, control networks, distilled models: which arrays are trained, what they mean.
 _OF_ARRAYS = (
     "kind rank ranks alpha alphas rank_stabilized targets text_targets factor full_matrix "
-    "tokens vectors widths channel_order pooled"
+    "tucker block_ranks block_alphas tokens vectors widths channel_order pooled guidance_width "
+    "original_steps"
 ).split()
 # Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
 # the data would no longer mean the same. Shell patterns on dotted names. What else changes the

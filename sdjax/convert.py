@@ -324,6 +324,7 @@ def _of_adapter(options: dict[str, Any]) -> list[str] | None:
     from sdjax.formats.single_file import Hints
 
     names = {"form": "format", "base": "base", "extract": "extract_lora", "rank": "lora_rank"}
+    names["dynamic"] = "lora_dynamic"
     asked = AdapterOptions(**{field: options.pop(name) for field, name in names.items()})
     asked.check()
     if not asked.asked:

@@ -151,8 +151,8 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         )
     if args.embedded_guidance is not None and not model.family.reads_guidance(model.networks):
         raise UserError(
-            f"--embedded_guidance is for FLUX.1-dev and its kin; {name} reads no "
-            "guidance, --guidance is what it takes"
+            f"--embedded_guidance is for FLUX.1-dev, latent consistency models and their kin; "
+            f"{name} reads no guidance, --guidance is what it takes"
         )
     if args.image_guidance is not None and reads_picture(model) != EDIT:
         raise UserError(
@@ -266,9 +266,7 @@ def _request_of(
     request = SamplingRequest(
         model=model,
         dtype=args.dtype,
-        drawing=drawing_of(
-            settings_of(model.family), _sampler(model, args, name), guidance_changes(args)
-        ),
+        drawing=drawing_of(settings_of(model), _sampler(model, args, name), guidance_changes(args)),
         params={path: jnp.asarray(value) for path, value in model.params.items()},
         texts=prompts,
         prompts=batch,

@@ -53,7 +53,7 @@ sample.prompts sample.count sample.compare sample.guidance sample.guidance_resca
 sample.negative_prompt sample.sampler.name sample.sampler.steps sample.sampler.spacing
 sample.sampler.steps_offset sample.sampler.eta sample.sampler.karras
 sample.sampler.set_alpha_to_one sample.sampler.clip_sample sample.sampler.clip_sample_range
-sample.sampler.flow.* sample.embedded_guidance sample.skip.*
+sample.sampler.original_steps sample.sampler.flow.* sample.embedded_guidance sample.skip.*
 validation.every validation.examples validation.train_examples validation.strata validation.rows
 validation.metric validation.metrics validation.num_samples validation.mode validation.patience
 validation.maxima_every

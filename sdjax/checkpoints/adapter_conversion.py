@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from sdjax.checkpoints import adapters as named
 from sdjax.checkpoints.reading import read_any
 from sdjax.errors import UserError
 from sdjax.families.family import Model
-from sdjax.formats.adapters.extraction import extract, resize
+from sdjax.formats.adapters.extraction import DYNAMIC, Ranks, extract, resize
 from sdjax.formats.adapters.layers import Adapter
 from sdjax.formats.adapters.reading import adapter_file, read_adapter
 from sdjax.formats.adapters.recognition import release_of
@@ -31,12 +32,14 @@ class AdapterOptions:
     base: the model that the adapter changes; "" where a file's own names tell.
     extract: the rank of the adapter to make of the difference of two models; None for none.
     rank: the rank to bring a LoRA to; None leaves it.
+    dynamic: "RULE:NUMBER" by which ranks follow from singular values, up to `rank`; see `DYNAMIC`.
     """
 
     form: str = ""
     base: str = ""
     extract: int | None = None
     rank: int | None = None
+    dynamic: str = ""
 
     @property
     def asked(self) -> bool:
@@ -50,11 +53,39 @@ class AdapterOptions:
                 raise UserError(f"--{name}={value}; expected 1 or more")
         if self.extract is not None and not self.base:
             raise UserError("--extract_lora makes an adapter of --input and --base; give --base")
-        if self.extract is not None and self.rank is not None:
-            raise UserError("--lora_rank is for --format; --extract_lora says the rank itself")
-        for name, given in (("base", bool(self.base)), ("lora_rank", self.rank is not None)):
-            if given and not self.asked:
+        given = {
+            "base": bool(self.base),
+            "lora_rank": self.rank is not None,
+            "lora_dynamic": bool(self.dynamic),
+        }
+        for name in ("lora_rank", "lora_dynamic"):
+            if self.extract is not None and given[name]:
+                raise UserError(f"--{name} is for --format; --extract_lora says the rank itself")
+        for name, is_given in given.items():
+            if is_given and not self.asked:
                 raise UserError(f"--{name} is for --format or --extract_lora; give one of them")
+        self.ranks()
+
+    def ranks(self) -> Ranks | None:
+        """Return the ranks to bring a LoRA to; None leaves them.
+
+        Raises:
+            UserError: `dynamic` has another form, or a number out of its range.
+        """
+        if not self.dynamic:
+            return None if self.rank is None else Ranks(self.rank)
+        rule, _, text = self.dynamic.partition(":")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        fits = 1 < number < math.inf if rule == "sv_ratio" else 0 < number <= 1
+        if rule not in DYNAMIC or not fits:
+            raise UserError(
+                f"--lora_dynamic={self.dynamic}: expected sv_fro:SHARE or sv_cumulative:SHARE with "
+                "a share in (0, 1], or sv_ratio:NUMBER with a number above 1"
+            )
+        return Ranks(self.rank, rule, number)
 
 
 def convert_adapter(
@@ -100,12 +131,20 @@ def convert_adapter(
             model, adapter, metadata = _read_file(source, options.base, hints)
             title = model.family.title
             lines = [f"read an adapter of {len(adapter)} modules of {title} from {source}"]
-        if options.rank is not None:
-            adapter, kept = resize(adapter, options.rank, model)
-            lines.append(f"rank {options.rank}: {kept:.2%} of the changes' squared norm is kept")
+        if (ranks := options.ranks()) is not None:
+            adapter, kept = resize(adapter, ranks, model)
+            lines.append(f"{_ranks(adapter)}: {kept:.2%} of the changes' squared norm is kept")
         write = _writer(options.form, metadata)
         notes = write(target, model, adapter, dtype)
         return [*lines, f"wrote {target}, {dtype}", *notes]
+
+
+def _ranks(adapter: Adapter) -> str:
+    """The ranks of an adapter's layers in words."""
+    found = [layer.rank for layer in adapter.values() if layer.rank] or [0]
+    if min(found) == max(found):
+        return f"rank {found[0]}"
+    return f"ranks {min(found)} to {max(found)}, {sum(found) / len(found):.1f} on average"
 
 
 def _check_target(target: paths.Path, source: paths.Path, form: str, force: bool) -> None:

@@ -1,12 +1,17 @@
-"""Adapters that a command line names: --lora=FILE[:WEIGHT], of a file, a folder or a workdir."""
+"""Adapters that a command line names: --lora=FILE[:WEIGHT][:lbw=WEIGHT,WEIGHT,...].
+
+FILE is a file, a folder or a workdir. The numbers of `lbw` multiply the weight for the text
+encoders and each block of a UNet, in the order of sd-webui-lora-block-weight.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sdjax.checkpoints import workdir as runs
 from sdjax.errors import UserError
+from sdjax.families.adapter_names import OUTSIDE, TEXT, by_block
 from sdjax.families.family import Model
 from sdjax.formats.adapters.layers import Adapter
 from sdjax.formats.adapters.merging import merged
@@ -15,6 +20,8 @@ from sdjax.formats.folders import folder_kind
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 
+_BLOCKS = ":lbw="
+
 
 def with_loras(model: Model, options: Sequence[str]) -> Model:
     """Return a model with the adapters of --lora in its weights, in their order.
@@ -22,29 +29,73 @@ def with_loras(model: Model, options: Sequence[str]) -> Model:
     Raises:
         UserError: an option is wrong, or an adapter does not fit the model.
     """
-    found = [parse_lora(option) for option in options]
-    adapters = [(load_adapter(place, model), weight) for place, weight in found]
+    adapters = []
+    for option in options:
+        place, weight, numbers = parse_lora(option)
+        own = _weights(option, model, weight, numbers) if numbers else weight
+        adapters.append((load_adapter(place, model), own))
     return merged(model, adapters) if adapters else model
 
 
-def parse_lora(option: str) -> tuple[paths.Path, float]:
-    """Return (file or folder, weight) of FILE or FILE:WEIGHT; the weight is 1 where none is said.
+def parse_lora(option: str) -> tuple[paths.Path, float, tuple[float, ...]]:
+    """Return (file or folder, weight, weights of blocks) of an option.
 
-    A file whose name ends so comes first.
+    The weight is 1 where none is said, and blocks have none of their own. A file whose name ends so
+    comes first.
 
     Raises:
-        UserError: it is not there, or the weight is no finite number.
+        UserError: a weight is no finite number.
     """
-    place, colon, weight = option.rpartition(":")
-    if not colon or paths.exists(paths.to_path(option)):
-        return paths.to_path(option), 1.0
+    if paths.exists(paths.to_path(option)):
+        return paths.to_path(option), 1.0, ()
+    rest, marked, listed = option.rpartition(_BLOCKS)
+    blocks: tuple[float, ...] = ()
+    if marked:
+        blocks = tuple(_number(option, text) for text in listed.split(","))
+    else:
+        rest = option
+    if paths.exists(paths.to_path(rest)):
+        return paths.to_path(rest), 1.0, blocks
+    place, colon, weight = rest.rpartition(":")
+    if not colon or not _is_float(weight):
+        return paths.to_path(rest), 1.0, blocks
+    return paths.to_path(place), _number(option, weight), blocks
+
+
+def _weights(
+    option: str, model: Model, weight: float, numbers: tuple[float, ...]
+) -> Callable[[str], float]:
+    """The weight of a module by its path. UserError if the numbers are not those of the model."""
+    family = model.family
+    if family.adapters is None or family.adapters.blocks is None:
+        raise UserError(
+            f"--lora={option}: {family.title} has no weights of blocks; they are of the UNets of "
+            "SD1, SD2 and SDXL: give one weight"
+        )
+    lists = family.adapters.blocks(model.networks[family.denoiser])
+    found = by_block(numbers, lists.weights, f"--lora={option}: lbw")
+
+    def of_module(path: str) -> float:
+        network, _, module = path.partition(".")
+        block = lists.of(module) if network == family.denoiser else TEXT
+        # As there: a short list leaves out all other blocks, and layers in no block have 1.
+        return weight * (1.0 if block in OUTSIDE else found.get(block, 0.0))
+
+    return of_module
+
+
+def _is_float(text: str) -> bool:
     try:
-        value = float(weight)
+        float(text)
     except ValueError:
-        return paths.to_path(option), 1.0
-    if not math.isfinite(value):
-        raise UserError(f"--lora={option}: the weight is {weight}; expected a finite number")
-    return paths.to_path(place), value
+        return False
+    return True
+
+
+def _number(option: str, text: str) -> float:
+    if not _is_float(text) or not math.isfinite(float(text)):
+        raise UserError(f"--lora={option}: the weight is {text}; expected a finite number")
+    return float(text)
 
 
 def load_adapter(path: paths.PathLike, model: Model) -> Adapter:

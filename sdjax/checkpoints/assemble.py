@@ -15,7 +15,7 @@ import numpy as np
 
 from sdjax.checkpoints.reading import locate, read_source
 from sdjax.checkpoints.references import FIELDS, Source
-from sdjax.checkpoints.widening import widened
+from sdjax.checkpoints.widening import reading_guidance, widened
 from sdjax.config import Config, to_dict
 from sdjax.data.pipeline import captions
 from sdjax.data.text.text_tokenizer import TextTokenizer
@@ -86,19 +86,16 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
             wanted = _not_replaced(field, config, wanted)
         hints = _hints(field, config, with_tokenizer=with_tokenizer)
         read = read_source(source, wanted, hints)
-        loaded, widening = widened(read, kind.beside, name=f"{field}={folder}")
+        name = f"{field}={folder}"
+        loaded, widening = widened(read, kind.beside, name=name)
+        loaded, told = reading_guidance(loaded, kind.guidance_width(config.method), name=name)
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
-        notes += [widening] if widening else []
+        notes += [note for note in (widening, told) if note]
         if field == "init_from" and draws:
             scheduler = loaded.scheduler
-            if loaded.unsupported_sampler:
-                notes.append(
-                    f"{field}={folder}: it is sampled with {loaded.unsupported_sampler}, which "
-                    "sdjax does not have; pictures are drawn with config.sample.sampler, "
-                    f"{config.sample.sampler.name}. What the run writes keeps the scheduler"
-                )
+            notes += _sampler_notes(loaded, config, name)
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         sources |= dict.fromkeys(_components(loaded.params), source)
         if widening:  # what lies there is another network: parts that are frozen are copied
@@ -117,6 +114,17 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
     config = _fit_vocabularies(config, tokenizers, loaded=_components(params))
     tokenizers = dict(kind.tokenizers(config.method, tokenizers))
     return Assembled(config, params, tokenizers, tuple(notes), scheduler, sources)
+
+
+def _sampler_notes(loaded: Model, config: Config, name: str) -> list[str]:
+    """A line on what draws in place of a model's own sampler, if sdjax does not have it."""
+    if not loaded.unsupported_sampler:
+        return []
+    return [
+        f"{name}: it is sampled with {loaded.unsupported_sampler}, which sdjax does not have; "
+        f"pictures are drawn with config.sample.sampler, {config.sample.sampler.name}. What the "
+        "run writes keeps the scheduler"
+    ]
 
 
 def _of_length(config: Config, name: str, tokenizer: TextTokenizer) -> TextTokenizer:

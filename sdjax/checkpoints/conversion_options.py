@@ -77,9 +77,9 @@ def add_adapter_options(p: argparse.ArgumentParser) -> None:
     """Add the options of adapters: LoRA, DoRA, LoHa, LoKr."""
     group = p.add_argument_group("adapters, as LoRA, DoRA, LoHa and LoKr")
     group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
         help="merge this adapter, a file, its folder, or the workdir of a run that trained one, "
-        "into what is written; may be given again",
+        "into what is written; lbw: weights of blocks, as of sdjax.sample; may be given again",
     )  # fmt: skip
     group.add_argument(
         "--format", choices=("kohya", "diffusers"), default="",
@@ -98,4 +98,10 @@ def add_adapter_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora_rank", type=int, metavar="RANK",
         help="with --format: bring the adapter to this rank by its largest singular values",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora_dynamic", default="", metavar="RULE:NUMBER",
+        help="with --format: a rank of its own for each module, up to --lora_rank, as kohya's "
+        "resize_lora.py: sv_fro:0.9 keeps this share of the norm, sv_cumulative:0.9 of the sum of "
+        "singular values, sv_ratio:10 those above a tenth of the largest",
     )  # fmt: skip

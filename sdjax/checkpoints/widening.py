@@ -1,4 +1,4 @@
-"""Denoisers that read latents alone, given channels beside them for another task."""
+"""Denoisers that are given something more to read: channels beside latents, the guidance scale."""
 
 from __future__ import annotations
 
@@ -47,3 +47,30 @@ def widened(model: Model, beside: Callable[[int], int], *, name: str) -> tuple[M
         params[path] = np.pad(params[path], zeros)
     note = f"{name}: {denoiser}.conv_in is given {added} channels of zeros beside {latent}"
     return dataclasses.replace(model, networks=networks, params=params), note
+
+
+def reading_guidance(model: Model, width: int | None, *, name: str) -> tuple[Model, str]:
+    """Return a model whose UNet reads the guidance scale, and a line for the log.
+
+    The layer that reads it is not there yet, and starts at zero: the UNet predicts what it did.
+
+    Args:
+        model: with or without parameters.
+        width: of the sinusoids that it reads; None leaves the model as it is.
+        name: where it was read, for messages.
+
+    Raises:
+        ConfigError: it reads the guidance already.
+    """
+    denoiser = model.family.denoiser
+    config = model.networks.get(denoiser)
+    if width is None or not isinstance(config, UNetConfig):
+        return model, ""
+    if config.time_cond_proj_dim is not None:
+        raise ConfigError(
+            f"{name}: the {denoiser} reads the guidance scale, so it was distilled already; "
+            "expected the model it was distilled from"
+        )
+    networks = {**model.networks, denoiser: dataclasses.replace(config, time_cond_proj_dim=width)}
+    note = f"{name}: {denoiser}.time_embedding is given a layer of zeros that reads the guidance"
+    return dataclasses.replace(model, networks=networks), note

@@ -39,7 +39,7 @@ from sdjax.formats.folders import (
 )
 from sdjax.machine_settings import of_model
 from sdjax.methods.adapter_files import adapter_of
-from sdjax.methods.adapters import AdaptersConfig
+from sdjax.methods.adapter_rules import AdaptersConfig
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import WeightsError, check_finite, load_file, save_file

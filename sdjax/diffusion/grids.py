@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.diffusion import consistency
 from sdjax.diffusion.flow_levels import FlowConfig, flow_levels, karras_levels
 from sdjax.diffusion.schedules import MOST_TIMESTEPS, Schedule
 from sdjax.errors import UserError
@@ -34,12 +35,13 @@ SAMPLERS = (
     "heun",
     "dpmpp_2m",
     "unipc",
+    "lcm",
     "flow_euler",
 )
 SPACINGS = ("leading", "trailing", "linspace")
 
 # These samplers work on sigma/alpha, end at 0 and interpolate the table of the schedule.
-# ddpm, ddim and pndm visit entries of the table only.
+# ddpm, ddim, pndm and lcm visit entries of the table only.
 _SIGMA_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc")
 _KARRAS_SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc")
 _MULTISTEP = ("dpmpp_2m", "unipc")
@@ -64,6 +66,7 @@ class SamplerConfig:
     set_alpha_to_one: ddim and pndm end at alpha = 1, not at the table's first alpha as SD does.
     clip_sample: limit each estimate of x0 to +-clip_sample_range (ddpm, ddim, heun).
     clip_sample_range: that limit.
+    original_steps: the points of the grid that an LCM is distilled on, of which lcm takes `steps`.
     flow: the levels of flow_euler.
 
     Raises UserError where a field is out of its range or does not go with `name`.
@@ -78,6 +81,7 @@ class SamplerConfig:
     set_alpha_to_one: bool = False
     clip_sample: bool = False
     clip_sample_range: float = 1.0
+    original_steps: int = 50
     flow: FlowConfig = FlowConfig()
 
     def __post_init__(self) -> None:
@@ -89,7 +93,7 @@ class SamplerConfig:
             raise UserError(
                 f"sampler.spacing is {brief(self.spacing)}; expected one of {', '.join(SPACINGS)}"
             )
-        for field, least in (("steps", 1), ("steps_offset", 0)):
+        for field, least in (("steps", 1), ("steps_offset", 0), ("original_steps", 1)):
             value = getattr(self, field)
             if not least <= value <= MOST_TIMESTEPS:
                 raise UserError(
@@ -184,7 +188,7 @@ def make_grid(schedule: Schedule, sampler: SamplerConfig, tokens: int = 0) -> Gr
     if sampler.name in _SIGMA_SAMPLERS:
         return _sigma_grid(schedule, sampler, timesteps)
     index = timesteps.astype(np.int64)
-    to_one = sampler.name == "ddpm" or sampler.set_alpha_to_one
+    to_one = sampler.name in ("ddpm", "lcm") or sampler.set_alpha_to_one
     end = (1.0, 0.0) if to_one else (schedule.alpha64[0], schedule.sigma64[0])
     return Grid(
         timesteps,
@@ -201,6 +205,9 @@ def spaced_timesteps(sampler: SamplerConfig, num_train_timesteps: int) -> np.nda
     Raises UserError where the schedule has too few timesteps.
     """
     steps, last = sampler.steps, num_train_timesteps - 1
+    if sampler.name == "lcm":
+        grid = consistency.sampling_grid(steps, sampler.original_steps, num_train_timesteps)
+        return grid.astype(np.float64)
     points = steps + (sampler.name in _MULTISTEP)
     if (points if sampler.spacing == "leading" else steps) > num_train_timesteps:
         raise UserError(

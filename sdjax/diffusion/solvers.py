@@ -15,6 +15,7 @@ import dataclasses
 
 import numpy as np
 
+from sdjax.diffusion.consistency import boundary
 from sdjax.diffusion.grids import Grid, SamplerConfig, make_grid
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import UserError
@@ -93,6 +94,8 @@ def make_plan(
             to_x[:, M0] = grid.alpha[1:]
     elif sampler.name == "euler_ancestral":
         to_x = _euler_ancestral(grid)
+    elif sampler.name == "lcm":
+        to_x = _lcm(grid)
     elif sampler.flow.stochastic:
         to_x = _renoised(grid)
     elif sampler.name == "dpmpp_2m":
@@ -183,6 +186,16 @@ def _renoised(grid: Grid) -> np.ndarray:
     """The x0 that the network estimates, with fresh noise of the next level."""
     to_x = np.zeros((len(grid.timesteps), _TERMS))
     to_x[:, M0] = grid.alpha[1:]
+    to_x[:, NOISE] = grid.sigma[1:]
+    return to_x
+
+
+def _lcm(grid: Grid) -> np.ndarray:
+    """The x0 where the trajectory ends, with fresh noise of the next level (Luo et al. 2023)."""
+    skip, out = boundary(grid.timesteps)
+    to_x = np.zeros((len(grid.timesteps), _TERMS))
+    to_x[:, X] = grid.alpha[1:] * skip
+    to_x[:, M0] = grid.alpha[1:] * out
     to_x[:, NOISE] = grid.sigma[1:]
     return to_x
 

@@ -91,7 +91,7 @@ class Session:
         """The model's own sampler and guidance, with the changes that were asked for."""
         request, loaded = self.request, self.loaded
         assert loaded is not None
-        own = loaded.config.sample if loaded.config else settings_of(loaded.found.family)
+        own = loaded.config.sample if loaded.config else settings_of(loaded.found)
         sampler = choose_sampler(loaded.found, request.sampler, f"--model={request.model}")
         return drawing_of(own, sampler, request.guidance)
 

@@ -7,18 +7,21 @@ layer, so that this is the last but one; Stability's v2-inference.yaml, layer: p
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names
-from sdjax.families.adapter_names import AdapterNames
+from sdjax.families.adapter_names import AdapterNames, unet_blocks
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
+    GUIDANCE,
     Context,
     Family,
     Features,
@@ -34,6 +37,7 @@ from sdjax.models.vae import VAE, VAEConfig
 
 CLIP_SKIP = "_sdjax_clip_skip"  # in model_index.json
 KINDS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")  # of pipelines
+LCM_GUIDANCE = 8.5  # by default in LatentConsistencyModelPipeline of diffusers
 SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
 
 
@@ -169,8 +173,20 @@ def context(
     target: tuple[int, int],
     negative: bool,
 ) -> Context:
-    """Return the text, which is all that the UNet is told; see `MakeContext`."""
-    return features["context"]
+    """Return the text, and the strength of guidance where the UNet reads it; see `MakeContext`."""
+    if not reads_guidance({"unet": networks.denoiser}):
+        return features["context"]
+    return {**features, **guidance(features, batch)}
+
+
+def guidance(features: Features, batch: Mapping[str, jax.Array]) -> Features:
+    """Return the strength of guidance of a batch; 1 is none."""
+    return {GUIDANCE: batch.get(GUIDANCE, jnp.ones(len(features["context"])))}
+
+
+def reads_guidance(networks: Mapping[str, Any]) -> bool:
+    """Return whether the UNet was distilled to draw guided pictures from a number."""
+    return networks["unet"].time_cond_proj_dim is not None
 
 
 def pipeline_class(model: Model) -> str:
@@ -324,11 +340,17 @@ SD = Family(
     single_file=lambda model: (
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
+    reads_guidance=reads_guidance,
     inpainting=INPAINTING,
     edits=True,
     adapters=AdapterNames(
-        {"text_encoder": "lora_te"}, ldm_names.unet_places, entrance="conv_in", facts=adapter_facts
+        {"text_encoder": "lora_te"},
+        ldm_names.unet_places,
+        entrance="conv_in",
+        facts=adapter_facts,
+        blocks=functools.partial(unet_blocks, ends=False),
     ),
+    defaults={"sample.embedded_guidance": LCM_GUIDANCE},
     presets={
         "base": SDConfig(),
         "sd2": SDConfig(unet=UNET_SD2, text_encoder=CLIP_H),

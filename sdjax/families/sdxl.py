@@ -10,6 +10,7 @@ in the place of the last two numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from sdjax.errors import UserError
 from sdjax.families import ldm_configs, ldm_files, ldm_names, sd
-from sdjax.families.adapter_names import AdapterNames
+from sdjax.families.adapter_names import AdapterNames, unet_blocks
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
     Context,
@@ -209,7 +210,8 @@ def context(
         last = (networks.settings.get(score, getattr(SDXLConfig, score)),)
     rows = jnp.broadcast_to(jnp.asarray(last, jnp.float32), (count, len(last)))
     ids = jnp.concatenate([jnp.asarray(size, jnp.float32), rows], axis=1)
-    return {**features, "numbers": ids}
+    told = sd.guidance(features, batch) if sd.reads_guidance({"unet": networks.denoiser}) else {}
+    return {**features, **told, "numbers": ids}
 
 
 def _refines(model: Model) -> bool:
@@ -312,6 +314,7 @@ SDXL = Family(
     scheduler_changes=lambda pipeline: {},
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
+    reads_guidance=sd.reads_guidance,
     inpainting=sd.INPAINTING,
     edits=True,
     adapters=AdapterNames(
@@ -320,7 +323,9 @@ SDXL = Family(
         native=True,
         entrance="conv_in",
         facts=adapter_facts,
+        blocks=functools.partial(unet_blocks, ends=True),
     ),
+    defaults={"sample.embedded_guidance": sd.LCM_GUIDANCE},
     presets={
         "base": SDXLConfig(),
         "refiner": SDXLConfig(unet=UNET_SDXL_REFINER, text_encoder=None, zero_empty_prompt=False),

@@ -28,13 +28,17 @@ class ModelError(UserError):
 def scheduler_file(model: Model) -> dict[str, Any]:
     """Return the scheduler_config.json of a model: the one it came with, if that still holds.
 
+    A model that was distilled to few steps is drawn by its own sampler.
+
     Raises:
         ValueError: diffusers has no scheduler for this schedule and prediction type.
     """
     assert model.schedule
     if model.scheduler is not None:
         read = scheduler_from_diffusers(model.scheduler)
-        if (read.schedule, read.prediction_type) == (model.schedule, model.prediction_type):
+        same = (read.schedule, read.prediction_type) == (model.schedule, model.prediction_type)
+        distilled = model.sampler is not None and model.sampler.name == "lcm"
+        if same and not (distilled and read.sampler.name != "lcm"):
             return dict(model.scheduler)
     return scheduler_to_diffusers(model.schedule, model.prediction_type, model.sampler)
 

@@ -71,11 +71,10 @@ _DDIM = SchedulerClass(
     _TABLE | _LEADING | _RESCALE | _CLIP | {"set_alpha_to_one": True},
     drawn={"thresholding": (False,)},
 )
-_FEW_STEPS = SchedulerClass(
-    "ddim",
-    _DISTILLED | _LEADING | _RESCALE | _NO_CLIP | {"set_alpha_to_one": True},
-    same=False,
-)
+_FEW_STEPS = {
+    **_DISTILLED, **_LEADING, **_RESCALE, **_NO_CLIP, "set_alpha_to_one": True,
+    "original_inference_steps": 50,
+}  # fmt: skip
 
 CLASSES = {
     "DDPMScheduler": _DDPM,
@@ -158,8 +157,13 @@ CLASSES = {
         trained={"use_flow_sigmas": (False,), **_NOT_LEARNED},
         same=False,
     ),
-    "LCMScheduler": _FEW_STEPS,
-    "TCDScheduler": _FEW_STEPS,
+    "TCDScheduler": SchedulerClass("ddim", _FEW_STEPS, same=False),
+    # Its own grid, whose points the fields of spacing do not move.
+    "LCMScheduler": SchedulerClass(
+        "lcm",
+        _FEW_STEPS,
+        drawn={"thresholding": (False,), "clip_sample": (False,), "timestep_scaling": (10.0,)},
+    ),
 }
 
 FLOW_CLASSES = {
@@ -194,7 +198,6 @@ _OTHERS = {
     "flow_shift",
     "lower_order_final",
     "noise_sampler_seed",
-    "original_inference_steps",
     "predictor_order",
     "sample_max_value",
     "tau_func",

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sdjax.diffusion.consistency import TIMESTEP_SCALING
 from sdjax.diffusion.flow_levels import SPREADS, FlowConfig
 from sdjax.diffusion.grids import SamplerConfig
 from sdjax.diffusion.prediction import PREDICTIONS
@@ -28,6 +29,7 @@ _FLOW_FIELDS = {
     "max_tokens": "max_image_seq_len",
     "stochastic": "stochastic_sampling",
 }
+LCM_STEPS = 4  # what latent consistency models are drawn with, of which the file has no field
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -100,6 +102,9 @@ def _sampler(cls: SchedulerClass, fields: Mapping[str, Any]) -> SamplerConfig:
         set_alpha_to_one=fields.get("set_alpha_to_one", default.set_alpha_to_one),
         karras=bool(fields.get("use_karras_sigmas")),
     )
+    if cls.sampler == "lcm":
+        original = fields["original_inference_steps"]
+        return dataclasses.replace(sampler, original_steps=original, steps=min(LCM_STEPS, original))
     if fields.get("clip_sample"):
         limit = fields["clip_sample_range"]
         sampler = dataclasses.replace(sampler, clip_sample=True, clip_sample_range=limit)
@@ -194,10 +199,10 @@ def scheduler_to_diffusers(
 ) -> dict[str, Any]:
     """The contents of a `scheduler_config.json` with the same noise schedule.
 
-    DDIMScheduler (DDPMScheduler for the "sigmoid" schedule, which DDIM does not have), or
-    FlowMatchEulerDiscreteScheduler for flow. sampler gives its timestep grid; without one, it is
-    "trailing" for a zero terminal SNR and "leading" otherwise. A schedule with an snr_scale is
-    written as trained_betas, which scheduler_from_diffusers does not read.
+    DDIMScheduler (DDPMScheduler for the "sigmoid" schedule, which DDIM does not have; LCMScheduler
+    for the sampler "lcm"), or FlowMatchEulerDiscreteScheduler for flow. sampler gives its timestep
+    grid; without one, it is "trailing" for a zero terminal SNR and "leading" otherwise. A schedule
+    with an snr_scale is written as trained_betas, which scheduler_from_diffusers does not read.
     Raises ValueError for a prediction_type that diffusers cannot sample with this schedule.
     """
     if (prediction_type == "flow") != (schedule.kind == "flow"):
@@ -227,12 +232,29 @@ def scheduler_to_diffusers(
     }
     if schedule.kind != "sigmoid":
         config["set_alpha_to_one"] = sampler.set_alpha_to_one
+    if sampler.name == "lcm":
+        config |= _lcm_to_diffusers(schedule, sampler)
     if schedule.snr_scale != 1.0:  # no field of a diffusers scheduler says this but the betas
         alphas_cumprod = make_schedule(schedule).alphas_cumprod
         kept = alphas_cumprod[1:] / alphas_cumprod[:-1]
         config["trained_betas"] = [1.0 - alphas_cumprod[0], *(1.0 - kept)]
         config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
     return config
+
+
+def _lcm_to_diffusers(schedule: ScheduleConfig, sampler: SamplerConfig) -> dict[str, Any]:
+    """The fields of LCMScheduler that another class of the same schedule has not."""
+    if schedule.kind == "sigmoid":
+        raise ValueError(
+            "schedule.kind is 'sigmoid' with the sampler 'lcm': diffusers' LCMScheduler does not "
+            "have that schedule"
+        )
+    return {
+        "_class_name": "LCMScheduler",
+        "original_inference_steps": sampler.original_steps,
+        "set_alpha_to_one": True,
+        "timestep_scaling": TIMESTEP_SCALING,
+    }
 
 
 def _flow_to_diffusers(schedule: ScheduleConfig, flow: FlowConfig) -> dict[str, Any]:

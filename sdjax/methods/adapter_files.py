@@ -14,9 +14,9 @@ from sdjax.families.bind import bind
 from sdjax.families.family import Model
 from sdjax.formats.adapters.layers import DORA, Adapter, AdapterLayer
 from sdjax.formats.adapters.reading import DIFFUSERS_FILE
-from sdjax.formats.adapters.writing import write_diffusers_adapter, write_kohya_adapter
-from sdjax.models import adapters
-from sdjax.models.adapters import Rule
+from sdjax.formats.adapters.writing import is_of_peft, write_diffusers_adapter, write_kohya_adapter
+from sdjax.models.adapters import networks as adapters
+from sdjax.models.adapters.factors import Rule
 from sdjax.models.stacked_paths import block_paths, leading_axes
 from sdjax.system import paths, text_files
 
@@ -51,9 +51,13 @@ def export(
     paths.make_folder(own)
     written: dict[str, paths.Path | str] = {}
     notes = []
-    if any(layer.kind in ("lora", "dora") for layer in adapter.values()):
+    if is_of_peft(adapter):
         notes += write_diffusers_adapter(own, plain, adapter)
         written["diffusers"] = own / DIFFUSERS_FILE
+    else:
+        notes.append(
+            "diffusers reads no LoHa, no LoKr and no Tucker's form: there is no file for it"
+        )
     file = own / f"{paths.absolute(folder).name or FOLDER}.safetensors"
     notes += write_kohya_adapter(file, plain, adapter, _about(folder))
     written["kohya"] = file
@@ -83,19 +87,28 @@ def _layer(rule: Rule, factors: Mapping[str, np.ndarray]) -> AdapterLayer:
     if rule.kind in ("lora", "dora"):
         ones = (1,) * (f["A"].ndim - 2)
         found = {"lora_down": _kernel(f["A"]), "lora_up": f["B"].T.reshape(*f["B"].T.shape, *ones)}
+        if "C" in f:
+            found["lora_mid"] = _kernel(f["C"])
         if rule.kind == "dora":
             found[DORA] = f["magnitude"].reshape(-1, 1, *ones)
     elif rule.kind == "loha":
-        found = {
-            "hada_w1_a": f["B1"].T, "hada_w1_b": _rows(f["A1"]),
-            "hada_w2_a": f["B2"].T, "hada_w2_b": _rows(f["A2"]),
-        }  # fmt: skip
+        found = {**_pair(f, "1", "hada_w1", "hada_t1"), **_pair(f, "2", "hada_w2", "hada_t2")}
     elif "w2" in f:
         found = {"lokr_w1": f["w1"].T, "lokr_w2": _kernel(f["w2"])}
     else:
-        found = {"lokr_w1": f["w1"].T, "lokr_w2_a": f["B2"].T, "lokr_w2_b": _rows(f["A2"])}
+        found = {"lokr_w1": f["w1"].T, **_pair(f, "2", "lokr_w2", "lokr_t2")}
     scale = 1.0 if "w2" in f else rule.scale
     return AdapterLayer(rule.kind, {k: np.ascontiguousarray(v) for k, v in found.items()}, scale)
+
+
+def _pair(
+    factors: Mapping[str, np.ndarray], number: str, name: str, core: str
+) -> dict[str, np.ndarray]:
+    """The two factors of a matrix; in Tucker's form three, and then [r, out] and [r, in]."""
+    a, b = factors[f"A{number}"], factors[f"B{number}"]
+    if f"C{number}" in factors:
+        return {f"{name}_a": b, f"{name}_b": _rows(a), core: _kernel(factors[f"C{number}"])}
+    return {f"{name}_a": b.T, f"{name}_b": _rows(a)}
 
 
 def _kernel(value: np.ndarray) -> np.ndarray:

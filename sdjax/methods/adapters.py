@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +12,17 @@ import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Change, Family, Model
+from sdjax.families.family import Model
 from sdjax.methods import denoise
 from sdjax.methods.adapter_files import export
+from sdjax.methods.adapter_rules import (
+    TARGETS,
+    Adapted,
+    AdaptersConfig,
+    changes,
+    is_target,
+    numbered_blocks,
+)
 from sdjax.methods.method import (
     Aux,
     Averages,
@@ -24,151 +31,16 @@ from sdjax.methods.method import (
     Kind,
     LossFn,
     Method,
-    MethodConfig,
-    Phase,
+    Project,
     Setup,
 )
-from sdjax.models import adapters
-from sdjax.models.adapters import INITS, KINDS, MARK, Dropout, Layer, Rule, is_pointwise
+from sdjax.methods.parts import Part, joined
+from sdjax.models.adapters import networks as adapters
+from sdjax.models.adapters.factors import Layer, is_pointwise
+from sdjax.models.adapters.networks import MARK
 from sdjax.models.params import Params, prefixed
-from sdjax.models.products import Linear
 
 DROPOUT = 2**20  # the stream of adapters' dropout, folded into the step's key
-
-# Sets of layers by name. Those of attention are the examples' of diffusers; "transformer" is what
-# kohya's networks.lora adapts.
-_ATTENTION = re.compile(
-    r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj|SelfAttention\.[qkvo])$"
-)
-_BLOCKS = re.compile(r"\.(attentions|(single_)?transformer_blocks|layers|block)\.\d+(-\d+)?\.")
-TARGETS = {
-    "attention": lambda path, layer: bool(_ATTENTION.search(path)),
-    "transformer": lambda path, layer: bool(_BLOCKS.search(path)) and is_pointwise(layer),
-    "linear": lambda path, layer: isinstance(layer, Linear),
-    "all": lambda path, layer: True,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptersConfig(MethodConfig):
-    """Training of adapters; the networks of `init_from` stay as they are."""
-
-    name: str = "adapters"
-    kind: str = "lora"  # lora, dora, loha or lokr
-    rank: int = 16
-    alpha: float | None = None  # the factors' product is scaled by alpha / rank; None is the rank
-    rank_stabilized: bool = False  # by alpha / sqrt(rank) instead (rsLoRA)
-    # Layers of the denoiser that are adapted: names of sets (attention; transformer, as kohya;
-    # linear; all, with convolutions) and regular expressions, which are found in paths.
-    targets: tuple[str, ...] = ("attention",)
-    text_targets: tuple[str, ...] = ()  # the same of text encoders; () trains none
-    # (regular expression, rank): the first that is found in a path decides; 0 is no adapter.
-    ranks: tuple[tuple[str, int], ...] = ()
-    alphas: tuple[tuple[str, float], ...] = ()  # the same for alpha
-    init: str = "kaiming"  # of the first factor of lora and dora; or "gaussian"
-    factor: int = -1  # of lokr: one side of its first factor; -1 is near the square root
-    full_matrix: bool = False  # of lokr: never split its second factor into two of `rank`
-    dropout: float = 0.0  # of inputs (PEFT's lora_dropout); lora and dora
-    hidden_dropout: float = 0.0  # between the factors (kohya's network_dropout); lora and dora
-    rank_dropout: float = 0.0  # of ranks of an example; lora and dora
-    module_dropout: float = 0.0  # of whole adapters, for a step
-    # The most that the norm of a kernel's change may be, kohya's scale_weight_norms; lora. 0: any.
-    max_norm: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check("kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")
-        _check("init", self.init, self.init in INITS, f"one of {', '.join(INITS)}")
-        _check("rank", self.rank, self.rank >= 1, "1 or more")
-        _check("alpha", self.alpha, self.alpha is None or self.alpha >= 0, "0 or more, or None")
-        _check("factor", self.factor, self.factor == -1 or self.factor > 0, "-1, or 1 and more")
-        _check("max_norm", self.max_norm, self.max_norm >= 0, "0 or more")
-        limited = self.kind != "lora" and self.max_norm
-        _check("max_norm", self.max_norm, not limited, f"0 with method.kind={self.kind!r}")
-        _check("targets", self.targets, self.targets or self.text_targets, "at least one")
-        for field in ("dropout", "hidden_dropout", "rank_dropout", "module_dropout"):
-            value = getattr(self, field)
-            _check(field, value, 0 <= value < 1, "in [0, 1)")
-            narrow = field != "module_dropout" and self.kind in ("loha", "lokr")
-            _check(field, value, not (narrow and value), f"0 with method.kind={self.kind!r}")
-        for field in ("targets", "text_targets"):
-            for pattern in getattr(self, field):
-                _check_pattern(field, pattern)
-        for field in ("ranks", "alphas"):
-            for pattern, value in getattr(self, field):
-                _check_pattern(field, pattern)
-                _check(field, value, value >= 0, "0 or more")
-
-    def rule(self, path: str, layer: Layer, targets: tuple[str, ...]) -> Rule | None:
-        """Return how a layer is adapted; None if it is not.
-
-        Args:
-            path: of the layer, with its network.
-        """
-        if not any(_is_target(target, path, layer) for target in targets):
-            return None
-        rank = _first(self.ranks, path, self.rank)
-        if rank == 0:
-            return None
-        alpha = _first(self.alphas, path, rank if self.alpha is None else self.alpha)
-        root = rank**0.5 if self.rank_stabilized else rank
-        dropout = Dropout(self.dropout, self.hidden_dropout, self.rank_dropout, self.module_dropout)
-        scale = (alpha or rank) / root  # alpha 0 is the rank, as in kohya's
-        return Rule(self.kind, rank, scale, self.init, self.factor, self.full_matrix, dropout)
-
-
-def _check(field: str, value: Any, good: Any, expected: str) -> None:
-    if not good:
-        raise ValueError(f"method.{field} is {value!r}; expected {expected}")
-
-
-def _check_pattern(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"method.{field}: {pattern!r} is no regular expression: {error}"
-        ) from error
-
-
-def _is_target(target: str, path: str, layer: Layer) -> bool:
-    if target in TARGETS:
-        return TARGETS[target](path, layer)
-    return adapters.matches(target, path)
-
-
-def _first(pairs: tuple[tuple[str, Any], ...], path: str, otherwise: Any) -> Any:
-    return next((v for pattern, v in pairs if adapters.matches(pattern, path)), otherwise)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """The change that gives networks adapters; see `Change`.
-
-    targets: {network: what is adapted there}, as pairs.
-    training: whether adapters take keys of dropout.
-    """
-
-    config: AdaptersConfig
-    targets: tuple[tuple[str, tuple[str, ...]], ...]
-    training: bool = False
-
-    def __call__(self, name: str, network: Any, rngs: Any) -> None:
-        """Attach an adapter to every layer that is a target."""
-        targets = dict(self.targets).get(name, ())
-
-        def rule(path: str, layer: Layer) -> Rule | None:
-            own = self.config.rule(f"{name}.{path}", layer, targets)
-            if own is None or self.training:
-                return own
-            return dataclasses.replace(own, dropout=Dropout())
-
-        adapters.attach(network, rule, rngs)
-
-
-def changes(config: AdaptersConfig, family: Family) -> tuple[Change, ...]:
-    """Return the change of a family's denoiser and text encoders."""
-    encoders = [(name, config.text_targets) for name in family.encoders]
-    return (Adapted(config, ((family.denoiser, config.targets), *encoders)),)
 
 
 def make(setup: Setup) -> Method:
@@ -177,29 +49,55 @@ def make(setup: Setup) -> Method:
     Raises:
         UserError: a target names no layer, or text encoders are to be trained on stored features.
     """
+    method = denoiser(setup)
+    return joined(method, (factors(setup, method),))
+
+
+def denoiser(setup: Setup, make: Callable[[Setup], Method] = denoise.make) -> Method:
+    """Return the method of a denoiser with adapters, whose loss drops parts of them.
+
+    Args:
+        make: binds the method whose loss it is.
+
+    Raises:
+        UserError: see `make`.
+    """
     config = setup.config
-    (change,) = setup.model.changes
-    assert isinstance(change, Adapted)
-    plain = dataclasses.replace(setup.model, changes=())
-    _check_targets(config, plain)
+    _check_targets(config, dataclasses.replace(setup.model, changes=()))
     if config.text_targets and setup.data.text_embeddings:
         raise UserError(
             f"method.text_targets is {config.text_targets} with data.text_embeddings, in which no "
             "text encoder runs; set one of them to what it is by default"
         )
-    method = denoise.make(setup)
-    loss = method.phases[0].loss
-    if adapters_dropout(config):
-        model = dataclasses.replace(
-            setup.model, changes=(dataclasses.replace(change, training=True),)
+    method = make(setup)
+    if not any(MARK in path for path in method.abstract):
+        raise UserError(
+            "method.ranks, method.block_ranks and method.block_rates have a 0 for every layer of "
+            "method.targets and method.text_targets; leave some out"
         )
-        loss = _with_keys(dataclasses.replace(setup, model=model), method)
-    start = functools.partial(_magnitudes, frozenset(method.abstract))
-    return dataclasses.replace(
-        method,
-        phases=(Phase("main", loss, lambda path: MARK in path, project=_limit(setup)),),
-        start=start,
+    if not adapters_dropout(config):
+        return method
+    changes = tuple(
+        dataclasses.replace(change, training=True) if isinstance(change, Adapted) else change
+        for change in setup.model.changes
+    )
+    model = dataclasses.replace(setup.model, changes=changes)
+    loss = _with_keys(make(dataclasses.replace(setup, model=model)), method)
+    return dataclasses.replace(method, phases=(dataclasses.replace(method.phases[0], loss=loss),))
+
+
+def factors(setup: Setup, method: Method) -> Part:
+    """Return the factors of adapters as a part of a method.
+
+    Args:
+        method: bound to the networks with adapters.
+    """
+    return Part(
+        trains=lambda path: MARK in path,
+        start=functools.partial(_magnitudes, frozenset(method.abstract)),
         export=export,
+        rate=_block_rates(setup),
+        project=_limit(setup),
     )
 
 
@@ -220,22 +118,33 @@ def _check_targets(config: AdaptersConfig, model: Model) -> None:
     for field, texts in (("targets", False), ("text_targets", True)):
         own = [(path, layer) for path, layer in found if path.startswith(encoders) == texts]
         for target in getattr(config, field):
-            if not any(_is_target(target, path, layer) for path, layer in own):
+            if not any(is_target(target, path, layer) for path, layer in own):
                 examples = ", ".join(path for path, _ in own[:: max(1, len(own) // 4)][:4])
                 raise UserError(
                     f"method.{field}: {target!r} takes no layer; expected one of "
                     f"{', '.join(TARGETS)}, or a regular expression that is found in paths such as "
                     f"{examples}"
                 )
+    own = [(path, layer) for path, layer in found if not path.startswith(encoders)]
+    taken = [one for one in own if any(is_target(t, *one) for t in config.targets)]
+    if config.tucker and all(is_pointwise(layer) for _, layer in taken):
+        raise UserError(
+            "method.tucker is True, and no layer of method.targets is a convolution larger than "
+            "1x1; add some, as 'all' does, or set it to False"
+        )
     for field in ("ranks", "alphas"):
         for pattern, _ in getattr(config, field):
             if not any(adapters.matches(pattern, path) for path, _ in found):
                 raise UserError(f"method.{field}: {pattern!r} is found in no path of a layer")
 
 
-def _with_keys(setup: Setup, method: Method) -> LossFn:
-    """Return the loss with dropout."""
-    training = denoise.make(setup)
+def _with_keys(training: Method, method: Method) -> LossFn:
+    """Return the loss with dropout.
+
+    Args:
+        training: bound to networks whose adapters take keys.
+        method: bound to those whose adapters take none.
+    """
     keys = {path: v.shape for path, v in training.abstract.items() if path not in method.abstract}
     loss = training.phases[0].loss
 
@@ -249,7 +158,21 @@ def _with_keys(setup: Setup, method: Method) -> LossFn:
     return dropped
 
 
-def _limit(setup: Setup) -> Callable[[Params], Params] | None:
+def _block_rates(setup: Setup) -> Callable[[str], float]:
+    """The multiplier of the learning rate by the block of a factor; see `Phase.rate`."""
+    family, config = setup.model.family, setup.config
+    blocks = numbered_blocks(config, family)
+    lists = blocks(setup.model.networks[family.denoiser]) if blocks else None
+
+    def rate(path: str) -> float:
+        layer = path.partition(MARK)[0]
+        own = lists if layer.startswith(f"{family.denoiser}.") else None
+        return float(config.in_block("block_rates", layer, own, 1.0))
+
+    return rate
+
+
+def _limit(setup: Setup) -> Project | None:
     """Return what keeps the changes of kernels small, if the recipe asks for it."""
     most = setup.config.max_norm
     if not most:
@@ -261,7 +184,7 @@ def _limit(setup: Setup) -> Callable[[Params], Params] | None:
         for path, layer in adapters.layers(networks.module(name, networks.abstract))
         if layer.adapter is not None
     }
-    return lambda params: adapters.within(params, scales, most)
+    return lambda trained, frozen: adapters.within(trained, scales, most)
 
 
 def _magnitudes(paths: frozenset[str], loaded: Mapping[str, Any]) -> dict[str, Any]:

@@ -382,7 +382,8 @@ def _check_channels(setup: Setup, added: int) -> None:
     name, method = model.family.denoiser, setup.config.name
     others = {2 * latent + 1: "inpaint", 2 * latent: "edit"}
     if not added and channels in others and isinstance(model.denoiser, UNetConfig):
-        hint = f"; method.name={others[channels]} trains networks of so many"
+        other = others[channels]
+        hint = f"; method.name={other}, or {other}_adapters, trains such networks"
     wanted = f"{latent} + {added}" if added else f"{latent}"
     raise UserError(
         f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} channels of "

@@ -7,6 +7,8 @@ of the denoiser; its gradient goes through the frozen networks to these rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Mapping
 
 import jax
@@ -41,6 +43,7 @@ from sdjax.methods.method import (
     MethodConfig,
     Setup,
 )
+from sdjax.methods.parts import Part, joined
 from sdjax.models.params import Params
 from sdjax.system import paths
 
@@ -56,22 +59,28 @@ class EmbeddingConfig(MethodConfig):
     tokens: tuple[str, ...] = ()  # the words to learn, as ("<cat>",)
     vectors: int = 1  # rows of each; a prompt has as many tokens for the word
     # For each word, words of the vocabulary whose rows it begins as: one token for all of its
-    # vectors, or as many tokens as vectors.
+    # vectors, or as many tokens as vectors. () begins at random, as spread as the table.
     initializer: tuple[str, ...] = ()
     # Captions: "object" and "style" are lists of texts around the word; "captions" are those of the
     # data, which have the words in them.
     templates: str = "object"
+    # After each step the rows are multiplied by (std of the table / std of the rows) to this power;
+    # 0.1 in diffusers' scripts of pivotal tuning.
+    std_power: float = 0.0
 
     def __post_init__(self) -> None:
         if self.vectors < 1:
             raise ValueError(f"vectors is {self.vectors}; expected 1 or more")
         if len(set(self.tokens)) < len(self.tokens):
             raise ValueError(f"tokens is {self.tokens!r}; expected words that differ")
-        if len(self.initializer) != len(self.tokens):
+        if self.initializer and len(self.initializer) != len(self.tokens):
             raise ValueError(
                 f"initializer is {self.initializer!r} with tokens {self.tokens!r}; expected a text "
-                "for each, of the kind of thing that it stands for, such as ('toy',)"
+                "for each, of the kind of thing that it stands for, such as ('toy',), or () to "
+                "begin at random"
             )
+        if not 0 <= self.std_power <= 1:
+            raise ValueError(f"std_power is {self.std_power}; expected a number in [0, 1]")
         if self.templates not in (*TEMPLATES, CAPTIONS):
             raise ValueError(
                 f"templates is {self.templates!r}; expected {', '.join(TEMPLATES)} or {CAPTIONS}"
@@ -83,22 +92,23 @@ class EmbeddingConfig(MethodConfig):
             )
 
 
-def _changes(config: EmbeddingConfig, family: Family) -> tuple[Change, ...]:
-    """See `Kind.changes`."""
+def changes(config: EmbeddingConfig, family: Family) -> tuple[Change, ...]:
+    """Return the changes that lengthen the token tables; see `Kind.changes`."""
     return new_rows(family, len(config.tokens) * config.vectors)
 
 
-def _tokenizers(
+def tokenizers_with(
     config: EmbeddingConfig, tokenizers: Mapping[str, TextTokenizer]
 ) -> Mapping[str, TextTokenizer]:
-    """See `Kind.tokenizers`."""
+    """Return tokenizers that have the words; see `Kind.tokenizers`."""
     return with_tokens(tokenizers, dict.fromkeys(config.tokens, config.vectors))
 
 
-def _data(config: EmbeddingConfig, data: DataConfig) -> DataConfig:
-    """The data with texts around the word in place of captions, if the recipe has no other texts.
+def data_with(config: EmbeddingConfig, data: DataConfig) -> DataConfig:
+    """Return the data with texts around the word, if the recipe has no other texts.
 
-    See `Kind.data`. Raises UserError if none of these has a word.
+    These take the place of captions, see `Kind.data`. Raises UserError if none of the recipe's own
+    has a word.
     """
     own = data.captions.texts
     if own and not any(word in text for text in own for word in (*config.tokens, "{}")):
@@ -120,23 +130,30 @@ def make(setup: Setup) -> Method:
     Raises:
         UserError: there is no word, or the model or the data do not suit the method.
     """
+    part = words(setup)
+    return joined(denoise.make(setup), (part,))
+
+
+def words(setup: Setup) -> Part:
+    """Return the rows of new words as a part of a method.
+
+    Raises:
+        UserError: see `make`.
+    """
     config, model = setup.config, setup.model
     check_family(model.family)
     if not config.tokens:
         raise UserError("method.tokens is empty; expected the words to learn, such as ('<cat>',)")
     if setup.data.text_embeddings:
         raise UserError(
-            "data.text_embeddings is True, and method 'embedding' trains what stands before these "
-            "in the text encoders; set it to False (data encoded ahead still save the VAE)"
+            f"data.text_embeddings is True, and method {config.name!r} trains what stands before "
+            "these in the text encoders; set it to False (data encoded ahead still save the VAE)"
         )
     check_ids(model)
-    method = denoise.make(setup)
     sizes = {
         model.family.parts[name].tokens: network.vocab_size
         for name, network in model.text_encoders.items()
     }
-    (phase,) = method.phases
-    phase = dataclasses.replace(phase, loss=_counted(phase.loss, sizes), trains=is_rows)
 
     def start(loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return _first_rows(config, model, loaded)
@@ -150,7 +167,27 @@ def make(setup: Setup) -> Method:
         write_embeddings(target, model.family, learnt(config, model, trained))
         return {"embedding": target}
 
-    return dataclasses.replace(method, phases=(phase,), start=start, export=export)
+    return Part(
+        trains=is_rows,
+        start=start,
+        export=export,
+        loss=functools.partial(_counted, sizes=sizes),
+        project=functools.partial(_as_spread, config.std_power) if config.std_power else None,
+    )
+
+
+def _as_spread(power: float, trained: Params, frozen: Params) -> Params:
+    """Bring the spread of new rows nearer to that of their table; see `EmbeddingConfig.std_power`.
+
+    Source: diffusers, examples/advanced_diffusion_training, `retract_embeddings`.
+    """
+    found = dict(trained)
+    for path in filter(is_rows, trained):
+        table = frozen[table_path(path.partition(".")[0])].astype(jnp.float32)
+        own = jnp.std(trained[path], ddof=1)
+        ratio = jnp.std(table, ddof=1) / jnp.where(own > 0, own, 1)
+        found[path] = trained[path] * jnp.where(own > 0, ratio, 1) ** power
+    return found
 
 
 def _counted(loss: LossFn, sizes: Mapping[str, int]) -> LossFn:
@@ -184,6 +221,9 @@ def _first_rows(
                 f"the {name} has no weights: new words are learnt for a trained model, set "
                 "config.init_from"
             )
+        if not config.initializer:
+            found[rows_path(name)] = _random_rows(config, name, table)
+            continue
         tokenizer = model.tokenizers[model.family.parts[name].tokens]
         assert isinstance(tokenizer, Tokenizer)
         rows = []
@@ -199,6 +239,16 @@ def _first_rows(
             rows.append(np.broadcast_to(table[own], (config.vectors, table.shape[1])))
         found[rows_path(name)] = np.concatenate(rows).astype(np.float32)
     return found
+
+
+def _random_rows(config: EmbeddingConfig, encoder: str, table: np.ndarray) -> np.ndarray:
+    """Rows of N(0, std of the table), which depend on the words and the encoder alone."""
+    shape, spread = (config.vectors, table.shape[1]), np.std(table, ddof=1, dtype=np.float64)
+    drawn = [
+        np.random.default_rng(zlib.crc32(f"{encoder} {word}".encode())).normal(0, spread, shape)
+        for word in config.tokens
+    ]
+    return np.concatenate(drawn).astype(np.float32)
 
 
 def learnt(
@@ -224,8 +274,8 @@ EMBEDDING = Kind(
     make=make,
     networks=tuple,
     draws=True,
-    changes=_changes,
+    changes=changes,
     folded=in_tables,
-    tokenizers=_tokenizers,
-    data=_data,
+    tokenizers=tokenizers_with,
+    data=data_with,
 )

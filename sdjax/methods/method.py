@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a step needs no tokenizer
 Batch = Mapping[str, jax.Array]
 Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
 Aux = dict[str, jax.Array]
+ALWAYS = (0.0, 1.0)  # the shares of a run's steps between which something is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,18 @@ class LossFn(Protocol):
             frozen: {path: array} of what no phase trains.
             averages: see `Averages`; empty without EMA.
             batch: of the examples at hand.
+        """
+
+
+class Project(Protocol):
+    """Puts what a phase trains back where it is allowed to be, after an update."""
+
+    def __call__(self, trained: Params, frozen: Params) -> Params:
+        """Return the same paths.
+
+        Args:
+            trained: {path: array} of what the phase trains.
+            frozen: see `LossFn`.
         """
 
 
@@ -130,8 +143,10 @@ class Phase:
     trains: whether a path of `Method.abstract` is trained here; the phases share nothing.
     optim: the optimizer; None for the recipe's.
     every: the phase takes a step at each multiple of so many steps.
-    project: what it trains, after an update -> the same where it is allowed to be; None for
-        anywhere.
+    rate: path -> multiplier of its learning rate, above 0, besides that of `optim.groups`.
+    project: see `Project`; None for anywhere.
+    during: path -> the shares of a run's steps at which its training begins and ends. It does not
+        move before and after; its gradients and moments are those of all steps.
     """
 
     name: str
@@ -139,7 +154,9 @@ class Phase:
     trains: Callable[[str], bool]
     optim: OptimConfig | None = None
     every: int = 1
-    project: Callable[[Params], Params] | None = None
+    rate: Callable[[str], float] = lambda path: 1.0
+    project: Project | None = None
+    during: Callable[[str], tuple[float, float]] = lambda path: ALWAYS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,6 +257,8 @@ class Kind:
     used_by: the field of a recipe that takes what a run has made; "" for none.
     beside: channels of latents -> how many more the denoiser reads; networks that read latents
         alone are widened when they are loaded.
+    guidance_width: its group -> the width in which the denoiser is to read the guidance scale; one
+        that reads none is made to when it is loaded. None leaves it as it is.
     sample: options that `sdjax.sample` needs besides prompts, for the last screen.
     steers: {option of sdjax.sample: its value, "" for the workdir} by which what a run has made
         steers another model; empty where --model takes it.
@@ -255,6 +274,7 @@ class Kind:
     draws: bool
     used_by: str = "init_from"
     beside: Callable[[int], int] = lambda latent: 0
+    guidance_width: Callable[[Any], int | None] = lambda config: None
     sample: str = ""
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Callable[[Any, Family], tuple[Change, ...]] = lambda config, family: ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from sdjax.methods.adapted import EDIT_ADAPTERS, INPAINT_ADAPTERS
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.consistency import LCM
+from sdjax.methods.consistency_lora import LCM_LORA
 from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.dpo import DPO
@@ -11,6 +14,7 @@ from sdjax.methods.edit import EDIT
 from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
+from sdjax.methods.pivotal import PIVOTAL
 
 METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
@@ -19,6 +23,11 @@ METHODS: dict[str, Kind] = {
     "edit": EDIT,
     "dpo": DPO,
     "adapters": ADAPTERS,
+    "lcm": LCM,
+    "lcm_lora": LCM_LORA,
     "control": CONTROL,
     "embedding": EMBEDDING,
+    "pivotal": PIVOTAL,
+    "inpaint_adapters": INPAINT_ADAPTERS,
+    "edit_adapters": EDIT_ADAPTERS,
 }

@@ -230,13 +230,26 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two dense layers with SiLU between, over a sinusoidal embedding or a pooled caption."""
+    """Two dense layers with SiLU between, over a sinusoidal embedding or a pooled caption.
 
-    def __init__(self, channels: int, time_channels: int, **kw: Any):
+    Args:
+        condition: width of what is added to the embedding through a dense layer that starts at
+            zero; None for nothing.
+    """
+
+    def __init__(
+        self, channels: int, time_channels: int, *, condition: int | None = None, **kw: Any
+    ):
+        self.cond_proj = (
+            None if condition is None else linear(condition, channels, bias=False, zero=True, **kw)
+        )
         self.linear_1 = linear(channels, time_channels, **kw)
         self.linear_2 = linear(time_channels, time_channels, **kw)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """x [B, channels], condition [B, width] -> [B, time_channels]."""
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(silu(self.linear_1(x)))
 
 

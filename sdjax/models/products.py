@@ -27,7 +27,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Adapter(Protocol):
-    """Stands in for a layer's product; see `sdjax.models.adapters`."""
+    """Stands in for a layer's product; see `sdjax.models.adapters.factors`."""
 
     def __call__(self, layer: Linear | Conv, x: Array) -> Array:
         """Return what the layer makes of x, in its dtype, with its bias."""
@@ -61,7 +61,7 @@ class Linear(nnx.Module):
 
     def product(self, x: Array, kernel: Array) -> Array:
         """Return x [..., in] times a kernel [in, any], as the layer multiplies by its own."""
-        return _dense(x, kernel)
+        return dense(x, kernel)
 
     def biased(self, y: Array) -> Array:
         """Return y [..., out] with the layer's bias, if it has one."""
@@ -75,7 +75,7 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         if self.adapter is not None:
             return jnp.split(self.adapter(self, x), count, axis=-1)
-        ys = [_dense(x, kernel) for kernel in jnp.split(self.kernel[...], count, axis=1)]
+        ys = [dense(x, kernel) for kernel in jnp.split(self.kernel[...], count, axis=1)]
         if self.bias is None:
             return ys
         biases = jnp.split(self.bias[...], count)
@@ -91,7 +91,7 @@ class Linear(nnx.Module):
         widths = np.cumsum([x.shape[-1] for x in xs])[:-1]
         kernels = jnp.split(self.kernel[...], widths, axis=0)
         first, *others = (
-            _dense(x.astype(self.dtype), kernel) for x, kernel in zip(xs, kernels, strict=True)
+            dense(x.astype(self.dtype), kernel) for x, kernel in zip(xs, kernels, strict=True)
         )
         return self.biased(sum(others, start=first))
 
@@ -179,7 +179,8 @@ def cast_first(network: nnx.Module) -> dict[str, Any]:
 
 
 @jax.custom_vjp
-def _dense(x: Array, kernel: Array) -> Array:
+def dense(x: Array, kernel: Array) -> Array:
+    """Return x [..., in] @ kernel [in, out] in the dtype of x; see above for the gradients."""
     return x @ kernel.astype(x.dtype)
 
 
@@ -194,7 +195,7 @@ def _dense_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array
     return dy @ kernel.astype(dy.dtype).T, dkernel.astype(kernel.dtype)
 
 
-_dense.defvjp(_dense_forward, _dense_backward)
+dense.defvjp(_dense_forward, _dense_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -198,7 +198,9 @@ class Descent(nnx.Module):
         check_remat(remat)
         widths = config.block_out_channels
         self.conv_in = conv(config.in_channels, widths[0], **kw)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kw)
+        self.time_embedding = TimestepEmbedding(
+            widths[0], 4 * widths[0], condition=config.time_cond_proj_dim, **kw
+        )
         added = config.projection_class_embeddings_input_dim
         self.add_embedding = TimestepEmbedding(added, 4 * widths[0], **kw) if added else None
         self.down_blocks = nnx.List(
@@ -212,10 +214,11 @@ class Descent(nnx.Module):
 
         Args:
             timesteps: [B].
-            added: of "text_time", "pooled" [B, P] and "numbers" [B, N].
+            added: of "text_time", "pooled" [B, P] and "numbers" [B, N]; of `time_cond_proj_dim`,
+                "guidance" [B], the scale.
         """
         waves = self._waves(timesteps, self.config.block_out_channels[0])
-        temb = self.time_embedding(activation(waves.astype(self.dtype)))
+        temb = self.time_embedding(activation(waves.astype(self.dtype)), self._guidance(added))
         if self.add_embedding is not None:
             if added is None:
                 raise ValueError(
@@ -228,6 +231,19 @@ class Descent(nnx.Module):
             both = jnp.concatenate([added["pooled"].astype(jnp.float32), waves], axis=-1)
             temb = temb + self.add_embedding(activation(both.astype(self.dtype)))
         return activation(temb)
+
+    def _guidance(self, added: Mapping[str, Array] | None) -> Array | None:
+        """The sinusoids of the guidance scale less 1, as of LatentConsistencyModelPipeline."""
+        width = self.config.time_cond_proj_dim
+        if width is None:
+            return None
+        if added is None or "guidance" not in added:
+            raise ValueError(
+                "this UNet has time_cond_proj_dim: expected a context of {'context', 'guidance'}"
+            )
+        scale = 1000.0 * (added["guidance"].astype(jnp.float32) - 1.0)
+        waves = timestep_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1)
+        return activation(waves.astype(self.dtype))
 
     def _waves(self, numbers: Array, channels: int) -> Array:
         config = self.config
@@ -312,7 +328,8 @@ class UNet(Descent):
             xt: noisy latents [B, H, W, in_channels], any H and W.
             timesteps: [B], in steps (0 to 999 for Stable Diffusion), fractions allowed.
             context: text features [B, L, cross_attention_dim]; for "text_time" (SDXL) a mapping of
-                "context", these features, "pooled" [B, P] and "numbers" [B, N].
+                "context", these features, "pooled" [B, P] and "numbers" [B, N]; for
+                `time_cond_proj_dim` one with "guidance" [B], the scale.
             key: dropout key, None for no dropout. Fold the training step into it.
             residuals: what a ControlNet adds.
 

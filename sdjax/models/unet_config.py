@@ -37,7 +37,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -61,6 +60,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "attention_head_dim": (1, 32_768),
     "addition_time_embed_dim": (1, 65_536),
     "projection_class_embeddings_input_dim": (1, 1_048_576),
+    "time_cond_proj_dim": (2, 65_536),
 }
 
 
@@ -97,6 +97,9 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = (
         None  # of the pooled caption and all numbers
     )
+    # Width of the sinusoids of the guidance scale, of UNets that have learned how guided pictures
+    # look (latent consistency models: 256).
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -139,6 +142,10 @@ class UNetConfig:
             f"numbers of heads that divide block_out_channels = {channels}",
         )
         self._check_addition()
+        width = self.time_cond_proj_dim
+        check(
+            width is None or width % 2 == 0, "time_cond_proj_dim", width, "an even number, or None"
+        )
 
     def _check_addition(self) -> None:
         kind, sinusoids = self.addition_embed_type, self.addition_time_embed_dim

@@ -232,6 +232,7 @@ def make_optimizer(
     abstract_params: Params,
     *,
     all_paths: Iterable[str] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """The optax transformation for a flat dict of parameters.
 
@@ -243,6 +244,7 @@ def make_optimizer(
       total_steps: optimizer steps of the whole run, for the schedule.
       abstract_params: `{path: array or ShapeDtypeStruct}`, as `init` and `update` take them.
       all_paths: the paths that `cfg.groups` is about, if they are more than these.
+      factors: `{path: factor of its learning rate}` besides the group's, above 0; 1 for others.
 
     Raises:
       UserError: a group takes no path, or `total_steps` is less than 1.
@@ -254,7 +256,8 @@ def make_optimizer(
     decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(trained))
     direction = _direction(cfg, trained)
     parts = [decay, direction] if cfg.name in _L2_DECAY else [direction, decay]
-    parts += [_scale_groups({p: rates[p] for p in trained})]
+    factors = factors or {}
+    parts += [_scale_groups({p: rates[p] * factors.get(p, 1.0) for p in trained})]
     tx = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
     if cfg.name == "schedule_free":
         tx = contrib.schedule_free(tx, schedule, b1=cfg.b1)

@@ -17,7 +17,7 @@ from sdjax.diffusion.samplers import SamplerConfig, sample
 from sdjax.diffusion.schedules import make_schedule
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Family, Model
+from sdjax.families.family import Model
 from sdjax.models import capture
 from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
@@ -29,11 +29,18 @@ from sdjax.sampling.start import Picture, constraint, initial_state
 from sdjax.system import progress
 
 
-def settings_of(family: Family) -> SampleConfig:
-    """Return how a family is drawn, where no run says it."""
+def settings_of(model: Model) -> SampleConfig:
+    """Return how a model is drawn, where no run says it: as its family, or without guidance.
+
+    Models that were distilled to few steps draw guided pictures as they are.
+    """
     group = "sample."
-    own = {k.removeprefix(group): v for k, v in family.defaults.items() if k.startswith(group)}
-    return SampleConfig(**{name: value for name, value in own.items() if "." not in name})
+    family = model.family.defaults.items()
+    own = {k.removeprefix(group): v for k, v in family if k.startswith(group)}
+    settings = SampleConfig(**{name: value for name, value in own.items() if "." not in name})
+    if model.sampler is not None and model.sampler.name == "lcm":
+        return dataclasses.replace(settings, guidance=1.0)
+    return settings
 
 
 def drawing_of(own: SampleConfig, sampler: SamplerConfig, changes: Mapping[str, Any]) -> Drawing:

@@ -9,7 +9,8 @@ from sdjax.errors import UserError
 
 # Those of sdjax.diffusion.samplers, written out so that --help need not import JAX.
 SAMPLER_NAMES = (
-    "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "flow_euler",
+    "ddpm", "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "lcm",
+    "flow_euler",
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
     )  # fmt: skip
     group.add_argument(
         "--embedded_guidance", type=float,
-        help=f"the guidance that FLUX.1-dev reads as a number; {own}, or 3.5",
+        help="the guidance that FLUX.1-dev, and models distilled to few steps, read as a number; "
+        f"{own}, or 3.5 for FLUX.1 and 8.5 for the others",
     )  # fmt: skip
     group.add_argument(
         "--skip_layers", type=int, nargs="*", metavar="BLOCK",
@@ -79,10 +81,11 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
 def add_lora_option(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the option of adapters that a model is given before it draws."""
     p.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
         help="an adapter (LoRA, DoRA, LoHa, LoKr) for --model: a file of kohya's or diffusers' "
         "layout, its folder, or the workdir of a run that trained one; the weight is 1 where none "
-        "is given; may be given again",
+        "is given; lbw: weights of the blocks of SD1 and SD2 (17 or 26) or SDXL (12 or 20), as in "
+        "sd-webui-lora-block-weight; may be given again",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax.config import Config
 from sdjax.data.named_images import moment_fields
 from sdjax.families.registry import FAMILIES
-from sdjax.methods.method import Method
+from sdjax.methods.method import ALWAYS, Method, Phase
 from sdjax.models import placement
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
@@ -142,9 +142,32 @@ def _optimizations(config: Config, method: Method, split: Split) -> tuple[Optimi
         own = {path: value for path, value in split.trained.items() if phase.trains(path)}
         if own:
             optim = trained_groups(phase.optim or config.optim)
-            optimizer = make_optimizer(optim, config.train.steps, own, all_paths=split.trained)
-            found.append(Optimization(phase, optimizer, frozenset(own)))
+            optimizer = make_optimizer(
+                optim,
+                config.train.steps,
+                own,
+                all_paths=split.trained,
+                factors={path: phase.rate(path) for path in own},
+            )
+            spans = _spans(phase, own, config.train.steps)
+            if spans and optim.name == "schedule_free":
+                raise ConfigError(
+                    f"optim.name is 'schedule_free' with method {config.method.name!r}, which "
+                    "trains some parameters for a part of the run: their average would go on "
+                    "moving; choose another optimizer"
+                )
+            found.append(Optimization(phase, optimizer, frozenset(own), spans))
     return tuple(found)
+
+
+def _spans(phase: Phase, trained: Iterable[str], steps: int) -> dict[str, tuple[int, int]]:
+    """See `Optimization.spans`."""
+    shares = {path: phase.during(path) for path in trained}
+    return {
+        path: (round(begin * steps), round(end * steps))
+        for path, (begin, end) in shares.items()
+        if (begin, end) != ALWAYS
+    }
 
 
 def split_trainable(config: Config, method: Method) -> Split:

@@ -13,7 +13,7 @@ of paths; it is an argument of the step and never part of a checkpoint's moments
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,11 +31,13 @@ class Optimization:
     """A phase of a method with its optimizer.
 
     paths: of what it trains.
+    spans: {path: (first step, the step after the last)} of those that not every step trains.
     """
 
     phase: Phase
     optimizer: optax.GradientTransformation
     paths: frozenset[str]
+    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def init_state(

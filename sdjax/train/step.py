@@ -69,7 +69,9 @@ def make_train_step(
         for i, one in enumerate(optimizations):
             own = jax.random.fold_in(key, i) if i else key
             gradients = _gradients(one, frozen, state["ema"], own, positions, accumulation, spread)
-            phase_step = functools.partial(_advance, one, gradients, batch, spread=spread)
+            phase_step = functools.partial(
+                _advance, one, gradients, batch, frozen, state["step"], spread=spread
+            )
             name = one.phase.name
             new, params, opt_state[name], found[name] = _every(
                 one.phase.every, state["step"], phase_step, params, opt_state[name]
@@ -122,6 +124,8 @@ def _advance(
     one: Optimization,
     gradients: Callable[[Params, Params, Batch], tuple[jax.Array, Aux, Params]],
     batch: Batch,
+    frozen: Params,
+    step: jax.Array,
     params: Params,
     opt_state: Any,
     *,
@@ -137,8 +141,10 @@ def _advance(
     own = spread(own) if spread else own
     grad_norm = optax.tree.norm(grads)
     updates, new_opt_state = one.optimizer.update(grads, opt_state, own)
+    updates = _within(one, step, updates, jax.tree.map(jnp.zeros_like, updates))
     new = optax.apply_updates(own, updates)
-    new = one.phase.project(new) if one.phase.project else new
+    new = one.phase.project(new, frozen) if one.phase.project else new
+    new = _within(one, step, new, own)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     kept = jax.tree.map(
         lambda a, b: jnp.where(finite, a, b), (new, new_opt_state), (own, opt_state)
@@ -154,6 +160,14 @@ def _advance(
         **_relative(group_norms(moved), group_norms(squares(kept[0]))),
     }
     return new, {**others, **kept[0]}, kept[1], metrics
+
+
+def _within(one: Optimization, step: jax.Array, new: Params, old: Params) -> Params:
+    """The new arrays; the old ones of paths that this step does not train."""
+    kept = dict(new)
+    for path, (first, end) in one.spans.items():
+        kept[path] = jnp.where((step >= first) & (step < end), new[path], old[path])
+    return kept
 
 
 def _every(

@@ -15,6 +15,7 @@ from sdjax.diffusion.flow_levels import FlowConfig
 from sdjax.diffusion.grids import SPACINGS, SamplerConfig, spaced_timesteps
 from sdjax.diffusion.samplers import sample
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
+from sdjax.errors import UserError
 
 SHAPE = (2, 4, 4, 4)
 CLASSES = {
@@ -90,7 +91,7 @@ def same_noise(monkeypatch):
         assert tuple(shape) == SHAPE
         return torch.from_numpy(next(draws))
 
-    for cls in ("ddpm", "ddim", "euler_ancestral_discrete", "flow_match_euler_discrete"):
+    for cls in ("ddpm", "ddim", "euler_ancestral_discrete", "flow_match_euler_discrete", "lcm"):
         module = getattr(diffusers.schedulers, f"scheduling_{cls}")
         monkeypatch.setattr(module, "randn_tensor", draw)
 
@@ -190,6 +191,31 @@ def test_ddim_with_noise_matches_diffusers(setting, same_noise):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_ddim_ending_at_alpha_one_matches_diffusers(setting):
     assert difference("ddim", setting, 20, set_alpha_to_one=True) < 1e-4
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("steps, original", [(1, 50), (4, 50), (8, 50), (4, 100)])
+def test_lcm_matches_diffusers(steps, original, setting, same_noise):
+    prediction, zero_snr, _, _ = SETTINGS[setting]
+    scheduler = diffusers.LCMScheduler(
+        **SD, prediction_type=prediction, rescale_betas_zero_snr=zero_snr,
+        original_inference_steps=original,
+    )  # fmt: skip
+    expected = run_diffusers(scheduler, steps)
+    sampler = SamplerConfig(name="lcm", steps=steps, original_steps=original)
+    got = run_sdjax(make_schedule(schedule_config(setting)), prediction, sampler)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("original", [1, 7, 30, 50, 100, 1000])
+def test_timesteps_of_lcm_equal_those_of_diffusers_for_every_number_of_steps(original):
+    scheduler = diffusers.LCMScheduler(original_inference_steps=original)
+    for steps in range(1, min(original, 120) + 1):
+        scheduler.set_timesteps(steps)
+        sampler = SamplerConfig(name="lcm", steps=steps, original_steps=original)
+        np.testing.assert_array_equal(spaced_timesteps(sampler, 1000), scheduler.timesteps)
+    with pytest.raises(UserError, match=f"sampler.steps is {original + 1}; expected at most"):
+        spaced_timesteps(dataclasses.replace(sampler, steps=original + 1), 1000)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])

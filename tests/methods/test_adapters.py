@@ -1,22 +1,29 @@
 """The method `adapters`: which layers, which scales, how many parameters, what moves."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdjax.checkpoints.reading import read_any
 from sdjax.config import default, resolve
 from sdjax.config_model import blank_method
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.registry import FAMILIES, model_of
-from sdjax.methods.adapter_files import adapter_of
-from sdjax.methods.adapters import AdaptersConfig, changes
-from sdjax.models.adapters import MARK
+from sdjax.formats.adapters.merging import merged
+from sdjax.formats.adapters.reading import read_adapter
+from sdjax.methods.adapter_files import adapter_of, export
+from sdjax.methods.adapter_rules import AdaptersConfig, changes
+from sdjax.methods.adapters import folded
+from sdjax.models.adapters.factors import KINDS
+from sdjax.models.adapters.networks import MARK
 from sdjax.optim.optimizers import OptimConfig, make_optimizer
-from sdjax.train.program import split_trainable
+from sdjax.parallel.mesh import MeshConfig, make_mesh
+from sdjax.train.program import build, split_trainable
 
 
 def factors(family, preset, config):
@@ -114,6 +121,32 @@ def test_scale_is_alpha_by_the_rank(changed, scale, tiny_config):
         assert {layer.alpha for layer in layers} == {64.0}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_tuckers_form_merge_to_the_kernels_of_the_run(kind, tiny_model, tmp_path):
+    plain = read_any(tiny_model)
+    config = AdaptersConfig(kind=kind, targets=("conv1", "attn1"), rank=2, factor=1, tucker=True)
+    model = dataclasses.replace(plain, changes=changes(config, plain.family))
+    rng = np.random.default_rng(0)
+    drawn = {
+        path: rng.normal(size=v.shape, scale=0.3).astype(np.float32)
+        for path, v in bind(model).abstract.items()
+        if MARK in path
+    }
+    assert any(f"{MARK}C" in path for path in drawn)
+    kernels = folded(dataclasses.replace(model, params={**plain.params, **drawn}))
+    written = export(model, drawn, tmp_path)
+    assert ("diffusers" in written, "no Tucker's" in written.get("note", "")) == (False, True)
+    read = merged(plain, [(read_adapter(written["kohya"], plain), 1.0)])
+    for path, value in kernels.params.items():
+        np.testing.assert_allclose(read.params[path], value, atol=2e-6, err_msg=path)
+
+
+def test_tuckers_form_without_a_convolution_is_an_error(tiny_config):
+    tiny_config.method = {"name": "adapters", "tucker": True}
+    with pytest.raises(UserError, match="method.tucker is True, and no layer of method.targets"):
+        blank_method(resolve(tiny_config))
+
+
 def zeros(abstract):
     """Arrays of no size in memory."""
     return {p: np.broadcast_to(np.float32(0), v.shape) for p, v in abstract.items() if MARK in p}
@@ -128,6 +161,131 @@ def test_ranks_and_alphas_by_pattern():
     for path, value in found.items():
         if path.endswith(".A"):
             assert value.shape[-1] == (4 if "attn1.to_q" in path else 16)
+
+
+SD, SDXL = 25, 23  # numbers of kohya's lists
+
+
+@pytest.mark.parametrize(
+    "family, count, blocks",
+    [
+        (
+            "sd",
+            SD,
+            {0: "conv_in", 1: "down_blocks.0.attentions.0", 3: "down_blocks.0.downsamplers.0",
+             8: "down_blocks.2.resnets.1", 12: "mid_block.resnets.1", 15: "up_blocks.0.upsamplers",
+             16: "up_blocks.1.attentions.0", 24: "up_blocks.3.attentions.2"},
+        ),
+        (
+            "sdxl",
+            SDXL,
+            {0: "add_embedding.linear_1", 1: "conv_in", 4: "down_blocks.0.downsamplers.0",
+             5: "down_blocks.1.attentions.0", 10: "mid_block.resnets.0", 11: "mid_block.attentions",
+             12: "mid_block.resnets.1", 15: "up_blocks.0.upsamplers", 21: "up_blocks.2.resnets.2",
+             22: "conv_out"},
+        ),
+    ],
+)  # fmt: skip
+def test_ranks_by_block_are_in_the_order_of_kohya(family, count, blocks):
+    ranks = tuple(range(1, count + 1))
+    config = AdaptersConfig(targets=("all",), text_targets=("k_proj",), block_ranks=ranks)
+    found = factors(family, "base", config)
+    assert {v.shape[-1] for p, v in found.items() if p.startswith("text") and p[-1] == "A"} == {16}
+    for number, block in blocks.items():
+        own = [v for p, v in found.items() if p.startswith(f"unet.{block}") and p[-1] == "A"]
+        assert own and {v.shape[-1] for v in own} == {number + 1}, block
+
+
+def test_numbers_of_blocks_are_kohyas_own_rule():
+    """`get_block_index` of sd-scripts' networks/lora.py, written out."""
+    kinds = "resnets|upsamplers|downsamplers|attentions"
+    pattern = re.compile(rf"(up|down)_blocks\.(\d+)\.({kinds})\.(\d+)")
+    lists = FAMILIES["sd"].adapters.blocks(FAMILIES["sd"].presets["base"].unet)
+    order = [block for (block, *_) in lists.ranks]
+    for path in modules(factors("sd", "base", AdaptersConfig(targets=("all",)))):
+        if found := pattern.search(path):
+            side, level, kind, number = found.groups()
+            index = 3 * int(level) + (2 if kind.endswith("samplers") else int(number))
+            index += 1 if side == "down" else 13
+        elif "mid_block." in path:
+            index = 12
+        else:
+            continue
+        block = lists.of(path.removeprefix("unet."))
+        assert index == (12 if block[0] == "M" else order.index(block)), path
+
+
+def test_a_zero_leaves_a_block_out_and_a_pattern_wins():
+    ranks = [4] * SD
+    ranks[12] = 0
+    rates = [1.0] * SD
+    rates[24] = 0
+    config = AdaptersConfig(
+        block_ranks=tuple(ranks), block_rates=tuple(rates), ranks=((r"attn1\.to_q$", 9),)
+    )
+    found = factors("sd", "base", config)
+    assert not any("mid_block" in p and "attn2" in p for p in found)
+    assert not any("up_blocks.3.attentions.2" in path for path in found)
+    assert {v.shape[-1] for p, v in found.items() if p[-1] == "A" and "to_q" not in p} == {4}
+    assert {v.shape[-1] for p, v in found.items() if p.endswith("attn1.to_q.adapter.A")} == {9}
+
+
+def test_alphas_by_block_make_the_scales(pipeline_folder):
+    """Its UNet has the blocks IN00-03, M00 and OUT00-03."""
+    plain = read_any(pipeline_folder)
+    alphas = tuple(float(i) for i in range(1, 10))
+    config = AdaptersConfig(targets=("attn1",), rank=2, block_alphas=alphas)
+    model = dataclasses.replace(plain, changes=changes(config, plain.family))
+    adapter = adapter_of(model, zeros(bind(model).abstract))
+    scales = {path.split(".transformer")[0]: layer.scale for path, layer in adapter.items()}
+    assert scales == {
+        "unet.down_blocks.0.attentions.0": 2 / 2,  # IN01
+        "unet.mid_block.attentions.0": 5 / 2,
+        "unet.up_blocks.1.attentions.0": 8 / 2,  # OUT02
+        "unet.up_blocks.1.attentions.1": 9 / 2,
+    }
+
+
+def test_rates_by_block_multiply_those_of_groups(tiny_config):
+    """Its UNet has the blocks IN00-01, M00 and OUT00-01."""
+    tiny_config.method = {"name": "adapters", "targets": ("all",), "text_targets": ("k_proj",)}
+    tiny_config.method["block_rates"] = (0.5, 1.0, 0.0, 1.0, 1.0)
+    tiny_config.optim.update(name="sgd", momentum=0.0, groups=((r"adapter\.B$", 16.0),))
+    config = resolve(tiny_config)
+    program = build(config, blank_method(config), make_mesh(MeshConfig(), jax.devices()[:1]))
+    (one,) = program.optimizations
+    params = {path: np.ones(v.shape, np.float32) for path, v in program.split.trained.items()}
+    updates, _ = one.optimizer.update(params, one.optimizer.init(params), params)
+    moved = {path: float(np.ravel(v)[0]) for path, v in updates.items()}
+    usual = moved["text_encoder.encoder.layers.0.self_attn.k_proj.adapter.A"]
+    assert not any("mid_block" in path for path in moved)
+    paths = [
+        f"unet.{layer}.adapter.{f}"
+        for layer in ("conv_in", "down_blocks.0.resnets.0.conv1", "conv_out")
+        for f in "AB"
+    ]
+    assert [moved[path] / usual for path in paths] == pytest.approx([0.5, 8, 1, 16, 1, 16])
+
+
+@pytest.mark.parametrize("field", ["block_ranks", "block_alphas", "block_rates"])
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("sd", r"has 3 numbers; expected 25 \(IN00-IN11 M00 OUT00-OUT11\)"),
+        ("sdxl", r"has 3 numbers; expected 23 \(EMB IN00-IN08 M00-M02 OUT00-OUT08 END\)"),
+        ("flux", r"with FLUX.1; such lists are of the UNets"),
+    ],
+)
+def test_a_list_of_another_length_says_how_many_there_are(field, family, expected):
+    config = AdaptersConfig(**{field: (1, 1, 1)})
+    with pytest.raises(UserError, match=f"method.{field} .*{expected}"):
+        factors(family, "base", config)
+
+
+def test_zeros_everywhere_are_refused(tiny_config):
+    tiny_config.method = {"name": "adapters", "block_ranks": (0,) * 5}
+    with pytest.raises(UserError, match="have a 0 for every layer"):
+        blank_method(resolve(tiny_config))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +309,10 @@ def test_a_pattern_that_takes_nothing_is_an_error(tiny_config, changed, message)
         ({"rank": 0}, "method.rank is 0; expected 1 or more"),
         ({"dropout": 1.0}, r"method.dropout is 1.0; expected in \[0, 1\)"),
         ({"kind": "lokr", "rank_dropout": 0.1}, "method.rank_dropout is 0.1; expected 0 with"),
+        (
+            {"tucker": True, "max_norm": 1.0},
+            "method.max_norm is 1.0; expected 0 with method.tucker",
+        ),
         ({"targets": ()}, r"method.targets is \(\); expected at least one"),
         ({"targets": ("(",)}, "method.targets: '\\(' is no regular expression"),
     ],

@@ -237,7 +237,7 @@ def test_rows_of_both_encoders_of_sdxl_move(xl_folder, torch_xl_pipeline, shapes
     ("changes", "words"),
     [
         ({"tokens": (), "initializer": ()}, "method.tokens is empty"),
-        ({"initializer": ()}, "expected a text for each"),
+        ({"initializer": ("a", "b")}, "expected a text for each"),
         ({"tokens": ("<a>", "<a>")}, "expected words that differ"),
         ({"tokens": ("<a>", "<b>"), "initializer": ("a", "a")}, "templates is 'object', of one"),
         ({"vectors": 0}, "vectors is 0"),

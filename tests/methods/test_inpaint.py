@@ -134,7 +134,7 @@ def test_a_model_of_nine_channels_is_trained_as_it_is(kind, config, pipeline_fol
     assert not any("channels of zeros" in note for note in assembled.notes)
     method_of_run(assembled.config, assembled.tokenizers)
     config.method.name = "denoise"
-    with pytest.raises(UserError, match="method 'denoise' takes 4; method.name=inpaint trains"):
+    with pytest.raises(UserError, match="'denoise' takes 4; method.name=inpaint, or inpaint_adap"):
         other = assemble(resolve(default_like(config)))
         method_of_run(other.config, other.tokenizers)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from flax import nnx
 
-from sdjax.models import adapters, weights
-from sdjax.models.adapters import Dropout, Rule, factorization
+from sdjax.models import weights
+from sdjax.models.adapters import networks as adapters
+from sdjax.models.adapters.factors import KINDS, Dropout, Rule, factorization
 from sdjax.models.products import Conv, Linear
 
 # W, A and B of torch's layout: finetuning formulas worked out with a = 1, r = 2.
@@ -80,10 +81,11 @@ def test_worked_example_of_lora_and_dora():
     np.testing.assert_allclose(fold(layer).T, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", adapters.KINDS)
-@pytest.mark.parametrize("make", ["linear", "conv"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", ["linear", "conv", "tucker"])
 def test_folded_kernel_gives_what_the_layer_with_its_adapter_gives(kind, make):
-    rule = Rule(kind, 3, 0.7, factor=2)
+    rank = 1 if kind == "lokr" else 3  # of a second factor that is not whole
+    rule = Rule(kind, rank, 0.7, factor=2, tucker=make == "tucker")
     if make == "linear":
         layer = linear(np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32), rule)
         x = jax.random.normal(jax.random.key(2), (2, 5, 12))
@@ -99,7 +101,22 @@ def test_folded_kernel_gives_what_the_layer_with_its_adapter_gives(kind, make):
     np.testing.assert_allclose(layer(x), expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("kind", adapters.KINDS)
+@pytest.mark.parametrize("tucker", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_of_a_convolution_is_the_layer_itself(kind, tucker):
+    layer = conv(Rule(kind, 1, 2.0, factor=2, tucker=tucker))
+    assert any(".C" in path for path in weights.split(layer)[1]) == tucker
+    if kind == "dora":
+        layer.adapter.magnitude[...] = adapters.magnitudes("layer.kernel", layer.kernel[...])
+    x = jax.random.normal(jax.random.key(2), (3, 9, 9, 6))
+    with_adapter = jax.jit(lambda x: layer(x))(x)
+    layer.adapter = nnx.data(None)
+    # Two programs sum a window for the norm of dora, not always in the same order.
+    error = 3e-7 if kind == "dora" else 0
+    np.testing.assert_allclose(with_adapter, jax.jit(lambda x: layer(x))(x), error, error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_start_is_the_layer_itself_to_the_bit(kind):
     kernel = np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32)
     layer = linear(kernel, Rule(kind, 4, 2.0))
@@ -199,6 +216,83 @@ def test_kernels_of_loha_and_lokr_are_those_of_peft(kind):
     close(fold(layer).T, module.get_delta_weight("default").detach().numpy())
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_tuckers_form_and_its_gradients_are_those_of_peft(kind, monkeypatch):
+    # PEFT's own backward of the product is wrong for w1_a and w2_a (`HadaWeightCP` takes one half
+    # in place of the other): autograd has the formula of its forward.
+    monkeypatch.setattr(peft.tuners.loha.layer, "make_weight_cp", hadamard_of_tucker)
+    layer = randomise(conv(Rule(kind, 2, 0.5, factor=2 if kind == "loha" else 1, tucker=True)))
+    shared = {"r": 2, "alpha": 1, "target_modules": ["layer"], "use_effective_conv2d": True}
+    if kind == "loha":
+        settings = peft.LoHaConfig(**shared)
+        names = {"w1_a": "B1", "w1_b": "A1", "t1": "C1", "w2_a": "B2", "w2_b": "A2", "t2": "C2"}
+        names = {f"hada_{part}": own for part, own in names.items()}
+    else:
+        settings = peft.LoKrConfig(**shared, decompose_factor=1)
+        names = {"lokr_w1": "w1", "lokr_w2_a": "B2", "lokr_w2_b": "A2", "lokr_t2": "C2"}
+    base = torch.nn.Conv2d(6, 8, 3, stride=2, padding=1)
+    base.weight.data = torch.tensor(to_torch(layer.kernel[...]))
+    module = peft.get_peft_model(torch.nn.ModuleDict({"layer": base}), settings).base_model.model
+    module = module["layer"]
+    base.bias.data.zero_()
+    layer.bias[...] = jnp.zeros(8)
+    for name, own in names.items():
+        getattr(module, name)["default"].data = torch.tensor(of_tucker(own, layer.adapter))
+    x = np.random.default_rng(1).normal(size=(2, 9, 9, 6)).astype(np.float32)
+    output = module(torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
+    (output**2).mean().backward()
+
+    graph, params = weights.split(layer)
+    factors = {path: value for path, value in params.items() if "adapter" in path}
+
+    def mean_square(factors):
+        y = weights.merge(graph, {**params, **factors})(jnp.asarray(x))
+        return jnp.mean(y**2), y
+
+    (_, y), gradients = jax.value_and_grad(mean_square, has_aux=True)(factors)
+    close(y, output.detach().numpy().transpose(0, 2, 3, 1))
+    for name, own in names.items():
+        grads = {key: gradients[f"adapter.{key}"] for key in names.values()}
+        close(of_tucker(own, grads), getattr(module, name)["default"].grad.numpy())
+
+
+def hadamard_of_tucker(t1, w1a, w1b, t2, w2a, w2b, scale):
+    def half(t, a, b):
+        return torch.einsum("ijkl,jr,ip->prkl", t, b, a)
+
+    return half(t1, w1a, w1b) * half(t2, w2a, w2b) * scale
+
+
+def of_tucker(own, values):
+    """A factor of Tucker's form as files have it."""
+    value = values[own] if isinstance(values, dict) else getattr(values, own)[...]
+    if own.startswith("B"):  # [r, out] already
+        return np.array(value)
+    return np.ascontiguousarray(to_torch(value).squeeze((2, 3)) if "A" in own else to_torch(value))
+
+
+def test_tuckers_form_of_lora_is_that_of_lycoris():
+    """`up(mid(down(x)))`: a convolution of 1x1, one of 3x3 with the base's stride, one of 1x1."""
+    layer = randomise(conv(Rule("lora", 2, 0.5, tucker=True)))
+    own = layer.adapter
+    assert own.A.shape == (1, 1, 6, 2) and own.C.shape == (3, 3, 2, 2) and own.B.shape == (2, 8)
+    x = np.random.default_rng(1).normal(size=(2, 9, 9, 6)).astype(np.float32)
+    convolve = torch.nn.functional.conv2d
+    seen = torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    down, mid = (torch.tensor(to_torch(value[...])) for value in (own.A, own.C))
+    up = torch.tensor(np.array(own.B[...]).T[..., None, None].copy())
+    hidden = convolve(convolve(seen, down), mid, stride=2, padding=1)
+    base = convolve(seen, torch.tensor(to_torch(layer.kernel[...])), stride=2, padding=1)
+    expected = (base + 0.5 * convolve(hidden, up)).numpy().transpose(0, 2, 3, 1)
+    close(layer(jnp.asarray(x)), expected + np.asarray(layer.bias[...]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_one_pixel_have_no_core(kind):
+    layer = linear(np.zeros((40, 24), np.float32), Rule(kind, 2, tucker=True))
+    assert not [path for path in weights.split(layer)[1] if ".C" in path]
+
+
 def test_sizes_of_kronecker_factors():
     """LyCORIS's own results."""
     expected = {
@@ -238,6 +332,30 @@ def test_initial_values_have_torchs_laws():
     assert a.std() == pytest.approx(1 / 16, rel=0.03)
     a = np.asarray(conv(Rule(rank=16)).adapter.A[...])
     assert np.abs(a).max() <= 1 / np.sqrt(6 * 9)
+
+
+@pytest.mark.parametrize(
+    "kind, name, std",
+    [
+        ("lora", "C", 1 / np.sqrt(3 * 64 * 9)),
+        ("loha", "C1", 0.1),
+        ("loha", "C2", 0.1),
+        ("lokr", "C2", 1 / np.sqrt(3 * 64 * 9)),
+        ("lokr", "B2", 1 / np.sqrt(3 * 160)),
+    ],
+)
+def test_initial_values_of_tuckers_form_are_those_of_lycoris(kind, name, std):
+    layer = Conv(
+        6,
+        160,
+        (3, 3),
+        strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        kernel_init=nnx.initializers.zeros,
+        rngs=weights.Keys(jax.random.key(0)),
+    )
+    own = adapted(layer, Rule(kind, 64, factor=1, tucker=True)).adapter
+    assert np.std(getattr(own, name)[...]) == pytest.approx(std, rel=0.03)
 
 
 def test_blocks_that_are_stacked_have_factors_of_their_own():

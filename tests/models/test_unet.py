@@ -133,6 +133,9 @@ CASES["refiner_like"] = (
     ),
     (12, 9),
 )
+# Latent consistency models read the guidance scale, of SD and of SDXL.
+CASES["lcm_like"] = (dataclasses.replace(SMALL, time_cond_proj_dim=14), (8, 8))
+CASES["sdxl_lcm_like"] = (dataclasses.replace(CASES["sdxl_like"][0], time_cond_proj_dim=6), (8, 6))
 # Published configs: unet/config.json of SD1.5, SD2.1 (768, v) and the SD1.5 inpainting model.
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -205,6 +208,9 @@ def inputs(reference, config, size=(8, 8), batch=2):
         time_ids = rng.integers(0, 1500, (batch, count_time_ids(config, 10))).astype(np.float32)
         pooled = reference.normal(5, batch, 10)
         context = {"context": context, "pooled": pooled, "numbers": time_ids}
+    if config.time_cond_proj_dim:
+        text = context if isinstance(context, dict) else {"context": context}
+        context = text | {"guidance": np.linspace(1.0, 8.5, batch, dtype=np.float32)}
     return latents, np.linspace(3.0, 990.5, batch, dtype=np.float32), context
 
 
@@ -231,11 +237,14 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
     torch_unet = reference.randomised(torch_unet)
     xt, timesteps, context = inputs(reference, config, size)
     cotangent = reference.normal(3, 2, *size, config.out_channels)
-    text, extra = context, {}
+    text, extra = context["context"] if isinstance(context, dict) else context, {}
     if config.takes_numbers:
-        text = context["context"]
         extra = {"text_embeds": context["pooled"], "time_ids": context["numbers"]}
         extra = {"added_cond_kwargs": {k: reference.to_torch(v) for k, v in extra.items()}}
+    if config.time_cond_proj_dim:
+        embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        scale = reference.to_torch(context["guidance"] - 1)
+        extra["timestep_cond"] = embed(None, scale, config.time_cond_proj_dim, scale.dtype)
     want = torch_unet(*(reference.to_torch(x) for x in (xt, timesteps, text)), **extra).sample
     (want * reference.to_torch(cotangent)).sum().backward()
 
@@ -270,6 +279,7 @@ def test_equals_diffusers_forward_and_every_gradient(case, reference):
         (INPAINTING, 859_520_964 + 5 * 9 * 320),
         (SDXL, 2_567_463_684),
         (REFINER, 2_259_526_660),
+        (SD15 | {"time_cond_proj_dim": 256}, 859_520_964 + 256 * 320),
     ],
 )
 def test_parameters_of_published_models_are_those_of_diffusers(published, count):

@@ -18,7 +18,7 @@ from sdjax.families.bind import bind
 from sdjax.families.conditioning import make_conditioner
 from sdjax.formats.adapters.merging import merged
 from sdjax.formats.adapters.reading import read_adapter
-from sdjax.models.adapters import MARK
+from sdjax.models.adapters.networks import MARK
 from sdjax.models.weights import load_file
 from sdjax.train import loop
 from tests.conftest import make_tiny_config

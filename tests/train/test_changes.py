@@ -26,8 +26,10 @@ HARMLESS = (
     "objective.input_perturbation", "objective.caption_dropout",
     "objective.unmasked_*", "objective.normalize_masked_area",
     "objective.encoder_dropout", "method.loss", "method.kl_weight", "method.beta",
+    "method.guidance", "method.huber_c",
     "method.whole", "method.boxes", "method.ellipses", "method.polygons", "method.strokes",
-    "method.*dropout", "method.max_norm", "method.templates",
+    "method.*dropout", "method.max_norm", "method.block_rates", "method.words_end",
+    "method.factors_begin", "method.std_power", "method.templates",
     "method.init", "method.initializer",  # of what is there already
     "model.aesthetic_score", "model.negative_aesthetic_score",
     # How it is computed, and where.

@@ -31,10 +31,11 @@ def quadratic(params, frozen, averages, batch, draw):
     return loss, {"loss": loss, "timesteps": t}
 
 
-def setup(accumulation=1, seed=0, loss=quadratic):
+def setup(accumulation=1, seed=0, loss=quadratic, spans=None):
     optimizer = optax.adam(0.1)
     phase = Phase("main", loss, lambda path: True)
-    optimizations = (Optimization(phase, optimizer, frozenset(("m.w.kernel", "m.b.bias"))),)
+    paths = frozenset(("m.w.kernel", "m.b.bias"))
+    optimizations = (Optimization(phase, optimizer, paths, spans or {}),)
     step = make_train_step(
         optimizations,
         positions=np.arange(8, dtype=np.int32),
@@ -59,6 +60,19 @@ def test_accumulation_equals_the_big_batch():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other
         )
+
+
+def test_a_path_moves_in_its_span_of_steps_alone():
+    step, state, frozen, batch = setup(spans={"m.w.kernel": (1, 3)})
+    moved = []
+    for _ in range(4):
+        before = state["params"]
+        state, metrics = step(state, frozen, batch)
+        moved.append({p: bool(np.any(v != before[p])) for p, v in state["params"].items()})
+        ratios = metrics["update_ratios"]
+        assert (float(sum(ratios.values())) > 0) or not any(moved[-1].values())
+    assert [one["m.w.kernel"] for one in moved] == [False, True, True, False]
+    assert all(one["m.b.bias"] for one in moved)
 
 
 def test_the_update_is_optax_on_the_mean_gradient():

@@ -21,6 +21,39 @@ from sdjax.system import progress
 
 Truncated = tuple[np.ndarray, np.ndarray, float]
 
+# How a rank follows from the singular values S of a product (kohya, networks/resize_lora.py):
+#   sv_fro         the fewest whose norm is this share of the norm of all
+#   sv_cumulative  the fewest whose sum is this share of the sum of all
+#   sv_ratio       those that are more than the largest one divided by this number
+DYNAMIC = ("sv_fro", "sv_cumulative", "sv_ratio")
+_NOTHING = 1e-6  # a largest singular value of no more is that of a change that is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The rank to bring a product to.
+
+    most: the rank; with a rule, the largest one. None for any.
+    rule, number: one of `DYNAMIC`, and its number; "" for `most` itself.
+    """
+
+    most: int | None = None
+    rule: str = ""
+    number: float = 0.0
+
+    def of(self, values: np.ndarray) -> int:
+        """Return the rank for singular values, largest first, at least 1."""
+        most = len(values) if self.most is None else min(self.most, len(values))
+        if not self.rule:
+            return most
+        if not len(values) or values[0] <= _NOTHING:
+            return min(1, most)
+        if self.rule == "sv_ratio":
+            return min(max(int(np.sum(values > values[0] / self.number)), 1), most)
+        power = 2 if self.rule == "sv_fro" else 1
+        shares = np.cumsum(values**power) / np.sum(values**power)
+        return min(int(np.searchsorted(shares, self.number**power)) + 1, most)
+
 
 def extract(base: Model, tuned: Model, rank: int) -> tuple[Adapter, dict[str, float]]:
     """Return a LoRA that turns one model into another, as far as its rank allows.
@@ -44,7 +77,7 @@ def extract(base: Model, tuned: Model, rank: int) -> tuple[Adapter, dict[str, fl
             own, other = part(base.params, module.weight), part(tuned.params, module.weight)
             change = torch_weight(np.asarray(other, np.float32)) - torch_weight(own)
             if np.any(change):
-                up, down, _ = _truncated(change.reshape(len(change), -1), rank)
+                up, down, _ = _truncated(change.reshape(len(change), -1), Ranks(rank))
                 adapter[path] = _lora(up, down, module.shape)
                 network = path.partition(".")[0]
                 kept[network] = kept.get(network, 0.0) + _squared_product(up, down)
@@ -54,8 +87,8 @@ def extract(base: Model, tuned: Model, rank: int) -> tuple[Adapter, dict[str, fl
     return adapter, {name: value / _change(base, tuned, name) for name, value in kept.items()}
 
 
-def resize(adapter: Adapter, rank: int, model: Model) -> tuple[Adapter, float]:
-    """Return an adapter whose layers have at most this rank, and the share that is left.
+def resize(adapter: Adapter, ranks: Ranks, model: Model) -> tuple[Adapter, float]:
+    """Return an adapter whose layers have the ranks that are asked for, and the share that is left.
 
     LoHa, LoKr and whole differences of matrices become LoRA. The magnitudes of a DoRA stay.
 
@@ -73,7 +106,7 @@ def resize(adapter: Adapter, rank: int, model: Model) -> tuple[Adapter, float]:
         if len(shape) == 1 or not layer.changes_weight or WHOLE in layer.factors:
             found[path] = layer
             continue
-        up, down, total = _product_truncated(*_factors(layer, shape), rank)
+        up, down, total = _product_truncated(*_factors(layer, shape), ranks)
         before, after = before + total, after + _squared_product(up, down)
         new = _lora(up, down, shape)
         kept = {p: v for p, v in layer.factors.items() if p in (DORA, BIAS)}
@@ -117,7 +150,7 @@ def _squared_product(up: np.ndarray, down: np.ndarray) -> float:
     return float(np.sum((left.T @ left) * (right @ right.T)))
 
 
-def _truncated(matrix: np.ndarray, rank: int) -> Truncated:
+def _truncated(matrix: np.ndarray, ranks: Ranks) -> Truncated:
     """(up [m, r], down [r, n], squared norm of all) of the best product of a rank.
 
     Eigenvectors of the smaller Gram matrix, in float64, are the singular vectors of that side. They
@@ -128,21 +161,25 @@ def _truncated(matrix: np.ndarray, rank: int) -> Truncated:
     wide = wide.T if turned else wide
     size = len(wide)
     gram = wide @ wide.T
-    squares, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(0, size - rank), size - 1))
+    needed = size if ranks.rule or ranks.most is None else min(ranks.most, size)
+    squares, vectors = scipy.linalg.eigh(gram, subset_by_index=(size - needed, size - 1))
     squares, vectors = squares[::-1].clip(0.0), vectors[:, ::-1]
+    rank = ranks.of(np.sqrt(squares))
+    squares, vectors = squares[:rank], vectors[:, :rank]
     roots = squares**0.25  # of the singular values
     up, down = vectors * roots, (vectors.T @ wide) / np.where(roots > 0, roots, 1.0)[:, None]
     up, down = (down.T, up.T) if turned else (up, down)
     return _float32(up), _float32(down), float(np.trace(gram))
 
 
-def _product_truncated(up: np.ndarray, down: np.ndarray, rank: int) -> Truncated:
+def _product_truncated(up: np.ndarray, down: np.ndarray, ranks: Ranks) -> Truncated:
     """`_truncated` of up @ down, through the triangles of both factors."""
     if up.shape[1] >= min(len(up), down.shape[1]):
-        return _truncated(up @ down, rank)
+        return _truncated(up @ down, ranks)
     left, left_core = np.linalg.qr(up.astype(np.float64))
     right, right_core = np.linalg.qr(down.astype(np.float64).T)
     own, values, other = np.linalg.svd(left_core @ right_core.T)
+    rank = ranks.of(values)
     roots = np.sqrt(values[:rank])
     new_up, new_down = (left @ own[:, :rank]) * roots, (right @ other[:rank].T * roots).T
     return _float32(new_up), _float32(new_down), float(np.sum(values**2))

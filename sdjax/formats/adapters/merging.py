@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,12 +12,10 @@ from sdjax.formats.adapters.layers import Adapter, AdapterLayer, bias_delta, del
 from sdjax.formats.adapters.spellings import Module, modules_of
 from sdjax.formats.folders import ModelError
 
-Blocks = Mapping[str, float] | Callable[[str], float]
+Weight = float | Callable[[str], float]  # of an adapter: of all of it, or of a module by its path
 
 
-def merged(
-    model: Model, adapters: Sequence[tuple[Adapter, float]], *, blocks: Blocks | None = None
-) -> Model:
+def merged(model: Model, adapters: Sequence[tuple[Adapter, Weight]]) -> Model:
     """Return the model with adapters in its weights, in float32.
 
     All LoRA, LoHa, LoKr and whole differences are added to one another. A DoRA turns and scales the
@@ -28,8 +25,6 @@ def merged(
     Args:
         model: with parameters; they stay as they are.
         adapters: (adapter, weight); 1 is the whole change, 0 none.
-        blocks: a factor for each module besides: {pattern of paths, as "unet.up_blocks.*": factor},
-            of which the first that fits counts, 1 where none does; or a function of the path.
 
     Raises:
         ModelError: an adapter changes what the model does not have, or does not fit it.
@@ -39,18 +34,10 @@ def merged(
     own: set[str] = set()  # parameters that are copies
     for adapter, weight in adapters:
         for path, layer in adapter.items():
-            factor = weight * _factor(blocks, path)
+            factor = weight(path) if callable(weight) else weight
             if factor:
                 _add(params, own, path, modules.get(path), layer, factor)
     return dataclasses.replace(model, params=params)
-
-
-def _factor(blocks: Blocks | None, path: str) -> float:
-    if blocks is None:
-        return 1.0
-    if callable(blocks):
-        return blocks(path)
-    return next((f for pattern, f in blocks.items() if fnmatch.fnmatchcase(path, pattern)), 1.0)
 
 
 def _add(

@@ -17,7 +17,15 @@ from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.family import Model
 from sdjax.formats.adapters import keys
 from sdjax.formats.adapters.fused import split_layer
-from sdjax.formats.adapters.layers import DORA, WHOLE, Adapter, AdapterLayer, fitted
+from sdjax.formats.adapters.layers import (
+    BIAS,
+    DORA,
+    WHOLE,
+    Adapter,
+    AdapterLayer,
+    delta,
+    fitted,
+)
 from sdjax.formats.adapters.peft_metadata import PeftScales, read_scales
 from sdjax.formats.adapters.recognition import family_of
 from sdjax.formats.adapters.spellings import Module, Target, modules_of, spellings
@@ -206,16 +214,37 @@ def _scale(module: str, layer: AdapterLayer, alpha: np.ndarray | None, scales: P
 
 
 def _with_more_inputs(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLayer:
-    """Return a LoRA of the layer that reads latents, for a model that reads more than them.
+    """Return a change of the layer that reads latents, for a model that reads more than them.
 
     What a model of inpainting reads besides comes after the latents, and is not changed; A1111
-    does the same.
+    does the same. A LoRA stays one, LoHa and LoKr become whole differences.
     """
-    down = layer.factors.get("lora_down")
-    if layer.kind != "lora" or down is None or down.ndim < 2 or down.shape[1] >= shape[1]:
-        return layer
-    widths = [(0, 0), (0, shape[1] - down.shape[1]), *[(0, 0)] * (down.ndim - 2)]
-    return dataclasses.replace(layer, factors={**layer.factors, "lora_down": np.pad(down, widths)})
+    if len(shape) != 4 or DORA in layer.factors:
+        return layer  # the norms of a DoRA are those of all inputs
+    for inputs in range(shape[1], 0, -1):
+        try:
+            narrow = fitted(layer, (shape[0], inputs, *shape[2:]))
+        except ValueError:
+            continue
+        if inputs == shape[1] or not layer.changes_weight or WHOLE in layer.factors:
+            return layer
+        return _with_inputs(narrow, (shape[0], inputs, *shape[2:]), shape[1])
+    return layer
+
+
+def _with_inputs(layer: AdapterLayer, shape: tuple[int, ...], inputs: int) -> AdapterLayer:
+    """A change of a weight of `shape`, for one of more inputs."""
+    if layer.kind == "lora":
+        factors = {**layer.factors, "lora_down": _padded(layer.factors["lora_down"], inputs)}
+        return dataclasses.replace(layer, factors=factors)
+    whole = {"diff": _padded(delta(layer).reshape(shape), inputs)}
+    kept = {BIAS: layer.factors[BIAS]} if BIAS in layer.factors else {}
+    return AdapterLayer("full", whole | kept)
+
+
+def _padded(value: np.ndarray, inputs: int) -> np.ndarray:
+    """[n, in, kh, kw] with zeros for the inputs that it lacks."""
+    return np.pad(value, [(0, 0), (0, inputs - value.shape[1]), (0, 0), (0, 0)])
 
 
 def _refusal(file: paths.Path, problems: list[str], model: Model) -> str:

@@ -150,6 +150,11 @@ def _network(path: str) -> str:
     return path.partition(".")[0]
 
 
+def is_of_peft(adapter: Adapter) -> bool:
+    """Whether `write_diffusers_adapter` has a place for each change of an adapter, by its kind."""
+    return not any(_no_peft(layer, layer.kind == "dora") for layer in adapter.values())
+
+
 def _no_peft(layer: AdapterLayer, dora: bool) -> str:
     """Return why PEFT's keys do not hold a change, or "".
 

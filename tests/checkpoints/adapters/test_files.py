@@ -426,6 +426,39 @@ def test_a_four_channel_lora_of_conv_in_leaves_further_inputs(tmp_path):
     samples.assert_same(read_adapter(tmp_path / "b.safetensors", nine), own)
 
 
+@pytest.mark.parametrize("kind", ["tucker", "loha", "loha_tucker", "lokr", "full"])
+def test_other_changes_of_conv_in_leave_further_inputs_too(kind, tmp_path):
+    nine = Model(SD, {"unet": UNetConfig(**UNET, in_channels=9)})
+    factors = {
+        "tucker": {"lora_down": draw(2, 4, 1, 1), "lora_mid": draw(2, 2, 3, 3),
+                   "lora_up": draw(8, 2, 1, 1)},
+        "loha": {"hada_w1_a": draw(8, 2), "hada_w1_b": draw(2, 36), "hada_w2_a": draw(8, 2),
+                 "hada_w2_b": draw(2, 36)},
+        "loha_tucker": {"hada_w1_a": draw(2, 8), "hada_w1_b": draw(2, 4), "hada_w2_a": draw(2, 8),
+                        "hada_w2_b": draw(2, 4), "hada_t1": draw(2, 2, 3, 3),
+                        "hada_t2": draw(2, 2, 3, 3)},
+        "lokr": {"lokr_w1": draw(2, 2), "lokr_w2": draw(4, 2, 3, 3)},
+        "full": {"diff": draw(8, 4, 3, 3), "diff_b": draw(8)},
+    }[kind]  # fmt: skip
+    layer = AdapterLayer({"tucker": "lora"}.get(kind, kind.partition("_")[0]), factors)
+    write_kohya_adapter(tmp_path / "a.safetensors", TINY, {"unet.conv_in": layer})
+    found = read_adapter(tmp_path / "a.safetensors", nine)["unet.conv_in"]
+    change = delta(found)
+    assert change.shape == (8, 9, 3, 3) and not change[:, 4:].any()
+    expected = delta(layer).reshape(8, 4, 3, 3)
+    np.testing.assert_allclose(change[:, :4], expected, rtol=1e-6, atol=1e-6)
+    assert ("diff_b" in found.factors) == (kind == "full")
+
+
+def test_a_dora_of_four_channels_does_not_fit_nine(tmp_path):
+    nine = Model(SD, {"unet": UNetConfig(**UNET, in_channels=9)})
+    layer = samples.lora(np.random.default_rng(0), (8, 4, 3, 3), 2)
+    layer = AdapterLayer("dora", {**layer.factors, "dora_scale": np.ones((8, 1, 1, 1), np.float32)})
+    write_kohya_adapter(tmp_path / "a.safetensors", TINY, {"unet.conv_in": layer})
+    with pytest.raises(ModelError, match="lora_down is .2, 4, 3, 3."):
+        read_adapter(tmp_path / "a.safetensors", nine)
+
+
 # ---- refused -------------------------------------------------------------------------------------
 
 

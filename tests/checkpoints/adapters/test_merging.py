@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdjax.families.bind import bind
-from sdjax.formats.adapters.extraction import extract, resize
+from sdjax.formats.adapters.extraction import Ranks, extract, resize
 from sdjax.formats.adapters.layers import AdapterLayer, delta
 from sdjax.formats.adapters.merging import merged
 from sdjax.formats.adapters.spellings import modules_of
@@ -118,21 +118,18 @@ def test_biases_and_norms_are_changed():
         np.testing.assert_allclose(after[key] - before[key], 0.5, rtol=1e-5)
 
 
-def test_blocks_have_weights_of_their_own():
+def test_modules_have_weights_of_their_own():
     model = with_params(TINY)
     adapter = samples.lora_adapter(model)
-    blocks = {"unet.up_blocks.1.*": 2.0, "unet.*": 0.0}
 
     def factor_of(path):
         return 2.0 if path.startswith("unet.up_blocks.1.") else float(path.startswith("text"))
 
     before = torch_weights(model)
-    after = torch_weights(merged(model, [(adapter, 1.0)], blocks=blocks))
-    other = torch_weights(merged(model, [(adapter, 1.0)], blocks=factor_of))
+    after = torch_weights(merged(model, [(adapter, factor_of)]))
     for key, layer in adapter.items():
         change = after[f"{key}.weight"] - before[f"{key}.weight"]
         np.testing.assert_allclose(change, factor_of(key) * delta(layer), atol=1e-6)
-        np.testing.assert_array_equal(other[f"{key}.weight"], after[f"{key}.weight"])
 
 
 @pytest.mark.parametrize(
@@ -198,15 +195,74 @@ def test_a_lora_of_less_rank_is_the_best_of_it(tucker):
         factors = {"lora_down": draw(3, 8, 1, 1), "lora_mid": draw(4, 3, 3, 3),
                    "lora_up": draw(8, 4, 1, 1)}  # fmt: skip
         layer = AdapterLayer("lora", factors, 0.5)
-    found, kept = resize({conv: layer}, 2, TINY)
+    found, kept = resize({conv: layer}, Ranks(2), TINY)
     whole = delta(layer)
     values = np.linalg.svd(whole.reshape(8, -1), compute_uv=False)
     rest = np.linalg.norm(whole - delta(found[conv]))
     np.testing.assert_allclose(rest, np.linalg.norm(values[2:]), rtol=1e-4)
     assert kept == pytest.approx(np.sum(values[:2] ** 2) / np.sum(values**2), rel=1e-5)
-    same, kept = resize({conv: layer}, 8, TINY)
+    same, kept = resize({conv: layer}, Ranks(8), TINY)
     np.testing.assert_allclose(delta(same[conv]), whole, atol=1e-5)
     assert kept == pytest.approx(1.0)
+
+
+def fewest(values, rule, number):
+    """The rank of kohya's resize_lora.py, from its words."""
+    for rank in range(1, len(values) + 1):
+        kept = values[:rank]
+        enough = {
+            "sv_fro": np.linalg.norm(kept) >= number * np.linalg.norm(values),
+            "sv_cumulative": kept.sum() >= number * values.sum(),
+            "sv_ratio": rank == len(values) or values[rank] <= values[0] / number,
+        }
+        if enough[rule]:
+            return rank
+    return len(values)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])  # by the triangles of factors, and by the matrix
+@pytest.mark.parametrize(
+    "rule, number",
+    [
+        ("sv_fro", 0.9),
+        ("sv_fro", 0.5),
+        ("sv_cumulative", 0.7),
+        ("sv_ratio", 3.0),
+        ("sv_ratio", 1.01),
+    ],
+)
+def test_ranks_that_follow_from_singular_values_are_kohyas(rule, number, kind):
+    rng = np.random.default_rng(0)
+    out, width = modules_of(TINY)[ONE].shape
+    columns = np.linalg.qr(rng.standard_normal((out, 6)))[0]
+    rows = np.linalg.qr(rng.standard_normal((width, 6)))[0]
+    change = np.asarray(columns * 2.0 ** -np.arange(6) @ rows.T, np.float32)
+    layer = AdapterLayer("full", {"diff": change})
+    if kind == "lora":
+        up = np.asarray(columns * 2.0 ** -np.arange(6), np.float32)
+        layer = AdapterLayer(
+            "lora", {"lora_down": rows.T.astype(np.float32), "lora_up": 2 * up}, 0.5
+        )
+    values = np.linalg.svd(change, compute_uv=False)[:6]
+    rank = fewest(values, rule, number)
+    assert 1 <= rank < 6
+    found, kept = resize({ONE: layer}, Ranks(None, rule, number), TINY)
+    assert found[ONE].rank == rank
+    left, others, right = np.linalg.svd(change)
+    best = (left[:, :rank] * others[:rank]) @ right[:rank]
+    np.testing.assert_allclose(delta(found[ONE]), best, atol=1e-6)
+    assert kept == pytest.approx(np.sum(values[:rank] ** 2) / np.sum(values**2), rel=1e-5)
+    capped, _ = resize({ONE: layer}, Ranks(1, rule, number), TINY)
+    assert capped[ONE].rank == 1
+
+
+@pytest.mark.parametrize("rule", ["sv_fro", "sv_cumulative", "sv_ratio"])
+def test_a_change_that_is_none_has_rank_1(rule):
+    out, width = modules_of(TINY)[ONE].shape
+    zero = {"lora_down": np.ones((4, width), np.float32), "lora_up": np.zeros((out, 4), np.float32)}
+    found, kept = resize({ONE: AdapterLayer("lora", zero)}, Ranks(4, rule, 0.9), TINY)
+    assert (found[ONE].rank, kept) == (1, 1.0)
+    assert not np.any(delta(found[ONE]))
 
 
 def test_other_kinds_become_loras_and_magnitudes_stay():
@@ -214,9 +270,9 @@ def test_other_kinds_become_loras_and_magnitudes_stay():
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     lokr = AdapterLayer("lokr", {"lokr_w1": draw(4, 4), "lokr_w2": draw(4, 4)}, 0.5)
     dora = samples.dora_adapter(TINY, wanted=lambda path: path == ONE)[ONE]
-    found, _ = resize({ONE: lokr}, 16, TINY)
+    found, _ = resize({ONE: lokr}, Ranks(16), TINY)
     assert found[ONE].kind == "lora"
     np.testing.assert_allclose(delta(found[ONE]), delta(lokr), atol=1e-5)
-    found, _ = resize({ONE: dora}, 1, TINY)
+    found, _ = resize({ONE: dora}, Ranks(1), TINY)
     assert (found[ONE].kind, found[ONE].rank) == ("dora", 1)
     np.testing.assert_array_equal(found[ONE].factors["dora_scale"], dora.factors["dora_scale"])

@@ -68,6 +68,18 @@ def test_metadata_of_a_kohya_file_stays(pipeline_folder, lora, tmp_path):
     assert said["ss_network_dim"] == "2"
 
 
+def test_ranks_follow_from_singular_values(pipeline_folder, model, lora, tmp_path, capsys):
+    new, folder = tmp_path / "new.safetensors", tmp_path / "new"
+    options = ("--lora_dynamic=sv_fro:0.8", "--lora_rank=3", f"--base={pipeline_folder}")
+    assert run(f"--input={lora}", f"--output={new}", *options, "--format=kohya") == 0
+    assert run(f"--input={lora}", f"--output={folder}", *options, "--format=diffusers") == 0
+    text = capsys.readouterr().out
+    assert "ranks 1 to 3, " in text and "of the changes' squared norm is kept" in text
+    found = read_adapter(new, model)
+    assert {layer.rank for layer in found.values()} == {1, 2, 3}
+    assert_same_changes(read_adapter(folder, model), found)
+
+
 def test_the_release_is_found_by_names_and_shapes(tmp_path, capsys):
     from sdjax.families.registry import FAMILIES, model_of
 
@@ -112,6 +124,10 @@ def test_the_difference_of_two_models_becomes_a_lora(
     "options, words",
     [
         (["--lora_rank=4"], "--lora_rank is for --format"),
+        (["--lora_dynamic=sv_fro:0.9"], "--lora_dynamic is for --format"),
+        (["--format=kohya", "--lora_dynamic=sv_fro"], "expected sv_fro:SHARE or sv_cumulative"),
+        (["--format=kohya", "--lora_dynamic=sv_ratio:1"], "or sv_ratio:NUMBER with a number above"),
+        (["--format=kohya", "--lora_dynamic=svd:1"], "--lora_dynamic=svd:1: expected sv_fro"),
         (["--base=X"], "--base is for --format or --extract_lora"),
         (["--extract_lora=4"], "give --base"),
         (["--extract_lora=0", "--base=X"], "expected 1 or more"),
@@ -146,7 +162,52 @@ def test_wrong_options_are_explained(
 )
 def test_an_option_is_a_path_and_a_weight(name, option, weight, tmp_path):
     (tmp_path / name).mkdir()
-    assert parse_lora(f"{tmp_path}/{option}") == (tmp_path / name, weight)
+    assert parse_lora(f"{tmp_path}/{option}") == (tmp_path / name, weight, ())
+    own = parse_lora(f"{tmp_path}/{option}:lbw=1,0.5,-2")
+    assert own == (tmp_path / name, weight, (1.0, 0.5, -2.0))
+
+
+def test_weights_of_blocks_are_those_of_a_merge_by_hand(model, lora):
+    """The tiny UNet has the blocks IN00-03, M00 and OUT00-03; IN01, M00, OUT02-03 attend."""
+    adapter = read_adapter(lora, model)
+    short = [0.5, 2, 0, 3, -1]  # BASE IN01 M00 OUT02-03
+    weights = {
+        "text_encoder.": 0.5,
+        "unet.down_blocks.0.resnets": 2,
+        "unet.down_blocks.0.attentions": 2,
+        "unet.up_blocks.1.resnets.0": 3,
+        "unet.up_blocks.1.attentions.0": 3,
+        "unet.up_blocks.1.resnets.1": -1,
+        "unet.up_blocks.1.attentions.1": -1,
+        "unet.conv_out": 1,
+        "unet.time_embedding": 1,
+    }
+    numbers = ",".join(map(str, short))
+    found = with_loras(model, [f"{lora}:2:lbw={numbers}"])
+    by_hand = [
+        ({p: own for p, own in adapter.items() if p.startswith(start)}, 2.0 * weight)
+        for start, weight in weights.items()
+    ]
+    expected = merged(model, by_hand)
+    for path, value in expected.params.items():
+        np.testing.assert_array_equal(found.params[path], value, err_msg=path)
+    assert np.any(found.params["unet.conv_out.kernel"] != model.params["unet.conv_out.kernel"])
+    whole = with_loras(model, [f"{lora}:lbw={','.join(['0.5'] + ['1'] * 9)}"])
+    only = merged(model, [(adapter, lambda path: 1.0 if path.startswith("unet") else 0.5)])
+    for path, value in only.params.items():
+        np.testing.assert_array_equal(whole.params[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        (":lbw=1,2,3", r"lbw has 3 numbers; expected 5 \(BASE IN01 M00 OUT02-OUT03\) or 10"),
+        (":0.5:lbw=1,x", "the weight is x; expected a finite number"),
+    ],
+)
+def test_wrong_weights_of_blocks_are_explained(option, words, model, lora):
+    with pytest.raises(UserError, match=words):
+        with_loras(model, [f"{lora}{option}"])
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "1e999"])

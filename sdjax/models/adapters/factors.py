@@ -6,6 +6,8 @@
     lokr   y = x (W + s kron(w1, w2)) + b                (LyCORIS, arXiv:2309.14859)
 
 Kernels are [in, out], or [kH, kW, in, out]; then A is a convolution [kH, kW, in, r] and B [r, out].
+In Tucker's form (LyCORIS, `use_tucker`) A is [1, 1, in, r] and a core C [kH, kW, r, r] stands
+between the two: A C B in place of A B, in loha of both pairs, in lokr of w2.
 The first two are computed from activations, so a frozen W costs no product for its gradient. Blocks
 that are stacked have factors with the same leading axis.
 
@@ -16,28 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
-from sdjax.errors import UserError
-from sdjax.models import weights
-from sdjax.models.products import Conv, Linear
-from sdjax.models.stacked_paths import block_paths, leading_axes
+from sdjax.models.products import Conv, Linear, dense
 
 Array = jax.Array
 Layer = Linear | Conv
 
 KINDS = ("lora", "dora", "loha", "lokr")
 INITS = ("kaiming", "gaussian")
-MARK = ".adapter."  # in the path of every factor, and of nothing else
-KEY = "key"  # of dropout, uint32 [2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +63,7 @@ class Rule:
         as the examples of diffusers.
     factor: of lokr, see `factorization`.
     full_matrix: of lokr, whether w2 is never split into two of rank r.
+    tucker: whether convolutions larger than 1 x 1 have Tucker's form.
     dropout: of the training loss alone.
     """
 
@@ -78,6 +73,7 @@ class Rule:
     init: str = "kaiming"
     factor: int = -1
     full_matrix: bool = False
+    tucker: bool = False
     dropout: Dropout = Dropout()
 
 
@@ -85,9 +81,11 @@ class LowRank(nnx.Module):
     """The factors of lora and dora."""
 
     def __init__(self, layer: Layer, rule: Rule, rngs: Any):
-        shape, lead = _shape(layer)
-        self.A = nnx.Param(_first(rule, (*lead, *shape[:-1], rule.rank), len(lead), rngs))
-        self.B = nnx.Param(jnp.zeros((*lead, rule.rank, shape[-1])))
+        shape, lead = kernel_shape(layer)
+        r, window, into = rule.rank, _window(layer, rule), _into(layer, rule)
+        self.A = nnx.Param(_first(rule, (*lead, *into, r), len(lead), rngs))
+        self.C = _core(rngs, lead, window, r)
+        self.B = nnx.Param(jnp.zeros((*lead, r, shape[-1])))
         # The norm of a kernel that is there; see `magnitudes`.
         own = nnx.Param(jnp.ones((*lead, shape[-1])))
         self.magnitude = own if rule.kind == "dora" else None
@@ -96,15 +94,15 @@ class LowRank(nnx.Module):
 
     def __call__(self, layer: Layer, x: Array) -> Array:
         """See `products.Adapter`."""
-        a, b, drop = self.A[...], self.B[...], _Dropped(self)
+        drop = _Dropped(self)
         seen = drop.inputs(x)
-        hidden = drop.hidden(layer.product(seen, a))
-        change = drop.module(self.rule.scale * hidden) @ b.astype(x.dtype)
+        hidden = drop.hidden(self._hidden(layer, seen))
+        change = dense(drop.module(self.rule.scale * hidden), self.B[...])
         y = layer.product(x, layer.kernel[...])
         if self.magnitude is None:
             return layer.biased(y + change)
         # A constant in the gradient (section 4.3 of the paper), so no kernel is kept for it.
-        ratio = self._ratio(lax.stop_gradient(_norm(self._sum(layer)))).astype(x.dtype)
+        ratio = self._ratio(lax.stop_gradient(output_norms(self._sum(layer)))).astype(x.dtype)
         if seen is x:
             return layer.biased(ratio * (y + change))
         again = layer.product(seen, layer.kernel[...])  # as PEFT
@@ -113,29 +111,38 @@ class LowRank(nnx.Module):
     def kernel(self, layer: Layer) -> Array:
         """Return the kernel that gives the same as the layer with this."""
         total = self._sum(layer)
-        return total if self.magnitude is None else self._ratio(_norm(total)) * total
+        return total if self.magnitude is None else self._ratio(output_norms(total)) * total
+
+    def _hidden(self, layer: Layer, x: Array) -> Array:
+        """The values before B, [..., r]."""
+        if self.C is None:
+            return layer.product(x, self.A[...])
+        return layer.product(dense(x, self.A[0, 0]), self.C[...])
 
     def _ratio(self, norm: Array) -> Array:
         assert self.magnitude is not None
         return self.magnitude[...] / jnp.where(norm == 0, 1, norm)  # outputs that are still zero
 
     def _sum(self, layer: Layer) -> Array:
-        a, b = self.A[...], self.B[...]
-        return layer.kernel[...].astype(a.dtype) + self.rule.scale * (a @ b)
+        change = self.rule.scale * _product(self.A, self.C, self.B)
+        return layer.kernel[...].astype(change.dtype) + change
 
 
 class Hadamard(nnx.Module):
     """The factors of loha."""
 
     def __init__(self, layer: Layer, rule: Rule, rngs: Any):
-        shape, lead = _shape(layer)
-        normal = jax.random.normal
-        into, out = (*lead, *shape[:-1], rule.rank), (*lead, rule.rank, shape[-1])
-        # The laws of LyCORIS, loha.py.
-        self.A1 = nnx.Param(normal(rngs.params(), into))
-        self.B1 = nnx.Param(0.1 * normal(rngs.params(), out))
-        self.A2 = nnx.Param(normal(rngs.params(), into))
-        self.B2 = nnx.Param(jnp.zeros(out))
+        shape, lead = kernel_shape(layer)
+        r, window, normal = rule.rank, _window(layer, rule), jax.random.normal
+        first, last = (*lead, *_into(layer, rule), r), (*lead, r, shape[-1])
+        core = (*lead, *window, r, r)
+        # The laws of LyCORIS, modules/loha.py.
+        self.A1 = nnx.Param(normal(rngs.params(), first))
+        self.B1 = nnx.Param(0.1 * normal(rngs.params(), last))
+        self.A2 = nnx.Param(normal(rngs.params(), first))
+        self.B2 = nnx.Param(jnp.zeros(last))
+        self.C1 = nnx.Param(0.1 * normal(rngs.params(), core)) if window else None
+        self.C2 = nnx.Param(0.1 * normal(rngs.params(), core)) if window else None
         _add_key(self, rule, lead)
         self.rule = rule
 
@@ -145,22 +152,25 @@ class Hadamard(nnx.Module):
 
     def kernel(self, layer: Layer) -> Array:
         """Return the kernel that gives the same as the layer with this."""
-        return _changed(self, layer, (self.A1[...] @ self.B1[...]) * (self.A2[...] @ self.B2[...]))
+        one, other = _product(self.A1, self.C1, self.B1), _product(self.A2, self.C2, self.B2)
+        return _changed(self, layer, one * other)
 
 
 class Kronecker(nnx.Module):
     """The factors of lokr: w1 [c, a] and w2 [(kH, kW,) d, b] of a kernel [c d, a b]."""
 
     def __init__(self, layer: Layer, rule: Rule, rngs: Any):
-        shape, lead = _shape(layer)
+        shape, lead = kernel_shape(layer)
         (a, b), (c, d) = (factorization(shape[axis], rule.factor) for axis in (-1, -2))
-        window = shape[:-2]
         self.w1 = nnx.Param(_uniform(rngs, (*lead, c, a), c))
         whole = is_whole(rule, b, d)
-        self.w2 = nnx.Param(jnp.zeros((*lead, *window, d, b))) if whole else None
+        self.w2 = nnx.Param(jnp.zeros((*lead, *shape[:-2], d, b))) if whole else None
         if not whole:
-            self.A2 = nnx.Param(jnp.zeros((*lead, *window, d, rule.rank)))
-            self.B2 = nnx.Param(_uniform(rngs, (*lead, rule.rank, b), rule.rank))
+            r, window, into = rule.rank, _window(layer, rule), _into(layer, rule)
+            self.A2 = nnx.Param(jnp.zeros((*lead, *into[:-1], d, r)))
+            # Files have [b, r], and [r, b] in Tucker's form; torch's law counts the second axis.
+            self.B2 = nnx.Param(_uniform(rngs, (*lead, r, b), b if window else r))
+            self.C2 = _core(rngs, lead, window, r)
         _add_key(self, rule, lead)
         # With both factors whole there is no rank to divide by: readers take the scale for 1.
         self.rule = dataclasses.replace(rule, scale=1.0) if self.w2 is not None else rule
@@ -171,12 +181,13 @@ class Kronecker(nnx.Module):
 
     def kernel(self, layer: Layer) -> Array:
         """Return the kernel that gives the same as the layer with this."""
-        small = self.w2[...] if self.w2 is not None else self.A2[...] @ self.B2[...]
+        whole = self.w2
+        small = whole[...] if whole is not None else _product(self.A2, self.C2, self.B2)
         change = jnp.einsum("ca,...db->...cdab", self.w1[...], small)
         return _changed(self, layer, change.reshape(layer.kernel.shape))
 
 
-_MODULES: dict[str, Callable[..., nnx.Module]] = {
+_MODULES: dict[str, type[LowRank | Hadamard | Kronecker]] = {
     "lora": LowRank,
     "dora": LowRank,
     "loha": Hadamard,
@@ -184,61 +195,20 @@ _MODULES: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
-def attach(network: nnx.Module, rules: Callable[[str, Layer], Rule | None], rngs: Any) -> None:
-    """Give layers of a network adapters.
+def make_factors(layer: Layer, rule: Rule, rngs: Any) -> nnx.Module:
+    """Return the factors of a layer, which begin by changing nothing.
 
     Args:
-        rules: (path of a layer within the network, the layer) -> its rule, or None for no adapter.
         rngs: gives a key for each draw by `rngs.params()`.
     """
-    for path, layer in layers(network):
-        if rule := rules(path, layer):
-            layer.adapter = _MODULES[rule.kind](layer, rule, rngs)
+    return _MODULES[rule.kind](layer, rule, rngs)
 
 
-def folded(network: nnx.Module) -> dict[str, Array]:
-    """Return {path: kernel} of the layers with adapters, as layers without would have them.
-
-    They are float32. Adapters take no keys of dropout.
-    """
-    found = {}
-    for path, layer in layers(network):
-        if layer.adapter is not None:
-            graph, params = weights.split(layer)
-
-            def kernel(params: Any, graph: Any = graph) -> Array:
-                whole = weights.merge(graph, params)
-                return whole.adapter.kernel(whole)
-
-            _, lead = _shape(layer)
-            fold = jax.jit(jax.vmap(kernel) if lead else kernel)
-            found[f"{path}.kernel"] = fold(params)
-    return found
-
-
-def layers(network: nnx.Module) -> list[tuple[str, Layer]]:
-    """Return (path, layer) of every layer that may have an adapter, in a lasting order."""
-    found = [
-        (".".join(map(str, path)), module)
-        for path, module in nnx.iter_graph(network)
-        if isinstance(module, Linear | Conv)
-    ]
-    return sorted(found, key=lambda one: one[0])
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a regular expression is found in the path of a layer.
-
-    Raises:
-        UserError: it is found in some of the blocks that are stacked, and not in all.
-    """
-    found = [bool(re.search(pattern, one)) for one in block_paths(path)]
-    if any(found) and not all(found):
-        raise UserError(
-            f"the pattern {pattern!r} takes {sum(found)} of the {len(found)} blocks {path}; "
-            "stacked blocks are adapted all in the same way: write one that takes all or none"
-        )
-    return found[0]
+def kernel_shape(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (shape of one kernel, leading axes of stacked ones)."""
+    shape = layer.kernel.shape
+    own = 2 if isinstance(layer, Linear) else 4
+    return shape[len(shape) - own :], shape[: len(shape) - own]
 
 
 def is_pointwise(layer: Layer) -> bool:
@@ -246,14 +216,9 @@ def is_pointwise(layer: Layer) -> bool:
     return isinstance(layer, Linear) or layer.kernel.shape[:2] == (1, 1)
 
 
-def magnitudes(path: str, kernel: np.ndarray) -> np.ndarray:
-    """Return the norm of each output of a kernel [..., in, out], [out]; of each stacked block.
-
-    Args:
-        path: of the kernel, or of anything in the same layer: it tells stacked ones.
-    """
-    norm = jax.vmap(_norm) if leading_axes(path) else _norm
-    return np.asarray(jax.jit(norm)(np.asarray(kernel, np.float32)))
+def output_norms(kernel: Array) -> Array:
+    """Return the norm of each output of a kernel [..., in, out], [out]."""
+    return jnp.sqrt(jnp.square(kernel).sum(range(kernel.ndim - 1)))
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
@@ -278,55 +243,30 @@ def is_whole(rule: Rule, b: int, d: int) -> bool:
     return rule.full_matrix or rule.rank >= max(b, d) / 2
 
 
-def dropout_keys(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], key: Array) -> dict:
-    """Return {path: uint32 [(N,) 2]}, a key for each adapter, different for each.
-
-    Args:
-        paths: of the keys, see `KEY`.
-        shapes: theirs.
-    """
-    found = {}
-    for i, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
-        own = jax.random.fold_in(key, i)
-        own = jax.random.split(own, shape[0]) if len(shape) > 1 else own
-        found[path] = jax.random.key_data(own)
-    return found
-
-
-def within(params: dict[str, Array], scales: Mapping[str, float], most: float) -> dict[str, Array]:
-    """Return factors of lora with no change of a kernel larger than `most`.
-
-    Where n = ||s A B|| is larger, both factors are multiplied by sqrt(most / n) (kohya,
-    `apply_max_norm_regularization`).
-
-    Args:
-        params: {path: array}.
-        scales: {path of a layer: s}.
-    """
-    found = dict(params)
-    for layer, scale in scales.items():
-        first, second = f"{layer}{MARK}A", f"{layer}{MARK}B"
-        if first not in params:
-            continue  # of a group that is frozen
-        b = params[second]
-        a = params[first].reshape(*b.shape[:-2], -1, b.shape[-2])
-        # ||A B||^2 is the sum over (A^T A) * (B B^T), which is r x r.
-        squared = jnp.sum((a.mT @ a) * (b @ b.mT), (-2, -1), keepdims=True)
-        norm = abs(scale) * jnp.sqrt(jnp.maximum(squared, 0))
-        ratio = jnp.sqrt(most / jnp.maximum(norm, most))
-        found[second] = b * ratio
-        found[first] = (a * ratio).reshape(params[first].shape)
-    return found
-
-
 # ---- parts of the above ------------------------------------------------------------------------
 
 
-def _shape(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape of one kernel, leading axes of stacked ones)."""
-    shape = layer.kernel.shape
-    own = 2 if isinstance(layer, Linear) else 4
-    return shape[len(shape) - own :], shape[: len(shape) - own]
+def _window(layer: Layer, rule: Rule) -> tuple[int, ...]:
+    """(kH, kW) of the core of Tucker's form; () where the layer does not have that form."""
+    return kernel_shape(layer)[0][:2] if rule.tucker and not is_pointwise(layer) else ()
+
+
+def _into(layer: Layer, rule: Rule) -> tuple[int, ...]:
+    """The shape of A without its ranks."""
+    shape, _ = kernel_shape(layer)
+    return (1, 1, shape[-2]) if _window(layer, rule) else shape[:-1]
+
+
+def _product(a: Any, core: Any, b: Any) -> Array:
+    """A B, or A C B of Tucker's form, [..., in, out]."""
+    return a[...] @ b[...] if core is None else a[...] @ core[...] @ b[...]
+
+
+def _core(rngs: Any, lead: tuple[int, ...], window: tuple[int, ...], rank: int) -> Any:
+    """A new core; None without a window."""
+    if not window:
+        return None
+    return nnx.Param(_uniform(rngs, (*lead, *window, rank, rank), math.prod(window) * rank))
 
 
 def _first(rule: Rule, shape: tuple[int, ...], lead: int, rngs: Any) -> Array:
@@ -345,11 +285,6 @@ def _uniform(rngs: Any, shape: tuple[int, ...], fan_in: int) -> Array:
 def _add_key(module: Any, rule: Rule, lead: tuple[int, ...]) -> None:
     if rule.dropout:
         module.key = nnx.Variable(jnp.zeros((*lead, 2), jnp.uint32))
-
-
-def _norm(kernel: Array) -> Array:
-    """The norm of each output, [out]."""
-    return jnp.sqrt(jnp.square(kernel).sum(range(kernel.ndim - 1)))
 
 
 def _changed(module: Any, layer: Layer, change: Array) -> Array:

@@ -1,0 +1,38 @@
+"""An LCM-LoRA of Stable Diffusion 1.5, or of a model that was fine-tuned from it: 2 to 8 steps.
+
+    python -m sdjax.main --config=configs/sd15_lcm_lora.py --workdir=runs/lcm_lora \\
+        --config.init_from=DIFFUSERS_FOLDER --config.data.path=IMAGES
+
+The data are pictures with captions such as the model was trained on. SD2 with another init_from,
+SDXL with sdxl_lcm_lora. Hardware: one GPU or TPU chip of 24 GB or more.
+"""
+
+from sdjax.config import default
+
+
+def get_config():
+    c = default(method="lcm_lora")
+    c.model.dtype = "bfloat16"
+    c.model.remat = "block"
+
+    c.data.name = "image_text_folder"
+    c.data.resolution = 512
+    c.data.crop = "center"
+    c.data.flip = True
+
+    # diffusers, examples/consistency_distillation/README.md: rank 64, 1e-4, a batch of 12, huber.
+    c.method.rank = 64
+    c.method.guidance = (6.0, 16.0)
+    c.data.batch_size = 12
+    c.train.accumulation = 3
+    c.optim.learning_rate = 1e-4
+    c.optim.weight_decay = 0.0
+    c.ema.profiles = ()  # the target is the student itself
+
+    c.train.steps = 1000
+    c.train.checkpoint_every = 250
+    c.train.sample_every = 250
+    c.sample.guidance = 1.0
+    c.sample.sampler.name = "lcm"
+    c.sample.sampler.steps = 4
+    return c

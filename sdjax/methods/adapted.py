@@ -1,0 +1,52 @@
+"""Adapters by the losses of other methods: of denoisers that read more than noisy latents."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sdjax.methods import adapters
+from sdjax.methods.adapter_rules import AdaptersConfig
+from sdjax.methods.edit import EDIT, EditConfig
+from sdjax.methods.inpaint import INPAINT, InpaintConfig
+from sdjax.methods.method import Kind, Method, Setup
+from sdjax.methods.parts import joined
+
+
+@dataclasses.dataclass(frozen=True)
+class InpaintAdaptersConfig(AdaptersConfig, InpaintConfig):
+    """Training of adapters for a denoiser that reads a mask and a masked picture.
+
+    It has the fields of the methods adapters and inpaint.
+    """
+
+    name: str = "inpaint_adapters"
+
+    def __post_init__(self) -> None:
+        AdaptersConfig.__post_init__(self)
+        InpaintConfig.__post_init__(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class EditAdaptersConfig(AdaptersConfig, EditConfig):
+    """Training of adapters for a denoiser that reads the picture to be edited.
+
+    It has the fields of the methods adapters and edit.
+    """
+
+    name: str = "edit_adapters"
+
+
+def _adapted(kind: Kind, config: type) -> Kind:
+    """The entry of a method with the loss of another, which trains adapters and nothing else."""
+
+    def make(setup: Setup) -> Method:
+        method = adapters.denoiser(setup, kind.make)
+        return joined(method, (adapters.factors(setup, method),))
+
+    return dataclasses.replace(
+        adapters.ADAPTERS, config=config, make=make, beside=kind.beside, sample=kind.sample
+    )
+
+
+INPAINT_ADAPTERS = _adapted(INPAINT, InpaintAdaptersConfig)
+EDIT_ADAPTERS = _adapted(EDIT, EditAdaptersConfig)
