@@ -240,5 +240,6 @@ FLUX = Family(
         "sample.sampler.spacing": "trailing",
         "sample.sampler.steps": 28,
         "sample.guidance": 1.0,
+        "sample.embedded_guidance": 3.5,
     },
 )

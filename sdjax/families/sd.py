@@ -37,7 +37,6 @@ from sdjax.models.vae import VAE, VAEConfig
 
 CLIP_SKIP = "_sdjax_clip_skip"  # in model_index.json
 KINDS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")  # of pipelines
-LCM_GUIDANCE = 8.5  # by default in LatentConsistencyModelPipeline of diffusers
 SCALING_FACTOR = 0.18215  # vae/config.json; LDM, appendix G
 
 
@@ -350,7 +349,6 @@ SD = Family(
         facts=adapter_facts,
         blocks=functools.partial(unet_blocks, ends=False),
     ),
-    defaults={"sample.embedded_guidance": LCM_GUIDANCE},
     presets={
         "base": SDConfig(),
         "sd2": SDConfig(unet=UNET_SD2, text_encoder=CLIP_H),

@@ -325,7 +325,6 @@ SDXL = Family(
         facts=adapter_facts,
         blocks=functools.partial(unet_blocks, ends=True),
     ),
-    defaults={"sample.embedded_guidance": sd.LCM_GUIDANCE},
     presets={
         "base": SDXLConfig(),
         "refiner": SDXLConfig(unet=UNET_SDXL_REFINER, text_encoder=None, zero_empty_prompt=False),

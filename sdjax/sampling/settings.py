@@ -18,7 +18,9 @@ class SampleConfig:
     guidance: float = 7.5
     image_guidance: float = 1.5  # towards the picture, of models that edit one
     guidance_rescale: float = 0.0
-    embedded_guidance: float = 3.5  # the number that FLUX.1-dev reads; other models have none
+    # The number that models read which draw guided pictures from it: those distilled to few steps
+    # (8.5 in LatentConsistencyModelPipeline of diffusers), and FLUX.1-dev.
+    embedded_guidance: float = 8.5
     skip: SkipLayers = SkipLayers()  # skip-layer guidance, of SD3 and SD3.5
     negative_prompt: str = ""
     sampler: SamplerConfig = SamplerConfig()
