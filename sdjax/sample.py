@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
     add_picture_options(p.add_argument_group("pictures to begin with"))
-    add_control_options(p.add_argument_group("ControlNets"))
+    add_control_options(p.add_argument_group("ControlNets and T2I-Adapters"))
     add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
 
@@ -197,7 +197,7 @@ def _numbers(
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
-    from sdjax.checkpoints.controlnet import read_controlnet
+    from sdjax.checkpoints.controls import read_control
     from sdjax.sampling.control_options import with_controls
     from sdjax.sampling.ensemble import with_others, with_refiner
     from sdjax.sampling.pictures import with_pictures
@@ -212,7 +212,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     request = with_pictures(request, args.init_image, args.mask_image, args.strength)
     request = with_controls(
         request, args.controlnet, args.control_image, guess=args.guess_mode,
-        read=lambda place: read_controlnet(place, weights=args.weights),
+        read=lambda place: read_control(place, weights=args.weights),
     )  # fmt: skip
     if args.refiner is None:
         return request

@@ -11,6 +11,7 @@ from sdjax.methods.edit import EDIT
 from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.inpaint import INPAINT
 from sdjax.methods.method import Kind
+from sdjax.methods.t2i_adapter import T2I
 
 METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
@@ -20,5 +21,6 @@ METHODS: dict[str, Kind] = {
     "dpo": DPO,
     "adapters": ADAPTERS,
     "control": CONTROL,
+    "t2i_adapter": T2I,
     "embedding": EMBEDDING,
 }

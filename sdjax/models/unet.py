@@ -7,7 +7,7 @@ latents, timesteps and a text context; it knows of no noise schedule.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -108,19 +108,45 @@ class DownStage(Stage):
         self.downsamplers = None if final else nnx.List([Downsample(width, symmetric=True, **kw)])
 
     def __call__(
-        self, x: Array, temb: Array, context: Array, key: Array | None
+        self, x: Array, temb: Array, context: Array, key: Array | None, added: Array | None = None
     ) -> tuple[Array, tuple[Array, ...]]:
-        """x [B, H, W, C] -> (output, the maps that the way up will need)."""
+        """x [B, H, W, C] -> (output, the maps that the way up will need).
+
+        Args:
+            added: of a T2I-Adapter, to what comes out of the last transformer; of a plain level to
+                its output (unet_2d_blocks.py, `additional_residuals`, and unet_2d_condition.py,
+                whose `+=` changes the map of the way up as well).
+        """
         skips = []
+        last = len(self.resnets) - 1
         for i in range(len(self.resnets)):
             x = self.resnet(i, x, temb, key)
             if self.attentions:
                 x = self.attentions[i](x, context)
+                x = x if i < last else with_added(x, added)
             skips.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
             skips.append(x)
+        if not self.attentions:
+            skips[-1] = x = with_added(x, added)
         return x, tuple(skips)
+
+
+def with_added(x: Array, added: Array | None) -> Array:
+    """Return x [B, H, W, C] plus the map of a T2I-Adapter, if there is one.
+
+    Raises:
+        ValueError: they differ in size.
+    """
+    if added is None:
+        return x
+    if added.shape != x.shape:
+        raise ValueError(
+            f"a T2I-Adapter's map has {list(added.shape)}, the UNet's {list(x.shape)}; expected a "
+            "condition of the size that is drawn"
+        )
+    return x + added.astype(x.dtype)
 
 
 class MidStage(Stage):
@@ -239,7 +265,12 @@ class Descent(nnx.Module):
         )
 
     def descend(
-        self, x: Array, temb: Array, context: Array, key: Array | None
+        self,
+        x: Array,
+        temb: Array,
+        context: Array,
+        key: Array | None,
+        maps: Sequence[Array] = (),
     ) -> tuple[Array, list[Array]]:
         """Return the output of the middle and the maps that the way up reads.
 
@@ -247,14 +278,19 @@ class Descent(nnx.Module):
             x: the output of `conv_in`, [B, H, W, C].
             temb: see `embed`.
             context: text features [B, L, D].
+            maps: see `UNet.__call__`.
         """
         skips = [x]
+        levels = len(self.down_blocks)
+        if len(maps) > levels + 1:
+            raise ValueError(f"{len(maps)} maps for a UNet of {levels} levels and a middle")
+        added = [*maps, *[None] * (levels + 1 - len(maps))]
         for i, down in enumerate(self.down_blocks):
             run = rematerialised(down, self.remat, level="stage")
-            x, new = run(x, temb, context, fold_key(key, i))
+            x, new = run(x, temb, context, fold_key(key, i), added[i])
             skips += new
         run = rematerialised(self.mid_block, self.remat, level="stage")
-        return run(x, temb, context, fold_key(key, len(self.down_blocks))), skips
+        return with_added(run(x, temb, context, fold_key(key, levels)), added[-1]), skips
 
     def conditioning(
         self, timesteps: Array, context: Array | Mapping[str, Array]
@@ -305,6 +341,7 @@ class UNet(Descent):
         *,
         key: Array | None = None,
         residuals: Residuals | None = None,
+        maps: Sequence[Array] = (),
     ) -> Array:
         """Runs the network.
 
@@ -315,13 +352,15 @@ class UNet(Descent):
                 "context", these features, "pooled" [B, P] and "numbers" [B, N].
             key: dropout key, None for no dropout. Fold the training step into it.
             residuals: what a ControlNet adds.
+            maps: what a T2I-Adapter adds, to the output of each level of the way down and then to
+                that of the middle, as many as it has.
 
         Returns:
             [B, H, W, out_channels] in float32.
         """
         temb, context = self.conditioning(timesteps, context)
         x = activation(self.conv_in(xt.astype(self.dtype)))
-        x, skips = self.descend(x, temb, context, key)
+        x, skips = self.descend(x, temb, context, key, maps)
         if residuals is not None:
             skips = [
                 skip + more.astype(self.dtype)

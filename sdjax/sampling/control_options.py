@@ -1,4 +1,4 @@
-"""ControlNets and their condition pictures, from the options of a command line."""
+"""ControlNets, T2I-Adapters and their condition pictures, from the options of a command line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families.controlnet import CONTROLNET, check
-from sdjax.models.controlnet.config import ControlNetConfig
+from sdjax.families.controlnet import CONTROLNET
+from sdjax.families.t2i_adapter import T2I_ADAPTER, check_size
 from sdjax.models.params import prefixed
-from sdjax.sampling.control import Control
+from sdjax.models.t2i_adapter.config import T2IAdapterConfig
+from sdjax.sampling.control import Control, SteeringConfig, check
 from sdjax.sampling.pictures import read_picture
 from sdjax.sampling.request import SamplingRequest
 from sdjax.system import paths
@@ -30,9 +31,9 @@ class Asked(NamedTuple):
 
 
 class Read(Protocol):
-    """Reads a ControlNet."""
+    """Reads a ControlNet or a T2I-Adapter."""
 
-    def __call__(self, place: str) -> tuple[ControlNetConfig, Mapping[str, np.ndarray]]:
+    def __call__(self, place: str) -> tuple[SteeringConfig, Mapping[str, np.ndarray]]:
         """Return its config and {path: array}.
 
         Raises:
@@ -77,14 +78,14 @@ def with_controls(
     guess: bool,
     read: Read,
 ) -> SamplingRequest:
-    """Return a request whose pictures ControlNets steer.
+    """Return a request whose pictures ControlNets and T2I-Adapters steer.
 
     Args:
         options, images: of --controlnet and --control_image.
         guess: of --guess_mode.
 
     Raises:
-        UserError: options do not go together, or a ControlNet is not for this model.
+        UserError: options do not go together, or a network is not for this model.
     """
     _check(options, images, guess)
     if not options:
@@ -97,12 +98,18 @@ def with_controls(
     for i, (asked, files) in enumerate(zip(map(parse, options), chosen, strict=True)):
         config, own = read(asked.place)
         check(request.model, config, f"--controlnet={asked.place}")
-        name = f"{CONTROLNET}{i}"
-        controls.append(Control(name, config, asked.weight, asked.start, asked.stop, guess))
+        is_adapter = isinstance(config, T2IAdapterConfig)
+        if isinstance(config, T2IAdapterConfig):
+            check_size(config, size, f"--controlnet={asked.place}")
+        name = f"{T2I_ADAPTER if is_adapter else CONTROLNET}{i}"
+        own_guess = guess and not is_adapter
+        controls.append(Control(name, config, asked.weight, asked.start, asked.stop, own_guess))
         made = [np.asarray(read_picture("--control_image", f, size), np.float32) for f in files]
         picture[name] = np.stack(made * (count if len(made) == 1 else 1)) / 255
         params |= {path: jnp.asarray(value) for path, value in prefixed(own, name).items()}
     steered = dataclasses.replace(request, controls=tuple(controls), picture=picture, params=params)
+    if guess and not any(control.guess for control in controls):
+        raise UserError("--guess_mode is for ControlNets, and there is none; leave it out")
     for control in controls:
         control.inside(steered.plan.timesteps)  # a range without a step is an error now
     return steered

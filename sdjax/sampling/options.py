@@ -124,12 +124,14 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
 
 
 def add_control_options(p: argparse._ArgumentGroup) -> None:
-    """Add the options of ControlNets."""
+    """Add the options of ControlNets and T2I-Adapters."""
     p.add_argument(
-        "--controlnet", action="append", default=[], metavar="DIR[:WEIGHT[:START:END]]",
-        help="a ControlNet that steers the pictures: a folder of diffusers, a .safetensors file, "
-        "or a workdir of the method control; times WEIGHT (1), between these shares of the steps ("
-        "0 and 1); given again, what they say is added up",
+        "--controlnet", "--t2i_adapter", action="append", default=[],
+        metavar="DIR[:WEIGHT[:START:END]]",
+        help="a ControlNet or a T2I-Adapter that steers the pictures: a folder of diffusers, whose "
+        "config.json says which, a .safetensors file of a ControlNet, or a workdir of the method "
+        "control or t2i_adapter; times WEIGHT (1), between these shares of the steps (0 and 1); "
+        "given again, what they say is added up",
     )  # fmt: skip
     p.add_argument(
         "--control_image", action="append", default=[], metavar="FILE",
