@@ -79,11 +79,9 @@ class MakeDenoiser(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """The network whose activations are measured, and the fields of a batch that it reads as well.
+    """The network whose activations are measured, and the fields of a batch that it reads.
 
-    name: of the network, which is called as the denoiser is.
-    fields: given to it after the context.
-    alone: whether it reads these fields and nothing else.
+    fields: given to it after what the denoiser is called with; or alone.
     """
 
     name: str
