@@ -9,7 +9,7 @@ import numpy as np
 
 from sdjax.checkpoints.workdir import read_run_config, trained_params
 from sdjax.errors import UserError
-from sdjax.families import controlnet, t2i_adapter
+from sdjax.families.beside import controlnet, t2i_adapter
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model, Part
 from sdjax.families.registry import model_of

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.families.beside.t2i_adapter import ALONE, PART, T2I_ADAPTER
 from sdjax.families.family import Model
-from sdjax.families.t2i_adapter import ALONE, PART, T2I_ADAPTER
 from sdjax.formats.diffusers_folder import read_network, write_diffusers
 from sdjax.formats.folders import ModelError, read_json
 from sdjax.models.config import ConfigError

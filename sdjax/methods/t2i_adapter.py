@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from sdjax.errors import UserError
+from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check, check_size, with_t2i_adapter
 from sdjax.families.family import Context, Model, Networks
-from sdjax.families.t2i_adapter import T2I_ADAPTER, check, check_size, with_t2i_adapter
 from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields

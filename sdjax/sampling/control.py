@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families import controlnet, t2i_adapter
+from sdjax.families.beside import controlnet, t2i_adapter
+from sdjax.families.beside.controlnet import CONTROLNET
+from sdjax.families.beside.t2i_adapter import T2I_ADAPTER
 from sdjax.families.bind import bind
-from sdjax.families.controlnet import CONTROLNET
 from sdjax.families.family import Context, Model
-from sdjax.families.t2i_adapter import T2I_ADAPTER
 from sdjax.models import weights
 from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.controlnet.network import scaled, total

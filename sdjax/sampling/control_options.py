@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families.controlnet import CONTROLNET
-from sdjax.families.t2i_adapter import T2I_ADAPTER, check_size
+from sdjax.families.beside.controlnet import CONTROLNET
+from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check_size
 from sdjax.models.params import prefixed
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
 from sdjax.sampling.control import Control, SteeringConfig, check

@@ -24,7 +24,7 @@ from sdjax.data.pipeline import make_iterator
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import load
-from sdjax.families.controlnet import CONTROLNET
+from sdjax.families.beside.controlnet import CONTROLNET
 from sdjax.formats.controlnet import read_controlnet_files
 from sdjax.formats.folders import ModelError
 from sdjax.methods.method import Draw

@@ -20,10 +20,10 @@ from sdjax.config_model import method_of_run
 from sdjax.data.pipeline import make_iterator
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
+from sdjax.families.beside.t2i_adapter import T2I_ADAPTER
 from sdjax.families.family import Model
 from sdjax.families.sd import SD, UNetConfig
 from sdjax.families.sdxl import SDXL, UNET_SDXL
-from sdjax.families.t2i_adapter import T2I_ADAPTER
 from sdjax.formats.folders import ModelError
 from sdjax.methods.method import Draw
 from sdjax.methods.t2i_adapter import T2IAdapterMethodConfig, network_config

@@ -1,0 +1,56 @@
+"""The config of an IP-Adapter, which its files leave to their shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sdjax.models.config import check, check_bounds
+from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "embedding_dim": (1, 65_536),
+    "cross_attention_dim": (1, 65_536),
+    "tokens": (1, 4096),
+    "widths": (1, 32_768),
+}
+_MOST_LAYERS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class IPAdapterConfig:
+    """The shape of an IP-Adapter; the defaults are those of ip-adapter_sd15 but for the widths.
+
+    embedding_dim: of the features that a CLIP image tower has for a picture: 1024 of ViT-H/14, 1280
+        of ViT-bigG/14.
+    cross_attention_dim: of the text features that the UNet reads.
+    tokens: the number of words, as it were, that a picture becomes.
+    widths: of each cross-attention of the UNet, in the order of its `attn_processors`: on the way
+        down, then up, then in the middle.
+
+    Raises:
+        ValueError: naming the field, its value and what is expected.
+    """
+
+    embedding_dim: int = 1024
+    cross_attention_dim: int = 768
+    tokens: int = 4
+    widths: tuple[int, ...] = (320,)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, _BOUNDS)
+        count = len(self.widths)
+        check(1 <= count <= _MOST_LAYERS, "widths", count, f"1 to {_MOST_LAYERS:,} of them")
+
+
+def widths_of(unet: UNetConfig) -> tuple[int, ...]:
+    """Return the width of each cross-attention of a UNet; see `IPAdapterConfig.widths`."""
+    channels, layers = unet.block_out_channels, unet.layers_per_block
+    last = len(channels) - 1
+    found: list[int] = []
+    for level, kind in enumerate(unet.down_block_types):
+        if kind == DOWN_TYPES[0]:
+            found += [channels[level]] * (layers * unet.depth(level))
+    for i, kind in enumerate(unet.up_block_types):
+        if kind == UP_TYPES[0]:
+            found += [channels[last - i]] * ((layers + 1) * unet.depth(last - i))
+    return (*found, *[channels[-1]] * unet.depth(last))
