@@ -15,6 +15,7 @@ from sdjax.families.family import Model, Part
 from sdjax.families.registry import model_of
 from sdjax.formats.controlnet import read_controlnet_files
 from sdjax.formats.folders import ModelError, folder_kind
+from sdjax.formats.ip_adapter import is_ip_adapter, read_ip_adapter_file
 from sdjax.formats.t2i_adapter import is_t2i_adapter, read_t2i_adapter_files
 from sdjax.machine_settings import of_model
 from sdjax.methods import control
@@ -52,11 +53,12 @@ _METHODS = {
 def read_control(
     place: paths.PathLike, *, weights: str = "ema"
 ) -> tuple[SteeringConfig, dict[str, np.ndarray]]:
-    """Return the config and {path: float32 array} of a ControlNet or a T2I-Adapter.
+    """Return the config and {path: float32 array} of a network that steers.
 
     Args:
-        place: a folder of diffusers; a single file of a ControlNet under LDM's names; the workdir
-            of a run of the method control or t2i_adapter, or one of its checkpoints.
+        place: a folder of diffusers; a single file of an IP-Adapter, or of a ControlNet under LDM's
+            names; the workdir of a run of the method control, t2i_adapter or ip_adapter, or one of
+            its checkpoints.
         weights: of a workdir, as `read_workdir` takes it.
 
     Raises:
@@ -64,6 +66,8 @@ def read_control(
         CheckpointError: there is no such checkpoint.
     """
     path, step = paths.to_path(place), None
+    if is_ip_adapter(path):
+        return read_ip_adapter_file(path)
     if folder_kind(path) != "workdir":
         return read_t2i_adapter_files(path) if is_t2i_adapter(path) else read_controlnet_files(path)
     if path.parent.name == "checkpoints" and is_number(path.name):

@@ -15,6 +15,7 @@ import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check, check_size, with_t2i_adapter
+from sdjax.families.beside.unets import plain_unet
 from sdjax.families.family import Context, Model, Networks
 from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
 from sdjax.methods.drawings import caption_pictures
@@ -22,7 +23,7 @@ from sdjax.methods.fields import picture_fields
 from sdjax.methods.method import Batch, Kind, Method, MethodConfig, Setup
 from sdjax.models.params import Params, component, prefixed
 from sdjax.models.t2i_adapter.config import FULL, FULL_XL, KINDS, LIGHT, T2IAdapterConfig
-from sdjax.models.unet_config import DOWN_TYPES, UNetConfig
+from sdjax.models.unet_config import DOWN_TYPES
 from sdjax.sampling.control import Control
 from sdjax.system import paths
 
@@ -55,12 +56,7 @@ def network_config(model: Model, config: T2IAdapterMethodConfig) -> T2IAdapterCo
     Raises:
         UserError: the model has no UNet, or none that such an adapter is for.
     """
-    unet = model.denoiser
-    if not isinstance(unet, UNetConfig):
-        raise UserError(
-            f"method 't2i_adapter' is for UNets, of SD1, SD2 and SDXL; model.family is "
-            f"{model.family.name!r}"
-        )
+    unet = plain_unet(model, "method 't2i_adapter'")
     widths, plain = unet.block_out_channels, unet.down_block_types[0] != DOWN_TYPES[0]
     kind = config.kind or (FULL_XL if plain and len(widths) == 3 else FULL)
     # One map for each level; of SDXL one for the middle too. A light one ends in two of a width.

@@ -1,44 +1,71 @@
-"""ControlNets and T2I-Adapters beside a UNet while pictures are drawn, as diffusers' pipelines do.
+"""Networks that steer a UNet while pictures are drawn, as the pipelines of diffusers have them.
 
 A ControlNet sees its condition picture at every step of its range, a T2I-Adapter once for all of
 them, and what they say is added up. In guess mode ControlNets steer the prompts' half of guidance
-alone.
+alone. An IP-Adapter shows a picture to the UNet's cross-attention, and none to the other half.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families.beside import controlnet, t2i_adapter
-from sdjax.families.beside.controlnet import CONTROLNET
-from sdjax.families.beside.t2i_adapter import T2I_ADAPTER
+from sdjax.families.beside import controlnet, ip_adapter, t2i_adapter
 from sdjax.families.bind import bind
 from sdjax.families.family import Context, Model
 from sdjax.models import weights
 from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.controlnet.network import scaled, total
+from sdjax.models.ip_adapter.config import IPAdapterConfig
+from sdjax.models.ip_adapter.network import together, weighed
 from sdjax.models.params import component
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
 from sdjax.models.t2i_adapter.network import total_maps
 from sdjax.models.unet import Residuals
 from sdjax.sampling.start import Picture
 
-SteeringConfig = ControlNetConfig | T2IAdapterConfig
+SteeringConfig = ControlNetConfig | T2IAdapterConfig | IPAdapterConfig
+
+
+class _Kind(NamedTuple):
+    """A kind of network that steers.
+
+    join: (model, config) -> the model that has it too.
+    check: (model, config, name for messages) raises a UserError unless it is for the model.
+    """
+
+    name: str
+    title: str
+    join: Callable[[Model, Any], Model]
+    check: Callable[[Model, Any, str], None]
+
+
+_KINDS: dict[type, _Kind] = {
+    ControlNetConfig: _Kind(
+        controlnet.CONTROLNET, "a ControlNet", controlnet.with_controlnet, controlnet.check
+    ),
+    T2IAdapterConfig: _Kind(
+        t2i_adapter.T2I_ADAPTER, "a T2I-Adapter", t2i_adapter.with_t2i_adapter, t2i_adapter.check
+    ),
+    IPAdapterConfig: _Kind(
+        ip_adapter.IP_ADAPTER, "an IP-Adapter", ip_adapter.with_ip_adapter, ip_adapter.check
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A ControlNet or a T2I-Adapter to draw with.
+    """A network that steers what is drawn.
 
-    name: the first word of its parameters' paths, and the field of its condition [B, H, W, 3] in
-        [0, 1] among the pictures that a generator gets.
+    name: the first word of its parameters' paths, and the field of what it reads among the pictures
+        that a generator gets: a condition [B, H, W, 3] in [0, 1]; of an IP-Adapter the features of
+        a picture, [B, embedding_dim].
     weight: of what it says; start, stop: shares of the steps between which it says something.
     guess: of a ControlNet, whether it steers the prompts alone, and its finer maps less.
 
@@ -62,14 +89,9 @@ class Control:
             raise UserError(f"{self.title}'s weight is {self.weight}; expected a number")
 
     @property
-    def is_adapter(self) -> bool:
-        """Whether it is a T2I-Adapter."""
-        return isinstance(self.config, T2IAdapterConfig)
-
-    @property
     def title(self) -> str:
         """The kind of network, for messages."""
-        return "a T2I-Adapter" if self.is_adapter else "a ControlNet"
+        return _KINDS[type(self.config)].title
 
     @property
     def pooled(self) -> bool:
@@ -107,7 +129,7 @@ class Control:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Controls:
-    """ControlNets and T2I-Adapters of a model, ready to be given parameters.
+    """The networks that steer a model, ready to be given parameters.
 
     graphs: in the order of `each`.
     """
@@ -124,11 +146,11 @@ class Controls:
     ) -> tuple[Callable[..., jax.Array], Callable[[Context, bool], Any]]:
         """Return a denoiser that is steered, and what puts what they read beside a context.
 
-        The context carries the conditions, of a T2I-Adapter its maps, because guidance repeats it
-        for both of its halves. The flag says whether guidance leads away from the context.
+        The context carries the conditions, and of adapters what they say of them, because guidance
+        repeats it for both of its halves. The flag says whether guidance leads away from it.
 
         Args:
-            denoiser: takes `residuals` and `maps`, as a UNet does.
+            denoiser: takes `residuals`, `maps` and `images`, as a UNet does.
             picture: has the field of each.
             timesteps: of the evaluations of the denoiser, falling.
         """
@@ -137,40 +159,43 @@ class Controls:
             for graph, control in zip(self.graphs, self.each, strict=True)
         ]
         ranges = [control.inside(timesteps) for control in self.each]
-        given = {
-            control.name: network(picture[control.name])
-            if control.is_adapter
-            else picture[control.name]
-            for control, network in zip(self.each, networks, strict=True)
-        }
+        given, away = {}, {}
+        for control, network in zip(self.each, networks, strict=True):
+            name, own = control.name, picture[control.name]
+            runs_once = not isinstance(control.config, ControlNetConfig)
+            given[name] = away[name] = network(own) if runs_once else own
+            if isinstance(control.config, IPAdapterConfig):
+                away[name] = network(jnp.zeros_like(own))
 
         def denoise(xt: jax.Array, t: jax.Array, context: Any, **kw: Any) -> jax.Array:
             text, shown, steered = context
-            residuals, maps = [], []
+            residuals, maps, images = [], [], []
             for control, network, within in zip(self.each, networks, ranges, strict=True):
                 own = shown[control.name]
-                if control.is_adapter:
-                    maps.append(_weighed(control, own, t, within))
-                else:
+                if isinstance(control.config, ControlNetConfig):
                     residuals.append(_spoken(control, network, within, xt, t, text, own, steered))
+                elif isinstance(control.config, T2IAdapterConfig):
+                    weight = _weight(control, t, within)[:, None, None, None]
+                    maps.append([(x * weight).astype(x.dtype) for x in own])
+                else:
+                    images.append(weighed(own, _weight(control, t, within)[:, None, None]))
             kw |= {"residuals": total(residuals)} if residuals else {}
             kw |= {"maps": total_maps(maps)} if maps else {}
+            kw |= {"images": together(images)} if images else {}
             return denoiser(xt, t, text, **kw)
 
         def put(context: Context, negative: bool) -> Any:
             count = len(picture[self.each[0].name])
-            return context, given, jnp.full(count, 0.0 if negative else 1.0)
+            own = away if negative else given
+            return context, own, jnp.full(count, 0.0 if negative else 1.0)
 
         return denoise, put
 
 
-def _weighed(
-    control: Control, maps: Sequence[jax.Array], t: jax.Array, bounds: tuple[float, float] | None
-) -> list[jax.Array]:
-    """The maps of a T2I-Adapter times its weight; zeros outside of its range of timesteps."""
+def _weight(control: Control, t: jax.Array, bounds: tuple[float, float] | None) -> jax.Array:
+    """The weight of what an adapter says, [B]; 0 outside of its range of timesteps."""
     inside = True if bounds is None else (t >= bounds[0]) & (t <= bounds[1])
-    weight = jnp.where(inside, jnp.full(t.shape, control.weight, jnp.float32), 0)
-    return [(x * weight[:, None, None, None]).astype(x.dtype) for x in maps]
+    return jnp.where(inside, jnp.full(t.shape, control.weight, jnp.float32), 0)
 
 
 def _spoken(
@@ -206,10 +231,7 @@ def _within(bounds: tuple[float, float], t: jax.Array, speak: Callable[[], Resid
 
 def check(model: Model, config: SteeringConfig, name: str) -> None:
     """Raise a UserError unless a network steers a model's denoiser; name: for messages."""
-    if isinstance(config, T2IAdapterConfig):
-        t2i_adapter.check(model, config, name)
-    else:
-        controlnet.check(model, config, name)
+    _KINDS[type(config)].check(model, config, name)
 
 
 def bind_controls(model: Model, controls: Sequence[Control], dtype: str) -> Controls:
@@ -220,9 +242,7 @@ def bind_controls(model: Model, controls: Sequence[Control], dtype: str) -> Cont
     """
     graphs = []
     for control in controls:
-        if isinstance(control.config, T2IAdapterConfig):
-            name, whole = T2I_ADAPTER, t2i_adapter.with_t2i_adapter(model, control.config)
-        else:
-            name, whole = CONTROLNET, controlnet.with_controlnet(model, control.config)
-        graphs.append(bind(whole, (name,), dtype=dtype).graphs[name])
+        kind = _KINDS[type(control.config)]
+        whole = kind.join(model, control.config)
+        graphs.append(bind(whole, (kind.name,), dtype=dtype).graphs[kind.name])
     return Controls(tuple(controls), tuple(graphs))

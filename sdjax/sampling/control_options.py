@@ -13,6 +13,7 @@ import numpy as np
 from sdjax.errors import UserError
 from sdjax.families.beside.controlnet import CONTROLNET
 from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check_size
+from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import prefixed
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
 from sdjax.sampling.control import Control, SteeringConfig, check
@@ -41,7 +42,7 @@ class Read(Protocol):
         """
 
 
-def parse(text: str) -> Asked:
+def parse(text: str, option: str = "--controlnet") -> Asked:
     """Return what "DIR[:WEIGHT[:START:END]]" asks for; a path that exists is one, as it stands.
 
     Raises:
@@ -55,8 +56,8 @@ def parse(text: str) -> Asked:
         return Asked(place, *numbers)  # type: ignore[arg-type]
     if len(numbers) >= 2 and None not in numbers[-2:]:
         raise UserError(
-            f"--controlnet={text} ends in two numbers; expected DIR, DIR:WEIGHT or "
-            "DIR:WEIGHT:START:END"
+            f"{option}={text} ends in two numbers; expected PLACE, PLACE:WEIGHT or "
+            "PLACE:WEIGHT:START:END"
         )
     if numbers and numbers[-1] is not None:
         return Asked(text.rpartition(":")[0], numbers[-1])
@@ -74,7 +75,6 @@ def with_controls(
     request: SamplingRequest,
     options: Sequence[str],
     images: Sequence[str],
-    *,
     guess: bool,
     read: Read,
 ) -> SamplingRequest:
@@ -92,11 +92,13 @@ def with_controls(
         return request
     factor, count = request.model.vae.downscale, len(request.texts)
     size = request.shape[0] * factor, request.shape[1] * factor
-    chosen = _of_each(images, len(options), count)
+    chosen = of_each(images, len(options), count)
     controls: list[Control] = []
     picture, params = dict(request.picture), dict(request.params)
     for i, (asked, files) in enumerate(zip(map(parse, options), chosen, strict=True)):
         config, own = read(asked.place)
+        if isinstance(config, IPAdapterConfig):
+            raise UserError(f"--controlnet={asked.place} is an IP-Adapter; give it as --ip_adapter")
         check(request.model, config, f"--controlnet={asked.place}")
         is_adapter = isinstance(config, T2IAdapterConfig)
         if isinstance(config, T2IAdapterConfig):
@@ -123,30 +125,41 @@ def _check(options: Sequence[str], images: Sequence[str], guess: bool) -> None:
         raise UserError("--controlnet takes a picture that steers; give --control_image=FILE")
 
 
-def _of_each(images: Sequence[str], networks: int, count: int) -> list[Sequence[str]]:
-    """The files of each network: one for all prompts, or one for each."""
+def of_each(
+    images: Sequence[str],
+    networks: int,
+    count: int,
+    *,
+    options: tuple[str, str] = ("--control_image", "--controlnet"),
+) -> list[Sequence[str]]:
+    """Return the files of each network: one for all prompts, or one for each.
+
+    Args:
+        options: of files and networks, for messages.
+
+    Raises:
+        UserError: there are neither as many.
+    """
     if len(images) == networks:
         return [[file] for file in images]
     if len(images) == networks * count:
         return [images[i * count : (i + 1) * count] for i in range(networks)]
     raise UserError(
-        f"--control_image is given {len(images)} times for {networks} of --controlnet and {count} "
+        f"{options[0]} is given {len(images)} times for {networks} of {options[1]} and {count} "
         f"prompts; expected {networks}, or {networks * count}: those of the first network, then of "
         "the next"
     )
 
 
 def control_settings(args: argparse.Namespace, *, number: int, count: int) -> dict[str, Any]:
-    """Return the settings that the file of a picture carries of the options above.
+    """Return the settings that the file of a picture carries of what steers it.
 
     Args:
         number: of the picture, among `count`.
     """
-    if not args.controlnet:
-        return {}
-    chosen = _of_each(args.control_image, len(args.controlnet), count)
-    return {
-        "controlnet": args.controlnet,
-        "control_image": [files[number % len(files)] for files in chosen],
-        "guess_mode": args.guess_mode,
-    }
+    found: dict[str, Any] = {}
+    for network, image in (("controlnet", "control_image"), ("ip_adapter", "ip_image")):
+        if given := getattr(args, network):
+            chosen = of_each(getattr(args, image), len(given), count)
+            found |= {network: given, image: [files[number % len(files)] for files in chosen]}
+    return found | ({"guess_mode": args.guess_mode} if args.controlnet else {})

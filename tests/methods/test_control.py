@@ -250,7 +250,7 @@ def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, c
     values = json.loads((whole / "config.json").read_text())
     values["method"] = {"name": "denoise"}
     (tmp_path / "other" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="the method 'denoise', which trains no ControlNet"):
+    with pytest.raises(ModelError, match="the method 'denoise', which trains no network"):
         read_control(tmp_path / "other")
 
 

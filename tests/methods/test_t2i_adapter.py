@@ -178,7 +178,7 @@ def test_a_workdir_is_an_adapter(whole, tiny_model, tmp_path, capsys):
     values = json.loads((whole / "config.json").read_text())
     values["method"] = {"name": "denoise"}
     (tmp_path / "other" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="'denoise', which trains no ControlNet and no T2I"):
+    with pytest.raises(ModelError, match="'denoise', which trains no network"):
         read_control(tmp_path / "other")
 
 

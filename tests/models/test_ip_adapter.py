@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sdjax.families import sd, sdxl
+from sdjax.families.beside.ip_adapter import crossings
 from sdjax.models import weights
-from sdjax.models.ip_adapter.config import IPAdapterConfig, widths_of
+from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.ip_adapter.network import IPAdapter, together, weighed
 from sdjax.models.unet import UNet, UNetConfig
 from tests.models.test_controlnet import SD1, XL, inputs
@@ -18,6 +19,10 @@ PUBLISHED = {  # UNet, features of the tower, layers, parameters
     "sd1": (UNetConfig(), 1024, 16, 22_319_616),
     "sdxl": (sdxl.UNET_SDXL, 1280, 70, 351_285_248),
 }
+
+
+def widths_of(unet):
+    return tuple(width for _, width in crossings(unet))
 
 
 def config_of(unet, dim=12, tokens=4):
@@ -134,6 +139,7 @@ def test_parameters_of_published_networks_are_as_many_as_theirs(case):
     names = [n for n in theirs.attn_processors if n.endswith("attn2.processor")]
     wide = [theirs.get_submodule(n.removesuffix(".processor")).inner_dim for n in names]
     assert wide == list(config.widths)
+    assert [f"{path}.processor" for path, _ in crossings(unet)] == names
 
 
 def test_sd2_has_the_layers_of_its_unet():

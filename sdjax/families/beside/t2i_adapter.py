@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sdjax.errors import UserError
+from sdjax.families.beside.unets import plain_unet
 from sdjax.families.family import Family, Model, Part
 from sdjax.families.sd import SD
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
@@ -59,12 +60,7 @@ def check(model: Model, config: T2IAdapterConfig, name: str) -> None:
     Raises:
         UserError: naming the maps that differ.
     """
-    unet = model.denoiser
-    if not isinstance(unet, UNetConfig):
-        raise UserError(
-            f"{name} steers a UNet, of SD1, SD2 or SDXL; the model is of the family "
-            f"{model.family.name!r}, which has none"
-        )
+    unet = plain_unet(model, name)
     wanted = places(unet, model.vae.downscale)
     if config.maps != wanted[: len(config.maps)]:
         raise UserError(

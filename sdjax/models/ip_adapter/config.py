@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from sdjax.models.config import check, check_bounds
-from sdjax.models.unet_config import DOWN_TYPES, UP_TYPES, UNetConfig
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "embedding_dim": (1, 65_536),
@@ -40,17 +39,3 @@ class IPAdapterConfig:
         check_bounds(self, _BOUNDS)
         count = len(self.widths)
         check(1 <= count <= _MOST_LAYERS, "widths", count, f"1 to {_MOST_LAYERS:,} of them")
-
-
-def widths_of(unet: UNetConfig) -> tuple[int, ...]:
-    """Return the width of each cross-attention of a UNet; see `IPAdapterConfig.widths`."""
-    channels, layers = unet.block_out_channels, unet.layers_per_block
-    last = len(channels) - 1
-    found: list[int] = []
-    for level, kind in enumerate(unet.down_block_types):
-        if kind == DOWN_TYPES[0]:
-            found += [channels[level]] * (layers * unet.depth(level))
-    for i, kind in enumerate(unet.up_block_types):
-        if kind == UP_TYPES[0]:
-            found += [channels[last - i]] * ((layers + 1) * unet.depth(last - i))
-    return (*found, *[channels[-1]] * unet.depth(last))

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from sdjax.models import capture
 from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.layers import Array, Dtype, LayerNorm, linear
 from sdjax.models.placement import activation
@@ -41,7 +42,8 @@ class ImageAttention(nnx.Module):
         self.to_v_ip = linear(width_in, width, bias=False, **kw)
 
     def __call__(self, tokens: Array) -> tuple[Array, Array]:
-        return self.to_k_ip(tokens), self.to_v_ip(tokens)
+        keys, values = self.to_k_ip(tokens), self.to_v_ip(tokens)
+        return capture.output(self, keys, values), values
 
 
 class IPAdapter(nnx.Module):
