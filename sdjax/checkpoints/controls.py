@@ -9,7 +9,7 @@ import numpy as np
 
 from sdjax.checkpoints.workdir import read_run_config, trained_params
 from sdjax.errors import UserError
-from sdjax.families.beside import controlnet, t2i_adapter
+from sdjax.families.beside import controlnet, ip_adapter, t2i_adapter
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model, Part
 from sdjax.families.registry import model_of
@@ -19,6 +19,7 @@ from sdjax.formats.ip_adapter import is_ip_adapter, read_ip_adapter_file
 from sdjax.formats.t2i_adapter import is_t2i_adapter, read_t2i_adapter_files
 from sdjax.machine_settings import of_model
 from sdjax.methods import control
+from sdjax.methods import ip_adapter as ip_method
 from sdjax.methods import t2i_adapter as t2i_method
 from sdjax.models.params import component
 from sdjax.models.weights import WeightsError, check_finite
@@ -46,6 +47,9 @@ _METHODS = {
     ),
     t2i_method.T2IAdapterMethodConfig: _Trained(
         t2i_adapter.T2I_ADAPTER, t2i_adapter.PART, t2i_method.network_config
+    ),
+    ip_method.IPAdapterMethodConfig: _Trained(
+        ip_adapter.IP_ADAPTER, ip_adapter.PART, ip_method.network_config
     ),
 }
 

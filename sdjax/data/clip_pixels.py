@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from sdjax.errors import UserError
 from sdjax.system import untrusted
@@ -27,15 +26,16 @@ def clip_pixels(
 ) -> jax.Array:
     """Return the middle square of pictures [B, H, W, 3] in [0, 1], [B, side, side, 3] normalised.
 
-    Pillow's bicubic filter, which has Keys' coefficient -1/2 and a wider support where it makes a
-    picture smaller; without its rounding to whole numbers.
+    Pillow's bicubic filter: Keys' coefficient -1/2, a wider support where it makes a picture
+    smaller, rows first and clipped between; without its rounding to whole numbers.
     """
     height, width = images.shape[1:3]
     short = min(height, width)
     top, left = (height - short) // 2, (width - short) // 2
-    middle = images[:, top : top + short, left : left + short]
-    shape = (len(images), side, side, images.shape[3])
-    x = jnp.clip(jax.image.resize(middle, shape, "cubic"), 0.0, 1.0)
+    x = images[:, top : top + short, left : left + short]
+    for shape in ((short, side), (side, side)):
+        x = jax.image.resize(x, (len(x), *shape, x.shape[-1]), "cubic")
+        x = jnp.clip(x, 0.0, 1.0)
     return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
@@ -62,6 +62,8 @@ class ClipPreprocess:
         Raises:
             UserError: a field is not valid; the message names it.
         """
+        from PIL.Image import Resampling
+
         try:
             crop = data.get("crop_size", 224) if data.get("do_center_crop", True) else None
             size = data.get("size", 224) if data.get("do_resize", True) else None
@@ -76,7 +78,7 @@ class ClipPreprocess:
                 mean=tuple(map(float, data.get("image_mean", CLIP_MEAN))) if normalize else (0.0,),
                 std=tuple(map(float, data.get("image_std", CLIP_STD))) if normalize else (1.0,),
             )
-            Image.Resampling(found.resample)
+            Resampling(found.resample)
             found._check_numbers()
         except untrusted.damage() as error:
             raise UserError(
@@ -116,6 +118,8 @@ class ClipPreprocess:
             return np.stack(list(pool.map(self._pixels, images)))
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:
+        from PIL import Image  # here, as a step of training needs none
+
         height, width = image.shape[:2]
         if self.size is not None:
             if isinstance(self.size, int):

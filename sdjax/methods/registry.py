@@ -10,6 +10,7 @@ from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
 from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.inpaint import INPAINT
+from sdjax.methods.ip_adapter import IP
 from sdjax.methods.method import Kind
 from sdjax.methods.t2i_adapter import T2I
 
@@ -22,5 +23,6 @@ METHODS: dict[str, Kind] = {
     "adapters": ADAPTERS,
     "control": CONTROL,
     "t2i_adapter": T2I,
+    "ip_adapter": IP,
     "embedding": EMBEDDING,
 }
