@@ -233,6 +233,7 @@ def make(setup: Setup) -> Method:
         maxima=sees(diffusion.maxima),
         predictions=method.predictions and sees(diffusion.predictions),
         start=start,
+        brought={IMAGE_ENCODER: ("method.image_encoder_from", config.image_encoder_from)},
         export=export,
     )
 

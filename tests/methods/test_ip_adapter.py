@@ -13,7 +13,7 @@ from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.checkpoint import restore_params
 from sdjax.checkpoints.controls import read_control
 from sdjax.checkpoints.references import read_references
-from sdjax.checkpoints.workdir import read_workdir
+from sdjax.checkpoints.workdir import bundle, read_workdir
 from sdjax.config import default, resolve
 from sdjax.config_model import method_of_run
 from sdjax.data.pipeline import make_iterator
@@ -24,7 +24,7 @@ from sdjax.formats.image_encoder import read_image_encoder
 from sdjax.methods.ip_adapter import IPAdapterMethodConfig, dropped
 from sdjax.methods.method import Draw
 from sdjax.models.params import component
-from sdjax.models.weights import load_file
+from sdjax.models.weights import load_file, save_file
 from sdjax.train import loop, startup
 from tests.conftest import make_tiny_config, randomise
 from tests.methods.runs import begun_from, broken_off
@@ -161,15 +161,40 @@ def test_a_run_broken_off_goes_on_to_the_same_bits(config, whole, tmp_path):
     assert left.read_bytes() == right.read_bytes()
 
 
-def test_the_workdir_holds_adapter_and_tower_and_refers_to_the_rest(whole, tower):
-    assert set(read_references(whole)) == {"unet", "vae", "text_encoder"}
+def test_the_workdir_holds_the_adapter_and_refers_to_the_rest(whole, tower):
+    references = read_references(whole)
+    assert set(references) == {"unet", "vae", "text_encoder", "image_encoder"}
+    assert references["image_encoder"].path == str(tower)
+    assert not (whole / "frozen.safetensors").exists()
     state = restore_params(whole, "params", 2)
     assert {path.split(".")[0] for path in state} == {IP_ADAPTER}
-    kept = load_file(whole / "frozen.safetensors")
-    assert {path.split(".")[0] for path in kept} == {"image_encoder"}
+    assert set(read_workdir(whole).networks) == {"unet", "vae", "text_encoder"}
+
+
+def test_a_run_follows_its_tower_to_another_folder_and_refuses_another_tower(
+    config, whole, tower, tmp_path
+):
+    moved = config.copy_and_resolve_references()
+    moved.method.image_encoder_from = str(shutil.copytree(tower, tmp_path / "tower"))
+    again = broken_off(whole, tmp_path / "run", 1)
+    shutil.rmtree(again / "ip_adapter")
+    assert loop.run(resolve(moved), str(again)) == loop.DONE
+    assert read_references(again)["image_encoder"].path == str(tmp_path / "tower")
+    left, right = (f / "ip_adapter" / "ip_adapter.safetensors" for f in (whole, again))
+    assert left.read_bytes() == right.read_bytes()
+    file = tmp_path / "tower" / "model.safetensors"
+    save_file({n: 2 * v for n, v in load_file(file).items()}, file)
+    other = broken_off(whole, tmp_path / "other", 1)
+    with pytest.raises(UserError, match="image_encoder"):
+        loop.run(resolve(moved), str(other))
+
+
+def test_a_bundled_workdir_holds_the_tower(whole, tower, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert set(bundle(tmp_path / "run")) == {"unet", "vae", "text_encoder", "image_encoder"}
+    kept = load_file(tmp_path / "run" / "frozen.safetensors")
     for path, value in read_image_encoder(tower).params.items():
         np.testing.assert_array_equal(kept[f"image_encoder.{path}"], value)
-    assert set(read_workdir(whole).networks) == {"unet", "vae", "text_encoder"}
 
 
 def test_a_workdir_is_an_adapter_that_draws(whole, tower, tiny_model, tmp_path):
