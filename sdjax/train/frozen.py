@@ -167,7 +167,7 @@ def _moved(
 
 
 def _named(config: Config, field: str) -> str:
-    """What a field of a recipe says, by its dotted name."""
+    """The place that a field of a recipe names; the field by its dotted name."""
     return functools.reduce(getattr, field.split("."), config)  # type: ignore[return-value]
 
 
