@@ -13,7 +13,8 @@ from sdjax.families.registry import FAMILIES, NETWORKS
 # Of adapters, words and control networks: which arrays are trained, and what they mean.
 _OF_ARRAYS = (
     "kind rank ranks alpha alphas rank_stabilized targets text_targets factor full_matrix "
-    "tokens vectors widths channel_order pooled res_blocks grey embedding_dim image_tokens"
+    "tokens vectors widths channel_order pooled res_blocks grey embedding_dim image_tokens "
+    "resampler_layers resampler_width"
 ).split()
 # Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
 # the data would no longer mean the same. Shell patterns on dotted names. What else changes the

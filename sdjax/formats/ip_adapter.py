@@ -3,6 +3,7 @@
     image_proj.proj.weight [T D, E]   image_proj.norm.weight [D]   (and biases)
     ip_adapter.N.to_k_ip.weight [C, D]   ip_adapter.N.to_v_ip.weight
 
+of the plain form; of Plus image_proj.latents [1, T, W] and a resampler in place of the first line.
 N = 1, 3, 5, ... counts the attention layers of diffusers' `attn_processors`, of which every second
 is a cross-attention. A .bin has two dictionaries with these names, without the first word.
 """
@@ -33,12 +34,12 @@ from sdjax.system.untrusted import explained
 
 FILE = "ip_adapter.safetensors"
 _PARTS = ("image_proj", "ip_adapter")
-# Weights that other kinds have instead of `image_proj.proj.weight`.
+# Weights that kinds have which are not read.
 _OTHERS = {
-    "image_proj.latents": "an IP-Adapter Plus, with a resampler",
     "image_proj.proj.0.weight": "an IP-Adapter Full Face or FaceID, with layers of its own",
     "image_proj.perceiver_resampler.proj_in.weight": "an IP-Adapter FaceID Plus",
 }
+_RESAMPLED = re.compile(r"image_proj\.layers\.(\d{1,3})\.")
 _EVEN = "even:"
 _LAYER = re.compile(r"ip_adapter\.(\d{1,5})\.(to_[kv]_ip\.weight)")
 
@@ -91,12 +92,7 @@ def _config(file: paths.Path, tensors: Mapping[str, np.ndarray]) -> IPAdapterCon
                 f"{file} is {kind}, which sdjax does not read; take a plain one, as "
                 "ip-adapter_sd15.safetensors is"
             )
-    proj, norm = (tensors.get(f"image_proj.{n}.weight") for n in ("proj", "norm"))
-    if proj is None or norm is None or proj.ndim != 2 or norm.ndim != 1 or not norm.size:
-        raise ModelError(
-            f"{file} has no image_proj.proj.weight [T D, E] and image_proj.norm.weight [D], as "
-            "files of IP-Adapters have them"
-        )
+    shape = _projection(file, {n: v.shape for n, v in tensors.items()})
     found = {
         int(match[1]): value
         for name, value in tensors.items()
@@ -108,14 +104,35 @@ def _config(file: paths.Path, tensors: Mapping[str, np.ndarray]) -> IPAdapterCon
             "expected N = 1, 3, 5, ..."
         )
     try:
-        return IPAdapterConfig(
-            embedding_dim=proj.shape[1],
-            cross_attention_dim=norm.size,
-            tokens=proj.shape[0] // norm.size,
-            widths=tuple(found[number].shape[0] for number in sorted(found)),
-        )
+        widths = tuple(found[number].shape[0] for number in sorted(found))
+        return IPAdapterConfig(**shape, widths=widths)
     except ValueError as error:
         raise ModelError(f"{file}: {error}") from error
+
+
+def _projection(file: paths.Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The fields of a config that follow from what makes the tokens."""
+
+    def shape(name: str, count: int) -> tuple[int, ...]:
+        found = shapes.get(f"image_proj.{name}", ())
+        if len(found) != count or not all(found):
+            raise ModelError(
+                f"{file} has no image_proj.{name} of {count} axes, as files of IP-Adapters have it"
+            )
+        return found
+
+    if "image_proj.latents" not in shapes:
+        (rows, dim), (width,) = shape("proj.weight", 2), shape("norm.weight", 1)
+        return {"embedding_dim": dim, "cross_attention_dim": width, "tokens": rows // width}
+    _, tokens, own = shape("latents", 3)
+    layers = {m[1] for name in shapes if (m := _RESAMPLED.match(name))}
+    return {
+        "embedding_dim": shape("proj_in.weight", 2)[1],
+        "cross_attention_dim": shape("proj_out.weight", 2)[0],
+        "tokens": tokens,
+        "resampler_layers": len(layers),
+        "resampler_width": own,
+    }
 
 
 def _ours(name: str) -> str:

@@ -24,6 +24,8 @@ from sdjax.families.beside.ip_adapter import (
     IP_ADAPTER,
     check_encoder,
     crossings,
+    features,
+    no_features,
     with_ip_adapter,
 )
 from sdjax.families.beside.unets import plain_unet
@@ -55,12 +57,12 @@ from sdjax.methods.method import (
 from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import Params, component, prefixed
 from sdjax.parallel.sharding import to_host
-from sdjax.sampling.control import Control
+from sdjax.sampling.control import Control, nothing_of
 from sdjax.sampling.generate import to_uint8
 from sdjax.system import paths
 
 REFERENCE = "reference"  # the picture of data.images that is seen, instead of the main one
-FEATURES = "image_features"  # of a batch, [b, embedding_dim]
+FEATURES = "image_features"  # of a batch, [b, (N,) embedding_dim]
 FOLDER = "ip_adapter"  # in the workdir, at the end
 
 
@@ -74,8 +76,11 @@ class IPAdapterMethodConfig(MethodConfig):
 
     name: str = "ip_adapter"
     image_encoder_from: str = ""  # the folder of a CLIP image tower, which is not trained
-    embedding_dim: int = 1024  # its projection_dim: 1024 of ViT-H/14, 1280 of ViT-bigG/14
-    image_tokens: int = 4  # words that a picture becomes
+    # Its projection_dim: 1024 of ViT-H/14, 1280 of ViT-bigG/14. With a resampler its hidden_size.
+    embedding_dim: int = 1024
+    image_tokens: int = 4  # words that a picture becomes; published Plus has 16
+    resampler_layers: int = 0  # of IP-Adapter Plus, which sees patches: 4; 0 is the plain form
+    resampler_width: int = 0  # of these, a multiple of 64; 0 is the width of the text features
     image_dropout: float = 0.05  # share of examples that lose their picture alone
     both_dropout: float = 0.05  # share of those that lose picture and caption
     adapter_from: str = ""  # a file to go on with; "" starts with the UNet's own keys and values
@@ -97,9 +102,15 @@ def network_config(model: Model, config: IPAdapterMethodConfig) -> IPAdapterConf
     """
     unet = plain_unet(model, "method 'ip_adapter'")
     widths = tuple(width for _, width in crossings(unet))
+    layers, width = config.resampler_layers, config.resampler_width
     try:
         return IPAdapterConfig(
-            config.embedding_dim, unet.cross_attention_dim, config.image_tokens, widths
+            config.embedding_dim,
+            unet.cross_attention_dim,
+            config.image_tokens,
+            widths,
+            resampler_layers=layers,
+            resampler_width=width or (unet.cross_attention_dim if layers else 0),
         )
     except ValueError as error:
         raise UserError(f"method: {error}") from error
@@ -136,8 +147,14 @@ class Seen:
         # The main picture is in [-1, 1], a condition in [0, 1].
         images = batch[REFERENCE] if REFERENCE in batch else batch["image"] / 2 + 0.5
         pixels = clip_pixels(images, side, mean=self.preprocess.mean, std=self.preprocess.std)
-        made = self.networks.module(IMAGE_ENCODER, every)(pixels)
+        tower = self.networks.module(IMAGE_ENCODER, every)
+        made = features(self.networks.configs[IP_ADAPTER], tower, pixels)
         return {**batch, FEATURES: jax.lax.stop_gradient(made)}
+
+    def nothing(self, every: Params) -> jax.Array:
+        """Return the features of no picture, [1, ...]."""
+        tower = self.networks.module(IMAGE_ENCODER, every)
+        return jax.lax.stop_gradient(no_features(self.networks.configs[IP_ADAPTER], tower))
 
 
 def dropped(config: IPAdapterMethodConfig, captions: float, keys: jax.Array) -> jax.Array:
@@ -180,8 +197,8 @@ def first_values(
     if found_config != network:
         raise UserError(
             f"method.adapter_from={config.adapter_from} is of another shape than the recipe's: "
-            f"{found_config}, not {network}; embedding_dim and tokens are method.embedding_dim and "
-            "image_tokens, the rest is the UNet's"
+            f"{found_config}, not {network}; tokens is method.image_tokens, embedding_dim and "
+            "those of the resampler are fields of the method too, and the rest is the UNet's"
         )
     return prefixed(params, IP_ADAPTER)
 
@@ -267,9 +284,11 @@ def _loss(diffusion: LatentDiffusion, seen: Seen) -> Callable[..., tuple[jax.Arr
     def loss(
         trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
     ) -> tuple[jax.Array, Aux]:
-        shown = dict(seen({**frozen, **trained}, batch))
-        gone = dropped(config, captions, draw.keys)[:, None]
-        shown[FEATURES] = jnp.where(gone, 0.0, shown[FEATURES])
+        every = {**frozen, **trained}
+        shown = dict(seen(every, batch))
+        gone = dropped(config, captions, draw.keys)
+        gone = gone.reshape(-1, *[1] * (shown[FEATURES].ndim - 1))  # [b, 1, ...]
+        shown[FEATURES] = jnp.where(gone, seen.nothing(every), shown[FEATURES])
         return diffusion.loss(trained, frozen, averages, shown, draw)
 
     return loss
@@ -278,7 +297,7 @@ def _loss(diffusion: LatentDiffusion, seen: Seen) -> Callable[..., tuple[jax.Arr
 def _pictures(setup: Setup, network: IPAdapterConfig, seen: Seen) -> Pictures:
     """Drawing that shows what is seen on the left, and the result on the right."""
     drawn = make_drawing(setup, (Control(IP_ADAPTER, network),))
-    features = jax.jit(lambda params, batch: seen(params, batch)[FEATURES])
+    read = jax.jit(lambda params, batch: (seen(params, batch)[FEATURES], seen.nothing(params)))
 
     def pictures(
         params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
@@ -286,7 +305,9 @@ def _pictures(setup: Setup, network: IPAdapterConfig, seen: Seen) -> Pictures:
         named = examples.named.get(REFERENCE)
         batch = {"image": examples.images} if named is None else {REFERENCE: named}
         own = {path: v for path, v in params.items() if path.startswith(f"{IMAGE_ENCODER}.")}
-        picture = {IP_ADAPTER: to_host(features(own, batch))}
+        made, none = map(to_host, read(own, batch))
+        none = np.repeat(none, len(made), axis=0)
+        picture = {IP_ADAPTER: made, nothing_of(IP_ADAPTER): none}
         images = drawn(params, examples, seed, guided=guided, picture=picture)
         left = examples.images / 2 + 0.5 if named is None else named
         return np.concatenate([to_uint8(left), images], axis=2)

@@ -149,10 +149,21 @@ class CLIPVision(nnx.Module):
         Args:
             pixels: [B, image_size, image_size, 3], normalised.
         """
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        for layer in self.encoder.layers:
-            x = rematerialised(layer, self.remat, level="block")(x)
+        x = self._run(pixels, len(self.encoder.layers))
         return self.visual_projection(self.post_layernorm(x[:, 0])).astype(jnp.float32)
+
+    def patches(self, pixels: Array) -> Array:
+        """What the last layer but one says of the class token and the patches, [B, 1 + N, D].
+
+        transformers' `hidden_states[-2]`; arguments as above.
+        """
+        return self._run(pixels, len(self.encoder.layers) - 1)
+
+    def _run(self, pixels: Array, layers: int) -> Array:
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder.layers[:layers]:
+            x = rematerialised(layer, self.remat, level="block")(x)
+        return x
 
 
 class PatchEmbeddings(nnx.Module):

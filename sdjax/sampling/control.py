@@ -59,13 +59,18 @@ _KINDS: dict[type, _Kind] = {
 }
 
 
+def nothing_of(name: str) -> str:
+    """Return the field with the features of no picture, for the IP-Adapter of this name."""
+    return f"{name}_nothing"
+
+
 @dataclasses.dataclass(frozen=True)
 class Control:
     """A network that steers what is drawn.
 
     name: the first word of its parameters' paths, and the field of what it reads among the pictures
         that a generator gets: a condition [B, H, W, 3] in [0, 1]; of an IP-Adapter the features of
-        a picture, [B, embedding_dim].
+        a picture, [B, (N,) embedding_dim], with those of none beside them, see `nothing_of`.
     weight: of what it says; start, stop: shares of the steps between which it says something.
     guess: of a ControlNet, whether it steers the prompts alone, and its finer maps less.
 
@@ -165,7 +170,7 @@ class Controls:
             runs_once = not isinstance(control.config, ControlNetConfig)
             given[name] = away[name] = network(own) if runs_once else own
             if isinstance(control.config, IPAdapterConfig):
-                away[name] = network(jnp.zeros_like(own))
+                away[name] = network(picture[nothing_of(name)])
 
         def denoise(xt: jax.Array, t: jax.Array, context: Any, **kw: Any) -> jax.Array:
             text, shown, steered = context

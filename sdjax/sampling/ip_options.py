@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families.beside.ip_adapter import IP_ADAPTER, check_encoder
+from sdjax.families.beside.ip_adapter import IP_ADAPTER, check_encoder, features, no_features
 from sdjax.formats.image_encoder import ImageEncoder, read_image_encoder
 from sdjax.models import weights
 from sdjax.models.clip_vision import CLIPVision
 from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import prefixed
-from sdjax.sampling.control import Control, check
+from sdjax.sampling.control import Control, check, nothing_of
 from sdjax.sampling.control_options import Read, of_each, parse
 from sdjax.sampling.pictures import read_picture
 from sdjax.sampling.request import SamplingRequest
@@ -58,23 +58,32 @@ def with_ip_adapters(
         control = Control(name, config, asked.weight, asked.start, asked.stop)
         control.inside(request.plan.timesteps)  # a range without a step is an error now
         controls.append(control)
-        made = features(tower, files)
+        made, none = seen(config, tower, files)
         picture[name] = made if len(made) == count else np.repeat(made, count, axis=0)
+        picture[nothing_of(name)] = np.repeat(none, count, axis=0)
         params |= {path: jnp.asarray(value) for path, value in prefixed(own, name).items()}
     return dataclasses.replace(request, controls=tuple(controls), picture=picture, params=params)
 
 
-def features(tower: ImageEncoder, files: Sequence[str]) -> np.ndarray:
-    """Return what an image tower says of pictures, float32 [N, projection_dim].
+def seen(
+    config: IPAdapterConfig, tower: ImageEncoder, files: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what an IP-Adapter reads of pictures, [N, ...], and of none, [1, ...].
 
     Raises:
         UserError: a file is no picture.
     """
     pictures = [np.asarray(read_picture("--ip_image", file, None)) for file in files]
-    pixels = [tower.preprocess.pixels(picture[None])[0] for picture in pictures]
+    pixels = np.stack([tower.preprocess.pixels(picture[None])[0] for picture in pictures])
     graph, _ = weights.abstract(CLIPVision, tower.config)
-    run = jax.jit(lambda params, x: weights.merge(graph, params)(x))
-    return np.asarray(run(tower.params, np.stack(pixels)))
+
+    @jax.jit
+    def run(params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        network = weights.merge(graph, params)
+        return features(config, network, x), no_features(config, network)
+
+    made, none = run(tower.params, pixels)
+    return np.asarray(made), np.asarray(none)
 
 
 def _check(options: Sequence[str], images: Sequence[str], encoder: str | None) -> None:

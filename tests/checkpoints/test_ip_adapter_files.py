@@ -1,5 +1,6 @@
 """Files of IP-Adapters and folders of image towers, there and back, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,16 +14,23 @@ from sdjax.formats.ip_adapter import read_ip_adapter_file, write_ip_adapter
 from sdjax.models import weights
 from sdjax.models.clip_vision import CLIPVision
 from sdjax.models.ip_adapter.config import IPAdapterConfig
-from sdjax.models.weights import load_file, save_file
+from sdjax.models.weights import load_file, save_file, to_diffusers
 
 CONFIG = IPAdapterConfig(12, 24, 4, (16, 16, 32, 16, 32))
 
 
+PLUS = dataclasses.replace(CONFIG, tokens=5, resampler_layers=2, resampler_width=64)
+
+
+def random_params(config):
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(PART, config)
+    return {p: rng.normal(size=v.shape).astype(np.float32) for p, v in shapes.items()}
+
+
 @pytest.fixture
 def params():
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(PART, CONFIG)
-    return {p: rng.normal(size=v.shape).astype(np.float32) for p, v in shapes.items()}
+    return random_params(CONFIG)
 
 
 def assert_equal(found, expected):
@@ -44,6 +52,19 @@ def test_a_file_has_the_names_of_the_authors_and_is_read_back(params, tmp_path):
     assert_equal(back, params)
 
 
+def test_a_file_of_plus_has_the_names_of_the_authors_and_is_read_back(tmp_path):
+    params = random_params(PLUS)
+    stored = load_file(write_ip_adapter(tmp_path, params))
+    shapes = {n: v.shape for n, v in stored.items() if n.startswith("image_proj.")}
+    assert shapes["image_proj.latents"] == (1, 5, 64)
+    assert shapes["image_proj.layers.1.0.to_kv.weight"] == (128, 64)
+    assert shapes["image_proj.layers.1.1.1.weight"] == (256, 64)
+    assert shapes["image_proj.layers.1.1.3.weight"] == (64, 256)
+    config, back = read_ip_adapter_file(tmp_path / "ip_adapter.safetensors")
+    assert config == PLUS
+    assert_equal(back, params)
+
+
 def test_a_file_of_pytorch_is_read(params, tmp_path):
     torch = pytest.importorskip("torch")
     stored = load_file(write_ip_adapter(tmp_path, params))
@@ -61,7 +82,12 @@ def test_files_that_are_no_plain_ip_adapter_are_refused(params, tmp_path):
     stored = load_file(write_ip_adapter(tmp_path, params))
     key = "ip_adapter.3.to_v_ip.weight"
     cases = {
-        "an IP-Adapter Plus, with a resampler": {"image_proj.latents": np.zeros((1, 4, 8))},
+        "no image_proj.latents of 3 axes": {"image_proj.latents": np.zeros(3)},
+        "multiple of 64": {
+            n: np.zeros((1, 4, 8)) if n.endswith("latents") else v
+            for n, v in to_diffusers(random_params(PLUS)).items()
+            if not n.startswith("ip_adapter.")
+        } | {n: v for n, v in stored.items() if n.startswith("ip_adapter.")},
         "FaceID, with layers": {**stored, "image_proj.proj.0.weight": np.zeros((4, 4))},
         "has no image_proj.proj.weight": {"a": np.zeros(3)},
         f"missing: {key}": {n: v for n, v in stored.items() if n != key},
@@ -112,6 +138,11 @@ def test_a_tower_of_transformers_gives_the_same_features(whole, tmp_path):
     assert not read_image_encoder(tmp_path, with_weights=False).params
     graph, _ = weights.abstract(CLIPVision, encoder.config)
     found = weights.merge(graph, encoder.params)(pixels)
+    np.testing.assert_allclose(found, want.numpy(), atol=2e-5 * float(want.abs().max()))
+    with torch.no_grad():
+        vision = made.vision_model(given, output_hidden_states=True)
+    want = vision.hidden_states[-2]
+    found = weights.merge(graph, encoder.params).patches(pixels)
     np.testing.assert_allclose(found, want.numpy(), atol=2e-5 * float(want.abs().max()))
 
 

@@ -76,9 +76,15 @@ def read(config):
 
 @pytest.fixture(scope="module")
 def beginning(config):
+    return begun(config)
+
+
+def begun(config):
     """(method, parameters at the start, a batch, what the loss draws)."""
     assembled, made = read(config)
-    drawn = jax.jit(made.init)(jax.random.key(0))
+    missing = made.abstract.keys() - assembled.every.keys()  # all would take long to compile
+    draw = jax.jit(lambda key: {p: v for p, v in made.init(key).items() if p in missing})
+    drawn = draw(jax.random.key(0))
     params = {**drawn, **{path: jnp.asarray(value) for path, value in assembled.every.items()}}
     data = make_iterator(
         assembled.config.data, assembled.tokenizers, split="train", seed=3,
@@ -138,6 +144,40 @@ def test_the_loss_is_that_of_the_unet_where_nothing_is_shown(config, beginning):
     )
     losses = jax.jit(lambda p: made.phases[0].loss(p, {}, {}, batch, draw)[0])(silent)
     np.testing.assert_allclose(losses, plain, rtol=1e-6)
+
+
+def test_plus_sees_the_patches_of_another_picture_where_it_is_not_dropped(config):
+    """IP-Adapter Plus, and a named picture in place of the main one."""
+    changed = config.copy_and_resolve_references()
+    changed.method.update(
+        embedding_dim=8, image_tokens=3, resampler_layers=1, resampler_width=64, image_dropout=0.5,
+        both_dropout=0.0,
+    )  # fmt: skip
+    changed.objective.caption_dropout = 0.0
+    changed.data.images = ({"name": "reference", "kind": "condition", "made": "grey"},)
+    made, params, batch, draw = begun(changed)
+    trained = {p: v for p, v in params.items() if made.trainable(p)}
+    assert trained["ip_adapter.image_proj.latents"].shape == (1, 3, 64)
+    np.testing.assert_array_equal(
+        params[KEYS], params["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.kernel"]
+    )
+    frozen = {p: v for p, v in params.items() if p not in trained}
+
+    @jax.jit
+    def step(trained, batch):
+        def mean(trained):
+            per_example, _ = made.phases[0].loss(trained, frozen, {}, batch, draw)
+            return jnp.mean(per_example), per_example
+
+        (_, losses), gradients = jax.value_and_grad(mean, has_aux=True)(trained)
+        return losses, gradients
+
+    losses, gradients = step(trained, batch)
+    assert all(np.any(g) for g in gradients.values())
+    gone = dropped(IPAdapterMethodConfig(image_dropout=0.5, both_dropout=0.0), 0.0, draw.keys)
+    assert 0 < gone.sum() < 4
+    other, _ = step(trained, {**batch, "reference": 1 - batch["reference"]})
+    np.testing.assert_array_equal(other == losses, gone)
 
 
 def test_validation_and_maxima_are_of_the_adapter(beginning):
@@ -241,6 +281,8 @@ def test_a_run_goes_on_from_an_adapter(config, whole):
         ({"method.image_encoder_from": ""}, "image_encoder_from is empty; name the folder"),
         ({"method.image_encoder_from": "/nowhere"}, "/nowhere: no such folder"),
         ({"method.embedding_dim": 1024}, "reads 1024 features .* and the image encoder gives 10"),
+        ({"method.resampler_layers": 2, "method.embedding_dim": 8},
+         "method: resampler_width = 16: expected a multiple of 64"),
         ({"method.image_tokens": 0}, "method.image_tokens is 0; expected 1 or more"),
         ({"method.both_dropout": 0.5}, "expected both_dropout to be a part of caption_dropout"),
         ({"method.image_dropout": 1.5}, "method.image_dropout is 1.5; expected 0 to 1"),

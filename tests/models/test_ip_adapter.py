@@ -1,6 +1,7 @@
 """IP-Adapters against diffusers: the UNet that has loaded one, its gradients, and the counts."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ def widths_of(unet):
     return tuple(width for _, width in crossings(unet))
 
 
-def config_of(unet, dim=12, tokens=4):
-    return IPAdapterConfig(dim, unet.cross_attention_dim, tokens, widths_of(unet))
+def config_of(unet, dim=12, tokens=4, **resampler):
+    return IPAdapterConfig(dim, unet.cross_attention_dim, tokens, widths_of(unet), **resampler)
 
 
 def file_of(tensors):
@@ -125,6 +126,55 @@ def test_a_unet_that_sees_two_pictures_and_every_gradient_equal_diffusers(contro
             assert reference.error(gradient, theirs.grad.numpy()) <= 2e-5, name
 
 
+RENAMED = {
+    "norm1": "ln0", "norm2": "ln1", "to_q": "attn.to_q", "to_k": "attn.to_k", "to_v": "attn.to_v",
+    "to_out": "attn.to_out.0",
+}  # fmt: skip
+
+
+def test_tokens_of_a_resampler_and_every_gradient_equal_diffusers(reference):
+    """IP-Adapter Plus, whose weights diffusers renames as it loads them."""
+    unet = SD1.unet
+    config = config_of(unet, tokens=5, resampler_layers=4, resampler_width=128)
+    params = random_params(config, 0)
+    tensors = weights.to_diffusers(params)
+    own = loaded_unet(reference, unet, [tensors]).encoder_hid_proj.image_projection_layers[0]
+    patches = reference.normal(7, 2, 9, 12)
+    want = own(reference.to_torch(patches))
+    cotangent = reference.normal(8, *want.shape)
+    (want * reference.to_torch(cotangent)).sum().backward()
+    graph, _ = weights.abstract(IPAdapter, config)
+
+    @reference.jit
+    def run(params):
+        out, pullback = jax.vjp(lambda p: weights.merge(graph, p).image_proj(patches), params)
+        return out, pullback(jnp.asarray(cotangent))[0]
+
+    made, gradients = run(params)
+    assert reference.error(made, want.detach().numpy()) <= 2e-5
+    theirs = dict(own.named_parameters())
+    found = {
+        n.removeprefix("image_proj."): v for n, v in weights.to_diffusers(gradients).items()
+        if n.startswith("image_proj.")
+    }  # fmt: skip
+    for name in [n for n in found if "to_kv" in n]:
+        stem = name.removesuffix("to_kv.weight")
+        keys, values = np.split(found.pop(name), 2)
+        found |= {f"{stem}to_k.weight": keys, f"{stem}to_v.weight": values}
+    for name, gradient in found.items():
+        match = re.fullmatch(r"layers\.(\d)\.([01])\.(.*)", name)
+        if match:
+            rest = match[3]
+            for old, new in RENAMED.items():
+                rest = re.sub(f"^{old}\\.", f"{new}.", rest)
+            if match[2] == "1":
+                number, leaf = match[3].split(".")
+                rest = {"0": "ff.0", "1": "ff.1.net.0.proj", "3": "ff.1.net.2"}[number] + f".{leaf}"
+            name = f"layers.{match[1]}.{rest}"
+        assert reference.error(gradient, theirs.pop(name).grad.numpy()) <= 2e-5, name
+    assert not theirs
+
+
 @pytest.mark.parametrize("case", PUBLISHED)
 def test_parameters_of_published_networks_are_as_many_as_theirs(case):
     """finetuning.md, section 8: ip-adapter_sd15 and ip-adapter_sdxl."""
@@ -142,13 +192,30 @@ def test_parameters_of_published_networks_are_as_many_as_theirs(case):
     assert [f"{path}.processor" for path, _ in crossings(unet)] == names
 
 
+def test_a_published_resampler_has_as_many_parameters_as_that_of_diffusers():
+    """ip-adapter-plus_sd15 and ip-adapter-plus_sdxl_vit-h."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    from diffusers.models.embeddings import IPAdapterPlusImageProjection
+
+    for out, width in ((768, 768), (2048, 1280)):
+        config = IPAdapterConfig(1280, out, 16, (8,), resampler_layers=4, resampler_width=width)
+        _, abstract = weights.abstract(IPAdapter, config)
+        shapes = weights.tensor_shapes(abstract)
+        ours = sum(math.prod(v) for n, v in shapes.items() if n.startswith("image_proj."))
+        with torch.device("meta"):
+            theirs = IPAdapterPlusImageProjection(1280, out, width, 4, 64, width // 64, 16)
+        assert ours == sum(p.numel() for p in theirs.parameters())
+
+
 def test_sd2_has_the_layers_of_its_unet():
     assert widths_of(sd.UNET_SD2) == widths_of(UNetConfig())
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"tokens": 0}, "1 to 4,096"), ({"widths": ()}, "1 to 4,096 of them"),
+    [({"resampler_layers": 4, "resampler_width": 96}, "a multiple of 64"),
+     ({"resampler_width": 64}, "and 0 without"), ({"tokens": 0}, "1 to 4,096"),
+     ({"widths": ()}, "1 to 4,096 of them"),
      ({"widths": (320, 10**6)}, "1 to 32,768"), ({"embedding_dim": 0}, "1 to 65,536")],
 )  # fmt: skip
 def test_shapes_out_of_bounds_are_refused(changes, words):

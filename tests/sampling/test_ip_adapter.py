@@ -1,5 +1,8 @@
 """Drawing with IP-Adapters: what diffusers draws that has loaded the same files."""
 
+import dataclasses
+import math
+
 import diffusers
 import numpy as np
 import pytest
@@ -20,14 +23,15 @@ from tests.sampling.test_pictures import LEVELS, remade
 DIM = 12
 
 
-def adapter_for(unet, folder, seed):
+def adapter_for(unet, folder, seed, **changes):
     """A file of an IP-Adapter with random weights, and its folder."""
     config, _ = UNetConfig.from_json(dict(unet.config))
     widths = tuple(width for _, width in crossings(config))
     shape = IPAdapterConfig(DIM, config.cross_attention_dim, 4, widths)
+    shape = dataclasses.replace(shape, **changes)
     rng = np.random.default_rng(seed)
     params = {
-        path: (rng.normal(size=v.shape) * (2 / v.shape[0]) ** 0.5).astype(np.float32)
+        path: (rng.normal(size=v.shape) * (2 / math.prod(v.shape[:-1])) ** 0.5).astype(np.float32)
         for path, v in abstract_params(PART, shape).items()
     }
     write_ip_adapter(folder, params)
@@ -48,6 +52,8 @@ def folder(torch_pipeline, torch_xl_pipeline, tmp_path_factory):
         pipeline.save_pretrained(folder / name)
         for j in range(2 - i):
             adapter_for(pipeline.unet, folder / f"{name}{j}", 40 + 2 * i + j)
+    plus = {"embedding_dim": 16, "resampler_layers": 4, "resampler_width": 64}
+    adapter_for(torch_pipeline.unet, folder / "sdplus", 50, **plus)
     control_of(torch_pipeline.unet, 30).save_pretrained(folder / "control")
     tower = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(
@@ -96,6 +102,7 @@ def theirs(folder, pipeline, tower, files, scale, images, *, steps, guidance=4.0
 CASES = {
     "one": ("sd", (0,), ":0.7", 0.7, 4.0),
     "two, unguided": ("sd", (0, 1), ":0.5", [0.5, 0.5], 1.0),
+    "plus": ("sd", ("plus",), ":0.8", 0.8, 4.0),
     "xl": ("sdxl", (0,), "", 1.0, 4.0),
 }
 

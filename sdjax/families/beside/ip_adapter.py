@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
+
 from sdjax.errors import UserError
 from sdjax.families.beside.unets import plain_unet
 from sdjax.families.family import Model, Part
@@ -61,11 +64,31 @@ def check(model: Model, config: IPAdapterConfig, name: str) -> None:
 
 def check_encoder(config: IPAdapterConfig, encoder: CLIPVisionConfig, name: str) -> None:
     """Raise a UserError, naming the adapter, unless it reads the features of an image tower."""
-    if config.embedding_dim != encoder.projection_dim:
+    field = "hidden_size" if config.resampler_layers else "projection_dim"
+    if config.embedding_dim != getattr(encoder, field):
         raise UserError(
             f"{name} reads {config.embedding_dim} features of a picture, and the image encoder "
-            f"gives {encoder.projection_dim} (projection_dim); give the one it was trained with"
+            f"gives {getattr(encoder, field)} ({field}); give the one it was trained with"
         )
+
+
+def features(config: IPAdapterConfig, tower: CLIPVision, pixels: jax.Array) -> jax.Array:
+    """Return what an IP-Adapter reads of pictures, pixels [B, S, S, 3], [B, (N,) E] float32."""
+    if not config.resampler_layers:
+        return tower(pixels)
+    return tower.patches(pixels).astype(jnp.float32)
+
+
+def no_features(config: IPAdapterConfig, tower: CLIPVision) -> jax.Array:
+    """Return what it reads where there is no picture, [1, (N,) E] float32.
+
+    Of a tower's features zeros, and of its patches those of a picture of zeros (the pipelines of
+    diffusers, `encode_image`).
+    """
+    side = tower.embeddings.size
+    if not config.resampler_layers:
+        return jnp.zeros((1, config.embedding_dim))
+    return features(config, tower, jnp.zeros((1, side, side, 3)))
 
 
 def crossings(unet: UNetConfig) -> Iterator[tuple[str, int]]:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from sdjax.models import capture
 from sdjax.models.ip_adapter.config import IPAdapterConfig
+from sdjax.models.ip_adapter.resampler import Resampler
 from sdjax.models.layers import Array, Dtype, LayerNorm, linear
 from sdjax.models.placement import activation
 
@@ -62,7 +63,9 @@ class IPAdapter(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.image_proj = ImageProjection(config, **kw)
+        self.image_proj: ImageProjection | Resampler = (
+            Resampler(config, **kw) if config.resampler_layers else ImageProjection(config, **kw)
+        )
         self.ip_adapter = nnx.List(
             ImageAttention(config.cross_attention_dim, width, **kw) for width in config.widths
         )
@@ -73,7 +76,8 @@ class IPAdapter(nnx.Module):
 
         Args:
             embedding: the projected features of a CLIP image tower, [B, embedding_dim]; zeros stand
-                for no picture.
+                for no picture. With a resampler those of its patches, [B, N, embedding_dim]; those
+                of a picture of zeros stand for none.
         """
         tokens = self.image_proj(embedding.astype(self.dtype))
         return tuple(layer(tokens) for layer in self.ip_adapter)
