@@ -87,8 +87,8 @@ def _read_workdir(
     kind = _METHODS.get(type(config.method))
     if kind is None:
         raise ModelError(
-            f"{folder} is a run of the method {config.method.name!r}, which trains no ControlNet "
-            "and no T2I-Adapter; expected one of 'control' or 't2i_adapter'"
+            f"{folder} is a run of the method {config.method.name!r}, which trains no network that "
+            f"steers; expected {', '.join(cls().name for cls in _METHODS)}"
         )
     try:
         network = kind.shape(model_of(config.model), config.method)

@@ -1,5 +1,7 @@
 """Drawing with T2I-Adapters: what diffusers' pipelines draw of the same noise and conditions."""
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import pytest
@@ -146,6 +148,9 @@ def test_adapters_of_another_shape_are_refused():
     bind_controls(model, [Control("a", T2IAdapterConfig())], "float32")
     fewer = T2IAdapterConfig(channels=(320, 640))
     bind_controls(model, [Control("a", fewer)], "float32")
+    nine = Model(SD, {"unet": dataclasses.replace(UNetConfig(), in_channels=9), "vae": VAEConfig()})
+    with pytest.raises(UserError, match="latents alone; the model's reads 9 channels, 4 of them"):
+        bind_controls(nine, [Control("a", T2IAdapterConfig())], "float32")
     other = T2IAdapterConfig(downscale_factor=16)
     with pytest.raises(UserError, match="320 at 1/16, .*; the UNet has 320 at 1/8, 640 at 1/16"):
         bind_controls(model, [Control("a", other)], "float32")
