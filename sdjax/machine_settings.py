@@ -25,6 +25,8 @@ MACHINE = (
     "vae_from",
     "text_encoder_from",
     "method.controlnet_from",
+    "method.adapter_from",
+    "method.image_encoder_from",
     "tokenizer.path",
     "tokenizer.path_2",
     "data.name",  # TFDS downloads some by their names, and runs what it downloads

@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
     add_picture_options(p.add_argument_group("pictures to begin with"))
-    add_control_options(p.add_argument_group("ControlNets"))
+    add_control_options(p.add_argument_group("networks that steer"))
     add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
 
@@ -197,9 +198,10 @@ def _numbers(
 
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
-    from sdjax.checkpoints.controlnet import read_controlnet
+    from sdjax.checkpoints.controls import read_control
     from sdjax.sampling.control_options import with_controls
     from sdjax.sampling.ensemble import with_others, with_refiner
+    from sdjax.sampling.ip_options import with_ip_adapters
     from sdjax.sampling.pictures import with_pictures
 
     name = f"--model={args.model[0]}"
@@ -210,14 +212,12 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         others = [(n, _request_of(args, prompts, folder, n, size)) for n, folder in names]
         request = with_others(request, others)
     request = with_pictures(request, args.init_image, args.mask_image, args.strength)
-    request = with_controls(
-        request, args.controlnet, args.control_image, guess=args.guess_mode,
-        read=lambda place: read_controlnet(place, weights=args.weights),
-    )  # fmt: skip
+    read = partial(read_control, weights=args.weights)
+    request = with_controls(request, args.controlnet, args.control_image, args.guess_mode, read)
+    request = with_ip_adapters(request, args.ip_adapter, args.ip_image, args.image_encoder, read)
     if args.refiner is None:
         return request
-    name = f"--refiner={args.refiner}"
-    start = 0.8 if args.refiner_start is None else args.refiner_start
+    name, start = f"--refiner={args.refiner}", _refining(args)["refiner_start"]
     refiner = _request_of(args, prompts, args.refiner, name, size)
     return with_refiner(request, refiner, start, name=name)
 

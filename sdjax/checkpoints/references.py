@@ -33,6 +33,7 @@ from sdjax.errors import UserError
 from sdjax.families.family import Model
 from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.formats.folders import ModelError, folder_kind, read_json, write_json
+from sdjax.formats.image_encoder import read_image_encoder
 from sdjax.formats.single_file import PARAMETERS, read_single_file
 from sdjax.models.config import ConfigError
 from sdjax.models.params import component, prefixed
@@ -42,6 +43,8 @@ from sdjax.typed_tree import build, to_dict
 
 REFERENCES_FILE = "frozen.json"
 FIELDS = ("init_from", "vae_from", "text_encoder_from")  # in the order in which they decide
+# Of methods, for networks that no family has: folders of CLIP image towers.
+TOWER_FIELDS = ("method.image_encoder_from",)
 TINY = "tiny"  # the path of the VAE shipped with sdjax, wherever that is installed
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
@@ -51,7 +54,7 @@ _DIGEST = re.compile("sha256:[0-9a-f]{64}")
 class Source:
     """The place of a network's weights.
 
-    field: of the recipe, one of `FIELDS`, which named it.
+    field: of the recipe, one of `FIELDS` or `TOWER_FIELDS`, which named it.
     path: of a diffusers folder, workdir or single file: absolute, gs://..., or `TINY`.
     step, weights: of a workdir, the checkpoint and which of its averages; None and "" otherwise.
     """
@@ -62,8 +65,9 @@ class Source:
     weights: str = ""
 
     def __post_init__(self):
-        if self.field not in FIELDS:
-            raise ValueError(f"field is {brief(self.field)}; expected one of {', '.join(FIELDS)}")
+        known = (*FIELDS, *TOWER_FIELDS)
+        if self.field not in known:
+            raise ValueError(f"field is {brief(self.field)}; expected one of {', '.join(known)}")
         if self.path != TINY and not self.path.startswith(("/", "gs://")):
             raise ValueError(f"path is {brief(self.path)}; expected an absolute one, or {TINY!r}")
 
@@ -230,8 +234,19 @@ def _remedy(folder: paths.Path, reference: Reference) -> str:
     )
 
 
+def read_tower(name: str, source: Source) -> dict[str, np.ndarray]:
+    """Return {path: float32 array} of an image tower; paths start with `name`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    return prefixed(read_image_encoder(source.place).params, name)
+
+
 def _read(name: str, reference: Reference, read_run: ReadRun) -> dict[str, np.ndarray]:
     """The parameters at the place of a reference, whatever kind of place that is now."""
+    if reference.field in TOWER_FIELDS:
+        return read_tower(name, reference)
     place, wanted = reference.place, (name,)
     with explained(place, "networks", error=ModelError):
         kind = folder_kind(place)

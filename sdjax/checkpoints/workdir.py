@@ -258,10 +258,12 @@ def bundle(folder: paths.Path) -> list[str]:
     trained = (
         saved_state.trained(checkpoint_folder(folder) / str(step)) if step is not None else set()
     )
-    frozen = {path: v for path, v in frozen_params(folder, model).items() if path not in trained}
+    file = folder / FROZEN_FILE
+    frozen = load_file(file) if file.is_file() else {}  # of networks that the run alone reads
+    frozen |= {path: v for path, v in frozen_params(folder, model).items() if path not in trained}
     for name in references.keys() - model.networks.keys():  # copies, which the run alone reads
         frozen |= follow(folder, name, references[name], read_run)
-    save_file(frozen, folder / FROZEN_FILE)
+    save_file(frozen, file)
     write_references(folder, {})
     return list(references)
 

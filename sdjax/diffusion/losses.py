@@ -32,8 +32,8 @@ class ObjectiveConfig:
     """The target of the network and the weight of its errors.
 
     prediction_type: "epsilon", "v_prediction", "sample" or "flow".
-    timestep_sampling: "uniform", "logit_normal" (logit_mean, logit_std), "mode" (mode_scale) or
-      "cosmap".
+    timestep_sampling: "uniform", "logit_normal" (logit_mean, logit_std), "mode" (mode_scale),
+      "cosmap" or "cubic".
     logit_mean, logit_std: mean and deviation of the timestep's logit in "logit_normal".
     mode_scale: s of "mode" (SD3, arXiv 2403.03206, section 3.1); 0 is uniform.
     stratified: spread the timesteps evenly over the global batch instead of drawing each alone.

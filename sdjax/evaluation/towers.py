@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.data.clip_pixels import ClipPreprocess
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.inception import InceptionConfig, InceptionV3
-from sdjax.evaluation.preprocess import ClipPreprocess
 from sdjax.formats.torch_file import read_tensors
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.families.bind import abstract_params
-from sdjax.families.controlnet import (
+from sdjax.families.beside.controlnet import (
     ALONE,
     CONTROLNET,
     MARK,
@@ -17,6 +16,7 @@ from sdjax.families.controlnet import (
     config_of_file,
     places,
 )
+from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model
 from sdjax.families.single_file import from_file
 from sdjax.formats.diffusers_folder import read_network, write_diffusers

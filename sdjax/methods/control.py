@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from sdjax.errors import UserError
+from sdjax.families.beside.controlnet import CONTROLNET, PART, differences, with_controlnet
 from sdjax.families.bind import abstract_params
-from sdjax.families.controlnet import CONTROLNET, PART, differences, with_controlnet
 from sdjax.families.family import Context, Model, Networks
 from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
 from sdjax.methods.drawings import caption_pictures

@@ -79,14 +79,14 @@ class MakeDenoiser(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """The network whose activations are measured, and the fields of a batch that it reads as well.
+    """The network whose activations are measured, and the fields of a batch that it reads.
 
-    name: of the network, which is called as the denoiser is.
-    fields: given to it after the context.
+    fields: given to it after what the denoiser is called with; or alone.
     """
 
     name: str
     fields: tuple[str, ...] = ()
+    alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,8 +201,8 @@ class LatentDiffusion:
         if self.inputs is not None:
             xt = jnp.concatenate([xt, self.beside(every, batch, keys)], axis=-1)
         more = [batch[field] for field in fields]
-        own = component(every, name)
-        return capture.maxima(plain.graphs[name], own, xt, t, context, *more)
+        given = more if self.watched.alone else [xt, t, context, *more]
+        return capture.maxima(plain.graphs[name], component(every, name), *given)
 
     def denoiser(self, every: Params, batch: Batch, beside: jax.Array | None = None) -> Denoiser:
         """Return the denoiser of a batch, with the channels beside xt."""

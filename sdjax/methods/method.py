@@ -184,6 +184,8 @@ class Method:
         as the copy of a network; called once, at the start of a run.
     copies: {name: network} of what `start` copies whole and nothing trains; a workdir refers to the
         network as it was loaded instead of keeping the copy.
+    brought: {name: (field of the recipe, folder)} of what `start` reads whole and nothing trains; a
+        workdir refers to the folder. See `checkpoints.references.TOWER_FIELDS`.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -202,6 +204,7 @@ class Method:
     export: Export | None = None
     start: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda loaded: {}
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    brought: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )

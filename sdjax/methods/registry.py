@@ -13,8 +13,10 @@ from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
 from sdjax.methods.embedding import EMBEDDING
 from sdjax.methods.inpaint import INPAINT
+from sdjax.methods.ip_adapter import IP
 from sdjax.methods.method import Kind
 from sdjax.methods.pivotal import PIVOTAL
+from sdjax.methods.t2i_adapter import T2I
 
 METHODS: dict[str, Kind] = {
     "denoise": DENOISE,
@@ -26,6 +28,8 @@ METHODS: dict[str, Kind] = {
     "lcm": LCM,
     "lcm_lora": LCM_LORA,
     "control": CONTROL,
+    "t2i_adapter": T2I,
+    "ip_adapter": IP,
     "embedding": EMBEDDING,
     "pivotal": PIVOTAL,
     "inpaint_adapters": INPAINT_ADAPTERS,

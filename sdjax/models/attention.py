@@ -5,7 +5,7 @@ Attribute names are those of diffusers (models/attention.py, models/transformers
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,24 @@ def attention(
     if chosen != "dense":
         return placement.per_device(_KERNELS[chosen], q, k, v).astype(dtype)
     return dense_attention(q, k, v, causal=causal).astype(dtype)
+
+
+class Attended(NamedTuple):
+    """The context of blocks of a network, with what IP-Adapters show to their cross-attention.
+
+    text: [B, M, D].
+    images: for each block, in order, the (keys, values) of each IP-Adapter, [B, T, C].
+    """
+
+    text: Array
+    images: tuple[tuple[tuple[Array, Array], ...], ...]
+
+
+def part_of(context: Array | Attended, start: int, count: int) -> Array | Attended:
+    """Return the context of `count` blocks among those that it is for."""
+    if not isinstance(context, Attended):
+        return context
+    return Attended(context.text, context.images[start : start + count])
 
 
 def _logits(q: Array, k: Array) -> Array:
@@ -118,14 +136,27 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([linear(channels, channels, **kw)])
         self.heads, self.upcast = heads, upcast
 
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
-        """Map x [B, L, C], context [B, M, D] or None to [B, L, C]."""
+    def __call__(self, x: Array, context: Array | Attended | None = None) -> Array:
+        """Map x [B, L, C], context [B, M, D] or None to [B, L, C].
+
+        What IP-Adapters show has a softmax of its own (attention_processor.py,
+        `IPAdapterAttnProcessor`), and their weights are in the values.
+        """
+        images: tuple[tuple[Array, Array], ...] = ()
+        if isinstance(context, Attended):
+            context, (images,) = context
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))  # [B, L, heads, D]
+        q, k, v = map(self._split, (q, k, v))
         offer(self, q, k, upcast=self.upcast)
         out = attention(q, k, v, upcast=self.upcast)
+        for pair in images:
+            keys, values = (self._split(y.astype(q.dtype)) for y in pair)
+            out = out + dense_attention(q, keys, values, causal=False).astype(out.dtype)
         return self.to_out[0](out.reshape(x.shape))
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.heads, -1)  # [B, L, heads, D]
 
 
 class GEGLU(nnx.Module):
@@ -169,7 +200,7 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(channels, **kw)
         self.ff = FeedForward(channels, **kw)
 
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(self, x: Array, context: Array | Attended) -> Array:
         """Map x [B, L, C], context [B, M, D] to [B, L, C]."""
         x = activation(x + self.attn1(self.norm1(x)))
         x = activation(x + self.attn2(self.norm2(x), context))
@@ -215,10 +246,10 @@ class Transformer2D(nnx.Module):
         self.proj_out = project(channels, channels, zero=True, **kw)
         self.remat = remat
 
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(self, x: Array, context: Array | Attended) -> Array:
         """Map x [B, H, W, C], context [B, M, D] to [B, H, W, C]."""
         residual, (b, h, w, c) = x, x.shape
         x = activation(self.proj_in(self.norm(x)).reshape(b, h * w, c))  # [B, H*W, C]
-        for block in self.transformer_blocks:
-            x = rematerialised(block, self.remat, level="block")(x, context)
+        for i, block in enumerate(self.transformer_blocks):
+            x = rematerialised(block, self.remat, level="block")(x, part_of(context, i, 1))
         return capture.output(self, activation(residual + self.proj_out(x.reshape(b, h, w, c))))

@@ -91,3 +91,19 @@ class Upsample(nnx.Module):
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
         return capture.output(self, activation(self.conv(upsample_nearest(x, height, width))))
+
+
+def with_added(x: Array, added: Array | None) -> Array:
+    """Return x [B, H, W, C] plus the map of a T2I-Adapter, if there is one.
+
+    Raises:
+        ValueError: they differ in size.
+    """
+    if added is None:
+        return x
+    if added.shape != x.shape:
+        raise ValueError(
+            f"a T2I-Adapter's map has {list(added.shape)}, the UNet's {list(x.shape)}; expected a "
+            "condition of the size that is drawn"
+        )
+    return x + added.astype(x.dtype)

@@ -171,29 +171,21 @@ def refuse_remat(remat: str) -> None:
         )
 
 
-def maxima(
-    graph: Any,
-    params: Mapping[str, Array],
-    xt: Array,
-    timesteps: Array,
-    context: Any,
-    *more: Array,
-) -> dict[str, Array]:
-    """The largest activations and attention logits of a denoiser. Jittable.
+def maxima(graph: Any, params: Mapping[str, Array], *given: Any) -> dict[str, Array]:
+    """The largest activations and attention logits of a network. Jittable.
 
     Logits grow before training diverges (Dehghani et al. 2023, "Scaling Vision Transformers to 22
     Billion Parameters", section 3.1); activations past 3.4e38 overflow bfloat16, 6.5e4 float16.
 
     Args:
         graph: the graph of `weights.abstract(UNet, config, dtype=...)`, without remat.
-        params: {path: array} of the denoiser alone.
-        xt, timesteps, context: see its `__call__`.
-        more: what the network takes after them.
+        params: {path: array} of the network alone.
+        given: what it is called with; a denoiser with xt, timesteps and context.
 
     Returns:
         {path: float32 scalar}, see `capturing`.
     """
     network = weights.merge(graph, params)
     with capturing(network, maxima=True) as found:
-        network(xt, timesteps, context, *more)
+        network(*given)
     return found.take()

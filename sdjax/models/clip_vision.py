@@ -16,7 +16,7 @@ from flax import nnx
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_layers import ACTIVATIONS, BOUNDS, Transformer
 from sdjax.models.config import ConfigError, check, check_bounds, read_config
-from sdjax.models.layers import Array, LayerNorm, normal_init
+from sdjax.models.layers import Array, LayerNorm, check_remat, normal_init, rematerialised
 from sdjax.models.products import Conv, Embed, Linear
 from sdjax.system.untrusted import brief
 
@@ -83,6 +83,13 @@ class CLIPVisionConfig:
         dropout = self.attention_dropout
         check(0 <= dropout < 1, "attention_dropout", dropout, "a rate in [0, 1)")
 
+    @classmethod
+    def from_json(
+        cls, data: Mapping[str, Any], where: str = "image_encoder/config.json"
+    ) -> tuple[CLIPVisionConfig, list[str]]:
+        """(config, ignored fields) of a tower's own config.json; see `config.read_config`."""
+        return read_config(cls, data, where=where, ignored=_IGNORED, neutral=_NEUTRAL)
+
 
 def read_clip_config(
     data: Mapping[str, Any], where: str = "config.json"
@@ -124,8 +131,10 @@ def read_clip_config(
 class CLIPVision(nnx.Module):
     """Pictures [B, S, S, 3] to features [B, projection_dim], as `CLIPVisionModelWithProjection`."""
 
-    def __init__(self, config: CLIPVisionConfig, **kw: Any):
+    def __init__(self, config: CLIPVisionConfig, *, remat: str = "none", **kw: Any):
+        check_remat(remat)
         width, eps = config.hidden_size, config.layer_norm_eps
+        self.remat = remat
         self.embeddings = PatchEmbeddings(config, **kw)
         self.pre_layrnorm = LayerNorm(width, eps=eps, **kw)  # spelt like this in every checkpoint
         self.encoder = Transformer(config, **kw)
@@ -140,10 +149,21 @@ class CLIPVision(nnx.Module):
         Args:
             pixels: [B, image_size, image_size, 3], normalised.
         """
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        for layer in self.encoder.layers:
-            x = layer(x)
+        x = self._run(pixels, len(self.encoder.layers))
         return self.visual_projection(self.post_layernorm(x[:, 0])).astype(jnp.float32)
+
+    def patches(self, pixels: Array) -> Array:
+        """What the last layer but one says of the class token and the patches, [B, 1 + N, D].
+
+        transformers' `hidden_states[-2]`; arguments as above.
+        """
+        return self._run(pixels, len(self.encoder.layers) - 1)
+
+    def _run(self, pixels: Array, layers: int) -> Array:
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder.layers[:layers]:
+            x = rematerialised(layer, self.remat, level="block")(x)
+        return x
 
 
 class PatchEmbeddings(nnx.Module):

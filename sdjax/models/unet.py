@@ -7,14 +7,15 @@ latents, timesteps and a text context; it knows of no noise schedule.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
-from sdjax.models.attention import Transformer2D
-from sdjax.models.blocks import Downsample, ResnetBlock, Upsample
+from sdjax.models.attention import Attended, Transformer2D, part_of
+from sdjax.models.blocks import Downsample, ResnetBlock, Upsample, with_added
 from sdjax.models.layers import (
     Array,
     Dtype,
@@ -84,6 +85,16 @@ class Stage(nnx.Module):
         )
         self.remat = remat
 
+    @property
+    def crossings(self) -> int:
+        """The number of transformer blocks, each with a cross-attention."""
+        return sum(len(one.transformer_blocks) for one in self.attentions)
+
+    def attention(self, i: int, x: Array, context: Array | Attended) -> Array:
+        """Transformer `i`."""
+        depth = len(self.attentions[i].transformer_blocks)
+        return self.attentions[i](x, part_of(context, i * depth, depth))
+
     def resnet(self, i: int, x: Array, temb: Array, key: Array | None) -> Array:
         """Residual block `i`, with a dropout key of its own."""
         block = rematerialised(self.resnets[i], self.remat, level="block")
@@ -108,18 +119,28 @@ class DownStage(Stage):
         self.downsamplers = None if final else nnx.List([Downsample(width, symmetric=True, **kw)])
 
     def __call__(
-        self, x: Array, temb: Array, context: Array, key: Array | None
+        self, x: Array, temb: Array, context: Array, key: Array | None, added: Array | None = None
     ) -> tuple[Array, tuple[Array, ...]]:
-        """x [B, H, W, C] -> (output, the maps that the way up will need)."""
+        """x [B, H, W, C] -> (output, the maps that the way up will need).
+
+        Args:
+            added: of a T2I-Adapter, to what comes out of the last transformer; of a plain level to
+                its output (unet_2d_blocks.py, `additional_residuals`, and unet_2d_condition.py,
+                whose `+=` changes the map of the way up as well).
+        """
         skips = []
+        last = len(self.resnets) - 1
         for i in range(len(self.resnets)):
             x = self.resnet(i, x, temb, key)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attention(i, x, context)
+                x = x if i < last else with_added(x, added)
             skips.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
             skips.append(x)
+        if not self.attentions:
+            skips[-1] = x = with_added(x, added)
         return x, tuple(skips)
 
 
@@ -133,8 +154,8 @@ class MidStage(Stage):
 
     def __call__(self, x: Array, temb: Array, context: Array, key: Array | None) -> Array:
         x = self.resnet(0, x, temb, key)
-        for i, attention in enumerate(self.attentions):
-            x = self.resnet(i + 1, attention(x, context), temb, key)
+        for i in range(len(self.attentions)):
+            x = self.resnet(i + 1, self.attention(i, x, context), temb, key)
         return x
 
 
@@ -171,7 +192,7 @@ class UpStage(Stage):
         for i, skip in enumerate(skips):
             x = self.resnet(i, jnp.concatenate([x, skip], axis=-1), temb, key)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attention(i, x, context)
         return x if self.upsamplers is None else self.upsamplers[0](x, size)
 
 
@@ -255,22 +276,32 @@ class Descent(nnx.Module):
         )
 
     def descend(
-        self, x: Array, temb: Array, context: Array, key: Array | None
+        self,
+        x: Array,
+        temb: Array,
+        contexts: Sequence[Array | Attended],
+        key: Array | None,
+        maps: Sequence[Array] = (),
     ) -> tuple[Array, list[Array]]:
         """Return the output of the middle and the maps that the way up reads.
 
         Args:
             x: the output of `conv_in`, [B, H, W, C].
             temb: see `embed`.
-            context: text features [B, L, D].
+            contexts: of each level and of the middle, text features [B, L, D].
+            maps: see `UNet.__call__`.
         """
         skips = [x]
+        levels = len(self.down_blocks)
+        if len(maps) > levels + 1:
+            raise ValueError(f"{len(maps)} maps for a UNet of {levels} levels and a middle")
+        added = [*maps, *[None] * (levels + 1 - len(maps))]
         for i, down in enumerate(self.down_blocks):
             run = rematerialised(down, self.remat, level="stage")
-            x, new = run(x, temb, context, fold_key(key, i))
+            x, new = run(x, temb, contexts[i], fold_key(key, i), added[i])
             skips += new
         run = rematerialised(self.mid_block, self.remat, level="stage")
-        return run(x, temb, context, fold_key(key, len(self.down_blocks))), skips
+        return with_added(run(x, temb, contexts[-1], fold_key(key, levels)), added[-1]), skips
 
     def conditioning(
         self, timesteps: Array, context: Array | Mapping[str, Array]
@@ -321,6 +352,8 @@ class UNet(Descent):
         *,
         key: Array | None = None,
         residuals: Residuals | None = None,
+        maps: Sequence[Array] = (),
+        images: Sequence[Any] = (),
     ) -> Array:
         """Runs the network.
 
@@ -332,24 +365,40 @@ class UNet(Descent):
                 `time_cond_proj_dim` one with "guidance" [B], the scale.
             key: dropout key, None for no dropout. Fold the training step into it.
             residuals: what a ControlNet adds.
+            maps: what a T2I-Adapter adds, to the output of each level of the way down and then to
+                that of the middle, as many as it has.
+            images: what IP-Adapters show to each cross-attention, on the way down, then up, then
+                in the middle: a tuple of (keys, values) [B, T, C] of each adapter.
 
         Returns:
             [B, H, W, out_channels] in float32.
         """
         temb, context = self.conditioning(timesteps, context)
         x = activation(self.conv_in(xt.astype(self.dtype)))
-        x, skips = self.descend(x, temb, context, key)
+        levels = len(self.down_blocks)
+        *contexts, middle = self._shared(context, tuple(images))
+        x, skips = self.descend(x, temb, [*contexts[:levels], middle], key, maps)
         if residuals is not None:
             skips = [
                 skip + more.astype(self.dtype)
                 for skip, more in zip(skips, residuals.down, strict=True)
             ]
             x = x + residuals.mid.astype(self.dtype)
-        levels = len(self.down_blocks)
         for i, up in enumerate(self.up_blocks):
             used = tuple(skips.pop() for _ in up.resnets)
             # The size of the next level, which is not the double where that one is odd.
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             run = rematerialised(functools.partial(up, size=size), self.remat, level="stage")
-            x = run(x, used, temb, context, fold_key(key, levels + 1 + i))
+            x = run(x, used, temb, contexts[levels + i], fold_key(key, levels + 1 + i))
         return activation(self.conv_out(silu(self.conv_norm_out(x))).astype(jnp.float32))
+
+    def _shared(self, text: Array, images: tuple[Any, ...]) -> list[Array | Attended]:
+        """The context of each stage on the way down, then up, then of the middle."""
+        stages = (*self.down_blocks, *self.up_blocks, self.mid_block)
+        if not images:
+            return [text for _ in stages]
+        counts = [stage.crossings for stage in stages]
+        if sum(counts) != len(images):
+            raise ValueError(f"{len(images)} images for {sum(counts)} layers of cross-attention")
+        ends = itertools.accumulate(counts)
+        return [Attended(text, images[end - n : end]) for n, end in zip(counts, ends, strict=True)]

@@ -1,46 +1,84 @@
-"""ControlNets beside a UNet while pictures are drawn, as diffusers' ControlNet pipelines do it.
+"""Networks that steer a UNet while pictures are drawn, as the pipelines of diffusers have them.
 
-Each sees its condition picture at every step of its range, and what they say is added up. In guess
-mode they steer the prompts' half of guidance alone.
+A ControlNet sees its condition picture at every step of its range, a T2I-Adapter once for all of
+them, and what they say is added up. In guess mode ControlNets steer the prompts' half of guidance
+alone. An IP-Adapter shows a picture to the UNet's cross-attention, and none to the other half.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families import controlnet
+from sdjax.families.beside import controlnet, ip_adapter, t2i_adapter
 from sdjax.families.bind import bind
-from sdjax.families.controlnet import CONTROLNET
 from sdjax.families.family import Context, Model
 from sdjax.models import weights
 from sdjax.models.controlnet.config import ControlNetConfig
 from sdjax.models.controlnet.network import scaled, total
+from sdjax.models.ip_adapter.config import IPAdapterConfig
+from sdjax.models.ip_adapter.network import together, weighed
 from sdjax.models.params import component
+from sdjax.models.t2i_adapter.config import T2IAdapterConfig
+from sdjax.models.t2i_adapter.network import total_maps
 from sdjax.models.unet import Residuals
 from sdjax.sampling.start import Picture
+
+SteeringConfig = ControlNetConfig | T2IAdapterConfig | IPAdapterConfig
+
+
+class _Kind(NamedTuple):
+    """A kind of network that steers.
+
+    join: (model, config) -> the model that has it too.
+    check: (model, config, name for messages) raises a UserError unless it is for the model.
+    """
+
+    name: str
+    title: str
+    join: Callable[[Model, Any], Model]
+    check: Callable[[Model, Any, str], None]
+
+
+_KINDS: dict[type, _Kind] = {
+    ControlNetConfig: _Kind(
+        controlnet.CONTROLNET, "a ControlNet", controlnet.with_controlnet, controlnet.check
+    ),
+    T2IAdapterConfig: _Kind(
+        t2i_adapter.T2I_ADAPTER, "a T2I-Adapter", t2i_adapter.with_t2i_adapter, t2i_adapter.check
+    ),
+    IPAdapterConfig: _Kind(
+        ip_adapter.IP_ADAPTER, "an IP-Adapter", ip_adapter.with_ip_adapter, ip_adapter.check
+    ),
+}
+
+
+def nothing_of(name: str) -> str:
+    """Return the field with the features of no picture, for the IP-Adapter of this name."""
+    return f"{name}_nothing"
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A ControlNet to draw with.
+    """A network that steers what is drawn.
 
-    name: the first word of its parameters' paths, and the field of its condition [B, H, W, 3] in
-        [0, 1] among the pictures that a generator gets.
+    name: the first word of its parameters' paths, and the field of what it reads among the pictures
+        that a generator gets: a condition [B, H, W, 3] in [0, 1]; of an IP-Adapter the features of
+        a picture, [B, (N,) embedding_dim], with those of none beside them, see `nothing_of`.
     weight: of what it says; start, stop: shares of the steps between which it says something.
-    guess: whether it steers the prompts alone, and its finer maps less.
+    guess: of a ControlNet, whether it steers the prompts alone, and its finer maps less.
 
     Raises UserError where a number is out of its range.
     """
 
     name: str
-    config: ControlNetConfig
+    config: SteeringConfig
     weight: float = 1.0
     start: float = 0.0
     stop: float = 1.0
@@ -49,16 +87,26 @@ class Control:
     def __post_init__(self) -> None:
         if not 0.0 <= self.start < self.stop <= 1.0:
             raise UserError(
-                f"a ControlNet's steps are {self.start:g} to {self.stop:g}; expected shares of the "
+                f"{self.title}'s steps are {self.start:g} to {self.stop:g}; expected shares of the "
                 "way from noise to picture, 0 <= START < END <= 1"
             )
         if not np.isfinite(self.weight):
-            raise UserError(f"a ControlNet's weight is {self.weight}; expected a number")
+            raise UserError(f"{self.title}'s weight is {self.weight}; expected a number")
+
+    @property
+    def title(self) -> str:
+        """The kind of network, for messages."""
+        return _KINDS[type(self.config)].title
+
+    @property
+    def pooled(self) -> bool:
+        """Whether what it says is the same everywhere."""
+        return isinstance(self.config, ControlNetConfig) and self.config.global_pool_conditions
 
     @property
     def of_prompts_alone(self) -> bool:
         """Whether it says nothing for the negative prompts."""
-        return self.guess or self.config.global_pool_conditions
+        return self.guess or self.pooled
 
     def inside(self, timesteps: np.ndarray) -> tuple[float, float] | None:
         """Return the lowest and highest timestep at which it steers; None if it does at all.
@@ -78,7 +126,7 @@ class Control:
         ]
         if not kept:
             raise UserError(
-                f"a ControlNet's steps are {self.start:g} to {self.stop:g} of {count}, in which no "
+                f"{self.title}'s steps are {self.start:g} to {self.stop:g} of {count}, in which no "
                 "whole step lies; give a longer range, or more --steps"
             )
         return None if len(kept) == count else (min(kept), max(kept))
@@ -86,7 +134,7 @@ class Control:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Controls:
-    """ControlNets of a model, ready to be given parameters.
+    """The networks that steer a model, ready to be given parameters.
 
     graphs: in the order of `each`.
     """
@@ -101,13 +149,13 @@ class Controls:
         picture: Picture,
         timesteps: np.ndarray,
     ) -> tuple[Callable[..., jax.Array], Callable[[Context, bool], Any]]:
-        """Return a denoiser that is steered, and what puts the conditions beside a context.
+        """Return a denoiser that is steered, and what puts what they read beside a context.
 
-        The context carries them because guidance repeats it for both of its halves. The flag says
-        whether guidance leads away from the context.
+        The context carries the conditions, and of adapters what they say of them, because guidance
+        repeats it for both of its halves. The flag says whether guidance leads away from it.
 
         Args:
-            denoiser: takes `residuals`, as a UNet does.
+            denoiser: takes `residuals`, `maps` and `images`, as a UNet does.
             picture: has the field of each.
             timesteps: of the evaluations of the denoiser, falling.
         """
@@ -116,29 +164,63 @@ class Controls:
             for graph, control in zip(self.graphs, self.each, strict=True)
         ]
         ranges = [control.inside(timesteps) for control in self.each]
+        given, away = {}, {}
+        for control, network in zip(self.each, networks, strict=True):
+            name, own = control.name, picture[control.name]
+            runs_once = not isinstance(control.config, ControlNetConfig)
+            given[name] = away[name] = network(own) if runs_once else own
+            if isinstance(control.config, IPAdapterConfig):
+                away[name] = network(picture[nothing_of(name)])
 
         def denoise(xt: jax.Array, t: jax.Array, context: Any, **kw: Any) -> jax.Array:
-            text, conditions, steered = context
-            found = []
+            text, shown, steered = context
+            residuals, maps, images = [], [], []
             for control, network, within in zip(self.each, networks, ranges, strict=True):
-                weight = control.weight * (
-                    steered[:, None, None, None] if control.of_prompts_alone else 1.0
-                )
-                guess = control.guess and not control.config.global_pool_conditions
-
-                def speak(network: Any = network, name: str = control.name) -> Residuals:
-                    return network(xt, t, text, conditions[name])
-
-                said = speak() if within is None else _within(within, t, speak)
-                found.append(scaled(said, weight, guess=guess))
-            return denoiser(xt, t, text, residuals=total(found), **kw)
+                own = shown[control.name]
+                if isinstance(control.config, ControlNetConfig):
+                    residuals.append(_spoken(control, network, within, xt, t, text, own, steered))
+                elif isinstance(control.config, T2IAdapterConfig):
+                    weight = _weight(control, t, within)[:, None, None, None]
+                    maps.append([(x * weight).astype(x.dtype) for x in own])
+                else:
+                    images.append(weighed(own, _weight(control, t, within)[:, None, None]))
+            kw |= {"residuals": total(residuals)} if residuals else {}
+            kw |= {"maps": total_maps(maps)} if maps else {}
+            kw |= {"images": together(images)} if images else {}
+            return denoiser(xt, t, text, **kw)
 
         def put(context: Context, negative: bool) -> Any:
-            conditions = {control.name: picture[control.name] for control in self.each}
-            count = len(next(iter(conditions.values())))
-            return context, conditions, jnp.full(count, 0.0 if negative else 1.0)
+            count = len(picture[self.each[0].name])
+            own = away if negative else given
+            return context, own, jnp.full(count, 0.0 if negative else 1.0)
 
         return denoise, put
+
+
+def _weight(control: Control, t: jax.Array, bounds: tuple[float, float] | None) -> jax.Array:
+    """The weight of what an adapter says, [B]; 0 outside of its range of timesteps."""
+    inside = True if bounds is None else (t >= bounds[0]) & (t <= bounds[1])
+    return jnp.where(inside, jnp.full(t.shape, control.weight, jnp.float32), 0)
+
+
+def _spoken(
+    control: Control,
+    network: Any,
+    bounds: tuple[float, float] | None,
+    xt: jax.Array,
+    t: jax.Array,
+    text: Context,
+    condition: jax.Array,
+    steered: jax.Array,
+) -> Residuals:
+    """The residuals of a ControlNet times its weight, which no negative prompt may have."""
+    weight = control.weight * (steered[:, None, None, None] if control.of_prompts_alone else 1.0)
+
+    def speak() -> Residuals:
+        return network(xt, t, text, condition)
+
+    said = speak() if bounds is None else _within(bounds, t, speak)
+    return scaled(said, weight, guess=control.guess and not control.pooled)
 
 
 def _within(bounds: tuple[float, float], t: jax.Array, speak: Callable[[], Residuals]) -> Residuals:
@@ -152,14 +234,20 @@ def _within(bounds: tuple[float, float], t: jax.Array, speak: Callable[[], Resid
     )
 
 
+def check(model: Model, config: SteeringConfig, name: str) -> None:
+    """Raise a UserError unless a network steers a model's denoiser; name: for messages."""
+    _KINDS[type(config)].check(model, config, name)
+
+
 def bind_controls(model: Model, controls: Sequence[Control], dtype: str) -> Controls:
-    """Return ControlNets to draw with.
+    """Return networks to draw with.
 
     Raises:
         UserError: one of them was not made for such a model.
     """
     graphs = []
     for control in controls:
-        whole = controlnet.with_controlnet(model, control.config)
-        graphs.append(bind(whole, (CONTROLNET,), dtype=dtype).graphs[CONTROLNET])
+        kind = _KINDS[type(control.config)]
+        whole = kind.join(model, control.config)
+        graphs.append(bind(whole, (kind.name,), dtype=dtype).graphs[kind.name])
     return Controls(tuple(controls), tuple(graphs))

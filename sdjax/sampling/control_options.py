@@ -1,4 +1,4 @@
-"""ControlNets and their condition pictures, from the options of a command line."""
+"""ControlNets, T2I-Adapters and their condition pictures, from the options of a command line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families.controlnet import CONTROLNET, check
-from sdjax.models.controlnet.config import ControlNetConfig
+from sdjax.families.beside.controlnet import CONTROLNET
+from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check_size
+from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import prefixed
-from sdjax.sampling.control import Control
+from sdjax.models.t2i_adapter.config import T2IAdapterConfig
+from sdjax.sampling.control import Control, SteeringConfig, check
 from sdjax.sampling.pictures import read_picture
 from sdjax.sampling.request import SamplingRequest
 from sdjax.system import paths
@@ -30,9 +32,9 @@ class Asked(NamedTuple):
 
 
 class Read(Protocol):
-    """Reads a ControlNet."""
+    """Reads a ControlNet or a T2I-Adapter."""
 
-    def __call__(self, place: str) -> tuple[ControlNetConfig, Mapping[str, np.ndarray]]:
+    def __call__(self, place: str) -> tuple[SteeringConfig, Mapping[str, np.ndarray]]:
         """Return its config and {path: array}.
 
         Raises:
@@ -40,7 +42,7 @@ class Read(Protocol):
         """
 
 
-def parse(text: str) -> Asked:
+def parse(text: str, option: str = "--controlnet") -> Asked:
     """Return what "DIR[:WEIGHT[:START:END]]" asks for; a path that exists is one, as it stands.
 
     Raises:
@@ -54,8 +56,8 @@ def parse(text: str) -> Asked:
         return Asked(place, *numbers)  # type: ignore[arg-type]
     if len(numbers) >= 2 and None not in numbers[-2:]:
         raise UserError(
-            f"--controlnet={text} ends in two numbers; expected DIR, DIR:WEIGHT or "
-            "DIR:WEIGHT:START:END"
+            f"{option}={text} ends in two numbers; expected PLACE, PLACE:WEIGHT or "
+            "PLACE:WEIGHT:START:END"
         )
     if numbers and numbers[-1] is not None:
         return Asked(text.rpartition(":")[0], numbers[-1])
@@ -73,36 +75,43 @@ def with_controls(
     request: SamplingRequest,
     options: Sequence[str],
     images: Sequence[str],
-    *,
     guess: bool,
     read: Read,
 ) -> SamplingRequest:
-    """Return a request whose pictures ControlNets steer.
+    """Return a request whose pictures ControlNets and T2I-Adapters steer.
 
     Args:
         options, images: of --controlnet and --control_image.
         guess: of --guess_mode.
 
     Raises:
-        UserError: options do not go together, or a ControlNet is not for this model.
+        UserError: options do not go together, or a network is not for this model.
     """
     _check(options, images, guess)
     if not options:
         return request
     factor, count = request.model.vae.downscale, len(request.texts)
     size = request.shape[0] * factor, request.shape[1] * factor
-    chosen = _of_each(images, len(options), count)
+    chosen = of_each(images, len(options), count)
     controls: list[Control] = []
     picture, params = dict(request.picture), dict(request.params)
     for i, (asked, files) in enumerate(zip(map(parse, options), chosen, strict=True)):
         config, own = read(asked.place)
+        if isinstance(config, IPAdapterConfig):
+            raise UserError(f"--controlnet={asked.place} is an IP-Adapter; give it as --ip_adapter")
         check(request.model, config, f"--controlnet={asked.place}")
-        name = f"{CONTROLNET}{i}"
-        controls.append(Control(name, config, asked.weight, asked.start, asked.stop, guess))
+        is_adapter = isinstance(config, T2IAdapterConfig)
+        if isinstance(config, T2IAdapterConfig):
+            check_size(config, size, f"--controlnet={asked.place}")
+        name = f"{T2I_ADAPTER if is_adapter else CONTROLNET}{i}"
+        own_guess = guess and not is_adapter
+        controls.append(Control(name, config, asked.weight, asked.start, asked.stop, own_guess))
         made = [np.asarray(read_picture("--control_image", f, size), np.float32) for f in files]
         picture[name] = np.stack(made * (count if len(made) == 1 else 1)) / 255
         params |= {path: jnp.asarray(value) for path, value in prefixed(own, name).items()}
     steered = dataclasses.replace(request, controls=tuple(controls), picture=picture, params=params)
+    if guess and not any(control.guess for control in controls):
+        raise UserError("--guess_mode is for ControlNets, and there is none; leave it out")
     for control in controls:
         control.inside(steered.plan.timesteps)  # a range without a step is an error now
     return steered
@@ -116,30 +125,41 @@ def _check(options: Sequence[str], images: Sequence[str], guess: bool) -> None:
         raise UserError("--controlnet takes a picture that steers; give --control_image=FILE")
 
 
-def _of_each(images: Sequence[str], networks: int, count: int) -> list[Sequence[str]]:
-    """The files of each network: one for all prompts, or one for each."""
+def of_each(
+    images: Sequence[str],
+    networks: int,
+    count: int,
+    *,
+    options: tuple[str, str] = ("--control_image", "--controlnet"),
+) -> list[Sequence[str]]:
+    """Return the files of each network: one for all prompts, or one for each.
+
+    Args:
+        options: of files and networks, for messages.
+
+    Raises:
+        UserError: there are neither as many.
+    """
     if len(images) == networks:
         return [[file] for file in images]
     if len(images) == networks * count:
         return [images[i * count : (i + 1) * count] for i in range(networks)]
     raise UserError(
-        f"--control_image is given {len(images)} times for {networks} of --controlnet and {count} "
+        f"{options[0]} is given {len(images)} times for {networks} of {options[1]} and {count} "
         f"prompts; expected {networks}, or {networks * count}: those of the first network, then of "
         "the next"
     )
 
 
 def control_settings(args: argparse.Namespace, *, number: int, count: int) -> dict[str, Any]:
-    """Return the settings that the file of a picture carries of the options above.
+    """Return the settings that the file of a picture carries of what steers it.
 
     Args:
         number: of the picture, among `count`.
     """
-    if not args.controlnet:
-        return {}
-    chosen = _of_each(args.control_image, len(args.controlnet), count)
-    return {
-        "controlnet": args.controlnet,
-        "control_image": [files[number % len(files)] for files in chosen],
-        "guess_mode": args.guess_mode,
-    }
+    found: dict[str, Any] = {}
+    for network, image in (("controlnet", "control_image"), ("ip_adapter", "ip_image")):
+        if given := getattr(args, network):
+            chosen = of_each(getattr(args, image), len(given), count)
+            found |= {network: given, image: [files[number % len(files)] for files in chosen]}
+    return found | ({"guess_mode": args.guess_mode} if args.controlnet else {})

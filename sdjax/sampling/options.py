@@ -127,17 +127,33 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
 
 
 def add_control_options(p: argparse._ArgumentGroup) -> None:
-    """Add the options of ControlNets."""
+    """Add the options of networks that steer a model."""
     p.add_argument(
-        "--controlnet", action="append", default=[], metavar="DIR[:WEIGHT[:START:END]]",
-        help="a ControlNet that steers the pictures: a folder of diffusers, a .safetensors file, "
-        "or a workdir of the method control; times WEIGHT (1), between these shares of the steps ("
-        "0 and 1); given again, what they say is added up",
+        "--controlnet", "--t2i_adapter", action="append", default=[],
+        metavar="DIR[:WEIGHT[:START:END]]",
+        help="a ControlNet or a T2I-Adapter that steers the pictures: a folder of diffusers, whose "
+        "config.json says which, a .safetensors file of a ControlNet, or a workdir of the method "
+        "control or t2i_adapter; times WEIGHT (1), between these shares of the steps (0 and 1); "
+        "given again, what they say is added up",
     )  # fmt: skip
     p.add_argument(
         "--control_image", action="append", default=[], metavar="FILE",
         help="the condition of each --controlnet, resized to --height and --width: once for each "
         "of them, or once for each of them and prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--ip_adapter", action="append", default=[], metavar="FILE[:WEIGHT[:START:END]]",
+        help="an IP-Adapter that shows a picture to the model: a .safetensors or .bin file, or a "
+        "workdir of the method ip_adapter; may be given again",
+    )  # fmt: skip
+    p.add_argument(
+        "--ip_image", action="append", default=[], metavar="FILE",
+        help="the picture of each --ip_adapter: once for each of them, or once for each of them "
+        "and prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--image_encoder", metavar="DIR",
+        help="the CLIP image tower that --ip_adapter was trained with, a folder of transformers",
     )  # fmt: skip
     p.add_argument(
         "--guess_mode", action="store_true",
@@ -199,6 +215,7 @@ def check_together(args: argparse.Namespace) -> None:
         "--refiner": args.refiner,
         "a second --model": args.model[1:],
         "--controlnet": args.controlnet,
+        "--ip_adapter": args.ip_adapter,
     }
     for option, given in options.items():
         if given and interpolates:

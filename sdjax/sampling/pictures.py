@@ -131,8 +131,8 @@ def read_masks(files: Sequence[str], count: int, size: tuple[int, int]) -> np.nd
     return _one_each("--mask_image", made, count)
 
 
-def read_picture(option: str, file: str, size: tuple[int, int]) -> Image.Image:
-    """Return the picture of a file, upright, in RGB, resized to (height, width).
+def read_picture(option: str, file: str, size: tuple[int, int] | None) -> Image.Image:
+    """Return the picture of a file, upright, in RGB, resized to (height, width) if that is given.
 
     Raises:
         UserError: naming the option and the file, if that is no picture.
@@ -141,8 +141,7 @@ def read_picture(option: str, file: str, size: tuple[int, int]) -> Image.Image:
         picture = to_rgb(upright(read_image(file)))
     except ImageError as error:
         raise UserError(f"{option}={file} cannot be used: {error}; give a PNG or JPEG") from error
-    height, width = size
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return picture.resize(size[::-1], Image.Resampling.LANCZOS) if size else picture
 
 
 def _one_each(option: str, made: Sequence[np.ndarray], count: int) -> np.ndarray:

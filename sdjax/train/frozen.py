@@ -11,6 +11,7 @@ library's own slices want a local file; a bucket serves ranges of bytes as well.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -22,11 +23,13 @@ import numpy as np
 from sdjax.checkpoints.assemble import Assembled
 from sdjax.checkpoints.reading import lasts, locate, read_source
 from sdjax.checkpoints.references import (
+    TOWER_FIELDS,
     Reference,
     Source,
     check,
     follow,
     read_references,
+    read_tower,
     refer,
     write_references,
 )
@@ -68,7 +71,8 @@ def keep(
             continue
         if all(is_buffer(path) for path in own):
             continue  # of a network that is trained
-        whole = {p: v for p, v in assembled.params.items() if p.split(".")[0] == origin}
+        loaded = component(assembled.params, origin) or component(assembled.derived, origin)
+        whole = prefixed(loaded, origin)
         reference = refer(
             source,
             whole,
@@ -108,8 +112,8 @@ def resumed(
     for name, own in _by_network(wanted).items():
         if name not in references:
             continue
-        place = getattr(config, references[name].field)
-        if place and place != getattr(saved, references[name].field):
+        place = _named(config, references[name].field)
+        if place and place != _named(saved, references[name].field):
             params, current[name] = _moved(folder, name, references[name], place)
         else:
             params = follow(folder, name, references[name], read_run)
@@ -141,8 +145,11 @@ def _moved(
     """The same network from another place, and its reference there."""
     source = locate(reference.field, place, like=reference)
     there = reference.network or name
-    read = read_source(source, (there,), PARAMETERS)
-    params = {p: value for p, value in read.params.items() if p.split(".")[0] == there}
+    if reference.field in TOWER_FIELDS:
+        params = read_tower(there, source)
+    else:
+        read = read_source(source, (there,), PARAMETERS)
+        params = {p: value for p, value in read.params.items() if p.split(".")[0] == there}
     new = refer(
         source,
         params,
@@ -157,6 +164,11 @@ def _moved(
             "it is on one, and in a bucket if it is in one: copy them there"
         )
     return params if there == name else prefixed(component(params, there), name), new
+
+
+def _named(config: Config, field: str) -> str:
+    """The place that a field of a recipe names; the field by its dotted name."""
+    return functools.reduce(getattr, field.split("."), config)  # type: ignore[return-value]
 
 
 def _inner(source: Source, name: str) -> Reference | None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from sdjax.checkpoints.assemble import Assembled, assemble, check_complete
 from sdjax.checkpoints.checkpoint import latest_step
+from sdjax.checkpoints.reading import locate
 from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import (
     CONFIG_FILE,
@@ -138,7 +139,12 @@ def begin(assembled: Assembled, method: Method, saved: Config | None) -> Assembl
     """Add to what was loaded what follows from it; a run that goes on has it all."""
     if saved is not None:
         return assembled
-    return dataclasses.replace(assembled, derived=method.start(assembled.params))
+    brought = {name: locate(field, place) for name, (field, place) in method.brought.items()}
+    return dataclasses.replace(
+        assembled,
+        derived=method.start(assembled.params),
+        sources={**assembled.sources, **brought},
+    )
 
 
 def _decided_then(config: Config, saved: Config) -> Config:

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from sdjax.families.beside.controlnet import MARK, PART, PREFIX, config_of_file, places
 from sdjax.families.bind import abstract_params
-from sdjax.families.controlnet import MARK, PART, PREFIX, config_of_file, places
 from sdjax.families.single_file import to_file
 from sdjax.formats.controlnet import read_controlnet_files, write_controlnet
 from sdjax.formats.folders import ModelError

@@ -104,3 +104,14 @@ def test_cosmap_timesteps_have_the_density_of_the_cosmap_weighting():
         return (2 / np.pi) * (np.arctan(2 * x - 1) + np.pi / 4)
 
     assert scipy.stats.kstest(level, cdf).pvalue > 0.001
+
+
+def test_cubic_timesteps_are_those_of_t2i_adapters():
+    """The formula of diffusers' train_t2i_adapter_sdxl.py, "Cubic sampling"."""
+    u = torch.rand(COUNT, generator=torch.Generator().manual_seed(0))
+    expected = ((1 - u**3) * 1000).long().clamp(0, 999)
+    t = draw(ObjectiveConfig(timestep_sampling="cubic"))
+    assert t.max() == 999 and np.all(t == np.round(t))
+    assert scipy.stats.ks_2samp(t, expected.numpy()).pvalue > 0.001
+    np.testing.assert_allclose(t.mean(), 749.5, atol=6)  # three quarters of the range
+    np.testing.assert_allclose(np.mean(t > 500), 1 - 0.2063, atol=0.01)  # 1 - 0.5^(1/3)

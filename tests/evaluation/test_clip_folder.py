@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from sdjax.data.clip_pixels import CLIP_MEAN, CLIP_STD, ClipPreprocess
 from sdjax.errors import UserError
 from sdjax.evaluation.features import clip_tower
-from sdjax.evaluation.preprocess import CLIP_MEAN, CLIP_STD, ClipPreprocess
 from sdjax.evaluation.towers import CLIP_EXAMPLE, download_clip, read_clip
 from sdjax.models import weights
 from sdjax.models.clip import CLIPText

@@ -18,13 +18,13 @@ from jax.sharding import SingleDeviceSharding
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import save_workdir
 from sdjax.config import Config
+from sdjax.data.clip_pixels import ClipPreprocess
 from sdjax.data.text.t5_tokenizer import T5Tokenizer
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.schedules import ScheduleConfig, make_schedule
 from sdjax.errors import UserError
 from sdjax.evaluation import reference
 from sdjax.evaluation.audit import read_audit
-from sdjax.evaluation.preprocess import ClipPreprocess
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Model
 from sdjax.families.sd import SD

@@ -15,7 +15,7 @@ from sdjax import sample
 from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.checkpoint import restore_params
-from sdjax.checkpoints.controlnet import read_controlnet
+from sdjax.checkpoints.controls import read_control
 from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import read_workdir
 from sdjax.config import default, resolve
@@ -24,7 +24,7 @@ from sdjax.data.pipeline import make_iterator
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import load
-from sdjax.families.controlnet import CONTROLNET
+from sdjax.families.beside.controlnet import CONTROLNET
 from sdjax.formats.controlnet import read_controlnet_files
 from sdjax.formats.folders import ModelError
 from sdjax.methods.method import Draw
@@ -231,12 +231,12 @@ def test_the_folder_that_a_run_writes_loads_in_diffusers(whole):
 
 
 def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, capsys):
-    exported, workdir = read_controlnet(whole / "controlnet"), read_controlnet(whole)
+    exported, workdir = read_control(whole / "controlnet"), read_control(whole)
     assert exported[0] == workdir[0]
     for path, value in exported[1].items():
         np.testing.assert_array_equal(value, workdir[1][path])
-    first = read_controlnet(whole / "checkpoints" / "2")[1]
-    raw = read_controlnet(whole, weights="raw")[1]
+    first = read_control(whole / "checkpoints" / "2")[1]
+    raw = read_control(whole, weights="raw")[1]
     for other in (first, raw):
         assert any(np.any(value != exported[1][path]) for path, value in other.items())
     for i, net in enumerate((whole, whole / "controlnet")):
@@ -250,8 +250,8 @@ def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, c
     values = json.loads((whole / "config.json").read_text())
     values["method"] = {"name": "denoise"}
     (tmp_path / "other" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="the method 'denoise', which trains no ControlNet"):
-        read_controlnet(tmp_path / "other")
+    with pytest.raises(ModelError, match="the method 'denoise', which trains no network"):
+        read_control(tmp_path / "other")
 
 
 def test_a_run_is_not_evaluated_without_conditions(whole):

@@ -92,7 +92,8 @@ class ControlNet(Descent):
         temb, context = self.conditioning(timesteps, context)
         x = activation(self.conv_in(xt.astype(self.dtype)))
         x = x + self.controlnet_cond_embedding(condition.astype(self.dtype))
-        x, skips = self.descend(x, temb, context, key)
+        contexts = [context] * (len(self.down_blocks) + 1)
+        x, skips = self.descend(x, temb, contexts, key)
         down = [carry(s) for carry, s in zip(self.controlnet_down_blocks, skips, strict=True)]
         made = Residuals(tuple(map(activation, down)), activation(self.controlnet_mid_block(x)))
         return _pooled(made) if self.control.global_pool_conditions else made
