@@ -39,9 +39,10 @@ if __name__ == "__main__":  # before the other imports, which take a while
     install("the same command begins again")
 
 import argparse
+import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -57,6 +58,7 @@ from sdjax.system import locks, paths, progress
 if TYPE_CHECKING:
     from sdjax.checkpoints import averages
     from sdjax.families.family import Model
+    from sdjax.formats.single_file import Hints
 
 FORMATS = ("workdir", "diffusers", "single_file")
 
@@ -104,30 +106,67 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def convert(
-    source: paths.PathLike | None,
-    target: paths.PathLike,
-    *,
-    to: str | None = None,
-    weights: str = "ema",
-    dtype: str = "float32",
-    step: int | None = None,
-    variant: str = "",
-    max_shard_size: str | None = None,
-    config_from: str = "",
-    average: Sequence[str] | None = None,
-    average_weights: Sequence[float] | None = None,
-    ema_length: float | None = None,
-    lora: Sequence[str] = (),
-    force: bool = False,
-    **of_file: Any,
-) -> list[str]:
-    """Convert `source` to the layout `to` at `target`; see the options of the verb.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The wishes for a conversion, by the names of the verb's options; "" and None for nothing.
+
+    lora: adapters to merge, see `checkpoints.adapters.with_loras`.
+    """
+
+    to: str | None = None
+    weights: str = "ema"
+    dtype: str = "float32"
+    step: int | None = None
+    variant: str = ""
+    max_shard_size: str | None = None
+    config_from: str = ""
+    average: Sequence[str] | None = None
+    average_weights: Sequence[float] | None = None
+    ema_length: float | None = None
+    lora: Sequence[str] = ()
+    force: bool = False
+    tokenizer: str = ""
+    prediction_type: str = ""
+    zero_terminal_snr: bool | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+
+    def misplaced(self, kind: str, to: str) -> str:
+        """Return the fault of options that another kind of input or output has, or ""."""
+        for option, wanted in INPUT_OPTIONS.items():
+            value = getattr(self, option)
+            if value not in ("", None) and kind != wanted:
+                return f"--{option}={value} is for a {wanted} as --input: leave it out"
+        if to == "workdir" and self.dtype != "float32":
+            return f"--dtype={self.dtype}: a workdir holds float32; leave --dtype out"
+        if to != "diffusers" and self.max_shard_size:
+            return (
+                f"--max_shard_size={self.max_shard_size} is for a diffusers folder to write: leave "
+                "it out"
+            )
+        return ""
+
+    def hints(self) -> Hints:
+        """Answer for a single file what it does not say.
+
+        Raises:
+            ModelError: `config_from` cannot be read.
+        """
+        from sdjax.checkpoints.reading import read_any
+        from sdjax.formats.single_file import Hints
+
+        names = "tokenizer prediction_type zero_terminal_snr scaling_factor shift_factor".split()
+        given = {name: getattr(self, name) for name in names}
+        like = read_any(self.config_from, with_weights=False) if self.config_from else None
+        return Hints(like=like, **{k: v for k, v in given.items() if v not in ("", None)})
+
+
+def convert(source: paths.PathLike | None, target: paths.PathLike, **options: Any) -> list[str]:
+    """Convert `source` to another layout at `target`.
 
     Args:
         source: None where `average` names folders.
-        lora: adapters to merge, see `checkpoints.adapters.with_loras`.
-        of_file: fields of `Hints`, besides `like`.
+        options: fields of `Options`.
 
     Returns:
         What was done, as lines for the user.
@@ -137,52 +176,37 @@ def convert(
         OSError: of the disk.
     """
     from sdjax.checkpoints.adapters import with_loras
-    from sdjax.checkpoints.reading import read_any
     from sdjax.formats.folders import ModelError, folder_kind
-    from sdjax.formats.single_file import Hints
 
-    found = _sources(source, average, average_weights, ema_length, step, weights)
+    asked = Options(**options)
+    found = _sources(source, asked)
     target = paths.to_path(target)
     kinds = [folder_kind(member.path) for member in found]
-    to = to or default_format(kinds[0], target)
-    given = {
-        "variant": variant,
-        "step": step,
-        "config_from": config_from,
-        "ema_length": ema_length,
-        **of_file,
-    }
+    to = asked.to or default_format(kinds[0], target)
     for member, kind in zip(found, kinds, strict=True):
         _check_places(member.path, target, to)
-        if problem := _misplaced(given, kind, to, dtype, max_shard_size):
+        if problem := asked.misplaced(kind, to):
             raise ModelError(f"{problem}; {member.path} is a {kind}, and {target} becomes a {to}")
     with locks.replacing(target, "--output", "sdjax.convert"):
-        like = read_any(config_from, with_weights=False) if config_from else None
-        hints = Hints(like=like, **{k: v for k, v in of_file.items() if v is not None})
-        read, origin = _read(
-            found,
-            lambda member: read_any(
-                member.path, weights=weights, step=member.step, variant=variant, hints=hints
-            ),
-            average_weights=average_weights,
-            ema_length=ema_length,
-            step=step,
+        read, origin = _read(found, asked)
+        read = with_loras(read, asked.lora)
+        return [*_read_lines(read, origin, asked, to), *_write(to, target, read, asked)]
+
+
+def _read_lines(read: Model, origin: str, asked: Options, to: str) -> list[str]:
+    """Lines for the user on what was read."""
+    count = sum(value.size for value in read.params.values())
+    lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
+    lines += [f"merged the adapter {option}" for option in asked.lora]
+    if read.ignored:
+        lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
+    if read.unsupported_sampler and to == "workdir":
+        assert read.sampler
+        lines.append(
+            f"its sampler is {read.unsupported_sampler}, which sdjax does not have: the workdir is "
+            f"drawn from with {read.sampler.name}, and a folder written of it has the one there was"
         )
-        read = with_loras(read, lora)
-        count = sum(value.size for value in read.params.values())
-        lines = [f"read {', '.join(read.networks)}: {count:,} parameters from {origin}"]
-        lines += [f"merged the adapter {option}" for option in lora]
-        if read.ignored:
-            lines.append(f"ignored, as they do not change the maths: {', '.join(read.ignored)}")
-        if read.unsupported_sampler and to == "workdir":
-            assert read.sampler
-            lines.append(
-                f"its sampler is {read.unsupported_sampler}, which sdjax does not have: the "
-                f"workdir is drawn from with {read.sampler.name}, and a folder written of it has "
-                "the one there was"
-            )
-        options = {"dtype": dtype, "overwrite": force}
-        return lines + _write(to, target, read, options, max_shard_size or "")
+    return lines
 
 
 def bundle(workdir: paths.PathLike) -> list[str]:
@@ -204,56 +228,55 @@ def bundle(workdir: paths.PathLike) -> list[str]:
     return [f"copied into {folder}: {', '.join(names)}"]
 
 
-def _sources(
-    source: paths.PathLike | None,
-    average: Sequence[str] | None,
-    average_weights: Sequence[float] | None,
-    ema_length: float | None,
-    step: int | None,
-    weights: str,
-) -> list[averages.Member]:
+def _sources(source: paths.PathLike | None, asked: Options) -> list[averages.Member]:
     """Return the sources. ModelError if the options that name them contradict one another."""
     from sdjax.checkpoints import averages
     from sdjax.formats.folders import ModelError
 
-    if average:
-        for option, value in (("step", step), ("ema_length", ema_length)):
-            if value is not None:
+    if asked.average:
+        for option in ("step", "ema_length"):
+            if (value := getattr(asked, option)) is not None:
                 raise ModelError(f"--{option}={value} does not go with --average: leave one out")
-        return averages.members(source, average)
-    if average_weights:
+        return averages.members(source, asked.average)
+    if asked.average_weights:
         raise ModelError("--average_weights is for --average, which names the models")
     if source is None:
         raise ModelError("--input is missing, the model to convert (or --average DIR DIR ...)")
-    if ema_length is None:
-        return [averages.Member(paths.to_path(source), step)]
-    if weights != "ema":
+    if asked.ema_length is None:
+        return [averages.Member(paths.to_path(source), asked.step)]
+    if asked.weights != "ema":
         raise ModelError(
-            f"--weights={weights} does not go with --ema_length, which says what average to take"
+            f"--weights={asked.weights} does not go with --ema_length, which says what average to "
+            "take"
         )
     return [averages.Member(_run_of(paths.to_path(source)))]
 
 
-def _read(
-    found: Sequence[averages.Member],
-    read_one: Callable[[averages.Member], Model],
-    *,
-    average_weights: Sequence[float] | None,
-    ema_length: float | None,
-    step: int | None,
-) -> tuple[Model, str]:
+def _read(found: Sequence[averages.Member], asked: Options) -> tuple[Model, str]:
     """The model to write, and what it was made of."""
     from sdjax.checkpoints import averages
+    from sdjax.checkpoints.reading import read_any
+
+    hints = asked.hints()
+
+    def read_one(member: averages.Member) -> Model:
+        return read_any(
+            member.path,
+            weights=asked.weights,
+            step=member.step,
+            variant=asked.variant,
+            hints=hints,
+        )
 
     if len(found) > 1:
-        read = averages.average(found, read_one, average_weights)
+        read = averages.average(found, read_one, asked.average_weights)
         return read, f"the mean of {', '.join(map(str, found))}"
-    read, origin = read_one(found[0]), str(found[0].path)
-    if ema_length is None:
+    read, origin, length = read_one(found[0]), str(found[0].path), asked.ema_length
+    if length is None:
         return read, origin
     # The average may be of a step whose checkpoint is gone: the model around it is the newest.
-    read, at = averages.with_ema_length(read, found[0].path, ema_length, step)
-    return read, f"the average of width {ema_length:g} of {origin} at step {at}"
+    read, at = averages.with_ema_length(read, found[0].path, length, asked.step)
+    return read, f"the average of width {length:g} of {origin} at step {at}"
 
 
 def _run_of(path: paths.Path) -> paths.Path:
@@ -268,21 +291,6 @@ def default_format(kind: str, target: paths.Path) -> str:
     return "diffusers" if kind == "workdir" else "workdir"
 
 
-def _misplaced(
-    given: dict[str, Any], kind: str, to: str, dtype: str, max_shard_size: str | None
-) -> str:
-    """Return the fault of options that another kind of input or output has, or ""."""
-    for option, value in given.items():
-        if value not in ("", None) and kind != INPUT_OPTIONS[option]:
-            wanted = INPUT_OPTIONS[option]
-            return f"--{option}={value} is for a {wanted} as --input: leave it out"
-    if to == "workdir" and dtype != "float32":
-        return f"--dtype={dtype}: a workdir holds float32; leave --dtype out"
-    if to != "diffusers" and max_shard_size:
-        return f"--max_shard_size={max_shard_size} is for a diffusers folder to write: leave it out"
-    return ""
-
-
 def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:
     """ModelError if writing would destroy what is read, or the name and kind disagree."""
     from sdjax.formats.folders import ModelError
@@ -294,24 +302,23 @@ def _check_places(source: paths.Path, target: paths.Path, to: str) -> None:
         raise ModelError(f"--output={target} is the name of a file, but a {to} is a folder")
 
 
-def _write(
-    to: str, target: paths.Path, read: Any, options: dict[str, Any], max_shard_size: str
-) -> list[str]:
+def _write(to: str, target: paths.Path, read: Model, asked: Options) -> list[str]:
     """Write networks in the layout `to`; what was done, as lines."""
     from sdjax.checkpoints.workdir import save_workdir
     from sdjax.formats.diffusers_folder import write_diffusers
     from sdjax.formats.single_file_writer import write_single_file
 
+    dtype, size = asked.dtype, asked.max_shard_size or ""
     if to == "workdir":
-        save_workdir(target, read, overwrite=options["overwrite"])
+        save_workdir(target, read, overwrite=asked.force)
         field = "init_from" if len(read.networks) > 1 else "vae_from"
         flag = shlex.quote(f"--config.{field}={target}")
         return [f"wrote the workdir {target}; train from it with {flag}"]
     if to == "diffusers":
-        write_diffusers(target, read, max_shard_size=max_shard_size, **options)
-        return [f"wrote the diffusers folder {target}, {options['dtype']}"]
-    notes = write_single_file(target, read, **options)
-    return [f"wrote the single file {target}, {options['dtype']}", *notes]
+        write_diffusers(target, read, max_shard_size=size, dtype=dtype, overwrite=asked.force)
+        return [f"wrote the diffusers folder {target}, {dtype}"]
+    notes = write_single_file(target, read, dtype=dtype, overwrite=asked.force)
+    return [f"wrote the single file {target}, {dtype}", *notes]
 
 
 def _of_adapter(options: dict[str, Any]) -> list[str] | None:
