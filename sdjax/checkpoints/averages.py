@@ -21,6 +21,7 @@ from sdjax.families.embeddings import tables_with
 from sdjax.families.family import Model
 from sdjax.families.registry import NETWORKS, TOKENIZERS
 from sdjax.formats.folders import ModelError
+from sdjax.models.adapters.networks import MARK
 from sdjax.optim import ema
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
@@ -221,8 +222,14 @@ def with_averages(
     """A run's parameters with the averages of its snapshots in place of all that it trained.
 
     Raises:
-        ModelError: the snapshots are of another model, or of a part of what was trained.
+        ModelError: the snapshots are of another model, of adapters, or of a part of what was
+            trained.
     """
+    if any(MARK in path for path in averages):
+        raise ModelError(
+            f"{ema.snapshot_folder(workdir)}: the run trained adapters, and averages of other "
+            "lengths are made of whole networks; take one that it tracked (ema.profiles)"
+        )
     whole = tables_with(model.params, averages)
     strange = [
         path

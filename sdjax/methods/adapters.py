@@ -53,11 +53,11 @@ def make(setup: Setup) -> Method:
     return joined(method, (factors(setup, method),))
 
 
-def denoiser(setup: Setup, make: Callable[[Setup], Method] = denoise.make) -> Method:
+def denoiser(setup: Setup, base: Callable[[Setup], Method] = denoise.make) -> Method:
     """Return the method of a denoiser with adapters, whose loss drops parts of them.
 
     Args:
-        make: binds the method whose loss it is.
+        base: binds the method whose loss it is.
 
     Raises:
         UserError: see `make`.
@@ -69,7 +69,7 @@ def denoiser(setup: Setup, make: Callable[[Setup], Method] = denoise.make) -> Me
             f"method.text_targets is {config.text_targets} with data.text_embeddings, in which no "
             "text encoder runs; set one of them to what it is by default"
         )
-    method = make(setup)
+    method = base(setup)
     if not any(MARK in path for path in method.abstract):
         raise UserError(
             "method.ranks, method.block_ranks and method.block_rates have a 0 for every layer of "
@@ -82,7 +82,7 @@ def denoiser(setup: Setup, make: Callable[[Setup], Method] = denoise.make) -> Me
         for change in setup.model.changes
     )
     model = dataclasses.replace(setup.model, changes=changes)
-    loss = _with_keys(make(dataclasses.replace(setup, model=model)), method)
+    loss = _with_keys(base(dataclasses.replace(setup, model=model)), method)
     return dataclasses.replace(method, phases=(dataclasses.replace(method.phases[0], loss=loss),))
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdjax import sample
 from sdjax.checkpoints.adapters import with_loras
+from sdjax.checkpoints.averages import with_averages
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import read_adapter_run
 from sdjax.config import default, resolve
@@ -19,6 +20,7 @@ from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text, make_conditioner
 from sdjax.families.embeddings import is_rows, rows_path, table_path
 from sdjax.formats.embeddings import read_embedding, with_files
+from sdjax.formats.folders import ModelError
 from sdjax.methods.embedding import EmbeddingConfig, _as_spread, _first_rows
 from sdjax.models.adapters.networks import MARK
 from sdjax.models.weights import load_file
@@ -141,6 +143,11 @@ def test_every_verb_takes_the_run_for_its_adapter_and_its_word(trained, tiny_mod
     np.testing.assert_array_equal(found.rows["text_encoder"], params(trained)[ROWS])
     saved = json.loads((trained / "config.json").read_text())["method"]
     assert (saved["name"], saved["words_end"], saved["std_power"]) == ("pivotal", 0.5, 0.1)
+
+
+def test_an_average_of_another_length_says_that_adapters_have_none(trained):
+    with pytest.raises(ModelError, match="the run trained adapters, and averages of other lengths"):
+        with_averages(read_any(trained), trained, params(trained))
 
 
 def test_rows_begin_at_random_as_spread_as_the_table(tiny_model):
