@@ -153,7 +153,7 @@ class CLIPVision(nnx.Module):
         return self.visual_projection(self.post_layernorm(x[:, 0])).astype(jnp.float32)
 
     def patches(self, pixels: Array) -> Array:
-        """What the last layer but one says of the class token and the patches, [B, 1 + N, D].
+        """The output of the last layer but one, for the class token and the patches, [B, 1 + N, D].
 
         transformers' `hidden_states[-2]`; arguments as above.
         """
