@@ -3,8 +3,7 @@
     python benchmarks/new_word.py make runs/thing         # 6 pictures of large orange crosses
     python -m sdjax.main --config=configs/textual_inversion_tiny.py --workdir=runs/word \\
         --config.init_from=runs/base --config.data.path=runs/thing
-    python benchmarks/new_word.py judge --model=runs/base \\
-        --embedding=runs/word/embedding/thing.safetensors
+    python benchmarks/new_word.py judge --model=runs/base --embedding=runs/word
 
 runs/base is the model of `make train`. The word is to mean the colour, the shape and the size
 together. Prompts with the word begin as its initializer, "circle", does; the reader of shapes says

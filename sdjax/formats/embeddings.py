@@ -27,6 +27,7 @@ from sdjax.system import paths
 from sdjax.system.untrusted import brief, check_regular, plain
 
 # Names of rows in a file of several encoders, in the order of the family's text encoders.
+FOLDER = "embedding"  # of the workdir of a run that has learned words
 _ROWS = ("clip_l", "clip_g")
 _NAMELESS = ("emb_params", "*")  # names of rows that are no words
 _FIRST, _SECOND = "learned_embeds", "learned_embeds_2"  # diffusers' names of files
@@ -78,13 +79,36 @@ def with_files(model: Model, options: Sequence[str]) -> tuple[Model, list[Embedd
     """Return a model with the words of files, and these.
 
     Args:
-        options: each FILE or FILE:WORD.
+        options: each FILE, FILE:WORD or WORKDIR.
 
     Raises:
         UserError: a file cannot be read or is not for the model, or it has a word already.
     """
-    read = [read_embedding(file, model, word) for file, word in map(parse_option, options)]
+    read = [
+        read_embedding(file, model, word)
+        for place, word in map(parse_option, options)
+        for file in _files(paths.to_path(place), word)
+    ]
     return (with_embeddings(model, read) if read else model), read
+
+
+def _files(place: paths.Path, word: str) -> list[paths.Path]:
+    """A file itself; of the workdir of a run, or its folder of words, a file for each word."""
+    if not place.is_dir():
+        return [place]
+    inner = place / FOLDER
+    own = inner if paths.exists(inner) else place
+    found = [
+        f / f"{_FIRST}.safetensors" for f in (own, *sorted(f for f in own.iterdir() if f.is_dir()))
+    ]
+    found = [file for file in found if paths.exists(file)]
+    if not found or (word and len(found) > 1):
+        wrong = f"has {len(found)} words, and one name" if found else "has no words"
+        raise EmbeddingError(
+            f"--embedding={place}{':' if word else ''}{word} {wrong}; expected a file, or the "
+            "workdir of a run that has learned words"
+        )
+    return found
 
 
 def parse_option(option: str) -> tuple[str, str]:

@@ -47,7 +47,6 @@ from sdjax.methods.parts import Part, joined
 from sdjax.models.params import Params
 from sdjax.system import paths
 
-FOLDER = "embedding"  # of a workdir, with the files for other programs
 CAPTIONS = "captions"  # the value of `templates` that leaves captions as they are
 
 
@@ -161,7 +160,7 @@ def words(setup: Setup) -> Part:
     def export(
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
     ) -> dict[str, paths.Path | str]:
-        from sdjax.formats.embeddings import write_embeddings
+        from sdjax.formats.embeddings import FOLDER, write_embeddings
 
         target = folder / FOLDER
         write_embeddings(target, model.family, learnt(config, model, trained))

@@ -39,8 +39,9 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
     group.add_argument("--negative_prompt", help="what guidance steers away from")
     group.add_argument(
         "--embedding", action="append", default=[], metavar="FILE[:WORD]",
-        help="SD1, SD2 and SDXL: a word that was learnt (textual inversion), for prompts to use; "
-        "WORD is by default the file's own, or else its name; may be given again",
+        help="SD1, SD2 and SDXL: a word that was learnt (textual inversion), for prompts to use, "
+        "or the workdir that learned it; WORD is by default the file's own, or else its name; may "
+        "be given again",
     )  # fmt: skip
     group.add_argument(
         "--embedded_guidance", type=float,

@@ -204,6 +204,27 @@ def test_words_of_files_are_added_to_a_model(tmp_path):
         with_files(model, [f"{one}:a"])
 
 
+def test_the_workdir_of_a_run_stands_for_the_words_that_it_learned(tmp_path):
+    tokenizer = Tokenizer.train(["a cat"] * 4, 520)
+    config = dataclasses.replace(CLIPTextConfig(), vocab_size=tokenizer.vocab_size)
+    table = rows(tokenizer.vocab_size, 768)
+    path = "text_encoder.embeddings.token_embedding.embedding"
+    model = Model(SD, {"text_encoder": config}, params={path: table},
+                  tokenizers={"tokens": tokenizer})  # fmt: skip
+    cat, dog = (Embedding(f"<{word}>", {"text_encoder": L}) for word in ("cat", "dog"))
+    write_embeddings(tmp_path / "one" / "embedding", SD, [cat])
+    write_embeddings(tmp_path / "two" / "embedding", SD, [cat, dog])
+    _, words = with_files(model, [f"{tmp_path / 'one'}:<kitten>"])
+    assert [word.token for word in words] == ["<kitten>"]
+    _, words = with_files(model, [str(tmp_path / "two")])
+    assert {word.token for word in words} == {"<cat>", "<dog>"}
+    with pytest.raises(UserError, match="has 2 words, and one name"):
+        with_files(model, [f"{tmp_path / 'two'}:<kitten>"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="has no words; expected a file, or the workdir"):
+        with_files(model, [str(tmp_path / "none")])
+
+
 @pytest.mark.parametrize("name", ["learned_embeds.safetensors", "cat.safetensors"])
 def test_what_is_written_loads_in_diffusers(tmp_path, torch_pipeline, name):
     import copy
