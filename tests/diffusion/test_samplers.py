@@ -175,9 +175,8 @@ def test_first_step_from_zero_snr_is_finite():
     for name in SAMPLERS[:-1]:
         plan = make_plan(schedule, SamplerConfig(name=name, steps=10, spacing="trailing"))
         assert plan.timesteps[0] == 999 and np.isfinite(plan.to_x).all()
-        assert (
-            plan.alpha[0] == 0.0 if name in ("ddpm", "ddim", "pndm") else 0 < plan.alpha[0] < 3e-4
-        )
+        of_table = name in ("ddpm", "ddim", "pndm", "lcm")
+        assert plan.alpha[0] == 0.0 if of_table else 0 < plan.alpha[0] < 3e-4
 
 
 def test_ddim_ends_at_the_first_alpha_of_the_table_unless_told_otherwise():
