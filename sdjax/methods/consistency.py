@@ -132,13 +132,21 @@ class Consistency:
     def loss(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
     ) -> tuple[jax.Array, Aux]:
-        """See `LossFn`; the target is that of the recipe's first average, if there is one."""
+        """See `LossFn`; the target is that of the recipe's average, if it has one.
+
+        Raises:
+            UserError: it has several, which JAX would bring into the order of their names.
+        """
+        if len(averages) > 1:
+            raise UserError(
+                f"ema.profiles has the averages {', '.join(sorted(averages))}, but the target of "
+                f"method {self.config.name!r} is that of one; leave the others out"
+            )
         every = {**frozen, **trained}
         averaged = {**every, **next(iter(averages.values()), trained)}
         setup, schedule = self.diffusion.setup, self.diffusion.schedule
-        captions = self.diffusion.conditioner.drop(
-            every, batch, draw.keys, setup.objective.caption_dropout
-        )
+        rate, own = setup.objective.caption_dropout, setup.objective.encoder_dropout
+        captions = self.diffusion.conditioner.drop(every, batch, draw.keys, rate, encoder_rate=own)
         t = sample_timesteps(
             draw.keys, draw.positions, draw.batch_size, schedule, setup.objective, draw.key
         )
@@ -218,7 +226,9 @@ class Consistency:
         """The teacher's guided state at s, one step of DDIM from xt at t."""
         kind = self.diffusion.setup.objective.prediction_type
         alpha, sigma = schedule_at(self.diffusion.schedule, t)
-        said, unsaid = (self.teacher(every, xt, t, context) for context in contexts)
+        both = jax.tree.map(lambda *each: jnp.concatenate(each), *contexts)
+        out = self.teacher(every, jnp.concatenate([xt] * 2), jnp.concatenate([t] * 2), both)
+        said, unsaid = jnp.split(out, 2)
         scale = scales.reshape(-1, *[1] * (xt.ndim - 1))
         # Guided as x0 and eps, in which a prediction is linear.
         guided = unsaid + scale * (said - unsaid)

@@ -237,6 +237,14 @@ def test_another_objective_or_sampler_is_refused(change, words, config):
         bound(config)
 
 
+def test_several_averages_leave_the_target_open(config):
+    assembled, method, every = bound(config)
+    batch, positions = batch_of(assembled, np.random.default_rng(0)), jnp.arange(B)
+    draw = Draw(jax.random.key(1), example_keys(jax.random.key(1), positions), positions, B)
+    with pytest.raises(UserError, match=r"ema.profiles has the averages 0.95, 0.99, .* of one"):
+        method.phases[0].loss(every, {}, {"0.99": every, "0.95": every}, batch, draw)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
