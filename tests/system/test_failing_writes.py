@@ -31,7 +31,11 @@ from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.encoding import encoder
 from sdjax.errors import UserError, WriteError
 from sdjax.evaluation import reference
+from sdjax.families.embeddings import Embedding
+from sdjax.families.registry import FAMILIES
+from sdjax.formats.embeddings import write_embeddings
 from sdjax.formats.folders import replaced_folder
+from sdjax.models.weights import save_file
 from sdjax.optim import ema
 from sdjax.planning import plan_cache
 from sdjax.sampling import animation, drawing, grids, strips
@@ -63,6 +67,7 @@ PARAMS = {"unet.conv_in.bias": jnp.arange(64.0)}
 
 
 ASSEMBLED = Assembled(Config(), {"vae.a": np.zeros(9)}, {}, ())
+WORD = Embedding("<cat>", {"text_encoder": np.ones((1, 8), np.float32)})
 REFERENCE = references.Reference("vae_from", "tiny", digest=references.digest({}))
 
 
@@ -93,6 +98,8 @@ WRITERS = {
     "work of prepare": lambda folder: Workspace(str(folder)).write_json(folder / "work" / "a", {}),
     "encoded": lambda folder: encoded.write(folder, encoding_of_nothing(), {}),
     "records": records,
+    "weights": lambda folder: save_file(PARAMS, folder / "x.safetensors"),
+    "words": lambda folder: write_embeddings(folder, FAMILIES["sd"], [WORD]),
     "lock": lambda folder: locks.held(folder, "--output", "x").__enter__(),
 }
 
