@@ -14,6 +14,7 @@ VERBS = {
     "convert": "to and from diffusers folders and single files; averages",
     "evaluate": "FID, KID, CLIP score, ...: how good is it",
     "report": "curves, pictures and numbers of a run on one page",
+    "serve": "draw for the clients of A1111 and OpenAI, over HTTP",
     "sweep": "search the configuration",
     "plan": "does a run fit TPUs or GPUs, and how fast is it",
 }

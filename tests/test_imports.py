@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sdjax"
-VERBS = ("main", "sample", "convert", "encode", "prepare", "evaluate", "report", "plan", "sweep")
+VERBS = (
+    "main",
+    "sample",
+    "convert",
+    "encode",
+    "prepare",
+    "evaluate",
+    "report",
+    "plan",
+    "sweep",
+    "serve",
+)
 # A room, or a file beside the rooms, imports only what stands before it.
 ORDER = (
     "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families", "formats",

@@ -87,26 +87,65 @@ class Member:
         shape: tuple[int, ...],
     ) -> Denoising:
         """Return the guided denoiser for latents of `shape` [B, h, w, C]; see `Generate`."""
-        batch, *size, _ = shape
-        network = self.networks.module(self.model.family.denoiser, params)
-        target = size[0] * self.model.vae.downscale, size[1] * self.model.vae.downscale
+        network, size = self.network(params), shape[1:3]
+        contexts = self.contexts(params, prompts, negative, size)
+        scale = self.drawing.guidance
+        if not self.controls.each:
+            guided = self.guided(network, self.beside(contexts, picture), picture, size, scale)
+            return Denoising(guided, network, _length(contexts[0]))
+        timesteps = self.drawing.plan(self.schedule, size).timesteps
+        reads, put = self.controls.beside(network, params, picture, timesteps)
+        steered = [put(contexts[0], False), put(contexts[1], True)]
+        function = _guided(self.drawing, self.schedule, reads, steered, size, scale)
+        return Denoising(function, network, _length(contexts[0]))
+
+    def network(self, params: Mapping[str, jax.Array]) -> Any:
+        """Return the denoiser's module."""
+        return self.networks.module(self.model.family.denoiser, params)
+
+    def contexts(
+        self,
+        params: Mapping[str, jax.Array],
+        prompts: Mapping[str, jax.Array],
+        negative: Mapping[str, jax.Array],
+        size: Sequence[int],
+    ) -> list[Context]:
+        """Return the contexts of the prompts and of the negative ones, for latents of `size`."""
+        height, width = size
+        batch = len(next(iter(prompts.values())))
+        target = height * self.model.vae.downscale, width * self.model.vae.downscale
         prompts = {GUIDANCE: jnp.full(batch, self.drawing.embedded_guidance), **prompts}
         other = {**prompts, **negative}
-        context = self.conditioner(params, prompts, target=target)
-        away = self.conditioner(params, other, target=target, negative=True)
-        reads: Any
-        if self.controls.each:
-            timesteps = self.drawing.plan(self.schedule, size).timesteps
-            reads, put = self.controls.beside(network, params, picture, timesteps)
-            contexts = [put(context, False), put(away, True)]
-        else:
-            reads, beside = with_channels(network, self.model.family, picture)
-            contexts = [beside(context), beside(away)]
+        return [
+            self.conditioner(params, prompts, target=target),
+            self.conditioner(params, other, target=target, negative=True),
+        ]
+
+    def beside(self, contexts: Sequence[Context], picture: Picture) -> list[Any]:
+        """Return the contexts with what the denoiser reads of a picture, if it reads one."""
+        family, (context, away) = self.model.family, contexts
+        put = with_channels(None, family, picture)[1]
+        made = [put(context), put(away)]
         if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
             blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
-            contexts.append(with_channels(network, self.model.family, blank)[1](away))
-        function = _guided(self.drawing, self.schedule, reads, contexts, size=tuple(size))
-        return Denoising(function, network, _length(context))
+            made.append(with_channels(None, family, blank)[1](away))
+        return made
+
+    def guided(
+        self,
+        network: Any,
+        contexts: Sequence[Any],
+        picture: Picture,
+        size: Sequence[int],
+        scale: float | jax.Array,
+    ) -> Denoise:
+        """Return the guided denoiser of contexts of `beside`.
+
+        Args:
+            scale: of guidance, in place of the drawing's; [B, 1, 1, 1] where each picture has one.
+        """
+        reads = with_channels(network, self.model.family, picture)[0]
+        return _guided(self.drawing, self.schedule, reads, contexts, size, scale)
 
 
 def make_member(
@@ -166,13 +205,14 @@ def _guided(
     schedule: Schedule,
     denoiser: Any,
     contexts: Sequence[Any],
-    *,
-    size: tuple[int, ...],
+    size: Sequence[int],
+    scale: float | jax.Array,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return (xt, t) -> the guided prediction, for latents of height and width `size`.
 
     Args:
         contexts: with the prompt; perhaps with a part of that; with nothing.
+        scale: of guidance; [B, 1, 1, 1] where each picture has its own.
     """
     context, *middle, null = contexts
     denoise = guided(
@@ -181,7 +221,7 @@ def _guided(
         null,
         middle=middle[0] if middle else None,
         middle_scale=drawing.image_guidance if middle else 1.0,
-        scale=drawing.guidance,
+        scale=scale,
         rescale=drawing.guidance_rescale,
         interval=drawing.guidance_interval,
         num_train_timesteps=schedule.num_train_timesteps,

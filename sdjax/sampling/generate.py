@@ -28,6 +28,9 @@ from sdjax.sampling.settings import SampleConfig
 from sdjax.sampling.start import Picture, constraint, initial_state
 from sdjax.system import progress
 
+# Of a picture; the sampler's noise and the VAE's take the next two, and a word has 32 bits.
+MOST_SEED = 2**32 - 3
+
 
 def settings_of(model: Model) -> SampleConfig:
     """Return how a model is drawn, where no run says it: as its family, or without guidance.
@@ -178,16 +181,42 @@ def to_images(vae: VAE, x0: jax.Array) -> jax.Array:
     return jnp.clip(vae.decode(unscale_latents(x0, vae.config)) / 2 + 0.5, 0.0, 1.0)
 
 
+def initial_latents(seed: int, positions: Any, shape: tuple[int, int, int]) -> jax.Array:
+    """Return standard normal noise [B, h, w, C]; picture i has the same in whatever batch.
+
+    Raises:
+        UserError: the seed is below 0 or above `MOST_SEED`.
+    """
+    return _noise(_word(seed), positions, shape)
+
+
 @partial(jax.jit, static_argnames=("shape",))
-def initial_latents(seed: int, positions: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Standard normal noise [B, h, w, C]; picture i is the same in whatever batch it is drawn."""
+def _noise(seed: jax.Array, positions: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     keys = example_keys(jax.random.key(seed), positions)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 @jax.jit
-def _sampler_keys(seed: int, positions: jax.Array) -> jax.Array:
-    return example_keys(jax.random.key(seed), positions)
+def _sampler_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
+    return example_keys(jax.random.key(seed + 1), positions)
+
+
+def _word(seed: int) -> np.uint32:
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"the seed is {seed}; expected 0 to {MOST_SEED}")
+    return np.uint32(seed)
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def randomness_of(seeds: jax.Array, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
+    """Return the noise [B, h, w, C] and the sampler's keys [B] of the first picture of each seed.
+
+    Args:
+        seeds: uint32 [B], 0 to `MOST_SEED`.
+    """
+    first = jnp.zeros(1, jnp.int32)
+    each = jax.vmap(lambda seed: (_noise(seed, first, shape)[0], _sampler_keys(seed, first)[0]))
+    return each(seeds)
 
 
 def latent_shape(model: Model, height: int, width: int) -> tuple[int, int, int]:
@@ -237,8 +266,10 @@ def draw(
         callback, [N, ...] as NumPy.
 
     Raises:
+        UserError: the seed is below 0 or above `MOST_SEED`.
         FloatingPointError: a picture has NaN pixels, and would be black.
     """
+    word = _word(seed)
     parts: list[tuple[np.ndarray, Any]] = []
     total = len(next(iter(prompts.values())))
     mesh = _mesh_of(params)
@@ -256,7 +287,7 @@ def draw(
                 initial_latents(seed, numbers, shape)
                 if latents is None
                 else _spread(latents[rows], mesh),
-                _sampler_keys(seed + 1, numbers),
+                _sampler_keys(word, numbers),
                 _batch(picture or {}, rows, mesh),
             )
             found, kept = _first(total - start, (out, seen))

@@ -7,7 +7,8 @@ that is drawn, and encoded to a sample of the VAE's distribution, not to its mea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from sdjax.data.transforms import to_rgb, upright
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Model
+from sdjax.families.family import Model, Networks
 from sdjax.models.vae import sample_moments, scale_latents
+from sdjax.sampling.denoising import Drawing
 from sdjax.sampling.request import SamplingRequest
 from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
 
@@ -40,28 +42,37 @@ def with_pictures(
     if not images:
         return request
     size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
+    encoder = PictureEncoder(model, request.dtype)
     if reads_picture(model) == EDIT:
-        modes = modes_of(model, request.params, read_pictures(images, count, size), request.dtype)
+        modes = encoder.modes(request.params, read_pictures(images, count, size))
         return dataclasses.replace(request, picture={"channels": modes})
     strength = _strength(masks, strength)
-    sampler = request.drawing.sampler
+    drawing = begun_at(request.drawing, strength)
+    picture = picture_of(
+        encoder,
+        request.params,
+        read_pictures(images, count, size),
+        read_masks(masks, count, size) if masks else None,
+        vae_noise(request.seed, request.positions, request.shape),
+        pure=bool(masks) and strength == 1.0,
+    )
+    return dataclasses.replace(request, drawing=drawing, picture=picture)
+
+
+def begun_at(drawing: Drawing, strength: float) -> Drawing:
+    """Return a drawing of the last steps alone, `strength` of all.
+
+    Raises:
+        UserError: no step is left, or the sampler cannot begin amid the steps.
+    """
+    sampler = drawing.sampler
     first = first_step(sampler.steps, strength, flow=sampler.name == "flow_euler")
     if first and sampler.name == "pndm":
         raise UserError(
             f"--strength={strength} begins amid the steps, where 'pndm' knows nothing of those "
             "before; take another --sampler, as ddim or dpmpp_2m"
         )
-    picture = picture_of(
-        model,
-        request.params,
-        read_pictures(images, count, size),
-        read_masks(masks, count, size) if masks else None,
-        vae_noise(request.seed, request.positions, request.shape),
-        pure=bool(masks) and strength == 1.0,
-        dtype=request.dtype,
-    )
-    drawing = dataclasses.replace(request.drawing, window=(first, sampler.steps))
-    return dataclasses.replace(request, drawing=drawing, picture=picture)
+    return dataclasses.replace(drawing, window=(first, sampler.steps))
 
 
 def _check(
@@ -153,78 +164,82 @@ def _one_each(option: str, made: Sequence[np.ndarray], count: int) -> np.ndarray
     return np.stack(list(made) * (count if len(made) == 1 else 1))
 
 
-def latents_of(
-    model: Model,
-    params: Mapping[str, jax.Array],
-    images: np.ndarray,
-    noise: np.ndarray,
-    *,
-    dtype: str = "float32",
-) -> np.ndarray:
-    """Return latents [N, h, w, C] of pictures [N, H, W, 3] in [-1, 1], one at a time.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureEncoder:
+    """The VAE's encoder of a model, compiled once for each size; it takes one picture at a time."""
 
-    Args:
-        noise: standard normal [N, h, w, C], which chooses the sample of the VAE's distribution.
-    """
-    networks = bind(model, ("vae",), dtype=dtype)
+    model: Model
+    dtype: str = "float32"
 
-    @jax.jit
-    def encode(params: Mapping[str, jax.Array], image: jax.Array, noise: jax.Array) -> jax.Array:
-        moments = networks.module("vae", params).encode(image)
-        return scale_latents(sample_moments(moments, noise), model.vae)
+    def latents(
+        self, params: Mapping[str, jax.Array], images: np.ndarray, noise: np.ndarray
+    ) -> np.ndarray:
+        """Return latents [N, h, w, C] of pictures [N, H, W, 3] in [-1, 1].
 
-    own = {path: params[path] for path in networks.abstract}
-    pairs = zip(images, noise, strict=True)
-    return np.concatenate([np.asarray(encode(own, i[None], n[None])) for i, n in pairs])
+        Args:
+            noise: standard normal [N, h, w, C], which chooses the sample of the VAE's distribution.
+        """
+        pairs = zip(images, noise, strict=True)
+        own = self._own(params)
+        return np.concatenate([np.asarray(self._sampled(own, i[None], n[None])) for i, n in pairs])
 
+    def modes(self, params: Mapping[str, jax.Array], images: np.ndarray) -> np.ndarray:
+        """Return the modes of the VAE's distribution for pictures [N, H, W, 3], not scaled.
 
-def modes_of(
-    model: Model, params: Mapping[str, jax.Array], images: np.ndarray, dtype: str = "float32"
-) -> np.ndarray:
-    """Return the mode of the VAE's distribution for pictures, one at a time, not scaled.
+        So does InstructPix2Pix read the picture that it edits (its pipeline,
+        prepare_image_latents).
+        """
+        own = self._own(params)
+        return np.concatenate([np.asarray(self._mode(own, image[None])) for image in images])
 
-    So does InstructPix2Pix read the picture that it edits (its pipeline, prepare_image_latents).
+    def _own(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: params[path] for path in self._networks.abstract}
 
-    Args:
-        images: [N, H, W, 3] in [-1, 1].
+    @functools.cached_property
+    def _networks(self) -> Networks:
+        return bind(self.model, ("vae",), dtype=self.dtype)
 
-    Returns:
-        [N, h, w, C].
-    """
-    networks = bind(model, ("vae",), dtype=dtype)
+    @functools.cached_property
+    def _sampled(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def encode(params: Mapping[str, jax.Array], image: jax.Array, noise: jax.Array):
+            moments = self._networks.module("vae", params).encode(image)
+            return scale_latents(sample_moments(moments, noise), self.model.vae)
 
-    @jax.jit
-    def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
-        return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+        return encode
 
-    own = {path: params[path] for path in networks.abstract}
-    return np.concatenate([np.asarray(encode(own, image[None])) for image in images])
+    @functools.cached_property
+    def _mode(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
+            return jnp.split(self._networks.module("vae", params).encode(image), 2, axis=-1)[0]
+
+        return encode
 
 
 def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the noise of `latents_of`, [N, *shape]: of each picture's number, as all its noise."""
+    """Return the noise of `PictureEncoder.latents`, [N, *shape], which follows from each number."""
     keys = example_keys(jax.random.key(seed + VAE_STREAM), jnp.asarray(positions))
     return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
 
 def picture_of(
-    model: Model,
+    encoder: PictureEncoder,
     params: Mapping[str, jax.Array],
     images: np.ndarray,
     masks: np.ndarray | None,
     noise: np.ndarray,
     *,
     pure: bool,
-    dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
     """Return what a generator takes of pictures and masks; see `sampling.start`.
 
     Args:
         images: [N, H, W, 3] in [-1, 1]; masks: [N, H, W, 1], 1 where redrawn.
-        noise: see `latents_of`.
+        noise: see `PictureEncoder.latents`.
         pure: whether drawing begins with noise alone and not with the noisy picture.
     """
-    clean = latents_of(model, params, images, noise, dtype=dtype)
+    model, clean = encoder.model, encoder.latents(params, images, noise)
     found = {} if pure else {"start": clean}
     if masks is None:
         return found
@@ -233,5 +248,5 @@ def picture_of(
     inpainting = model.family.inpainting
     if inpainting is None or not reads_picture(model):
         return {**found, "known": clean, "mask": small}
-    hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
+    hidden = encoder.latents(params, images * (masks < 0.5), noise)
     return {**found, "channels": inpainting.make(masks, small, hidden)}

@@ -86,4 +86,4 @@ class SamplingRequest:
         """Return what the pictures start from, [N, h, w, C]."""
         if self.latents is not None:
             return self.latents
-        return np.asarray(initial_latents(self.seed, self.positions, self.shape))  # type: ignore[arg-type]
+        return np.asarray(initial_latents(self.seed, self.positions, self.shape))

@@ -1,0 +1,271 @@
+"""Serve a model to the clients there are, and to a browser.
+
+    python -m sdjax.serve --model=DIR
+
+DIR is a workdir of sdjax or a diffusers folder. The server speaks the API of AUTOMATIC1111's web UI
+(/sdapi/v1) and the images of OpenAI's (/v1); /metrics is for Prometheus. It listens on this machine
+alone unless --host says otherwise, which needs a token. Equal pictures that wait are drawn
+together. docs/serving.md has examples. Needs `pip install "sdjax[serve]"`. Exit codes: 0 stopped by
+SIGTERM or Ctrl-C; 2 the input or an option is wrong.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    from sdjax.system.interrupts import install
+
+    install("the same command serves again", terminated=0)
+
+import argparse
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import logging
+
+from sdjax.errors import UserError, explain
+from sdjax.sampling.options import (
+    add_drawing_options,
+    add_lora_option,
+    guidance_changes,
+    sampler_changes,
+)
+from sdjax.system import paths, progress, untrusted
+from sdjax.system.allocator import use_large_pages
+
+if TYPE_CHECKING:
+    from sdjax.web.server.loaded import LoadedModel
+    from sdjax.web.server.requests import Limits
+    from sdjax.web.server.service import Service
+
+TOKEN_VARIABLE = "SDJAX_SERVE_TOKEN"
+_SHORTEST_TOKEN = 16
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    own = "the model's own by default"
+    p = argparse.ArgumentParser(
+        prog="python -m sdjax.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--model", required=True, help="workdir of sdjax, or a diffusers folder")
+    add_lora_option(p)
+    p.add_argument(
+        "--weights", default="ema",
+        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation (%(default)s)",
+    )  # fmt: skip
+    p.add_argument("--batch_size", type=int, default=4, help="drawn at once, at most (%(default)s)")
+    p.add_argument(
+        "--warm_up", action=argparse.BooleanOptionalAction, default=True,
+        help="compile the model's own settings before the first request (yes)",
+    )  # fmt: skip
+    net = p.add_argument_group("where it listens, and for whom")
+    net.add_argument(
+        "--host", default="127.0.0.1",
+        help="address to listen at; another than this machine's own needs a token (%(default)s)",
+    )  # fmt: skip
+    net.add_argument("--port", type=int, default=7860, help="0 for a free one (%(default)s)")
+    net.add_argument(
+        "--token_file", metavar="FILE",
+        help=f"file with the token that every request must bring, or ${TOKEN_VARIABLE}: at least "
+        f"{_SHORTEST_TOKEN} characters; as Authorization: Bearer, or as the password of Basic",
+    )  # fmt: skip
+    net.add_argument(
+        "--allow_host", action="append", default=[], metavar="NAME",
+        help="a further name by which the server may be asked, such as that of a proxy",
+    )  # fmt: skip
+    net.add_argument(
+        "--allow_origin", action="append", default=[], metavar="ORIGIN",
+        help="pages of another origin that may ask, as https://example.org (CORS; none)",
+    )  # fmt: skip
+    _add_limits(p.add_argument_group("limits, beyond which a request is refused in words"))
+    group = p.add_argument_group("how to get from noise to picture, where a client does not say")
+    add_drawing_options(group, own=own)
+    return p
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    for name, default, about in (
+        ("max_side", 2048, "pixels of a picture's side"),
+        ("max_steps", 150, "steps of the sampler"),
+        ("max_pictures", 16, "pictures of one request"),
+        ("max_megabytes", 32, "size of a request"),
+        ("queue", 64, "pictures that wait; more are answered with 503"),
+        ("timeout", 600, "seconds of one request, waiting included"),
+        ("rate", 600, "requests a minute of one address"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=default, help=f"{about} (%(default)s)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the options, serve until a signal comes, and give the exit code."""
+    args = parser().parse_args(argv)
+    from sdjax.checkpoints.checkpoint import CheckpointError
+    from sdjax.train.startup import enable_compilation_cache
+
+    enable_compilation_cache("")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        serve(args)
+    except paths.storage_errors(CheckpointError, ValueError, FloatingPointError) as error:
+        return explain(error)
+    return 0
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve what the options of `parser` say until SIGTERM or Ctrl-C.
+
+    Raises:
+        UserError and its kin: the model or an option is wrong, or the port is taken.
+    """
+    try:
+        import uvicorn
+
+        from sdjax.web.server.app import make_app
+        from sdjax.web.server.gate import LOOPBACK
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'sdjax.serve needs {error.name}: install it by `pip install "sdjax[serve]"`'
+        ) from error
+
+    limits, token = _limits(args), _token(args)
+    loopback = _is_loopback(args.host)
+    if not token and not loopback:
+        raise UserError(
+            f"--host={args.host} lets other machines in, which needs a token: put one of at least "
+            f"{_SHORTEST_TOKEN} characters into a file and give --token_file=FILE"
+        )
+    listener = _listener(args.host, args.port)  # a port that is taken is an error now
+    with progress.shown():
+        service = _service(args, limits)
+    # Whoever has the token may ask by any name.
+    hosts = (*LOOPBACK, args.host, *args.allow_host) if loopback and not token else ()
+    app = make_app(service, token=token, hosts=hosts, origins=args.allow_origin)
+    port = listener.getsockname()[1]
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{service.title} is served at http://{shown}:{port} (Ctrl-C stops)", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="on",
+        timeout_graceful_shutdown=15, h11_max_incomplete_event_size=64 << 10,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from sdjax.web.server.requests import Limits
+
+    for name in ("max_side", "max_steps", "max_pictures", "max_megabytes", "queue", "timeout",
+                 "rate", "batch_size"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}; expected at least 1")
+    return Limits(
+        side=args.max_side, steps=args.max_steps, pictures=args.max_pictures, queue=args.queue,
+        body=args.max_megabytes << 20, seconds=float(args.timeout), rate=args.rate,
+    )  # fmt: skip
+
+
+def _token(args: argparse.Namespace) -> str:
+    """Return the token, "" where there is none. UserError if it is short, or cannot be read."""
+    token, source = os.environ.get(TOKEN_VARIABLE, ""), f"${TOKEN_VARIABLE}"
+    if args.token_file:
+        source = f"--token_file={args.token_file}"
+        try:
+            token = untrusted.read_bytes(args.token_file, 4096).decode()
+        except (OSError, UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{source} cannot be read: {error}") from error
+    elif not token:
+        return ""
+    token = token.strip()
+    if len(token) < _SHORTEST_TOKEN or not token.isascii():
+        raise UserError(
+            f"{source} has {len(token)} characters; expected at least {_SHORTEST_TOKEN}, of ASCII, "
+            "as `openssl rand -hex 32` makes them"
+        )
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may mean any address
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. UserError if it cannot."""
+    if not 0 <= port < 65536:
+        raise UserError(f"--port={port}; expected 0 to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"--host={host} --port={port} cannot be listened at: {error.strerror}; choose another "
+            "--port, or 0 for a free one"
+        ) from error
+    return listener
+
+
+def _service(args: argparse.Namespace, limits: Limits) -> Service:
+    """Return the model, compiled and ready."""
+    from sdjax.checkpoints.references import digest
+    from sdjax.web.server.engine import Engine
+    from sdjax.web.server.requests import PictureRequest
+    from sdjax.web.server.service import Service
+
+    loaded, words = _loaded(args)
+    sha256 = digest(loaded.model.params).partition(":")[2]
+    height, width = loaded.model.native_size
+    own = loaded.own
+    usual = PictureRequest("", "", 0, height, width, own.sampler, own.guidance)
+    if args.warm_up:
+        with progress.work("compiling"):
+            loaded.warm_up(usual)
+    engine = Engine(loaded, queue=limits.queue)
+    return Service(loaded, engine, limits, sha256, tuple(args.lora), words)
+
+
+def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...]]:
+    """Return the model of the options, and the words of --embedding."""
+    from sdjax.checkpoints.adapters import with_loras
+    from sdjax.checkpoints.reading import read_any
+    from sdjax.families.conditioning import with_text_length
+    from sdjax.families.sampler import choose_sampler, sampler_note
+    from sdjax.formats.embeddings import with_files
+    from sdjax.sampling.generate import drawing_of, settings_of
+    from sdjax.web.server.loaded import LoadedModel
+
+    name = f"--model={args.model}"
+    model = with_loras(read_any(args.model, weights=args.weights), args.lora)
+    if model.missing():
+        raise UserError(
+            f"{name} has {', '.join(model.networks) or 'no network'} only; drawing takes "
+            f"{model.family.denoiser}, vae, and a text encoder with its tokenizer"
+        )
+    if args.max_sequence_length is not None:
+        model = with_text_length(model, args.max_sequence_length, name)
+    model, words = with_files(model, args.embedding)
+    sampler = choose_sampler(model, sampler_changes(args), name)
+    if note := sampler_note(model, sampler, name):
+        print(note, file=sys.stderr)
+    drawing = drawing_of(settings_of(model), sampler, guidance_changes(args))
+    shown = paths.absolute(paths.to_path(args.model)).name or "model"
+    loaded = LoadedModel(model, shown, drawing, dtype=args.dtype, batch_size=args.batch_size)
+    return loaded, tuple(word.token for word in words)
+
+
+if __name__ == "__main__":
+    use_large_pages()
+    sys.exit(main())

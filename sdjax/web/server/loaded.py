@@ -1,0 +1,205 @@
+"""A model that is ready to draw pictures of any settings, in batches.
+
+`sdjax.sample` compiles the whole way to a picture as one program. Here a step is one: it serves any
+number of steps, and between two of them the host sees the pictures and may stop some.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.data.numbers import of_geometry
+from sdjax.diffusion.samplers import (
+    check_schedule,
+    estimate,
+    first_carry,
+    kind_of_step,
+    step_rows,
+)
+from sdjax.families.conditioning import encode_text
+from sdjax.families.family import Model
+from sdjax.sampling.denoising import Drawing
+from sdjax.sampling.generate import check_finite, latent_shape, randomness_of, to_uint8
+from sdjax.sampling.pictures import PictureEncoder, begun_at, picture_of, vae_noise
+from sdjax.sampling.start import EDIT, initial_state, reads_picture
+from sdjax.web.server.preview import Preview
+from sdjax.web.server.program import Program, make_program
+from sdjax.web.server.requests import InvalidRequest, PictureRequest
+
+PROGRAMS = 16  # kept compiled; each is of one size of pictures, size of a batch, kind of sampler
+
+# (evaluation, estimates of x0 [B, h, w, C]) -> bool [B], the pictures that need no further step.
+Watch = Callable[[int, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model on its device.
+
+    name: of the folder it was read from.
+    own: how it is drawn where a client does not say.
+    batch_size: the most pictures drawn at once; smaller batches have a power of two.
+    """
+
+    model: Model
+    name: str
+    own: Drawing
+    dtype: str = "float32"
+    batch_size: int = 4
+    preview: Preview = dataclasses.field(default_factory=Preview)
+    _programs: collections.OrderedDict[Hashable, Program] = dataclasses.field(
+        default_factory=collections.OrderedDict
+    )
+
+    @functools.cached_property
+    def params(self) -> dict[str, jax.Array]:
+        """Return the parameters of all networks."""
+        return {path: jnp.asarray(value) for path, value in self.model.params.items()}
+
+    def check(self, request: PictureRequest) -> None:
+        """Check that the model can draw a picture.
+
+        Raises:
+            UserError: its size, sampler or picture is not for this model.
+        """
+        self._shape(request)
+        task = reads_picture(self.model)
+        if task and request.image is None:
+            raise InvalidRequest(
+                f"{self.name} {'edits' if task == EDIT else 'fills in'} a picture; send one"
+            )
+        if task == EDIT and request.mask is not None:
+            raise InvalidRequest(f"{self.name} edits a whole picture; send no mask")
+        if task and task != EDIT and request.mask is None:
+            raise InvalidRequest(f"{self.name} fills in what is white in a mask; send one")
+        assert self.model.prediction_type is not None
+        check_schedule(self._tables, self.model.prediction_type)
+        self._drawing(request).plan(self._tables, self._shape(request)[:2])
+
+    def draw(self, requests: Sequence[PictureRequest], watch: Watch) -> np.ndarray:
+        """Return pictures, uint8 [N, H, W, 3].
+
+        A picture that is to stop is what its last step takes it for.
+
+        Args:
+            requests: at most `batch_size`, all `alike`.
+            watch: called after every step.
+
+        Raises:
+            FloatingPointError: a picture has NaN pixels.
+        """
+        count = len(requests)
+        padded = [*requests, *[requests[-1]] * (self._padded(count) - count)]
+        drawing, shape = self._drawing(requests[0]), self._shape(requests[0])
+        plan, program = drawing.plan(self._tables, shape[:2]), self._program(requests[0], padded)
+        picture = self._picture(padded)
+        noise, keys = randomness_of(np.array([r.seed for r in padded], np.uint32), shape)
+        contexts = program.contexts(self.params, *self._words(padded), picture)
+        scale = np.array([each.guidance for each in padded], np.float32).reshape(-1, 1, 1, 1)
+        state, begun = initial_state(picture, noise, plan)
+        carry = first_carry(plan, state, begun=begun)
+        held = np.zeros(count, bool)
+        estimates = np.zeros((count, *shape), np.float32)
+        for i, row in enumerate(zip(*step_rows(plan), strict=True)):
+            carry = program.step(self.params, contexts, carry, row, scale, keys, picture, noise)
+            found = np.asarray(estimate(carry))[:count]
+            estimates = np.where(held[:, None, None, None], estimates, found)
+            held |= watch(i, estimates)
+            if held.all():
+                break
+        x0 = np.array(carry[0][0])
+        x0[:count] = np.where(held[:, None, None, None], estimates, x0[:count])
+        images = np.asarray(program.decode(self.params, x0))[:count]
+        check_finite(images, texts=[each.prompt for each in requests])
+        pictures = to_uint8(images)
+        self.preview.learn(x0[:count], pictures)
+        return pictures
+
+    def warm_up(self, request: PictureRequest) -> None:
+        """Compile what draws pictures like this one, for every size of a batch."""
+        sizes = {self._padded(count) for count in range(1, self.batch_size + 1)}
+        for size in sorted(sizes):
+            self.draw([request] * size, lambda i, x0: np.full(len(x0), i > 0))
+
+    def evaluations(self, request: PictureRequest) -> int:
+        """Return how often the denoiser is evaluated for a picture."""
+        return len(self._drawing(request).plan(self._tables, self._shape(request)[:2]).timesteps)
+
+    @functools.cached_property
+    def _tables(self) -> Any:
+        from sdjax.diffusion.schedules import make_schedule
+
+        assert self.model.schedule is not None
+        return make_schedule(self.model.schedule)
+
+    @functools.cached_property
+    def _encoder(self) -> PictureEncoder:
+        return PictureEncoder(self.model, self.dtype)
+
+    def _padded(self, count: int) -> int:
+        return min(self.batch_size, 1 << (count - 1).bit_length())
+
+    def _shape(self, request: PictureRequest) -> tuple[int, int, int]:
+        return latent_shape(self.model, request.height, request.width)
+
+    def _words(
+        self, requests: Sequence[PictureRequest]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Return what `Member.contexts` takes of prompts, and of the negative ones."""
+        count, first = len(requests), requests[0]
+        texts = [each.prompt for each in requests] + [each.negative_prompt for each in requests]
+        tokens = encode_text(self.model.tokenizers, texts)
+        size = of_geometry(self.model.family.numbers, (first.height, first.width))
+        prompts = {field: rows[:count] for field, rows in tokens.items()}
+        prompts |= {field: np.tile(value, (count, 1)) for field, value in size.items()}
+        return prompts, {field: rows[count:] for field, rows in tokens.items()}
+
+    def _drawing(self, request: PictureRequest) -> Drawing:
+        drawing = dataclasses.replace(self.own, sampler=request.sampler, guidance=request.guidance)
+        if request.image is None or reads_picture(self.model) == EDIT:
+            return drawing
+        return begun_at(drawing, request.strength)
+
+    def _program(self, first: PictureRequest, padded: Sequence[PictureRequest]) -> Program:
+        """Return the program for a batch; those that were not used for longest are dropped."""
+        drawing, shape = self._drawing(first), self._shape(first)
+        plan = drawing.plan(self._tables, shape[:2])
+        key = (
+            kind_of_step(plan), shape, len(padded), first.guidance == 1.0, first.image is not None,
+            first.mask is not None,
+            first.sampler if drawing.skip.layers else None,  # whose steps are built in
+        )  # fmt: skip
+        if key not in self._programs:
+            self._programs[key] = make_program(self.model, drawing, plan, shape[:2], self.dtype)
+        self._programs.move_to_end(key)
+        while len(self._programs) > PROGRAMS:
+            self._programs.popitem(last=False)
+        return self._programs[key]
+
+    def _picture(self, requests: Sequence[PictureRequest]) -> dict[str, jax.Array]:
+        """Return what the generator takes of the pictures to begin with; see `sampling.start`."""
+        if requests[0].image is None:
+            return {}
+        images = np.stack([np.asarray(each.image, np.float32) / 255 * 2 - 1 for each in requests])
+        if reads_picture(self.model) == EDIT:
+            return {"channels": jnp.asarray(self._encoder.modes(self.params, images))}
+        shape, zero = self._shape(requests[0]), np.zeros(1, int)
+        noise = np.concatenate([vae_noise(each.seed, zero, shape) for each in requests])
+        masks = [each.mask for each in requests if each.mask is not None]
+        made = picture_of(
+            self._encoder,
+            self.params,
+            images,
+            np.stack(masks) if masks else None,
+            noise,
+            pure=bool(masks) and requests[0].strength == 1.0,
+        )
+        return {name: jnp.asarray(value) for name, value in made.items()}

@@ -1,0 +1,81 @@
+"""The programs that draw a batch: contexts of the prompts, one step, and the VAE's decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from sdjax.diffusion.samplers import Carry, Row, make_step, noise_of
+from sdjax.diffusion.solvers import SolverPlan
+from sdjax.families.bind import bind
+from sdjax.families.family import Model
+from sdjax.sampling.denoising import Drawing, make_member
+from sdjax.sampling.generate import to_images
+from sdjax.sampling.start import Picture, constraint
+
+Params = Mapping[str, jax.Array]
+
+
+class Program(NamedTuple):
+    """Compiled functions of a batch.
+
+    contexts: (params, prompts, negative, picture) -> what the denoiser reads besides latents.
+    step: (params, contexts, carry, row, scale [B, 1, 1, 1], keys [B], picture, noise [B, h, w, C])
+        -> carry; see `samplers.make_step`.
+    decode: (params, x0 [B, h, w, C]) -> images [B, H, W, 3] in [0, 1].
+    """
+
+    contexts: Callable[..., list[Any]]
+    step: Callable[..., Carry]
+    decode: Callable[[Params, Any], jax.Array]
+
+
+def make_program(
+    model: Model, drawing: Drawing, plan: SolverPlan, size: tuple[int, ...], dtype: str
+) -> Program:
+    """Return the programs of drawings that differ in steps and guidance scale alone.
+
+    Args:
+        plan: of one of them; size: height and width of the latents.
+
+    Raises:
+        UserError: the networks do not fit one another, or the guidance the family.
+    """
+    member = make_member(model, drawing, dtype)
+    autoencoder = bind(model, ("vae",), dtype=dtype)
+
+    @jax.jit
+    def contexts(params: Params, prompts: Any, negative: Any, picture: Picture) -> list[Any]:
+        return member.beside(member.contexts(params, prompts, negative, size), picture)
+
+    @jax.jit
+    def step(
+        params: Params,
+        contexts: list[Any],
+        carry: Carry,
+        row: Row,
+        scale: jax.Array,
+        keys: jax.Array,
+        picture: Picture,
+        noise: jax.Array,
+    ) -> Carry:
+        # Without guidance one evaluation does, which needs a scale that is no argument.
+        own = 1.0 if drawing.guidance == 1.0 else scale
+        network = member.network(params)
+        assert model.prediction_type is not None
+        take = make_step(
+            member.guided(network, contexts, picture, size, own),
+            plan,
+            prediction_type=model.prediction_type,
+            noise=lambda i: noise_of(keys, i, noise.shape[1:]),
+            constrain=constraint(picture, noise),
+        )
+        return take(carry, row)
+
+    @jax.jit
+    def decode(params: Params, x0: jax.Array) -> jax.Array:
+        return to_images(autoencoder.module("vae", params), x0)
+
+    return Program(contexts, step, decode)
