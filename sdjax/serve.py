@@ -234,7 +234,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
         with progress.work("compiling"):
             loaded.warm_up(usual)
     engine = Engine(loaded, queue=limits.queue)
-    return Service(loaded, engine, limits, sha256, tuple(args.lora), words)
+    return Service(loaded, engine, limits, sha256, tuple(args.lora), words, args.model)
 
 
 def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...]]:

@@ -269,7 +269,6 @@ def draw(
         UserError: the seed is below 0 or above `MOST_SEED`.
         FloatingPointError: a picture has NaN pixels, and would be black.
     """
-    word = _word(seed)
     parts: list[tuple[np.ndarray, Any]] = []
     total = len(next(iter(prompts.values())))
     mesh = _mesh_of(params)
@@ -287,7 +286,7 @@ def draw(
                 initial_latents(seed, numbers, shape)
                 if latents is None
                 else _spread(latents[rows], mesh),
-                _sampler_keys(word, numbers),
+                _sampler_keys(_word(seed), numbers),
                 _batch(picture or {}, rows, mesh),
             )
             found, kept = _first(total - start, (out, seen))

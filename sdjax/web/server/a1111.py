@@ -9,29 +9,21 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sdjax.diffusion.grids import SamplerConfig, changed_sampler
-from sdjax.sampling.generate import MOST_SEED
-from sdjax.system.untrusted import brief
-from sdjax.web.server.a1111_lists import PREFIX, SCHEDULERS, sampler_of, title_of
+from sdjax.web.server.a1111_lists import PREFIX, title_of
+from sdjax.web.server.a1111_requests import picture_requests, text_requests
 from sdjax.web.server.infotext import infotext
 from sdjax.web.server.requests import (
     Fields,
-    InvalidRequest,
     PictureRequest,
-    decoded_image,
-    mask_array,
-    picture_array,
 )
-from sdjax.web.server.service import Service, encode
+from sdjax.web.server.service import Service, encode, leaving
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,76 +46,17 @@ class A1111:
     async def txt2img(self, http: Request) -> Response:
         """Draw pictures of a prompt."""
         fields = await self.service.fields(http)
-        return await self._answer(http, fields, self._requests(fields))
+        return await self._answer(http, fields, text_requests(self.service, fields))
 
     async def img2img(self, http: Request) -> Response:
         """Draw pictures that begin with one, or fill in its mask."""
         fields = await self.service.fields(http)
-        images = fields.names("init_images")
-        if len(images) != 1:
-            raise InvalidRequest(f"init_images has {len(images)} pictures; expected one")
-        most = self.service.limits.image
-        image = decoded_image("init_images[0]", images[0], most)
-        mask = fields.text("mask", most=self.service.limits.body)
-        strength = fields.number("denoising_strength", 0.75, least=0.0, most=1.0)
-        requests = self._requests(fields)
-        size = requests[0].height, requests[0].width
-        begun: dict[str, Any] = {"image": picture_array(image, size), "strength": strength}
-        if mask:
-            inverted = bool(fields.whole("inpainting_mask_invert", 0, least=0, most=1))
-            drawn = decoded_image("mask", mask, most)
-            begun["mask"] = mask_array(drawn, size, inverted=inverted)
-        requests = [dataclasses.replace(request, **begun) for request in requests]
-        return await self._answer(http, fields, requests)
-
-    def _requests(self, fields: Fields) -> list[PictureRequest]:
-        """Return the pictures that txt2img or img2img asks for; picture i has the seed + i."""
-        limits, own = self.service.limits, self.service.loaded
-        height, width = own.model.native_size
-        count = fields.whole("batch_size", 1, least=1, most=limits.pictures)
-        count *= fields.whole("n_iter", 1, least=1, most=limits.pictures)
-        if count > limits.pictures:
-            raise InvalidRequest(
-                f"batch_size * n_iter is {count}; expected at most {limits.pictures}"
-            )
-        seed = fields.whole("seed", -1, least=-1, most=MOST_SEED)
-        if seed == -1:
-            seed = secrets.randbelow(2**32 - 2 - limits.pictures)
-        one = PictureRequest(
-            prompt=fields.text("prompt", most=limits.prompt),
-            negative_prompt=fields.text("negative_prompt", most=limits.prompt),
-            seed=seed,
-            height=fields.whole("height", height, least=8, most=limits.side),
-            width=fields.whole("width", width, least=8, most=limits.side),
-            sampler=self._sampler(fields),
-            guidance=fields.number("cfg_scale", own.own.guidance, least=0.0, most=100.0),
-        )
-        if seed + count - 1 > MOST_SEED:
-            raise InvalidRequest(f"seed is {seed} for {count} pictures; expected a lower one")
-        return [dataclasses.replace(one, seed=seed + i) for i in range(count)]
-
-    def _sampler(self, fields: Fields) -> SamplerConfig:
-        """Return the sampler that a client names, or the model's own."""
-        own = self.service.loaded.own.sampler
-        given = fields.text("sampler_name", most=100) or fields.text("sampler_index", most=100)
-        scheduler = fields.text("scheduler", most=100).lower() or "automatic"
-        if given.endswith(" Karras"):  # as the names were before there was `scheduler`
-            given, scheduler = given.removesuffix(" Karras"), "karras"
-        if scheduler not in SCHEDULERS:
-            names = ", ".join(SCHEDULERS.values())
-            raise InvalidRequest(f"scheduler is {brief(scheduler)}; expected one of {names}")
-        steps = fields.whole("steps", own.steps, least=1, most=self.service.limits.steps)
-        changes: dict[str, Any] = {"steps": steps}
-        if given:
-            changes["name"] = sampler_of(given, own)
-        if scheduler != "automatic":
-            changes["karras"] = scheduler == "karras"
-        return changed_sampler(own, changes)
+        return await self._answer(http, fields, picture_requests(self.service, fields))
 
     async def _answer(
         self, http: Request, fields: Fields, requests: Sequence[PictureRequest]
     ) -> Response:
-        pictures = await self.service.draw(requests, http)
+        pictures = await self.service.draw(requests, leaving(http))
         service, first = self.service, requests[0]
         title = title_of(first.sampler.name)
         texts = [infotext(request, service, title) for request in requests]

@@ -11,11 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sdjax.diffusion.grids import SamplerConfig, changed_sampler
-from sdjax.errors import UserError
+from sdjax.diffusion.grids import SamplerConfig
 from sdjax.system.untrusted import brief
 from sdjax.web.server.infotext import parsed
-from sdjax.web.server.requests import InvalidRequest, PictureRequest, decoded_image
+from sdjax.web.server.requests import InvalidRequest, decoded_image
 from sdjax.web.server.service import Service
 
 PREFIX = "/sdapi/v1"
@@ -113,25 +112,12 @@ class Lists:
 
     async def samplers(self, http: Request) -> Response:
         """List the samplers that go with the model's noise schedule."""
-        found = []
-        for title, (name, aliases) in SAMPLERS.items():
-            if self._fits(name):
-                found.append({"name": title, "aliases": list(aliases), "options": {}})
-        return JSONResponse(found)
-
-    def _fits(self, name: str) -> bool:
-        loaded = self.service.loaded
-        try:
-            sampler = changed_sampler(
-                loaded.own.sampler, {"name": sampler_of(name, loaded.own.sampler)}
-            )
-            height, width = loaded.model.native_size
-            loaded.check(PictureRequest("", "", 0, height, width, sampler, 1.0))
-        except InvalidRequest:
-            return True  # the model reads a picture
-        except UserError:
-            return False
-        return True
+        own = self.service.loaded.own.sampler
+        return JSONResponse([
+            {"name": title, "aliases": list(aliases), "options": {}}
+            for title, (name, aliases) in SAMPLERS.items()
+            if sampler_of(name, own) in self.service.samplers
+        ])  # fmt: skip
 
     async def schedulers(self, http: Request) -> Response:
         """List the spacings of noise levels."""

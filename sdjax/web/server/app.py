@@ -17,9 +17,10 @@ from sdjax.errors import UserError
 from sdjax.web.server.a1111 import A1111
 from sdjax.web.server.a1111_lists import Lists
 from sdjax.web.server.engine import BusyError, StoppedError
-from sdjax.web.server.gate import LOOPBACK, Gate, RefusedError
+from sdjax.web.server.gate import LOOPBACK, Gate
 from sdjax.web.server.metrics import exposition
 from sdjax.web.server.openai import OpenAI
+from sdjax.web.server.page import Page
 from sdjax.web.server.service import GoneError, Service, TooSlowError
 
 
@@ -56,12 +57,12 @@ def make_app(
         FloatingPointError: _broken,
         StoppedError: _stopped,
         ClientDisconnect: _stopped,
-        RefusedError: _too_large,
         Exception: _failed,
     }
     routes = [
         Route("/healthz", alive, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
+        *Page(service).routes(),
         *A1111(service).routes(),
         *Lists(service).routes(),
         *OpenAI(service).routes(),
@@ -99,11 +100,6 @@ async def _broken(http: Request, error: Exception) -> Response:
 
 async def _stopped(http: Request, error: Exception) -> Response:
     return _answer(http, 503, str(error) or "stopped")
-
-
-async def _too_large(http: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return _answer(http, error.status, str(error), error.headers)
 
 
 async def _failed(http: Request, error: Exception) -> Response:

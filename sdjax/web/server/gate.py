@@ -13,7 +13,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,45 +62,32 @@ class Gate:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         origin = headers.get("origin", "")
-        began = False
-
-        async def sending(message: Message) -> None:
-            nonlocal began
-            if message["type"] == "http.response.start":
-                began = True
-                own = [*message.get("headers", []), *_HEADERS, *self._cors(origin)]
-                message = {**message, "headers": own}
-            await send(message)
-
+        exchange = _Exchange(receive, send, self.limits.body, self._cors(origin))
         try:
             self._check(scope, headers)
             if scope["method"] == "OPTIONS" and origin in self.origins:
-                return await _answer(sending, 204, None)
-            await self.app(scope, self._bounded(receive), sending)
+                return await exchange.answer(204, None)
+            await self.app(scope, exchange.receive, exchange.send)
         except RefusedError as refused:
-            if not began:
-                body = {
-                    "detail": str(refused),
-                    "error": {"message": str(refused), "type": "refused"},
-                }
-                await _answer(sending, refused.status, body, **refused.headers)
+            exchange.refused = refused
         except Exception:  # nothing of the inside reaches the client
             logging.exception("a request to %s failed", scope["path"])
-            if not began:
-                words = "the server failed; its log says why"
-                body = {"detail": words, "error": {"message": words, "type": "server_error"}}
-                await _answer(sending, 500, body)
+            exchange.refused = exchange.refused or RefusedError(
+                500, "the server failed; its log says why"
+            )
+        if (why := exchange.refused) is not None:
+            words = str(why)
+            body = {"detail": words, "error": {"message": words, "type": "refused"}}
+            await exchange.answer(why.status, body, **why.headers)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Check everything that is known before the body."""
         host = _name(headers.get("host", ""))
         if self.hosts and host not in self.hosts:
             raise RefusedError(
-                421, f"this server is not called {host!r}; start it with --allow_host"
+                421, f"this server is not called {host!r}; start it with --allow_host={host}"
             )
         origin = headers.get("origin", "")
         if origin and origin not in self.origins and not _same(origin, headers.get("host", "")):
@@ -115,7 +102,7 @@ class Gate:
                 )  # fmt: skip
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.limits.body:
-            raise self._too_large()
+            raise _too_large(self.limits.body)
 
     def _check_rate(self, address: str) -> None:
         """Take one from the address's share, which fills up again within a minute."""
@@ -129,24 +116,6 @@ class Gate:
             raise RefusedError(
                 429, f"more than {self.limits.rate} requests a minute", **{"retry-after": "1"}
             )
-
-    def _bounded(self, receive: Receive) -> Receive:
-        """Return a `receive` that refuses a body that is longer than it says, or does not say."""
-        size = 0
-
-        async def receiving() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.limits.body:
-                raise self._too_large()
-            return message
-
-        return receiving
-
-    def _too_large(self) -> RefusedError:
-        most = self.limits.body
-        return RefusedError(413, f"the request is too large; expected at most {most} bytes")
 
     def _cors(self, origin: str) -> list[tuple[bytes, bytes]]:
         if not origin or origin not in self.origins:
@@ -188,9 +157,55 @@ def _knows(authorization: str, token: str) -> bool:
     return hmac.compare_digest(given.strip().encode(), token.encode())
 
 
-async def _answer(send: Send, status: int, body: object, **headers: str) -> None:
-    content = b"" if body is None else json.dumps(body).encode()
-    fields = [(name.encode(), value.encode()) for name, value in headers.items()]
-    fields += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": content})
+def _too_large(most: int) -> RefusedError:
+    return RefusedError(413, f"the request is too large; expected at most {most} bytes")
+
+
+@dataclasses.dataclass(eq=False)
+class _Exchange:
+    """A request and its answer: what comes in is bounded, what goes out has our headers.
+
+    refused: why nothing of the application is answered any more.
+    """
+
+    receiving: Receive
+    sending: Send
+    most: int
+    headers: Sequence[tuple[bytes, bytes]]
+    refused: RefusedError | None = None
+    began: bool = False
+    size: int = 0
+
+    async def receive(self) -> Message:
+        """Return the next part; a body that is longer than it says, or does not say, is refused."""
+        message = await self.receiving()
+        self.size += len(message.get("body", b""))
+        if self.size > self.most:
+            self.refused = _too_large(self.most)
+            raise self.refused
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the application's answer."""
+        if self.refused is None:
+            await self._send(message)
+
+    async def answer(self, status: int, body: object, **headers: str) -> None:
+        """Send an answer of the gate, unless the application's has begun."""
+        if self.began:
+            return
+        content = b"" if body is None else json.dumps(body).encode()
+        fields = [(name.encode(), value.encode()) for name, value in headers.items()]
+        fields += [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+        ]
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})
+        await self._send({"type": "http.response.body", "body": content})
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.began = True
+            own = [*message.get("headers", []), *_HEADERS, *self.headers]
+            message = {**message, "headers": own}
+        await self.sending(message)

@@ -33,7 +33,7 @@ from sdjax.web.server.requests import (
     picture_array,
     read_image,
 )
-from sdjax.web.server.service import Service, encode
+from sdjax.web.server.service import Service, encode, leaving
 
 _MOST = 10  # pictures of one request, as in the API
 _FORMATS = ("png", "jpeg", "webp")
@@ -146,7 +146,7 @@ class OpenAI:
                 f"output_format is {brief(kind)}; expected one of {', '.join(_FORMATS)}"
             )
         quality = fields.whole("output_compression", 90, least=0, most=100)
-        pictures = await self.service.draw(requests, http)
+        pictures = await self.service.draw(requests, leaving(http))
         title = title_of(requests[0].sampler.name)
         data = []
         for request, picture in zip(requests, pictures, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import io
 import json
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from starlette.requests import Request
 
+from sdjax.diffusion.grids import SAMPLERS, changed_sampler
 from sdjax.errors import UserError
 from sdjax.web.server.engine import Engine, Job
 from sdjax.web.server.loaded import LoadedModel
@@ -35,6 +37,7 @@ class Service:
     """A model that is served.
 
     digest: sha256 of its parameters, in hexadecimal.
+    place: what --model is to be for the same pictures by `sdjax.sample`.
     loras: the adapters in its weights, as --lora named them; words: those of --embedding.
     """
 
@@ -44,12 +47,39 @@ class Service:
     digest: str = ""
     loras: Sequence[str] = ()
     words: Sequence[str] = ()
+    place: str = ""
     started: float = dataclasses.field(default_factory=time.time)
 
     @property
     def title(self) -> str:
         """Return the name of the model with the beginning of its digest, as A1111 titles are."""
         return f"{self.loaded.name} [{self.digest[:10]}]" if self.digest else self.loaded.name
+
+    def check(self, requests: Sequence[PictureRequest]) -> None:
+        """Raise UserError if a picture is not for this model."""
+        for request in requests:
+            if "<lora:" in request.prompt:
+                raise InvalidRequest(
+                    "the prompt has <lora:...>; this server's adapters are those of its --lora, "
+                    "leave the words out"
+                )
+            self.loaded.check(request)
+
+    @functools.cached_property
+    def samplers(self) -> tuple[str, ...]:
+        """Return the samplers that go with the model's noise schedule."""
+        return tuple(name for name in SAMPLERS if self._fits(name))
+
+    def _fits(self, name: str) -> bool:
+        own, (height, width) = self.loaded.own, self.loaded.model.native_size
+        try:
+            sampler = changed_sampler(own.sampler, {"name": name})
+            self.loaded.check(PictureRequest("", "", 0, height, width, sampler, 1.0))
+        except InvalidRequest:
+            return True  # the model reads a picture
+        except UserError:
+            return False
+        return True
 
     def preview(self, job: Job) -> np.ndarray | None:
         """Return what a picture looks like so far, uint8 [H, W, 3]; None before its first step."""
@@ -73,24 +103,17 @@ class Service:
     async def draw(
         self,
         requests: Sequence[PictureRequest],
-        http: Request,
-        watch: Callable[[Sequence[Job]], Awaitable[None]] | None = None,
+        look: Callable[[Sequence[Job]], Awaitable[bool]],
     ) -> list[np.ndarray]:
         """Return the pictures, uint8 [H, W, 3], unless the client leaves or the time is over.
 
         Args:
-            watch: called every quarter of a second with the jobs.
+            look: called four times a second with the jobs; returns whether the client has left.
 
         Raises:
             UserError: a request is not for this model, the queue is full, or it took too long.
         """
-        for request in requests:
-            if "<lora:" in request.prompt:
-                raise InvalidRequest(
-                    "the prompt has <lora:...>; this server's adapters are those of its --lora, "
-                    "leave the words out"
-                )
-            self.loaded.check(request)
+        self.check(requests)
         jobs = self.engine.submit(requests)
         futures = {asyncio.wrap_future(job.done) for job in jobs}
         deadline = time.monotonic() + self.limits.seconds
@@ -101,15 +124,22 @@ class Service:
                         f"{len(pending)} of {len(jobs)} pictures were not done within "
                         f"{self.limits.seconds:g} s; ask for fewer, or for fewer steps"
                     )
-                if await http.is_disconnected():
+                if await look(jobs):
                     raise GoneError("the client has closed the connection")
-                if watch is not None:
-                    await watch(jobs)
         finally:
             self.engine.stop(jobs)
             for future in futures:
                 future.add_done_callback(lambda done: done.cancelled() or done.exception())
         return [job.done.result() for job in jobs]
+
+
+def leaving(http: Request) -> Callable[[Sequence[Job]], Awaitable[bool]]:
+    """Return a `look` that sees whether the client of a request has left."""
+
+    async def look(jobs: Sequence[Job]) -> bool:
+        return await http.is_disconnected()
+
+    return look
 
 
 def encode(picture: np.ndarray, kind: str, text: Mapping[str, str], quality: int = 90) -> bytes:

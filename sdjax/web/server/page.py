@@ -1,0 +1,130 @@
+"""The page at /: it draws, shows pictures as they form, and keeps a gallery with their settings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from sdjax.errors import UserError
+from sdjax.web.server.a1111_lists import title_of
+from sdjax.web.server.a1111_requests import picture_requests, text_requests
+from sdjax.web.server.engine import Job, StoppedError
+from sdjax.web.server.infotext import infotext
+from sdjax.web.server.requests import PictureRequest
+from sdjax.web.server.service import Service, encode
+from sdjax.web.templating import asset, environment, policy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Page:
+    """The routes of one service."""
+
+    service: Service
+
+    def routes(self) -> list[Route]:
+        """Return the page, and what it draws by."""
+        return [
+            Route("/", self.page, methods=["GET"]),
+            Route("/draw", self.draw, methods=["POST"]),
+        ]
+
+    async def page(self, http: Request) -> Response:
+        """Return the page, which loads nothing besides."""
+        loaded, limits, script = self.service.loaded, self.service.limits, asset("draw.js")
+        height, width = loaded.model.native_size
+        facts = {
+            "title": self.service.title,
+            "height": height,
+            "width": width,
+            "step": loaded.model.vae.downscale,
+            "sampler": loaded.own.sampler.name,
+            "steps": loaded.own.sampler.steps,
+            "guidance": loaded.own.guidance,
+            "most": dataclasses.asdict(limits),
+            "samplers": [(name, title_of(name)) for name in self.service.samplers],
+            "words": list(self.service.words),
+            "loras": list(self.service.loras),
+            "place": self.service.place or self.service.loaded.name,
+        }
+        text = (
+            environment()
+            .get_template("draw.html")
+            .render(facts=facts, style=asset("report.css") + asset("draw.css"), script=script)
+        )
+        rules = policy([script]) + "; connect-src 'self'; frame-ancestors 'none'"
+        return HTMLResponse(text, headers={"content-security-policy": rules})
+
+    async def draw(self, http: Request) -> Response:
+        """Answer with lines of JSON: steps with previews, then the pictures, or an error."""
+        fields = await self.service.fields(http)
+        make = picture_requests if fields.names("init_images") else text_requests
+        requests = make(self.service, fields)
+        self.service.check(requests)  # an error is a status now, and a line later
+        return StreamingResponse(self._lines(requests), media_type="application/x-ndjson")
+
+    async def _lines(self, requests: Sequence[PictureRequest]) -> AsyncIterator[str]:
+        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        last = -1
+
+        async def look(jobs: Sequence[Job]) -> bool:
+            nonlocal last
+            # Of several pictures, the first that is not done.
+            job = next((job for job in jobs if not job.done.done()), jobs[-1])
+            number = jobs.index(job)
+            if (now := number * 100_000 + job.step) != last:
+                last = now
+                await lines.put(self._step(job, number, len(jobs)))
+            return False  # a client that leaves cancels the task
+
+        async def work() -> None:
+            try:
+                pictures = await self.service.draw(requests, look)
+            except (UserError, StoppedError, FloatingPointError) as error:
+                await lines.put({"error": str(error)})
+            else:
+                for request, picture in zip(requests, pictures, strict=True):
+                    await lines.put(self._picture(request, picture))
+            finally:
+                await lines.put(None)
+
+        task = asyncio.create_task(work())
+        try:
+            while (line := await lines.get()) is not None:
+                yield json.dumps(line) + "\n"
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def _step(self, job: Job, number: int, count: int) -> dict[str, Any]:
+        preview = self.service.preview(job)
+        shown = None if preview is None else _data_url(encode(preview, "jpeg", {}), "jpeg")
+        return {
+            "number": number, "count": count, "step": job.step, "steps": job.steps,
+            "waits": job.began is None, "preview": shown,
+        }  # fmt: skip
+
+    def _picture(self, request: PictureRequest, picture: Any) -> dict[str, Any]:
+        title = title_of(request.sampler.name)
+        text = infotext(request, self.service, title)
+        return {
+            "picture": _data_url(encode(picture, "png", {"parameters": text}), "png"),
+            "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+            "seed": request.seed, "steps": request.sampler.steps, "sampler": request.sampler.name,
+            "guidance": request.guidance, "width": request.width, "height": request.height,
+            "karras": request.sampler.karras, "begun": request.image is not None,
+            "strength": request.strength, "masked": request.mask is not None,
+        }  # fmt: skip
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,172 @@
+"""The page in a real browser: each way through it, on a desktop and on a phone."""
+
+import re
+import shutil
+
+import httpx
+import pytest
+
+from sdjax.web.server.app import make_app
+from tests.web.server.conftest import listening
+from tests.web.test_report_browser import OPTIONS, PHONE, WIDE
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=list(OPTIONS))
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens the page in a context of its own; in the end nothing may have gone wrong."""
+    contexts, complaints = [], []
+
+    def start(expected=(), **options):
+        context = browser.new_context(**({"viewport": WIDE} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+
+        def told(message):
+            if message.type in ("error", "warning") and not any(
+                each in message.text for each in expected
+            ):
+                complaints.append(message.text)
+
+        page.on("console", told)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+
+        def asked(request):
+            if not request.url.startswith((address, "data:", "blob:")):
+                complaints.append(f"request: {request.url}")
+
+        page.on("request", asked)
+        page.goto(address)
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def drawn(page):
+    return page.locator("#pictures li")
+
+
+def test_a_prompt_becomes_pictures_with_their_settings(open_page, service):
+    page = open_page()
+    page.fill("#prompt", "a red <b>circle</b>")
+    page.fill("#count", "2")
+    page.fill("#seed", "5")
+    page.click("#draw")
+    page.wait_for_selector("#pictures li:nth-child(2)")
+    newest = drawn(page).first
+    assert newest.locator("p").first.inner_text() == "a red <b>circle</b>"
+    assert "Seed 6 · 4 steps" in newest.inner_text()
+    width = newest.locator("img").evaluate("image => image.naturalWidth")
+    assert width == service.loaded.model.native_size[1]
+    newest.get_by_role("button", name="Use settings").click()
+    assert page.input_value("#seed") == "6"
+    page.wait_for_function("!document.getElementById('draw').disabled")
+    page.click("#draw")
+    page.wait_for_selector("#pictures li:nth-child(3)")  # two more, of the seeds 6 and 7
+    page.wait_for_selector("#pictures li:nth-child(4)")
+    sources = [drawn(page).nth(i).locator("img").get_attribute("src") for i in range(4)]
+    assert sources[1] == sources[2] and len(set(sources)) == 3
+    page.reload()
+    assert page.input_value("#prompt") == "a red <b>circle</b>"
+
+
+def test_the_command_draws_the_same_picture(open_page, service):
+    page = open_page()
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+    page.fill("#prompt", "it's a star")
+    page.fill("#seed", "1")
+    page.click("#draw")
+    page.get_by_role("button", name="Copy command").click()
+    command = page.evaluate("window.copied")
+    assert command.startswith(f"python -m sdjax.sample --model='{service.place}'")
+    assert r"--prompts='it'\''s a star'" in command and "--seed=1 --steps=4" in command
+
+
+def test_an_error_of_the_server_is_shown_in_words(open_page):
+    page = open_page(expected=("422",))
+    page.fill("#prompt", "a <lora:x:1>")
+    page.click("#draw")
+    page.wait_for_function("document.getElementById('error').textContent")
+    assert "adapters are those of its --lora" in page.inner_text("#error")
+    assert page.is_enabled("#draw") and page.is_disabled("#stop")
+
+
+def test_a_picture_forms_and_can_be_stopped(open_page, service):
+    page = open_page()
+    page.fill("#prompt", "a circle")
+    page.fill("#steps", "150")
+    page.fill("#count", "4")
+    page.click("#draw")
+    page.wait_for_selector("#preview[src]")
+    assert re.search(r"step \d+ of 150", page.inner_text("#state"))
+    page.click("#stop")
+    page.wait_for_function("!document.getElementById('draw').disabled")
+    assert drawn(page).count() == 0
+    for _ in range(100):
+        if not any(service.engine.jobs()):
+            break
+        page.wait_for_timeout(100)
+    assert not any(service.engine.jobs())  # it does not go on for nobody
+
+
+def test_it_draws_from_a_picture_by_keyboard_on_a_phone(open_page, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    page = open_page(viewport=PHONE, has_touch=True, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.click("summary")
+    page.set_input_files("#image", tmp_path / "a.png")
+    page.fill("#strength", "0.5")
+    page.focus("#prompt")
+    page.keyboard.type("a red circle")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#pictures li")
+    small = page.evaluate(
+        """() => [...document.querySelectorAll("main button, main .button, main summary")]
+             .filter(each => each.getBoundingClientRect().height < 24).length"""
+    )
+    assert small == 0
+
+
+def test_every_field_has_a_name_and_every_picture_words(open_page):
+    page = open_page()
+    page.fill("#prompt", "a circle")
+    page.click("#draw")
+    page.wait_for_selector("#pictures li")
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("main input, main select, main textarea")]
+             .filter(each => !each.labels.length).map(each => each.id)"""
+    )
+    assert nameless == []
+    assert drawn(page).first.locator("img").get_attribute("alt") == "a circle"
+    assert page.locator("html").get_attribute("lang") == "en"
+
+
+def test_the_page_runs_no_script_but_its_own(address):
+    answer = httpx.get(address)
+    rules = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in rules and "frame-ancestors 'none'" in rules
+    assert "unsafe-inline" not in rules.split("script-src")[1].split(";")[0]
+
+
+def test_with_a_token_the_page_asks_for_it(service):
+    token = "0123456789abcdef"
+    with listening(make_app(service, token=token, hosts=())) as url:
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, auth=("anyone", token)).status_code == 200
