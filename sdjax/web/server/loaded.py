@@ -102,14 +102,14 @@ class LoadedModel:
         plan, program = drawing.plan(self._tables, shape[:2]), self._program(requests[0], padded)
         picture = self._picture(padded)
         noise, keys = randomness_of(np.array([r.seed for r in padded], np.uint32), shape)
-        contexts = program.contexts(self.params, *self._words(padded), picture)
+        contexts = program.contexts(self._encoders, *self._words(padded), picture)
         scale = np.array([each.guidance for each in padded], np.float32).reshape(-1, 1, 1, 1)
         state, begun = initial_state(picture, noise, plan)
         carry = first_carry(plan, state, begun=begun)
         held = np.zeros(count, bool)
         estimates = np.zeros((count, *shape), np.float32)
         for i, row in enumerate(zip(*step_rows(plan), strict=True)):
-            carry = program.step(self.params, contexts, carry, row, scale, keys, picture, noise)
+            carry = program.step(self._denoiser, contexts, carry, row, scale, keys, picture, noise)
             found = np.asarray(estimate(carry))[:count]
             estimates = np.where(held[:, None, None, None], estimates, found)
             held |= watch(i, estimates)
@@ -117,7 +117,7 @@ class LoadedModel:
                 break
         x0 = np.array(carry[0][0])
         x0[:count] = np.where(held[:, None, None, None], estimates, x0[:count])
-        images = np.asarray(program.decode(self.params, x0))[:count]
+        images = np.asarray(program.decode(self._vae, x0))[:count]
         check_finite(images, texts=[each.prompt for each in requests])
         pictures = to_uint8(images)
         self.preview.learn(x0[:count], pictures)
@@ -132,6 +132,22 @@ class LoadedModel:
     def evaluations(self, request: PictureRequest) -> int:
         """Return how often the denoiser is evaluated for a picture."""
         return len(self._drawing(request).plan(self._tables, self._shape(request)[:2]).timesteps)
+
+    # What a program does not read only takes time to hand over.
+    @functools.cached_property
+    def _encoders(self) -> dict[str, jax.Array]:
+        return self._of(*self.model.text_encoders)
+
+    @functools.cached_property
+    def _denoiser(self) -> dict[str, jax.Array]:
+        return self._of(self.model.family.denoiser)
+
+    @functools.cached_property
+    def _vae(self) -> dict[str, jax.Array]:
+        return self._of("vae")
+
+    def _of(self, *networks: str) -> dict[str, jax.Array]:
+        return {k: v for k, v in self.params.items() if k.partition(".")[0] in networks}
 
     @functools.cached_property
     def _tables(self) -> Any:

@@ -43,8 +43,11 @@ async function* lines(response) {
 }
 
 function showStep(line) {
+  const began = get("forming").hidden;
   get("forming").hidden = false;
   get("preview").hidden = !line.preview;
+  get("preview").style.aspectRatio = `${get("width").value} / ${get("height").value}`;
+  if (began) get("forming").scrollIntoView({ block: "nearest" }); // below the form, on a phone
   if (line.preview) get("preview").src = line.preview;
   get("progress").value = (line.number + line.step / line.steps) / line.count;
   const which = line.count > 1 ? `Picture ${line.number + 1} of ${line.count}: ` : "";

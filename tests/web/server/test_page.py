@@ -75,7 +75,7 @@ def test_a_prompt_becomes_pictures_with_their_settings(open_page, service):
     assert width == service.loaded.model.native_size[1]
     newest.get_by_role("button", name="Use settings").click()
     assert page.input_value("#seed") == "6"
-    page.wait_for_function("!document.getElementById('draw').disabled")
+    page.wait_for_selector("#draw:not([disabled])")
     page.click("#draw")
     page.wait_for_selector("#pictures li:nth-child(3)")  # two more, of the seeds 6 and 7
     page.wait_for_selector("#pictures li:nth-child(4)")
@@ -101,7 +101,7 @@ def test_an_error_of_the_server_is_shown_in_words(open_page):
     page = open_page(expected=("422",))
     page.fill("#prompt", "a <lora:x:1>")
     page.click("#draw")
-    page.wait_for_function("document.getElementById('error').textContent")
+    page.wait_for_selector("#error:not(:empty)")
     assert "adapters are those of its --lora" in page.inner_text("#error")
     assert page.is_enabled("#draw") and page.is_disabled("#stop")
 
@@ -115,7 +115,7 @@ def test_a_picture_forms_and_can_be_stopped(open_page, service):
     page.wait_for_selector("#preview[src]")
     assert re.search(r"step \d+ of 150", page.inner_text("#state"))
     page.click("#stop")
-    page.wait_for_function("!document.getElementById('draw').disabled")
+    page.wait_for_selector("#draw:not([disabled])")
     assert drawn(page).count() == 0
     for _ in range(100):
         if not any(service.engine.jobs()):
