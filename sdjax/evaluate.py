@@ -6,6 +6,7 @@
         --inception=pt_inception-2015-12-05-6726825d.pth --clip=clip-vit-large-patch14
     python -m sdjax.evaluate --images=FOLDER --dataset=PICTURES --output=out --metrics=fid \\
         --inception=FILE
+    python -m sdjax.evaluate --model=VAE --dataset=PICTURES --output=out --lpips=VGG16_FILE
 
 It draws pictures of the captions of a dataset's held-out split, and compares them with the pictures
 of that split. Stop it at any time: the same command goes on, to the same answer. What it needs and
@@ -24,6 +25,15 @@ does not have it leaves out, and says so.
                             95 % of held-out pictures are: 0.05 without copying
   fidelity          more    colours, shapes, number and relations that are right  captioned_shapes
   validation_loss   less    the loss on held-out pictures, and at each timestep   a workdir
+
+An autoencoder makes the pictures of the held-out split again, and has metrics of its own:
+
+  psnr              more    peak signal-to-noise ratio, in dB                      -
+  ssim              more    structural similarity                                  -
+  lpips             less    how different they look, by VGG16                      --lpips
+  rfid              less    distance of both sets of pictures, as fid              --inception
+
+and the mean and deviation of each channel of its latents, with the scaling_factor that they imply.
 
 In --output: metrics.json, metrics.png (with the 95 % intervals), grid.png, nearest.png (the
 pictures closest to training pictures, beside these), images/ (all pictures, with their prompts).
@@ -156,6 +166,10 @@ def _add_network_options(p: argparse.ArgumentParser) -> None:
         "https://huggingface.co/openai/clip-vit-large-patch14",
     )  # fmt: skip
     group.add_argument(
+        "--lpips", default="", metavar="FILE",
+        help="weights of VGG16, as torchvision's vgg16-397923af.pth, for autoencoders",
+    )  # fmt: skip
+    group.add_argument(
         "--download", action="store_true",
         help="fetch those that a metric needs and that are not there, into --inception and --clip, "
         "or ~/.cache/sdjax/towers (95 MB and 1.7 GB)",
@@ -241,7 +255,7 @@ def make_request(args: argparse.Namespace) -> Request:
     names = (
         "model", "images", "audit", "dataset", "split", "data_dir", "num_samples", "per_prompt",
         "seed", "weights", "step", "negative_prompt", "batch_size", "dtype",
-        "inception", "clip", "download", "features", "reference", "reference_samples",
+        "inception", "clip", "download", "features", "lpips", "reference", "reference_samples",
         "train_samples", "validation_examples", "resamples",
     )  # fmt: skip
     return Request(
@@ -278,6 +292,8 @@ def evaluate(args: argparse.Namespace) -> str:
     loaded = None
     if args.model:
         loaded = load(args.model, weights=args.weights, step=args.step, loras=args.lora)
+    if loaded is not None and loaded.found.is_autoencoder:
+        return _autoencoder(args, request, loaded)
     if loaded is not None and args.max_sequence_length is not None:
         found = with_text_length(loaded.found, args.max_sequence_length, f"--model={args.model}")
         loaded = dataclasses.replace(loaded, found=found)
@@ -300,6 +316,25 @@ def evaluate(args: argparse.Namespace) -> str:
             tell(session.note)
         results = session.run(output)
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
+    return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
+
+
+def _autoencoder(args: argparse.Namespace, request: Request, loaded: Loaded) -> str:
+    """See `evaluate`; for an autoencoder."""
+    from sdjax.errors import UserError
+    from sdjax.evaluation.autoencoders import open_autoencoder
+    from sdjax.evaluation.evaluation_output import FILE, table
+    from sdjax.evaluation.request import default_output
+    from sdjax.train.startup import enable_compilation_cache
+
+    if args.ema_lengths:
+        raise UserError(f"--ema_lengths is for a model that draws; --model={args.model} is none")
+    enable_compilation_cache("")
+    output = paths.to_path(args.output) if args.output else default_output(request, loaded)
+    with _locked(output):
+        session = open_autoencoder(request, loaded)
+        results = session.run(output)
+    title = f"{args.model}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
 
 

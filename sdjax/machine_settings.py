@@ -27,6 +27,7 @@ MACHINE = (
     "method.controlnet_from",
     "method.adapter_from",
     "method.image_encoder_from",
+    "method.lpips_from",
     "tokenizer.path",
     "tokenizer.path_2",
     "data.name",  # TFDS downloads some by their names, and runs what it downloads

@@ -19,7 +19,7 @@ from sdjax.train.agreement import OWN
 
 # Every other field, so that whoever adds one decides whose it is.
 MODEL = """
-method.(?!(controlnet|adapter|image_encoder)_from$)* seed tokenizer.vocab_size
+method.(?!(controlnet|adapter|image_encoder|lpips)_from$)* seed tokenizer.vocab_size
 model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.family
 model.transformer.* model.text_encoder_3.* model.max_sequence_length model.kontext data.images
 model.zero_empty_prompt model.clip_skip

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from sdjax.checkpoints.checkpoint import all_steps, latest_step
-from sdjax.checkpoints.references import TINY, Source
+from sdjax.checkpoints.references import BROUGHT, TINY, Source
 from sdjax.checkpoints.workdir import read_run_config, read_workdir
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, NETWORKS
@@ -77,6 +77,8 @@ def locate(field: str, value: str, *, like: Source | None = None) -> Source:
     """
     if field == "vae_from" and value == TINY:
         return Source(field, TINY)
+    if field in BROUGHT:
+        return Source(field, os.fspath(paths.absolute(value)))
     path, step = paths.absolute(value), None
     if folder_kind(path) != "workdir":
         return Source(field, os.fspath(path))

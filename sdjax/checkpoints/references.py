@@ -22,7 +22,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +35,7 @@ from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.formats.folders import ModelError, folder_kind, read_json, write_json
 from sdjax.formats.image_encoder import read_image_encoder
 from sdjax.formats.single_file import PARAMETERS, read_single_file
+from sdjax.formats.vgg16 import read_lpips
 from sdjax.models.config import ConfigError
 from sdjax.models.params import component, prefixed
 from sdjax.system import paths, progress
@@ -43,8 +44,14 @@ from sdjax.typed_tree import build, to_dict
 
 REFERENCES_FILE = "frozen.json"
 FIELDS = ("init_from", "vae_from", "text_encoder_from")  # in the order in which they decide
-# Of methods, for networks that no family has: folders of CLIP image towers.
-TOWER_FIELDS = ("method.image_encoder_from",)
+# Of methods, for networks that no family has, and what reads one under a name: folders of CLIP
+# image towers, and files of VGG16.
+BROUGHT: Mapping[str, Callable[[str, paths.Path], dict[str, np.ndarray]]] = {
+    "method.image_encoder_from": lambda name, folder: prefixed(
+        read_image_encoder(folder).params, name
+    ),
+    "method.lpips_from": read_lpips,
+}
 TINY = "tiny"  # the path of the VAE shipped with sdjax, wherever that is installed
 TINY_VAE = Path(__file__).parents[1] / "models" / "tiny_vae"
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
@@ -54,7 +61,7 @@ _DIGEST = re.compile("sha256:[0-9a-f]{64}")
 class Source:
     """The place of a network's weights.
 
-    field: of the recipe, one of `FIELDS` or `TOWER_FIELDS`, which named it.
+    field: of the recipe, one of `FIELDS` or `BROUGHT`, which named it.
     path: of a diffusers folder, workdir or single file: absolute, gs://..., or `TINY`.
     step, weights: of a workdir, the checkpoint and which of its averages; None and "" otherwise.
     """
@@ -65,7 +72,7 @@ class Source:
     weights: str = ""
 
     def __post_init__(self):
-        known = (*FIELDS, *TOWER_FIELDS)
+        known = (*FIELDS, *BROUGHT)
         if self.field not in known:
             raise ValueError(f"field is {brief(self.field)}; expected one of {', '.join(known)}")
         if self.path != TINY and not self.path.startswith(("/", "gs://")):
@@ -234,19 +241,19 @@ def _remedy(folder: paths.Path, reference: Reference) -> str:
     )
 
 
-def read_tower(name: str, source: Source) -> dict[str, np.ndarray]:
-    """Return {path: float32 array} of an image tower; paths start with `name`.
+def read_brought(name: str, source: Source) -> dict[str, np.ndarray]:
+    """Return {path: float32 array} of a network of `BROUGHT`; paths start with `name`.
 
     Raises:
         ModelError: there is none.
     """
-    return prefixed(read_image_encoder(source.place).params, name)
+    return BROUGHT[source.field](name, source.place)
 
 
 def _read(name: str, reference: Reference, read_run: ReadRun) -> dict[str, np.ndarray]:
     """The parameters at the place of a reference, whatever kind of place that is now."""
-    if reference.field in TOWER_FIELDS:
-        return read_tower(name, reference)
+    if reference.field in BROUGHT:
+        return read_brought(name, reference)
     place, wanted = reference.place, (name,)
     with explained(place, "networks", error=ModelError):
         kind = folder_kind(place)

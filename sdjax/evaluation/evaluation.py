@@ -106,6 +106,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "fidelity": ("pictures", "captions", "shapes"),
     "validation_loss": ("validate",),
 }
+# {metric of an autoencoder: whether more is better}; see `sdjax.evaluation.autoencoders`.
+AUTOENCODER_METRICS = {"psnr": True, "ssim": True, "lpips": False, "rfid": False}
 
 # The least numbers of pictures: generated, and to compare with.
 LEAST = {
@@ -165,13 +167,11 @@ def _made_by(found: Reference, tower: Tower) -> bool:
     return found.meta.get("tower", reference.PYTORCH_FID_TOWER) == tower.name
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise a UserError if one of the names is no metric."""
-    unknown = [name for name in names if name not in METRICS]
+def check_names(names: Sequence[str], known: Sequence[str] = tuple(METRICS)) -> None:
+    """Raise a UserError if one of the names is none of the metrics that are `known`."""
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(
-            f"--metrics has {', '.join(unknown)}; expected some of {', '.join(METRICS)}"
-        )
+        raise UserError(f"--metrics has {', '.join(unknown)}; expected some of {', '.join(known)}")
 
 
 def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list[str]]:

@@ -71,7 +71,8 @@ def load(
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))
-    if not config.draws or METHODS[config.method.name].steers:
+    kind = METHODS[config.method.name]
+    if kind.steers or not (config.draws or kind.used_by == "vae_from"):
         raise UserError(
             f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
             "from prompts alone"

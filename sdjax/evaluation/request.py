@@ -14,7 +14,7 @@ from sdjax.data.pictures import has_pictures, open_split
 from sdjax.errors import UserError
 from sdjax.evaluation import reference, towers
 from sdjax.evaluation.bootstrap import RESAMPLES
-from sdjax.evaluation.evaluation import METRICS, check_names
+from sdjax.evaluation.evaluation import AUTOENCODER_METRICS, METRICS, check_names
 from sdjax.evaluation.features import ClipTower, clip_tower, inception_tower
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
@@ -51,6 +51,7 @@ class Request:
     clip: str = ""
     download: bool = False
     features: str = ""
+    lpips: str = ""  # a file of VGG16, for autoencoders
     reference: str = ""
     reference_samples: int | None = None
     train_samples: int | None = 10_000
@@ -59,7 +60,7 @@ class Request:
     lora: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_names(self.metrics)
+        check_names(self.metrics, (*METRICS, *AUTOENCODER_METRICS))
         for name, least in (("per_prompt", 1), ("seed", 0), ("batch_size", 1), ("resamples", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)}; expected {least} or more")

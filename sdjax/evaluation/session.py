@@ -23,7 +23,7 @@ from sdjax.data.pictures import Folder, open_folder, stretches
 from sdjax.errors import UserError
 from sdjax.evaluation import audit_shares, evaluation_output
 from sdjax.evaluation.audit import Audit, make_labeller, read_audit
-from sdjax.evaluation.evaluation import Inputs, Results, choose, judge
+from sdjax.evaluation.evaluation import Inputs, Results, check_names, choose, judge
 from sdjax.evaluation.features import digest
 from sdjax.evaluation.loading import Loaded, choose_data, make_validate
 from sdjax.evaluation.request import (
@@ -275,6 +275,9 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     Raises:
         UserError and its kin: naming the option, file or field that is wrong.
     """
+    check_names(request.metrics)
+    if request.lpips:
+        raise UserError(f"--lpips={request.lpips} judges autoencoders; --model is none")
     drawn = needs_pictures(request) and not request.images
     if loaded is not None and (drawn or request.audit):  # an error now, before data is read
         choose_sampler(loaded.found, request.sampler, f"--model={request.model}")

@@ -2,7 +2,8 @@
 
 A pickle is a program for a stack machine. The machine here has the opcodes of tensors,
 dictionaries, lists, numbers and texts, and the few names of PyTorch that describe tensors. It
-counts its steps, so that a small program makes nothing large.
+counts its steps, so that a small program makes nothing large. `sdjax.formats.numpy_pickle` gives it
+other names.
 """
 
 from __future__ import annotations
@@ -95,7 +96,13 @@ class _Limited:
 
 
 def read_pickle(
-    file: BinaryIO, where: str, size: int, storages: dict[str, Storage] | None = None
+    file: BinaryIO,
+    where: str,
+    size: int,
+    storages: dict[str, Storage] | None = None,
+    *,
+    machine: type[Machine] | None = None,
+    most: int = MOST_BYTES,
 ) -> Any:
     """Return the object that the pickle at the present position of a file describes.
 
@@ -104,6 +111,8 @@ def read_pickle(
         where: its name, for messages.
         size: the number of its bytes that are left.
         storages: {key: storage}, to which the storages in the pickle are added.
+        machine: the one that runs it, which knows PyTorch's names by default.
+        most: bytes that are read.
 
     Returns:
         Dictionaries, lists, tuples, numbers, texts and `Tensor`.
@@ -112,21 +121,21 @@ def read_pickle(
         TorchFileError: it asks for anything else; the message names it.
         ValueError, IndexError, KeyError, TypeError: it is damaged.
     """
-    machine = _Machine(where, {} if storages is None else storages)
-    limited: Any = _Limited(file, min(size, MOST_BYTES))
+    running = (machine or Machine)(where, {} if storages is None else storages)
+    limited: Any = _Limited(file, min(size, most))
     for opcode, argument, _ in pickletools.genops(limited):
-        machine.count(1)
+        running.count(1)
         if opcode.name == "STOP":
-            return machine.pop()
-        machine.run(opcode.name, argument)
+            return running.pop()
+        running.run(opcode.name, argument)
     raise ValueError("it has no end")
 
 
-class _Machine:
+class Machine:
     """The stack machine that runs the opcodes of a pickle."""
 
     def __init__(self, where: str, storages: dict[str, Storage]):
-        self._where, self._storages = where, storages
+        self.where, self._storages = where, storages
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks below each mark
         self._memo: dict[int, Any] = {}
@@ -137,6 +146,10 @@ class _Machine:
         self._steps += steps
         if self._steps > MOST_STEPS:
             raise ValueError(f"it takes more than {MOST_STEPS:,} steps to read")
+
+    def push(self, value: Any) -> None:
+        """Put a value on top of the stack."""
+        self._stack.append(value)
 
     def pop(self) -> Any:
         """Remove the top of the stack and return it."""
@@ -157,12 +170,12 @@ class _Machine:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             self._stack.append(self._memo[argument])
         elif name == "GLOBAL":
-            self._global(*argument.split(" ", 1))
+            self.push(self.find(*argument.split(" ", 1)))
         elif name not in ("PROTO", "FRAME"):
             action = _ACTIONS.get(name)
             if action is None:
                 raise TorchFileError(
-                    f"{self._where}: refused: the file has the opcode {name}, and weights need "
+                    f"{self.where}: refused: the file has the opcode {name}, and weights need "
                     "tensors and dictionaries alone. Nothing was run"
                 )
             action(self)
@@ -207,9 +220,14 @@ class _Machine:
 
     def _stack_global(self) -> None:
         name, module = self.pop(), self.pop()
-        self._global(_of(str, module), _of(str, name))
+        self.push(self.find(_of(str, module), _of(str, name)))
 
-    def _global(self, module: str, name: str) -> None:
+    def find(self, module: str, name: str) -> Any:
+        """Return what stands for a name of a module.
+
+        Raises:
+            TorchFileError: no tensor needs it.
+        """
         known = {
             ("collections", "OrderedDict"): _Name("dict"),
             ("torch", "Size"): _Name("size"),
@@ -218,20 +236,19 @@ class _Machine:
             ("torch._utils", "_rebuild_parameter"): _Name("parameter"),
         }
         if (module, name) in known:
-            self._stack.append(known[module, name])
-        elif module == "torch" and name.lower() in _STORAGES:
-            self._stack.append(_Name("storage", _STORAGES[name.lower()]))
-        elif (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return known[module, name]
+        if module == "torch" and name.lower() in _STORAGES:
+            return _Name("storage", _STORAGES[name.lower()])
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
             raise TorchFileError(
-                f"{self._where}: holds tensors of a kind that only torch knows, as float8; write "
+                f"{self.where}: holds tensors of a kind that only torch knows, as float8; write "
                 "them as .safetensors or as float16 where PyTorch is installed"
             )
-        else:
-            raise TorchFileError(
-                f"{self._where}: refused: the file asks for {module[:80]}.{name[:80]}, and weights "
-                "need tensors and dictionaries alone. Nothing was run. If you trust it, write its "
-                "tensors as .safetensors where PyTorch is installed"
-            )
+        raise TorchFileError(
+            f"{self.where}: refused: the file asks for {module[:80]}.{name[:80]}, and weights "
+            "need tensors and dictionaries alone. Nothing was run. If you trust it, write its "
+            "tensors as .safetensors where PyTorch is installed"
+        )
 
     def _reduce(self) -> None:
         arguments, function = _of(tuple, self.pop()), _of(_Name, self.pop())
@@ -269,7 +286,7 @@ class _Machine:
             or any(pid[5:])
         ):
             raise TorchFileError(
-                f"{self._where}: refused: it refers to {brief(pid)}; expected a storage. A file "
+                f"{self.where}: refused: it refers to {brief(pid)}; expected a storage. A file "
                 "with a whole model must be saved anew: torch.save(model.state_dict(), PATH)"
             )
         storage = Storage(str(pid[2]), pid[1].dtype, pid[4])
@@ -278,27 +295,27 @@ class _Machine:
         self._stack.append(storage)
 
 
-_ACTIONS: dict[str, Callable[[_Machine], Any]] = {
-    "MARK": _Machine._mark,
+_ACTIONS: dict[str, Callable[[Machine], Any]] = {
+    "MARK": Machine._mark,
     "POP": lambda machine: machine.pop(),
     "POP_MARK": lambda machine: machine._since_mark(),
     "EMPTY_TUPLE": lambda machine: machine._short_tuple(0),
     "TUPLE1": lambda machine: machine._short_tuple(1),
     "TUPLE2": lambda machine: machine._short_tuple(2),
     "TUPLE3": lambda machine: machine._short_tuple(3),
-    "TUPLE": _Machine._tuple,
+    "TUPLE": Machine._tuple,
     "EMPTY_LIST": lambda machine: machine._stack.append([]),
-    "LIST": _Machine._list,
+    "LIST": Machine._list,
     "APPEND": lambda machine: machine._append([machine.pop()]),
     "APPENDS": lambda machine: machine._append(machine._since_mark()),
     "EMPTY_DICT": lambda machine: machine._stack.append({}),
-    "DICT": _Machine._dict,
+    "DICT": Machine._dict,
     "SETITEM": lambda machine: machine._set_items([machine.pop(), machine.pop()][::-1]),
     "SETITEMS": lambda machine: machine._set_items(machine._since_mark()),
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._reduce,
-    "BUILD": _Machine._build,
-    "BINPERSID": _Machine._persistent,
+    "STACK_GLOBAL": Machine._stack_global,
+    "REDUCE": Machine._reduce,
+    "BUILD": Machine._build,
+    "BINPERSID": Machine._persistent,
 }
 
 

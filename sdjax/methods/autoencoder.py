@@ -1,88 +1,46 @@
-"""The VAE: reconstruction and KL (LDM's `LPIPSWithDiscriminator` without its networks)."""
+"""The VAE: reconstruction, LPIPS, KL and a PatchGAN critic (latent diffusion, appendix G)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.diffusion.losses import fold_keys, normal_like
+from sdjax.errors import UserError
+from sdjax.families.beside.critics import CRITIC, LPIPS_NETWORK, with_critics
 from sdjax.families.bind import bind
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Networks
-from sdjax.methods.denoise import LATENTS
+from sdjax.methods.autoencoding.config import AutoencoderConfig
+from sdjax.methods.autoencoding.losses import LOGVAR, Losses
 from sdjax.methods.fields import picture_fields, weight_field
 from sdjax.methods.method import (
-    Aux,
-    Averages,
-    Batch,
-    Draw,
     Examples,
     Kind,
     Method,
-    MethodConfig,
     Phase,
     Setup,
 )
+from sdjax.models.lpips.network import LEAST_SIDE, LPIPSConfig
 from sdjax.models.params import Params
+from sdjax.models.patchgan import PatchGANConfig
 from sdjax.models.vae import sample_moments
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.generate import check_finite, to_uint8
+from sdjax.system import paths
 
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderConfig(MethodConfig):
-    """Training of the VAE."""
-
-    name: str = "autoencoder"
-    loss: str = "l1"  # "l1" or "l2", mean over pixels
-    kl_weight: float = 1e-6  # times KL(q(z|x) || N(0, 1)), summed over the latent
-
-    def __post_init__(self):
-        if self.loss not in ("l1", "l2"):
-            raise ValueError(f"method.loss is {self.loss!r}; expected 'l1' or 'l2'")
+_DECODER = ("vae.decoder.", "vae.post_quant_conv.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reconstruction:
-    """The loss of a VAE, and its pictures."""
+class Reconstructions:
+    """The pictures of a VAE, and what follows from its latents."""
 
-    config: AutoencoderConfig
     networks: Networks
-
-    def loss(
-        self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
-    ) -> tuple[jax.Array, Aux]:
-        """See `LossFn`."""
-        return self._per_example({**frozen, **trained}, batch, draw.keys)
-
-    def validate(
-        self, every: Params, batch: Batch, keys: jax.Array, timesteps: np.ndarray
-    ) -> jax.Array:
-        """Losses [b, 1]; see `Method.validate`."""
-        return self._per_example(every, batch, keys)[0][:, None]
-
-    def _per_example(self, every: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Aux]:
-        vae = self.networks.module("vae", every)
-        images = batch["image"]
-        moments = vae.encode(images)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        z = sample_moments(moments, normal_like(fold_keys(keys, LATENTS), mean))
-        error = vae.decode(z) - images
-        error = jnp.abs(error) if self.config.loss == "l1" else jnp.square(error)
-        reconstruction = jnp.mean(error, axis=(1, 2, 3))
-        # KL(N(mean, var) || N(0, 1)), summed over the latent (LDM distributions.py).
-        kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
-        aux = {
-            "reconstruction": reconstruction,
-            "kl": kl,
-            "latent_std": jnp.std(mean, axis=(1, 2, 3)),
-        }
-        return reconstruction + self.config.kl_weight * kl, aux
 
     def pictures(
         self, params: Params, examples: Examples, seed: int, guided: bool = False
@@ -121,22 +79,91 @@ class Reconstruction:
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the VAE of a model; see `Reconstruction`."""
-    networks = bind(setup.model, ("vae",), dtype=setup.dtype, remat=setup.remat)
-    vae = Reconstruction(setup.config, networks)
-    example = picture_fields(setup) | weight_field(setup.data)
+    """Bind the method to the VAE of a model; see `Losses`.
+
+    Raises:
+        UserError: LPIPS counts and no file of VGG16 is named, or pictures are too small for it or
+            for the critic.
+    """
+    config: AutoencoderConfig = setup.config
+    critic = config.critic if config.critic_weight else None
+    _check(setup, critic)
+    lpips = LPIPSConfig() if config.lpips_weight else None
+    model = with_critics(setup.model, lpips=lpips, critic=critic)
+    names = ("vae", LPIPS_NETWORK, CRITIC)
+    networks = bind(model, names, dtype=setup.dtype, remat=setup.remat)
+    losses, shown = Losses(config, networks), Reconstructions(networks)
+    own = _DECODER if config.decoder_only else ("vae.",)
+    phases = [Phase("main", losses.main, lambda path: path.startswith((*own, LOGVAR)))]
+    if critic:
+        trains = lambda path: path.startswith(f"{CRITIC}.")  # noqa: E731
+        rate = lambda path: config.critic_rate  # noqa: E731
+        phases.append(Phase("critic", losses.critic, trains, rate=rate, first=config.critic_start))
+    logvar = {LOGVAR: jax.ShapeDtypeStruct((), jnp.float32)} if config.learn_logvar else {}
+
+    def init(key: jax.Array) -> Params:
+        return networks.init(key) | {path: jnp.float32(config.logvar) for path in logvar}
+
     return Method(
-        abstract=networks.abstract,
-        init=networks.init,
-        phases=(Phase("main", vae.loss, lambda path: path.startswith("vae.")),),
-        example=example,
-        validate=vae.validate,
+        abstract=networks.abstract | logvar,
+        init=init,
+        phases=tuple(phases),
+        example=picture_fields(setup) | weight_field(setup.data),
+        validate=losses.validate,
         maxima=None,
         timesteps=lambda count: np.zeros(0, np.float32),
-        pictures=vae.pictures,
-        adjust=vae.adjust,
+        pictures=shown.pictures,
+        # Models that draw with the latents as they are have their scale.
+        adjust=None if config.decoder_only else shown.adjust,
+        start=functools.partial(_start, config),
+        brought=_brought(config),
+        whole_batch=_whole_batch(config),
         dtypes=networks.dtypes,
     )
+
+
+def _start(config: AutoencoderConfig, loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The network that the run reads besides its VAE, LPIPS, if it counts."""
+    if not config.lpips_weight:
+        return {}
+    from sdjax.formats.vgg16 import read_lpips
+
+    return read_lpips(LPIPS_NETWORK, paths.to_path(config.lpips_from))
+
+
+def _brought(config: AutoencoderConfig) -> dict[str, tuple[str, str]]:
+    used = config.lpips_weight > 0
+    return {LPIPS_NETWORK: ("method.lpips_from", config.lpips_from)} if used else {}
+
+
+def _whole_batch(config: AutoencoderConfig) -> str:
+    if config.critic_weight:
+        return (
+            "the critic's batch norm and the adaptive weight (method.critic_weight) are of a whole "
+            "batch; take a smaller data.batch_size, or model.remat"
+        )
+    return ""
+
+
+def _check(setup: Setup, critic: PatchGANConfig | None) -> None:
+    config, data = setup.config, setup.data
+    if config.lpips_weight and not config.lpips_from:
+        raise UserError(
+            f"method.lpips_weight is {config.lpips_weight} and method.lpips_from is empty; name a "
+            "file with the weights of VGG16, as torchvision's vgg16-397923af.pth "
+            "(docs/autoencoders.md), or set method.lpips_weight=0"
+        )
+    least = {"method.lpips_weight": LEAST_SIDE} if config.lpips_weight else {}
+    least |= {"method.critic_layers": critic.least_side} if critic else {}
+    scales = config.equivariance_scales if config.changes_pictures else ()
+    side = data.resolution * min((1.0, *scales))
+    for field, wanted in least.items():
+        if side < wanted:
+            raise UserError(
+                f"data.resolution is {data.resolution}, and the smallest pictures are {side:g} "
+                f"pixels wide; {field} needs {wanted}: take larger pictures, larger "
+                "method.equivariance_scales, or fewer method.critic_layers"
+            )
 
 
 AUTOENCODER = Kind(

@@ -41,12 +41,14 @@ class Draw(NamedTuple):
     keys: [b], one for each example at hand.
     positions: int32 [b], their places in the global batch.
     batch_size: of the global batch.
+    step: how many steps were done before this one, int32 scalar.
     """
 
     key: jax.Array
     keys: jax.Array
     positions: jax.Array
     batch_size: int
+    step: jax.Array | int = 0
 
 
 class LossFn(Protocol):
@@ -143,6 +145,7 @@ class Phase:
     trains: whether a path of `Method.abstract` is trained here; the phases share nothing.
     optim: the optimizer; None for the recipe's.
     every: the phase takes a step at each multiple of so many steps.
+    first: its first step; before that, nothing of it is computed.
     rate: path -> multiplier of its learning rate, above 0, besides that of `optim.groups`.
     project: see `Project`; None for anywhere.
     during: path -> the shares of a run's steps at which its training begins and ends. It does not
@@ -154,6 +157,7 @@ class Phase:
     trains: Callable[[str], bool]
     optim: OptimConfig | None = None
     every: int = 1
+    first: int = 0
     rate: Callable[[str], float] = lambda path: 1.0
     project: Project | None = None
     during: Callable[[str], tuple[float, float]] = lambda path: ALWAYS
@@ -184,8 +188,10 @@ class Method:
         as the copy of a network; called once, at the start of a run.
     copies: {name: network} of what `start` copies whole and nothing trains; a workdir refers to the
         network as it was loaded instead of keeping the copy.
-    brought: {name: (field of the recipe, folder)} of what `start` reads whole and nothing trains; a
-        workdir refers to the folder. See `checkpoints.references.TOWER_FIELDS`.
+    brought: {name: (field of the recipe, folder or file)} of what `start` reads whole and nothing
+        trains; a workdir refers to it. See `checkpoints.references.BROUGHT`.
+    whole_batch: why the loss of a batch is not the mean of those of its parts, as the end of a
+        sentence, where it is not: its gradients are not accumulated then.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -208,16 +214,18 @@ class Method:
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )
+    whole_batch: str = ""
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]
         if not names or len(set(names)) < len(names) or not all(names):
             raise ValueError(f"the phases are called {names}; expected names that differ")
-        if self.phases[0].every != 1:
+        if (every := self.phases[0].every) != 1 or self.phases[0].first:
             raise ValueError(
-                f"the first phase, {names[0]!r}, takes a step every {self.phases[0].every}; "
-                "expected 1: the loss of every step is logged and watched"
+                f"the first phase, {names[0]!r}, takes a step every {every}, from step "
+                f"{self.phases[0].first}; expected 1 and 0: the loss of every step is logged and "
+                "watched"
             )
         for path in self.abstract:
             owners = [phase.name for phase in self.phases if phase.trains(path)]

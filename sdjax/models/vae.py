@@ -284,12 +284,12 @@ class Decoder(nnx.Module):
         self.conv_out = conv(widths[0], config.out_channels, **kw)
         self.remat = remat
 
-    def __call__(self, x: Array) -> Array:
-        """Map x [B, h, w, latent_channels] to [B, H, W, out_channels]."""
+    def features(self, x: Array) -> Array:
+        """Map x [B, h, w, latent_channels] to what `conv_out` takes, [B, H, W, C]."""
         x = activation(self.conv_in(x))
         for stage in (self.mid_block, *self.up_blocks):
             x = rematerialised(stage, self.remat, level="stage")(x)
-        return activation(self.conv_out(silu(self.conv_norm_out(x))))
+        return silu(self.conv_norm_out(x))
 
 
 class VAE(nnx.Module):
@@ -335,6 +335,14 @@ class VAE(nnx.Module):
 
     def decode(self, latents: Array) -> Array:
         """Decode unscaled latents [B, h, w, C] to images [B, H, W, 3] in float32, about [-1, 1]."""
+        return self.painted(self.features(latents))
+
+    def features(self, latents: Array) -> Array:
+        """Return what the last convolution makes images of, [B, H, W, block_out_channels[0]]."""
         x = latents.astype(self.dtype)
         x = x if self.post_quant_conv is None else self.post_quant_conv(x)
-        return self.decoder(x).astype(jnp.float32)
+        return self.decoder.features(x)
+
+    def painted(self, features: Array) -> Array:
+        """Return the images of `features`; see `decode`."""
+        return activation(self.decoder.conv_out(features)).astype(jnp.float32)

@@ -105,7 +105,8 @@ def export(
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
     """
     path = folder / "diffusers"
-    params = {p: v for p, v in params.items() if p.split(".")[0] not in method.copies}
+    own = model_of_run(config, {}).networks  # without copies, and networks of the method's own
+    params = {path: value for path, value in params.items() if path.split(".")[0] in own}
     host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 

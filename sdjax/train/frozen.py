@@ -23,13 +23,13 @@ import numpy as np
 from sdjax.checkpoints.assemble import Assembled
 from sdjax.checkpoints.reading import lasts, locate, read_source
 from sdjax.checkpoints.references import (
-    TOWER_FIELDS,
+    BROUGHT,
     Reference,
     Source,
     check,
     follow,
+    read_brought,
     read_references,
-    read_tower,
     refer,
     write_references,
 )
@@ -145,8 +145,8 @@ def _moved(
     """The same network from another place, and its reference there."""
     source = locate(reference.field, place, like=reference)
     there = reference.network or name
-    if reference.field in TOWER_FIELDS:
-        params = read_tower(there, source)
+    if reference.field in BROUGHT:
+        params = read_brought(there, source)
     else:
         read = read_source(source, (there,), PARAMETERS)
         params = {p: value for p, value in read.params.items() if p.split(".")[0] == there}

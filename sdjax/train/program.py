@@ -71,9 +71,15 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
     """Everything about the step that is known without an array.
 
     Raises:
-        UserError: the batch does not spread over the mesh, or nothing is left to train.
+        UserError: the batch does not spread over the mesh, nothing is left to train, or the method
+            needs whole batches and gradients would be accumulated.
     """
     check_batch(config.data.batch_size, config.train.accumulation, mesh)
+    if method.whole_batch and config.train.accumulation > 1:
+        raise ConfigError(
+            f"train.accumulation is {config.train.accumulation} with method "
+            f"{config.method.name!r}; expected 1: {method.whole_batch}"
+        )
     check_shapes(config)
     split = split_trainable(config, method)
     optimizations = _optimizations(config, method, split)

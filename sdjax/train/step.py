@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from sdjax.diffusion.losses import example_keys
-from sdjax.methods.method import Aux, Averages, Batch, Draw
+from sdjax.methods.method import Aux, Averages, Batch, Draw, Phase
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
 from sdjax.train.monitoring.telemetry import (
@@ -68,13 +68,14 @@ def make_train_step(
         found: dict[str, dict[str, Any]] = {}
         for i, one in enumerate(optimizations):
             own = jax.random.fold_in(key, i) if i else key
-            gradients = _gradients(one, frozen, state["ema"], own, positions, accumulation, spread)
+            seen = (frozen, state["ema"], own, state["step"])
+            gradients = _gradients(one, *seen, positions, accumulation, spread)
             phase_step = functools.partial(
                 _advance, one, gradients, batch, frozen, state["step"], spread=spread
             )
             name = one.phase.name
             new, params, opt_state[name], found[name] = _every(
-                one.phase.every, state["step"], phase_step, params, opt_state[name]
+                one.phase, state["step"], phase_step, params, opt_state[name]
             )
             moved = moved | new
         finite = functools.reduce(jnp.logical_and, [part["finite"] for part in found.values()])
@@ -89,6 +90,7 @@ def _gradients(
     frozen: Params,
     averages: Averages,
     key: jax.Array,
+    step: jax.Array,
     positions: np.ndarray,
     accumulation: int,
     spread: Spread | None,
@@ -99,7 +101,7 @@ def _gradients(
     def mean_loss(
         trained: Params, others: Params, part: Batch, positions: jax.Array
     ) -> tuple[jax.Array, Aux]:
-        draw = Draw(key, example_keys(key, positions), positions, batch_size)
+        draw = Draw(key, example_keys(key, positions), positions, batch_size, step)
         per_example, aux = one.phase.loss({**others, **trained}, frozen, averages, part, draw)
         if "weight" in part:
             per_example = per_example * part["weight"]
@@ -171,10 +173,10 @@ def _within(one: Optimization, step: jax.Array, new: Params, old: Params) -> Par
 
 
 def _every(
-    every: int, step: jax.Array, phase_step: Callable, params: Params, opt_state: Any
+    phase: Phase, step: jax.Array, phase_step: Callable, params: Params, opt_state: Any
 ) -> tuple[Params, Params, Any, dict[str, Any]]:
-    """A phase at the multiples of `every` steps; at others its metrics are NaN, and finite."""
-    if every == 1:
+    """A phase at the steps that it takes; at others its metrics are NaN, and finite."""
+    if phase.every == 1 and not phase.first:
         return phase_step(params, opt_state)
     new, _, _, metrics = jax.eval_shape(phase_step, params, opt_state)
 
@@ -184,7 +186,8 @@ def _every(
         own = {path: params[path] for path in new}
         return own, params, opt_state, blank | {"finite": jnp.asarray(True)}
 
-    return jax.lax.cond(step % every == 0, phase_step, rest, params, opt_state)
+    due = (step % phase.every == 0) & (step >= phase.first)
+    return jax.lax.cond(due, phase_step, rest, params, opt_state)
 
 
 def _finish(

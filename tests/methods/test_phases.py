@@ -47,7 +47,8 @@ def loss(trained, frozen, averages, batch, draw):
     [
         ((), "called \\[\\]"),
         ((Phase("a", loss, str.islower), Phase("a", loss, str.isupper)), "names that differ"),
-        ((Phase("a", loss, str.islower, every=2),), "every 2; expected 1"),
+        ((Phase("a", loss, str.islower, every=2),), "every 2, from step 0; expected 1 and 0"),
+        ((Phase("a", loss, str.islower, first=3),), "every 1, from step 3; expected 1 and 0"),
         ((Phase("a", loss, str.islower), Phase("b", loss, str.isascii)), r"x is trained by .*'b'"),
     ],
 )

@@ -12,7 +12,7 @@ from sdjax.data.mixture import Part
 from sdjax.families.registry import FAMILIES
 from sdjax.families.sd import SDConfig
 from sdjax.families.sdxl import SDXLConfig
-from sdjax.methods.autoencoder import AutoencoderConfig
+from sdjax.methods.autoencoding.config import AutoencoderConfig
 from sdjax.methods.registry import METHODS
 
 # What a run may change half-way, and why that is no break.
@@ -26,6 +26,9 @@ HARMLESS = (
     "objective.input_perturbation", "objective.caption_dropout",
     "objective.unmasked_*", "objective.normalize_masked_area",
     "objective.encoder_dropout", "method.loss", "method.kl_weight", "method.beta",
+    "method.reduction", "method.logvar", "method.lpips_weight", "method.critic_weight",
+    "method.critic_*loss*", "method.critic_rate", "method.critic_start", "method.equivariance*",
+    "method.smaller_pictures",
     "method.guidance", "method.huber_c",
     "method.whole", "method.boxes", "method.ellipses", "method.polygons", "method.strokes",
     "method.*dropout", "method.max_norm", "method.block_rates", "method.words_end",

@@ -75,6 +75,39 @@ def test_a_path_moves_in_its_span_of_steps_alone():
     assert all(one["m.b.bias"] for one in moved)
 
 
+def test_a_phase_begins_at_its_first_step_and_a_loss_knows_the_step():
+    def counted(*args):
+        loss, aux = quadratic(*args)
+        return loss, {**aux, "step": jnp.full(8, args[-1].step)}
+
+    phases = (
+        Phase("main", counted, lambda path: path.startswith("m.w.")),
+        Phase("late", counted, lambda path: path.startswith("m.b."), first=2),
+    )
+    optimizations = tuple(
+        Optimization(phase, optax.adam(0.1), frozenset([path]))
+        for phase, path in zip(phases, ("m.w.kernel", "m.b.bias"), strict=True)
+    )
+    _, _, frozen, batch = setup()
+    params = {"m.w.kernel": jnp.ones((4, 3)), "m.b.bias": jnp.zeros(3)}
+    state, step = init_state(params, optimizations, EMA), jax.jit(
+        make_train_step(
+            optimizations, positions=np.arange(8, dtype=np.int32), seed=0, accumulation=1,
+            buckets=2, num_timesteps=1000,
+        )
+    )  # fmt: skip
+    for done in range(4):
+        before = state["params"]["m.b.bias"], state["opt_state"]["late"]
+        state, metrics = step(state, frozen, batch)
+        late = metrics["phases"]["late"]
+        assert metrics["phases"]["main"]["aux"]["step"] == done
+        moved = bool(np.any(state["params"]["m.b.bias"] != before[0]))
+        assert moved == (done >= 2) == bool(np.isfinite(late["loss"]))
+        if done < 2:
+            jax.tree.map(np.testing.assert_array_equal, state["opt_state"]["late"], before[1])
+    assert state["health"]["skipped"] == 0
+
+
 def test_the_update_is_optax_on_the_mean_gradient():
     step, state, frozen, batch = setup()
     key = jax.random.fold_in(jax.random.key(0), 0)
