@@ -11,10 +11,10 @@ from torchvision.transforms import _functional_pil as torchvision
 from sdjax.data import transforms
 from sdjax.data.augment.changes import GREY, Changes, draw
 from sdjax.data.augment.config import BOUNDS, AugmentConfig
-from sdjax.data.caption_choice import CaptionConfig, says_sides, swap_sides
+from sdjax.data.caption_choice import Caption, CaptionConfig, says_sides, swap_sides
 from sdjax.data.config import DataConfig
 from sdjax.data.named_images import NamedImage
-from sdjax.data.pipeline import make_iterator
+from sdjax.data.pipeline import Transform, make_iterator
 from sdjax.errors import UserError
 from sdjax.evaluation.fidelity import verdicts
 
@@ -270,6 +270,28 @@ def test_captions_of_mirrored_shapes_stay_right(config):
                 changed += 1
                 assert not verdicts(other, picture)["exact"], other
     assert changed >= 5
+
+
+@pytest.mark.parametrize(
+    ("captions", "choice", "mirrors"),
+    [
+        (("a dog", "a cat"), CaptionConfig(), True),
+        (("a dog left of a cat", "a cat"), CaptionConfig(), False),
+        (("a dog", "a cat on the Right"), CaptionConfig(), False),
+        (("a dog left of a cat",), CaptionConfig(swap_sides=False), True),
+    ],
+)
+def test_stored_embeddings_that_say_a_side_are_not_mirrored(captions, choice, mirrors):
+    one, size = np.ones((4, 4, 8), np.float32), np.zeros(4, np.int32)
+    example = {
+        "moments": one, "size": size, "others": {}, "images": {},
+        "flipped": {"moments": -one, "size": size, "others": {}},
+        "caption": Caption(captions[0], captions[1:], 0.5),
+        "context": np.stack([np.full((2, 3), i) for i in range(len(captions))]),
+    }  # fmt: skip
+    transform = Transform({}, True, "center", True, choice)
+    found = [transform(example, generator(seed))["moments"][0, 0, 0] for seed in range(40)]
+    assert (-1 in found) == mirrors and 1 in found
 
 
 def test_labels_say_what_was_changed(config):
