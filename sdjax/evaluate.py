@@ -25,6 +25,10 @@ does not have it leaves out, and says so.
                             95 % of held-out pictures are: 0.05 without copying
   fidelity          more    colours, shapes, number and relations that are right  captioned_shapes
   validation_loss   less    the loss on held-out pictures, and at each timestep   a workdir
+  example_loss      less    the same of every picture of --split alone; a table    a workdir, and
+                            and a page of the worst and best: bad captions show    to be asked for
+  robustness        -       how far pictures move under misspelt, shuffled,         to be asked for
+                            upper-case and empty prompts, and turned noise
 
 An autoencoder makes the pictures of the held-out split again, and has metrics of its own:
 
@@ -36,7 +40,8 @@ An autoencoder makes the pictures of the held-out split again, and has metrics o
 and the mean and deviation of each channel of its latents, with the scaling_factor that they imply.
 
 In --output: metrics.json, metrics.png (with the 95 % intervals), grid.png, nearest.png (the
-pictures closest to training pictures, beside these), images/ (all pictures, with their prompts).
+pictures closest to training pictures, beside these), images/ (all pictures, with their prompts),
+example_loss.jsonl and example_loss.html.
 
 Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """
@@ -69,6 +74,7 @@ from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
     from sdjax.evaluation.loading import Loaded
+    from sdjax.evaluation.losses import ExampleLosses
     from sdjax.evaluation.request import Request
 
 
@@ -93,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--metrics", default="", metavar="NAME,NAME,...",
-        help="which of those above, as fid,clip_score; by default all that can be computed",
+        help="which of those above, as fid,clip_score; by default all that can be had, but for "
+        "those that are to be asked for",
     )  # fmt: skip
     p.add_argument(
         "--audit", default="", metavar="FILE",
@@ -149,7 +156,8 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--validation_examples", type=int,
-        help="of validation_loss; by default as many as in training (validation.examples)",
+        help="of validation_loss, by default as many as in training (validation.examples); and of "
+        "example_loss, by default all of the split",
     )  # fmt: skip
 
 
@@ -315,6 +323,8 @@ def evaluate(args: argparse.Namespace) -> str:
         if session.note:
             tell(session.note)
         results = session.run(output)
+        if results.examples is not None:
+            _write_examples(output, results.examples, f"{args.model}, {session.dataset}")
     title = f"{args.model or args.images}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
 
@@ -338,6 +348,16 @@ def _autoencoder(args: argparse.Namespace, request: Request, loaded: Loaded) -> 
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
 
 
+def _write_examples(output: paths.Path, found: ExampleLosses, title: str) -> None:
+    """Write the page of the examples that stand out; process 0 does so for all."""
+    import jax
+
+    from sdjax.web.examples import write_examples
+
+    if jax.process_index() == 0:
+        write_examples(output, found, title)
+
+
 def _locked(output: paths.Path) -> contextlib.AbstractContextManager[None]:
     """Keep other evaluations out of the folder; process 0 does so for all."""
     import jax
@@ -353,11 +373,14 @@ def _search(
     """The best length of average."""
     from sdjax.errors import UserError
     from sdjax.evaluation import ema_lengths
+    from sdjax.evaluation.evaluation import ON_REQUEST
     from sdjax.evaluation.evaluation_output import FILE, number
     from sdjax.evaluation.session import open_session
 
     if args.lora:
         raise UserError("--ema_lengths takes averages of the run alone; leave --lora out")
+    if asked := [name for name in request.metrics[:1] if name in ON_REQUEST]:
+        raise UserError(f"--ema_lengths is not judged by {asked[0]}; name another of --metrics")
     lengths = ema_lengths.parse(args.ema_lengths)
     ema_lengths.check(loaded)
     request = dataclasses.replace(request, metrics=request.metrics[:1] or ("validation_loss",))

@@ -5,8 +5,9 @@
 DIR is a workdir of sdjax or a diffusers folder. The server speaks the API of AUTOMATIC1111's web UI
 (/sdapi/v1) and the images of OpenAI's (/v1); /metrics is for Prometheus. It listens on this machine
 alone unless --host says otherwise, which needs a token. Equal pictures that wait are drawn
-together. docs/serving.md has examples. Needs `pip install "sdjax[serve]"`. Exit codes: 0 stopped by SIGTERM,
-which waits for pictures that are being drawn; 2 the input or an option is wrong; 130 Ctrl-C.
+together. docs/serving.md has examples. Needs `pip install "sdjax[serve]"`. Exit codes: 0 stopped by
+SIGTERM, which waits for pictures that are being drawn; 2 the input or an option is wrong; 130
+Ctrl-C.
 """
 
 from __future__ import annotations

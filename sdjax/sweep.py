@@ -1,7 +1,7 @@
 """Find good values of a configuration's fields by training with many: a sweep.
 
     python -m sdjax.sweep --config=configs/base.py --space=space.yaml --workdir=sweeps/first
-        [--trials=20] [--config.field=value ...]
+        [--trials=20] [--folds=5] [--config.field=value ...]
 
 A space file says which fields are tried, within what, and when a trial is given up:
 
@@ -18,6 +18,10 @@ theirs. A trial counts by its best validation, whose checkpoint is kept.
 Stop the sweep at any time; the same command goes on where it was, within a trial too. To run
 several trials at once start the same command several times, on one machine or on several that share
 WORKDIR: each takes the next trial, and those that another left behind by dying.
+
+--folds=K is cross-validation: each setting is trained K times, each time on all but one of K equal
+parts of the training split, and validated on that part. It gives the mean, the standard deviation
+and the interval over the folds. Without --space it does so for the recipe as it is.
 
 At the end: a table with the best first, which fields mattered, WORKDIR/sweep.json with all of it,
 and WORKDIR/best.py, a recipe for `python -m sdjax.main --config=WORKDIR/best.py --workdir=DIR`.
@@ -58,7 +62,8 @@ config_flags.DEFINE_config_file(
     "config", None, f"All trials start from it. {verbs.CONFIG_HELP}", flag_values=FLAGS
 )
 _SPACE = flags.DEFINE_string(
-    "space", None, "YAML file with the fields to try; see above and docs/sweeps.md.",
+    "space", None, "YAML file with the fields to try; see above and docs/sweeps.md. --folds can do "
+    "without.",
     flag_values=FLAGS,
 )  # fmt: skip
 _WORKDIR = flags.DEFINE_string(
@@ -67,6 +72,11 @@ _WORKDIR = flags.DEFINE_string(
 )  # fmt: skip
 _TRIALS = flags.DEFINE_integer(
     "trials", 20, "How many, of all workers together; more can be had later by the same command.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_FOLDS = flags.DEFINE_integer(
+    "folds", 0, "Of cross-validation, 2 or more: every setting that is tried is trained so often. "
+    "Then --trials counts settings, of which there is one without --space.",
     flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=FLAGS)
@@ -81,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_flags() -> None:
     """Raise UserError for what is missing or too much."""
-    if not _SPACE.value:
+    if not _SPACE.value and not _FOLDS.value:
         raise UserError("--space is missing, a YAML file with the fields to try; see --help")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for instance --workdir=sweeps/first")
@@ -98,14 +108,20 @@ def _run() -> int:
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.captureWarnings(True)  # Optuna warns of what it calls experimental
     from sdjax.config import resolve
-    from sdjax.sweeps.space import read_space
+    from sdjax.sweeps.folds import check_base
+    from sdjax.sweeps.space import no_space, read_space
     from sdjax.sweeps.study import make_sweep
     from sdjax.sweeps.worker import Stopped, work
 
     base = resolve(recipe)
-    sweep = make_sweep(_WORKDIR.value or "", base, read_space(_SPACE.value or "", base))
+    space = read_space(_SPACE.value, base) if _SPACE.value else no_space()
+    trials = _TRIALS.value if _SPACE.value else 1
+    if _FOLDS.value:
+        check_base(base, _FOLDS.value, space.pruner["name"])
+        trials *= _FOLDS.value
+    sweep = make_sweep(_WORKDIR.value or "", base, space, _FOLDS.value)
     try:
-        study = work(sweep, _TRIALS.value, tell=lambda line: print(line, flush=True))
+        study = work(sweep, trials, tell=lambda line: print(line, flush=True))
     except Stopped:
         print(f"stopped; the same command goes on ({sweep.folder})", file=sys.stderr)
         return STOPPED
@@ -128,10 +144,11 @@ def _show(sweep: Sweep, study: optuna.Study) -> int:
         print(f"not finished yet: {numbers}. If no other worker has them, run the same command")
     print(f"all of it: {sweep.folder / ranking.RESULT}")
     if ranking.best_config(sweep, study) is None:
-        print("no trial came to its end")
+        print("no setting has all of its folds" if sweep.folds else "no trial came to its end")
         return 0 if left else NOTHING
-    best = ranking.ranking(sweep, study)[0]
-    print(f"the best model: {sweep.trial_folder(best.number)}")
+    if not sweep.folds:
+        best = ranking.ranking(sweep, study)[0]
+        print(f"the best model: {sweep.trial_folder(best.number)}")
     recipe = f"--config={sweep.folder / ranking.BEST}"
     again = [sys.executable, "-m", "sdjax.main", recipe, "--workdir=DIR"]
     print(f"train it again: {shlex.join(again)}")

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sdjax import convert, evaluate, sample
+from sdjax.evaluation.robustness import PERTURBATIONS
 from sdjax.sampling import drawing
 from tests.odd_names import ODD
 
@@ -94,6 +95,48 @@ def test_what_it_writes(run, whole):
     assert pictures == [f"{i:06d}.png" for i in range(12)]
     rows = [json.loads(line) for line in (whole / "images" / "metadata.jsonl").open()]
     assert rows[0]["text"] == rows[1]["text"] != rows[2]["text"]
+
+
+def test_example_losses_are_written_when_they_are_asked_for(run, whole, tmp_path):
+    assert "example_loss" not in metrics(whole)["metrics"]
+    assert verb(run, tmp_path, "--metrics=example_loss,validation_loss", "--resamples=20") == 0
+    found = metrics(tmp_path)["metrics"]
+    rows = [json.loads(line) for line in (tmp_path / "example_loss.jsonl").open()]
+    assert len(rows) == found["example_loss"]["count"] == 8  # all of the split
+    assert found["example_loss"]["value"] == found["validation_loss"]["value"]  # the same examples
+    scores = [row["score"] for row in rows]
+    assert scores == sorted(scores, reverse=True) and abs(sum(scores)) < 1e-9
+    assert all(np.mean([*row["loss_at"].values()]) == pytest.approx(row["loss"]) for row in rows)
+    page = (tmp_path / "example_loss.html").read_text()
+    assert rows[0]["caption"] in page and page.count("<img ") == 12 and "<script" not in page
+
+
+def test_robustness_draws_again_and_compares(run, tmp_path):
+    options = ("--metrics=robustness", "--num_samples=5", "--batch_size=5", "--resamples=20")
+    assert verb(run, tmp_path, *options) == 0
+    found = metrics(tmp_path)
+    changes = found["robustness"]["changes"]
+    assert changes.keys() == PERTURBATIONS.keys()
+    assert found["robustness"]["features"] == "pixels-16x16"
+    first = [np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png"), float) for i in range(5)]
+    for name, measures in changes.items():
+        assert found["metrics"][f"robustness_{name}"]["value"] == measures["features"]["value"]
+        again = tmp_path / "robustness" / name
+        second = [np.asarray(Image.open(again / f"{i:06d}.png"), float) for i in range(5)]
+        want = np.mean([np.mean((a - b) ** 2) for a, b in zip(first, second, strict=True)]) / 255**2
+        assert measures["mse"]["value"] == pytest.approx(want)
+        assert (want > 0) == (name != "upper_case")  # CLIP's tokenizer reads small letters
+        assert measures["mse"]["low"] <= want <= measures["mse"]["high"]
+        assert -1 <= measures["fidelity"]["value"] <= 1
+        (row, *_) = map(json.loads, (again / "metadata.jsonl").open())
+        text = json.loads((tmp_path / "images" / "metadata.jsonl").open().readline())["text"]
+        assert row["text"] == PERTURBATIONS[name].words(text)
+    near, far = (changes[f"noise_{turn}"]["mse"]["value"] for turn in ("0.1", "0.3"))
+    assert near < far
+    kept = (tmp_path / "metrics.json").read_bytes()
+    (tmp_path / "robustness" / "empty" / "000002.png").unlink()
+    assert verb(run, tmp_path, *options) == 0  # goes on, to the same
+    assert (tmp_path / "metrics.json").read_bytes() == kept
 
 
 def test_the_table_is_for_people(whole):

@@ -37,7 +37,8 @@ data.test_share data.fold data.split_key data.score_key data.min_score data.weig
 data.captions.others_key
 data.captions.main_share data.captions.templates data.captions.texts data.captions.separator
 data.captions.shuffle_tags
-data.captions.keep_tags data.captions.tag_dropout data.captions.empty data.resolution data.crop
+data.captions.keep_tags data.captions.tag_dropout data.captions.swap_sides
+data.augment.* data.captions.empty data.resolution data.crop
 data.buckets.step data.buckets.max_aspect data.buckets.max_upscale data.flip data.batch_size
 data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shapes_test
 data.shapes_pairs data.shapes_colours

@@ -6,12 +6,15 @@ All randomness comes from the generator of the example's place in the stream.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
 from sdjax.errors import UserError
 
 EMPTY = ("keep", "skip", "error")
+# The words for sides, also in "leftmost", "right-hand" and the tag "looking_left"; not in "bright".
+_SIDES = re.compile(r"(?<![^\W_])(left|right)(?=(most|wards?|hand(ed)?)?(?![^\W_]))", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class CaptionConfig:
     shuffle_tags: bool = False  # tags in another order every time
     keep_tags: int = 0  # the first tags, as many, stay in front and are never dropped
     tag_dropout: float = 0.0  # probability that each other tag is left out
+    swap_sides: bool = True  # of a mirrored picture "left" and "right" change places
     empty: str = "keep"  # examples without caption: "keep", "skip" (and count) or "error"
 
     def __post_init__(self) -> None:
@@ -68,6 +72,23 @@ def choose(caption: Caption, config: CaptionConfig, rng: np.random.Generator) ->
     if config.shuffle_tags or config.tag_dropout:
         text = vary_tags(text, config, rng)
     return text
+
+
+def says_sides(text: str) -> bool:
+    """Whether a text says left or right, in English."""
+    return bool(_SIDES.search(text))
+
+
+def swap_sides(text: str) -> str:
+    """Return a text with "left" and "right" in one another's places, in their letter case."""
+
+    def other(found: re.Match[str]) -> str:
+        word = "right" if found[0].lower() == "left" else "left"
+        if found[0].isupper():
+            return word.upper()
+        return word.capitalize() if found[0][0].isupper() else word
+
+    return _SIDES.sub(other, text)
 
 
 def vary_tags(text: str, config: CaptionConfig, rng: np.random.Generator) -> str:

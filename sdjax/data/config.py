@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sdjax.data import mixture, named_images
+from sdjax.data.augment.config import AugmentConfig
 from sdjax.data.buckets import BucketConfig
 from sdjax.data.caption_choice import CaptionConfig
 from sdjax.data.mixture import Part
@@ -52,7 +53,8 @@ class DataConfig:
     resolution: int = 64  # of the square crop, after the short side is resized to it
     crop: str = "center"  # or "random"
     buckets: BucketConfig = BucketConfig()
-    flip: bool = False  # mirror at random; wrong where captions say left and right
+    flip: bool = False  # mirror at random; see captions.swap_sides
+    augment: AugmentConfig = AugmentConfig()
     batch_size: int = 64  # global: over all hosts and devices
     workers: int = 0  # processes that decode; 0 decodes in `threads` of this process
     threads: int = 4  # that decode, where there are no workers
@@ -106,6 +108,7 @@ class DataConfig:
         if len(kinds) > 1:
             raise UserError("data.mixture mixes encoded datasets with others; expected all of them "
                             "encoded, or none")  # fmt: skip
+        _check_augment(self.augment, self.images, encoded=kinds == {True})
         if self.text_embeddings:
             if kinds == {False}:
                 raise UserError("data.text_embeddings is True, but data.name is "
@@ -119,6 +122,23 @@ class DataConfig:
         if self.name in WITH_PATH and not self.path:
             raise UserError(f"data.path is empty; data.name = {self.name!r} needs the folder, "
                              "as in --config.data.path=DIR")  # fmt: skip
+
+
+def _check_augment(
+    augment: AugmentConfig, images: tuple[NamedImage, ...], *, encoded: bool
+) -> None:
+    """Raise a UserError for changes that the pictures of an example do not allow."""
+    if augment.changes and encoded:
+        raise UserError(
+            f"data.augment.{augment.changes[0]} changes pictures, which encoded datasets lack; set "
+            "it to 0, or train on the pictures"
+        )
+    pairs = [image.name for image in images if image.kind == "picture"]
+    if augment.colours and pairs:
+        raise UserError(
+            f"data.augment.{augment.colours[0]} changes the main picture alone, which data.images "
+            f"compares with {pairs[0]!r}; set it to 0"
+        )
 
 
 def is_encoded(config: DataConfig) -> bool:

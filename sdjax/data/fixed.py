@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from typing import Any
 
 import numpy as np
 
-from sdjax.data import numbers
+from sdjax.data import numbers, transforms
 from sdjax.data.batches import as_floats
 from sdjax.data.caption_choice import Caption, CaptionConfig
 from sdjax.data.config import DataConfig, parts
@@ -73,6 +74,23 @@ class FixedExamples:
         """The (part, number) of every example, int32 [N, 2], in the order of the groups."""
         found = [(group.part, number) for group in self.groups for number in group.numbers]
         return np.asarray(found, np.int32).reshape(-1, 2)
+
+    def facts(self) -> Iterator[dict[str, Any]]:
+        """The part, number, key, caption and shape of every example, in the order of the groups."""
+        for group in self.groups:
+            source = self._sources[group.part]
+            for number in group.numbers:
+                yield {
+                    "part": group.part,
+                    "number": number,
+                    "key": source.key(number),
+                    "caption": source.text(number),
+                    "shape": group.shape,
+                }
+
+    def picture(self, part: int, number: int) -> transforms.Picture:
+        """The whole picture of an example, as it is stored. Raises DataError."""
+        return self._sources[part].example(number)["image"]
 
     def read(self, group: Group, executor: Executor) -> dict[str, np.ndarray]:
         """The batch of a group: the fields of `make_iterator`, and "name" int32 [rows, 2].

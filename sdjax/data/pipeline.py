@@ -18,6 +18,9 @@ import numpy as np
 from absl import flags, logging
 
 from sdjax.data import named_images, numbers, transforms
+from sdjax.data.augment import changes as augmentations
+from sdjax.data.augment.changes import Changes
+from sdjax.data.augment.config import AugmentConfig
 from sdjax.data.batches import (
     MAIN,
     Batches,
@@ -27,7 +30,7 @@ from sdjax.data.batches import (
     grain_seed,
 )
 from sdjax.data.buckets import Buckets
-from sdjax.data.caption_choice import CaptionConfig, choose
+from sdjax.data.caption_choice import CaptionConfig, choose, says_sides, swap_sides
 from sdjax.data.config import DataConfig, DataError, is_weighted, parts
 from sdjax.data.encoded import TEXT_FIELDS
 from sdjax.data.sources import Source, captions, open_parts, open_source
@@ -57,9 +60,11 @@ class Transform:
     captions: CaptionConfig
     numbers: tuple[str, ...] = ()  # the fields of numbers, see `data.numbers`
     with_weight: bool = False
+    augment: AugmentConfig | None = None
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        fields, size = self._pictures(example, rng)
+        changes = augmentations.draw(self.augment, rng) if self.augment else None
+        fields, size, mirrored = self._pictures(example, rng, changes)
         if self.numbers:
             original, corner = tuple(size[:2].tolist()), tuple(size[2:].tolist())
             fields |= numbers.of_geometry(self.numbers, original, corner)
@@ -71,27 +76,40 @@ class Transform:
             captions = (example["caption"].main, *example["caption"].others)
             which = captions.index(text)
             return fields | {k: example[k][which] for k in TEXT_FIELDS if k in example}
+        if mirrored and self.captions.swap_sides:
+            text = swap_sides(text)
+        if changes is not None:
+            text = changes.caption(text)
         for name, tokenizer in self.tokenizers.items():
             fields[name] = tokenizer.encode([text])[0]
         return fields
 
     def _pictures(
-        self, example: dict[str, Any], rng: np.random.Generator
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The image or the moments, the named pictures, and the size."""
+        self, example: dict[str, Any], rng: np.random.Generator, changes: Changes | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, bool]:
+        """The image or the moments, the named pictures, the size, and whether it is mirrored."""
         if "moments" in example:
-            mirror = self.flip and rng.random() < 0.5
+            mirror = self.flip and rng.random() < 0.5 and not self._tells_sides(example)
             chosen = example["flipped"] if mirror else example
             pixels = example["images"]
             if mirror:
                 pixels = {name: picture[:, ::-1] for name, picture in pixels.items()}
-            return {"moments": chosen["moments"], **chosen["others"], **pixels}, chosen["size"]
+            fields = {"moments": chosen["moments"], **chosen["others"], **pixels}
+            return fields, chosen["size"], mirror
         height, width = example["target"]
         prepared = transforms.prepare(
             example["image"], rng, height=height, width=width, crop=self.crop, flip=self.flip,
             original=example.get("original"), images=example["images"],
+            warp=changes.warp if changes else None,
         )  # fmt: skip
-        return {"image": prepared.pixels, **prepared.images}, prepared.size
+        pixels = changes.colour(prepared.pixels) if changes else prepared.pixels
+        return {"image": pixels, **prepared.images}, prepared.size, prepared.mirrored
+
+    def _tells_sides(self, example: dict[str, Any]) -> bool:
+        """Whether stored embeddings say left or right, which cannot change places in them."""
+        if not self.embeddings or not self.captions.swap_sides:
+            return False
+        return any(map(says_sides, (example["caption"].main, *example["caption"].others)))
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
@@ -244,6 +262,7 @@ def make_iterator(
         config.captions,
         tuple(number_shapes),
         is_weighted(config),
+        config.augment if config.augment.changes else None,
     )
     import grain.python as grain
 
@@ -330,8 +349,8 @@ def _identity(
 
 def _warn(config: DataConfig, sources: Sequence[Source]) -> None:
     """Warn about settings that are probably mistakes."""
-    if config.flip and any(part.name == "captioned_shapes" for part in parts(config)):
-        logging.warning("data.flip mirrors pictures whose captions say left and right")
+    if config.augment.hue and any(part.name == "captioned_shapes" for part in parts(config)):
+        logging.warning("data.augment.hue changes colours that the captions name")
     for source in sources:
         if len(source) < config.batch_size:
             logging.warning(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -242,11 +242,13 @@ class Prepared:
     size: int32 [4], height and width of the original, then top and left of the crop. These are in
     pixels of the resized picture as it is shown: mirrored, if it was.
     images: those of `prepare`, uint8 [*frames, H, W, 3] and of masks [*frames, H, W, 1].
+    mirrored: whether left and right have changed places.
     """
 
     pixels: np.ndarray
     size: np.ndarray
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    mirrored: bool = False
 
     @property
     def image(self) -> np.ndarray:
@@ -254,10 +256,17 @@ class Prepared:
         return normalise(self.pixels)
 
 
+class Warp(Protocol):
+    """Changes the geometry of a picture that has its final size."""
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Return a picture of the same shape, uint8 [H, W, 3], of a mask [H, W, 1]."""
+
+
 def prepare(
     image: Picture | Sequence[Picture], rng: np.random.Generator, *, height: int, width: int,
     crop: str, flip: bool, mirror: bool = False, original: tuple[int, int] | None = None,
-    images: Mapping[str, Picture | Sequence[Picture] | Made] = _NONE,
+    images: Mapping[str, Picture | Sequence[Picture] | Made] = _NONE, warp: Warp | None = None,
 ) -> Prepared:  # fmt: skip
     """Resize an RGB picture to cover height x width, crop it, and perhaps mirror it.
 
@@ -265,6 +274,7 @@ def prepare(
     share one crop and one flip. flip: mirror it with probability 1/2; mirror: always.
     original: its height and width before it was stored smaller, which SDXL takes instead of the
     size. images: other pictures and masks, which get the same window, crop and flip.
+    warp: what becomes of each of them then.
     All randomness is rng's, which the pipeline seeds by the place in the stream.
     Raises ImageError size_differs: a frame or one of `images` has another aspect.
     """
@@ -281,7 +291,8 @@ def prepare(
         is_mask = picture.mode == "L" if isinstance(picture, Image.Image) else (
             picture.shape[-1] == 1)  # fmt: skip
         part = (_mask_crop if is_mask else resized_crop)(picture, size, (top, left), height, width)
-        return part[:, ::-1] if mirrored else part
+        part = part[:, ::-1] if mirrored else part
+        return part if warp is None else warp(part)
 
     pixels = cut(image, "a frame")
     others = {
@@ -290,7 +301,8 @@ def prepare(
     }
     if mirrored:
         left = size[1] - width - left  # the crop's position in the mirrored picture
-    return Prepared(pixels, np.array([*(original or stored), top, left], np.int32), others)
+    size_and_corner = np.array([*(original or stored), top, left], np.int32)
+    return Prepared(pixels, size_and_corner, others, mirrored)
 
 
 def size_of(image: Picture | Sequence[Picture]) -> tuple[int, int]:

@@ -15,10 +15,11 @@ import numpy as np
 
 from sdjax.data.pictures import Folder, SplitPictures
 from sdjax.errors import UserError
-from sdjax.evaluation import bootstrap, frechet, mmd, neighbours, reference, similarity
+from sdjax.evaluation import frechet, losses, mmd, neighbours, reference, similarity
 from sdjax.evaluation.bootstrap import RESAMPLES, Estimate
 from sdjax.evaluation.features import ClipTower
 from sdjax.evaluation.fidelity import fidelity, is_of_shapes
+from sdjax.evaluation.losses import ExampleLosses
 from sdjax.evaluation.neighbours import Nearest
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
 from sdjax.evaluation.towers import CLIP_EXAMPLE, INCEPTION_URL
@@ -41,6 +42,7 @@ class Inputs:
     reference: pictures to compare with; statistics: theirs, read from a file.
     train: pictures that the model was trained on, none of them in the reference.
     validate: makes losses [N, n] and timesteps [n].
+    example_losses: makes the losses of the examples of a split. draws: whether a model is there.
     cache: folder where features of reference and train are kept.
     """
 
@@ -53,6 +55,8 @@ class Inputs:
     statistics: Reference | None = None
     train: SplitPictures | None = None
     validate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    example_losses: Callable[[], ExampleLosses] | None = None
+    draws: bool = False
     cache: paths.PathLike = "references"
 
 
@@ -61,7 +65,7 @@ class Results:
     """The results of an evaluation.
 
     curves: {name: {"x", "y", "low", "high", "x_label"}}.
-    nearest: the closest pairs, if they were computed.
+    nearest: the closest pairs, if they were computed; examples: likewise.
     tables: more tables of rich for the terminal.
     """
 
@@ -70,6 +74,7 @@ class Results:
     warnings: tuple[str, ...]
     nearest: Nearest | None = None
     tables: tuple[Any, ...] = ()
+    examples: ExampleLosses | None = None
 
 
 # {need: description of the missing input, and how to provide it}.
@@ -91,6 +96,8 @@ NEEDS = {
     "several": "several pictures of a prompt: draw with --per_prompt=4",
     "shapes": "captions of captioned_shapes, the only ones that the reader understands",
     "validate": "the workdir of a run as --model, for its objective",
+    "example_losses": "the workdir of a run as --model, for its objective",
+    "model": "a model that draws again: give --model, without --images",
 }
 METRICS: dict[str, tuple[str, ...]] = {
     "fid": ("pictures", "inception", "moments"),
@@ -105,9 +112,14 @@ METRICS: dict[str, tuple[str, ...]] = {
     "memorised": ("pictures", "train", "reference"),
     "fidelity": ("pictures", "captions", "shapes"),
     "validation_loss": ("validate",),
+    "example_loss": ("example_losses",),
+    "robustness": ("pictures", "captions", "model"),
 }
 # {metric of an autoencoder: whether more is better}; see `sdjax.evaluation.autoencoders`.
 AUTOENCODER_METRICS = {"psnr": True, "ssim": True, "lpips": False, "rfid": False}
+# Not computed unless they are asked for: they take as long as many others together.
+ON_REQUEST = ("example_loss", "robustness")
+BY_DEFAULT = tuple(name for name in METRICS if name not in ON_REQUEST)
 
 # The least numbers of pictures: generated, and to compare with.
 LEAST = {
@@ -124,7 +136,7 @@ LEAST = {
 def lacking(inputs: Inputs, metric: str) -> list[str]:
     """The keys of `NEEDS` that a metric lacks."""
     captions = inputs.captions or ()
-    tower = _tower_of(inputs, metric)
+    tower = _tower_of_metric(inputs, metric)
     given = inputs.statistics
     fitting = given if given is not None and tower is not None and _made_by(given, tower) else None
     has = {
@@ -140,6 +152,8 @@ def lacking(inputs: Inputs, metric: str) -> list[str]:
         "several": len(set(captions)) < len(captions),
         "shapes": is_of_shapes(captions),
         "validate": inputs.validate is not None,
+        "example_losses": inputs.example_losses is not None,
+        "model": inputs.draws,
     }
     return [need for need in METRICS[metric] if not has[need]]
 
@@ -155,7 +169,7 @@ def _too_few(inputs: Inputs, metric: str) -> list[str]:
     if given is not None and given.features is not None:
         compared = len(given.features)
     least = LEAST.get(metric, (1, 1))
-    if metric != "validation_loss" and judged < least[0]:
+    if "pictures" in METRICS[metric] and judged < least[0]:
         return [f"at least {least[0]} pictures, and there are {judged}; see --num_samples"]
     if compared is not None and compared < least[1]:
         return [f"at least {least[1]} pictures to compare with, and there are {compared}"]
@@ -178,7 +192,7 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
     """The metrics to compute, and lines about those left out and why.
 
     Args:
-        names: the metrics to compute; None for all that the inputs allow.
+        names: the metrics to compute; None for all of `BY_DEFAULT` that the inputs allow.
 
     Raises:
         UserError: a name is no metric, or the metric lacks an input; the message says how to
@@ -187,7 +201,7 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
     chosen: list[str] = []
     left_out: dict[str, list[str]] = {}
     check_names(names or ())
-    for name in METRICS if names is None else names:
+    for name in BY_DEFAULT if names is None else names:
         missing = [NEEDS[need] for need in lacking(inputs, name)] + _too_few(inputs, name)
         if not missing:
             chosen.append(name)
@@ -198,20 +212,20 @@ def choose(names: Sequence[str] | None, inputs: Inputs) -> tuple[list[str], list
     return chosen, [f"left out, {', '.join(ms)}: takes {why}" for why, ms in left_out.items()]
 
 
-def _tower(inputs: Inputs) -> Tower | None:
+def tower_of(inputs: Inputs) -> Tower | None:
     """The tower of the features that metrics of neighbours use."""
     clip = inputs.clip.images if inputs.clip is not None else None
     towers = {"inception": inputs.inception, "clip": clip, "pixels": PixelTower()}
     return towers[inputs.features] if inputs.features else inputs.inception or clip
 
 
-def _tower_of(inputs: Inputs, metric: str) -> Tower | None:
+def _tower_of_metric(inputs: Inputs, metric: str) -> Tower | None:
     """The tower of the features of a metric."""
     if metric in ("fid", "kid"):
         return inputs.inception
     if metric in ("cmmd", "clip_score"):
         return inputs.clip.images if inputs.clip is not None else None
-    return _tower(inputs) or (PixelTower() if metric == "memorised" else None)
+    return tower_of(inputs) or (PixelTower() if metric == "memorised" else None)
 
 
 class _FeatureCache:
@@ -275,7 +289,7 @@ def judge(
     metrics: dict[str, Estimate] = {}
     curves: dict[str, Mapping[str, Any]] = {}
     nearest = None
-    options = {"resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     metrics |= _distances(features, names, resamples, seed)
     metrics |= _neighbours(features, names, options)
     if "memorised" in names:
@@ -284,11 +298,16 @@ def judge(
     metrics |= _of_prompts(features, names, options)
     if "validation_loss" in names:
         assert inputs.validate is not None
-        losses, timesteps = inputs.validate()
-        metrics["validation_loss"], curves["validation_loss"] = validation(
-            losses, timesteps, **options
+        metrics["validation_loss"], curves["validation_loss"] = losses.validation(
+            *inputs.validate(), **options
         )
-    return Results(metrics, curves, _warnings(inputs, names), nearest)
+    examples = None
+    if "example_loss" in names:
+        assert inputs.example_losses is not None
+        examples = inputs.example_losses()
+        metrics |= losses.estimates(examples, **options)
+    warnings = _warnings(inputs, names)
+    return Results(metrics, curves, warnings, nearest, examples=examples)
 
 
 def _distances(
@@ -327,7 +346,7 @@ def _neighbours(
         ("density", "coverage"): neighbours.density_coverage,
     }
     found: dict[str, Estimate] = {}
-    tower = _tower(features.inputs)
+    tower = tower_of(features.inputs)
     for both, compute in pairs.items():
         if tower is not None and set(both) & set(names):
             made = compute(features.generated(tower), features.compared(tower), **options)
@@ -341,7 +360,7 @@ def _with(estimate: Estimate, tower: Tower) -> Estimate:
 
 
 def _memorised(features: _FeatureCache, options: Mapping[str, Any]) -> Nearest:
-    tower = _tower(features.inputs) or PixelTower()
+    tower = tower_of(features.inputs) or PixelTower()
     found = neighbours.memorisation(
         features.generated(tower), features.train(tower), features.compared(tower), **options
     )
@@ -359,7 +378,7 @@ def _of_prompts(
         found["clip_score"] = similarity.clip_score(
             features.generated(inputs.clip.images), of_texts, prompts=numbers, **options
         )
-    tower = _tower(inputs)
+    tower = tower_of(inputs)
     if "diversity" in names and tower is not None:
         found["diversity"] = _with(
             similarity.diversity(features.generated(tower), numbers, **options), tower
@@ -367,23 +386,6 @@ def _of_prompts(
     if "fidelity" in names and inputs.pictures is not None:
         found |= fidelity(inputs.pictures, **options)
     return found
-
-
-def validation(
-    losses: np.ndarray, timesteps: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[Estimate, dict[str, Any]]:
-    """The mean of losses [N, n] and the curve over timesteps [n]; intervals resample examples."""
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed, "higher_is_better": False}
-    whole = bootstrap.mean(losses.mean(axis=1, dtype=np.float64), **options)
-    parts = [bootstrap.mean(column, **options) for column in losses.T]
-    curve = {
-        "x": [float(t) for t in timesteps],
-        "y": [part.value for part in parts],
-        "low": [part.low for part in parts],
-        "high": [part.high for part in parts],
-        "x_label": "timestep",
-    }
-    return whole, curve
 
 
 def _warnings(inputs: Inputs, names: Sequence[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.evaluation import losses
 from sdjax.evaluation.bootstrap import Estimate
 from sdjax.evaluation.evaluation import Inputs, Results
 from sdjax.sampling.grids import grid, save_png
@@ -43,6 +44,8 @@ def write(
         ]
     write_sheets(folder, inputs, results)
     write_plots(folder, results)
+    if results.examples is not None:
+        losses.write(folder, results.examples)
     # Last, so that the evaluation is complete once this file exists.
     file = folder / FILE
     paths.write_text(file, json.dumps(_finite(content), indent=2) + "\n")

@@ -8,6 +8,7 @@ from sdjax.config import Config
 from sdjax.config_model import model_of_run
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
+from sdjax.evaluation.evaluation import ON_REQUEST
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.request import Request
 from sdjax.evaluation.session import open_session
@@ -45,6 +46,8 @@ class PictureJudge:
                 features=validation.features,
             )
             networks = model_of_run(config, tokenizers)
+            if asked := [name for name in ON_REQUEST if name in request.metrics]:
+                raise UserError(f"{asked[0]} is for sdjax.evaluate alone, after training")
             loaded = Loaded(networks, folder, config, data=config.data)
             self._session = open_session(request, loaded, self._folder)
         except UserError as error:

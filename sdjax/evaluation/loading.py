@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,19 @@ from sdjax.checkpoints.workdir import CONFIG_FILE
 from sdjax.config import Config, resolve
 from sdjax.config_model import method_of_run
 from sdjax.data.config import RAW_NAMES, WITH_PATH, DataConfig, DataError
+from sdjax.data.fixed import FixedExamples
+from sdjax.data.pictures import fitted, has_pictures
+from sdjax.data.pipeline import CaptionTokenizer
 from sdjax.data.raw import formats
 from sdjax.errors import UserError
+from sdjax.evaluation import losses
+from sdjax.evaluation.losses import Example, ExampleLosses, FindExampleLosses
 from sdjax.families.family import Model
 from sdjax.formats.folders import folder_kind, read_json
 from sdjax.machine_settings import asks_for, data_of_model, of_model
 from sdjax.methods.denoise import DenoiseConfig
 from sdjax.methods.registry import METHODS
+from sdjax.models.params import Params
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 from sdjax.train.validation import Validator
@@ -133,6 +139,28 @@ def _kind(path: str) -> str:
     return formats.detect(path)
 
 
+def make_validator(
+    config: Config,
+    found: Model,
+    mesh: Mesh,
+    *,
+    split: str,
+    count: int,
+    tokenizers: Mapping[str, CaptionTokenizer] | None = None,
+) -> Validator:
+    """Return the losses of `count` examples of a split, as training has them.
+
+    Args:
+        tokenizers: in place of the model's own.
+    """
+    kind, family = METHODS[config.method.name], found.family
+    # What a run has changed is read as part of the networks, which have a plain loss then.
+    changed = kind.changes(config.method, family)
+    own = dataclasses.replace(config, method=DenoiseConfig()) if changed else config
+    method = method_of_run(own, found.tokenizers, found)
+    return Validator(config, method, tokenizers or found.tokenizers, mesh, split=split, count=count)
+
+
 def make_validate(
     config: Config, found: Model, mesh: Mesh, *, split: str, count: int
 ) -> Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
@@ -143,14 +171,69 @@ def make_validate(
 
     @functools.cache
     def validator() -> Validator:
-        kind, family = METHODS[config.method.name], found.family
-        # What a run has changed is read as part of the networks, which have a plain loss then.
-        changed = kind.changes(config.method, family)
-        own = dataclasses.replace(config, method=DenoiseConfig()) if changed else config
-        method = method_of_run(own, found.tokenizers, found)
-        return Validator(config, method, found.tokenizers, mesh, split=split, count=count)
+        return make_validator(config, found, mesh, split=split, count=count)
 
     def validate(params: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return validator().losses(params), validator().timesteps
 
     return validate
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uncaptioned:
+    """A tokenizer that reads every caption as the empty one."""
+
+    tokenizer: CaptionTokenizer
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """The tokens of n empty texts, int32 [n, L]."""
+        return self.tokenizer.encode([""] * len(texts))
+
+
+def make_example_losses(
+    config: Config, found: Model, mesh: Mesh, *, split: str, count: int
+) -> FindExampleLosses:
+    """Return what computes the loss of each of `count` examples of a split, fixed as `validate`'s.
+
+    Where captions reach the loss as tokens it is computed with empty ones too, from the same noise:
+    not of a dataset with stored embeddings, nor of a model that is trained without captions.
+    """
+    empty = {field: _Uncaptioned(tokenizer) for field, tokenizer in found.tokenizers.items()}
+    if config.data.text_embeddings or config.objective.caption_dropout == 1.0:
+        empty = {}
+
+    @functools.cache
+    def validators() -> tuple[Validator, Validator | None]:
+        make = functools.partial(make_validator, config, found, mesh, split=split, count=count)
+        return make(), make(tokenizers=empty) if empty else None
+
+    def find(params: Params) -> ExampleLosses:
+        own, without = validators()
+        made, plain = own.losses(params), without.losses(params) if without else None
+        rows = zip(own.examples.facts(), made, losses.scores(made), strict=True)
+        every = [
+            Example(**fact, loss=float(values.mean(dtype=np.float64)), score=float(score))
+            for fact, values, score in rows
+        ]
+        if plain is not None:
+            means, gains = plain.mean(axis=1, dtype=np.float64), losses.scores(made - plain)
+            every = [
+                dataclasses.replace(one, uncaptioned=float(mean), caption_score=float(gain))
+                for one, mean, gain in zip(every, means, gains, strict=True)
+            ]
+        order = sorted(range(len(every)), key=lambda i: -every[i].score)
+        return ExampleLosses(
+            tuple(every[i] for i in order),
+            made[order],
+            None if plain is None else plain[order],
+            own.timesteps,
+            split,
+            functools.partial(_picture, own.examples) if has_pictures(config.data) else None,
+        )
+
+    return find
+
+
+def _picture(examples: FixedExamples, example: Example) -> np.ndarray:
+    """See `ReadPicture`."""
+    return fitted(examples.picture(example.part, example.number), example.shape)

@@ -14,7 +14,7 @@ from sdjax.data.pictures import has_pictures, open_split
 from sdjax.errors import UserError
 from sdjax.evaluation import reference, towers
 from sdjax.evaluation.bootstrap import RESAMPLES
-from sdjax.evaluation.evaluation import AUTOENCODER_METRICS, METRICS, check_names
+from sdjax.evaluation.evaluation import AUTOENCODER_METRICS, BY_DEFAULT, METRICS, check_names
 from sdjax.evaluation.features import ClipTower, clip_tower, inception_tower
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
@@ -84,7 +84,7 @@ class Request:
     @property
     def wanted(self) -> tuple[str, ...]:
         """Metrics to compute if they can be."""
-        return tuple(METRICS) if self.asked is None else self.asked
+        return BY_DEFAULT if self.asked is None else self.asked
 
 
 def picture_size(request: Request, loaded: Loaded, data: DataConfig | None) -> tuple[int, int]:
@@ -147,7 +147,7 @@ def open_towers(request: Request, mesh: Mesh, *, clip_too: bool = False) -> dict
         UserError: a file is not there, is damaged, or cannot be downloaded.
     """
     wanted = {need for name in request.wanted for need in METRICS[name]}
-    neighbours = "features" in wanted or "memorised" in request.wanted
+    neighbours = "features" in wanted or bool({"memorised", "robustness"} & {*request.wanted})
     first = request.features or ("" if request.inception or request.download else "clip")
     needs = {
         "inception": "inception" in wanted or (neighbours and first in ("", "inception")),

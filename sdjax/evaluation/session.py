@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,11 +22,13 @@ from jax.sharding import Mesh
 from sdjax.data.config import DataConfig
 from sdjax.data.pictures import Folder, open_folder, stretches
 from sdjax.errors import UserError
-from sdjax.evaluation import audit_shares, evaluation_output
+from sdjax.evaluation import audit_shares, evaluation_output, robustness
 from sdjax.evaluation.audit import Audit, make_labeller, read_audit
-from sdjax.evaluation.evaluation import Inputs, Results, check_names, choose, judge
+from sdjax.evaluation.evaluation import Inputs, Results, check_names, choose, judge, tower_of
 from sdjax.evaluation.features import digest
-from sdjax.evaluation.loading import Loaded, choose_data, make_validate
+from sdjax.evaluation.loading import Loaded, choose_data, make_example_losses, make_validate
+from sdjax.evaluation.losses import FindExampleLosses
+from sdjax.evaluation.reference import PixelTower
 from sdjax.evaluation.request import (
     Request,
     cache_folder,
@@ -37,6 +40,7 @@ from sdjax.evaluation.request import (
     open_towers,
     picture_size,
 )
+from sdjax.evaluation.robustness import Perturbation
 from sdjax.families.sampler import choose_sampler, sampler_note
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.sampling.drawing import Artist, Prompts, draw_folder, make_artist, on_mesh
@@ -53,7 +57,7 @@ class Session:
     inputs: what metrics are made of, but for the pictures.
     names, left_out: metrics, and what is not computed and why.
     prompts, count: what is drawn; None and 0 where pictures are given or none are needed.
-    validate: parameters -> losses and timesteps, see `make_validate`.
+    validate: parameters -> losses and timesteps, see `make_validate`; example_losses: likewise.
     dataset, split: what prompts and pictures to compare with are of.
     audit: of prompts of its own, if it was asked for.
     """
@@ -71,6 +75,7 @@ class Session:
     dataset: str
     split: str
     audit: Audit | None = None
+    example_losses: FindExampleLosses | None = None
 
     @property
     def draws(self) -> bool:
@@ -151,16 +156,21 @@ class Session:
         count: int,
         *,
         params: dict[str, Any] | None = None,
+        turn: float = 0.0,
     ) -> Folder:
         """`count` pictures of prompts; those that are in the folder already stay.
 
         Args:
             params: in the place of the model's own.
+            turn: see `Artist`.
         """
         assert self.loaded is not None
         artist = self.artist
         if params is not None:
             artist = dataclasses.replace(artist, params=on_mesh(params, self.mesh))
+        settings = self._settings(params or self.loaded.found.params, prompts)
+        if turn:
+            artist, settings = dataclasses.replace(artist, turn=turn), {**settings, "turn": turn}
         return draw_folder(
             artist,
             prompts,
@@ -168,7 +178,7 @@ class Session:
             count=count,
             seed=self.request.seed,
             batch_size=self.request.batch_size,
-            settings=self._settings(params or self.loaded.found.params, prompts),
+            settings=settings,
         )
 
     def run(
@@ -193,12 +203,19 @@ class Session:
             images = folder / "images"
             pictures = self.draw(images, self.prompts, self.count, params=params)
             inputs = dataclasses.replace(inputs, pictures=pictures)
-        if self.validate is not None and self.loaded is not None:
+        if self.loaded is not None:
             values = params if params is not None else dict(self.loaded.found.params)
-            inputs = dataclasses.replace(inputs, validate=functools.partial(self.validate, values))
+            found: dict[str, Any] = {
+                name: functools.partial(compute, values)
+                for name in ("validate", "example_losses")
+                if (compute := getattr(self, name)) is not None
+            }
+            inputs = dataclasses.replace(inputs, **found)
         results = judge(inputs, self.names, resamples=request.resamples, seed=request.seed)
         results = dataclasses.replace(results, warnings=(*results.warnings, *self.left_out))
         described = {**self.about(), **(about or {})}
+        if "robustness" in self.names:
+            results, described = self._drawn_again(inputs, results, described, folder, params)
         if self.audit is not None:
             results, described = self._audited(results, described, folder, params)
         if jax.process_index() == 0:
@@ -230,7 +247,40 @@ class Session:
         metrics = {**results.metrics, **audit_shares.estimates(findings)}
         described = {**described, "audit": audit_shares.to_json(audit, findings)}
         tables = audit_shares.tables(findings)
-        return dataclasses.replace(results, metrics=metrics, tables=tuple(tables)), described
+        every = (*results.tables, *tables)
+        return dataclasses.replace(results, metrics=metrics, tables=every), described
+
+    def _drawn_again(
+        self,
+        inputs: Inputs,
+        results: Results,
+        described: dict[str, Any],
+        folder: paths.Path,
+        params: dict[str, Any] | None,
+    ) -> tuple[Results, dict[str, Any]]:
+        """With how far the pictures move, see `robustness`."""
+        assert self.prompts is not None and inputs.pictures is not None
+        prompts = self.prompts
+
+        def draw(name: str, perturbation: Perturbation) -> Folder:
+            place = folder / "robustness" / name
+            changed, turn = perturbation.prompts(prompts), perturbation.turn
+            return self.draw(place, changed, self.count, params=params, turn=turn)
+
+        tower = tower_of(inputs) or PixelTower()
+        found = robustness.find(
+            inputs.pictures,
+            inputs.captions or (),
+            draw,
+            tower=tower,
+            clip=inputs.clip,
+            resamples=self.request.resamples,
+            seed=self.request.seed,
+        )
+        metrics = {**results.metrics, **robustness.metrics(found)}
+        tables = (*results.tables, robustness.table(found))
+        described = {**described, "robustness": robustness.to_json(found, tower)}
+        return dataclasses.replace(results, metrics=metrics, tables=tables), described
 
     def about(self) -> dict[str, Any]:
         """The first fields of metrics.json."""
@@ -297,6 +347,7 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
         captions = tuple(prompts.text(i) for i in range(count)) if prompts else None
     audit = read_audit(request.audit) if request.audit else None
     validate = _validate(request, loaded, data, split, mesh)
+    example_losses = _example_losses(request, loaded, data, split, mesh)
     found = open_towers(request, mesh, clip_too=audit is not None and audit.needs_clip)
     if audit is not None:
         make_labeller(audit, found.get("clip"))  # what it lacks is an error now
@@ -306,6 +357,8 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
         features=request.features,
         statistics=given_statistics(request, found, size),
         validate=functools.partial(validate, {}) if validate else None,
+        example_losses=functools.partial(example_losses, {}) if example_losses else None,
+        draws=prompts is not None,
         cache=cache_folder(request, loaded, output),
         **(compared_with(request, data, split, size) if captions is not None else {}),
         **found,
@@ -316,7 +369,7 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     return Session(
         request=request, loaded=loaded, mesh=mesh, inputs=inputs, names=names, left_out=left_out,
         prompts=prompts, count=count, size=size, validate=validate, dataset=dataset_name(data),
-        split=split, audit=audit,
+        split=split, audit=audit, example_losses=example_losses,
     )  # fmt: skip
 
 
@@ -333,3 +386,17 @@ def _validate(
     return make_validate(
         dataclasses.replace(config, data=data), loaded.found, mesh, split=split, count=count
     )
+
+
+def _example_losses(
+    request: Request, loaded: Loaded | None, data: DataConfig | None, split: str, mesh: Mesh
+) -> FindExampleLosses | None:
+    """The losses of all examples of the split, unless the user says of how many."""
+    if loaded is None or loaded.config is None or data is None:
+        return None
+    count = request.validation_examples
+    count = sys.maxsize if count is None else count
+    if not count or "example_loss" not in request.wanted:
+        return None
+    config = dataclasses.replace(loaded.config, data=data)
+    return make_example_losses(config, loaded.found, mesh, split=split, count=count)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -23,7 +24,14 @@ from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text
 from sdjax.families.family import Model
 from sdjax.parallel.sharding import placed, state_shardings
-from sdjax.sampling.generate import Drawing, Generate, draw, latent_shape, make_generator
+from sdjax.sampling.generate import (
+    Drawing,
+    Generate,
+    draw,
+    initial_latents,
+    latent_shape,
+    make_generator,
+)
 from sdjax.sampling.grids import save_png
 from sdjax.sampling.inputs import write_metadata
 from sdjax.sampling.start import reads_picture
@@ -51,6 +59,7 @@ class Artist:
     params: what `generate` takes, on the devices of `mesh`.
     negative: {field: tokens [L]}.
     size: (height, width) in pixels; shape: (h, w, C) of the latents.
+    turn: radians on the sphere of noise from a picture's own towards another, pi / 2 away.
     """
 
     model: Model
@@ -60,6 +69,7 @@ class Artist:
     negative: Mapping[str, np.ndarray]
     size: tuple[int, int]
     shape: tuple[int, int, int]
+    turn: float = 0.0
 
     def draw(self, texts: Sequence[str], numbers: np.ndarray, *, seed: int) -> np.ndarray:
         """Draw pictures with these prompts and numbers [B], B a multiple of the devices.
@@ -83,10 +93,20 @@ class Artist:
             shape=self.shape,
             seed=seed,
             batch_size=len(texts),
+            latents=self._turned(numbers, seed) if self.turn else None,
             positions=numbers,
             texts=texts,
         )
         return images
+
+    def _turned(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """The noise of pictures, turned: standard normal again, [B, h, w, C]."""
+        own, other = (  # seed + 1 is the samplers'
+            np.asarray(initial_latents(each, jnp.asarray(numbers), self.shape))
+            for each in (seed, seed + 2)
+        )
+        turn = np.float32(self.turn)
+        return np.cos(turn) * own + np.sin(turn) * other
 
 
 def make_artist(

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from sdjax.config import Config, to_dict
 from sdjax.recipes import recipe
+from sdjax.sweeps import folds
 from sdjax.sweeps.runs import best
 from sdjax.sweeps.space import changed
 from sdjax.sweeps.study import Sweep
@@ -48,7 +49,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
     """
     complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     values = {t.value for t in complete}
-    if len(complete) < 4 or len(values) < 2:
+    if len(complete) < 4 or len(values) < 2 or not complete[0].params:
         return {}
     quantile = min(0.5, max(0.1, _TOP / len(complete)))
     with warnings.catch_warnings():
@@ -60,7 +61,15 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def best_config(sweep: Sweep, study: optuna.Study) -> Config | None:
-    """Return the configuration of the best trial, None if none is complete."""
+    """Return the configuration of the best trial, None if none is complete.
+
+    With folds it is that of the best setting, for a run on the whole training split.
+    """
+    if sweep.folds:
+        best_setting = next(iter(folds.settings(sweep, study)), None)
+        if best_setting is None or not best_setting.is_complete:
+            return None
+        return changed(sweep.base, best_setting.fields)
     first = next(iter(ranking(sweep, study)), None)
     if first is None or first.state != TrialState.COMPLETE:
         return None
@@ -68,7 +77,10 @@ def best_config(sweep: Sweep, study: optuna.Study) -> Config | None:
 
 
 def write(sweep: Sweep, study: optuna.Study) -> None:
-    """Write sweep.json, and best.py once a trial is complete; each whole or not at all."""
+    """Write sweep.json, and best.py once a trial is complete; each whole or not at all.
+
+    With folds, best.py waits for all of a setting.
+    """
     ranked = ranking(sweep, study)
     rows = {trial.number: _row(sweep, trial) for trial in study.get_trials(deepcopy=False)}
     content = {
@@ -81,15 +93,26 @@ def write(sweep: Sweep, study: optuna.Study) -> None:
         "importances_by": METHOD,
         "config": to_dict(sweep.base),
     }
+    if sweep.folds:
+        content["folds"] = sweep.folds
+        content["settings"] = [one.to_dict() for one in folds.settings(sweep, study)]
     config = best_config(sweep, study)
     if config is not None:
-        row = content["best"] = rows[ranked[0].number]
+        if sweep.folds:
+            row = content["best"] = content["settings"][0]
+            about = (
+                f"Setting {row['number']}, the best of {len(content['settings'])} of the sweep in "
+                f"{sweep.folder}.\n\n{sweep.metric} {row['mean']:.6g}, the mean of {sweep.folds} "
+                f"folds with a standard deviation of {row['deviation']:.3g}."
+            )
+        else:
+            row = content["best"] = rows[ranked[0].number]
+            about = (
+                f"Trial {row['number']}, the best of {len(ranked)} of the sweep in {sweep.folder}."
+                f"\n\n{sweep.metric} {row['value']:.6g} at step {row['step']}."
+            )
         recipe_flag = shlex.quote(f"--config={sweep.folder / BEST}")
-        about = (
-            f"Trial {row['number']}, the best of {len(ranked)} of the sweep in {sweep.folder}."
-            f"\n\n{sweep.metric} {row['value']:.6g} at step {row['step']}.\n\n"
-            f"    python -m sdjax.main {recipe_flag} --workdir=DIR\n"
-        )
+        about += f"\n\n    python -m sdjax.main {recipe_flag} --workdir=DIR\n"
         paths.write_text(sweep.folder / BEST, recipe(to_dict(config), about))
     paths.write_text(sweep.folder / RESULT, json.dumps(content, indent=2) + "\n")
 
@@ -102,7 +125,7 @@ def _row(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
         "state": trial.state.name.lower(),
         "value": value,
         "step": step,
-        "fields": sweep.space.values(trial.params),
+        "fields": sweep.values(trial),
         "reason": trial.user_attrs.get("reason", ""),
         "seconds": trial.user_attrs.get("seconds"),
         "workdir": str(sweep.trial_folder(trial.number)),
@@ -112,7 +135,9 @@ def _row(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def table(sweep: Sweep, study: optuna.Study) -> Table:
-    """Return the ranking as a table, the best first."""
+    """Return the ranking as a table, the best first; with folds, that of the settings."""
+    if sweep.folds:
+        return folds.table(sweep, study)
     title = f"{sweep.folder}: {sweep.metric}, {sweep.mode}imum first"
     shown = Table(title=escape(title))  # "[v2]" in a name would be taken for a style
     for name in ("trial", "state", "value", "at step", *sweep.space.fields):

@@ -79,6 +79,12 @@ class Space:
         return {"fields": fields, **parts}
 
 
+def no_space() -> Space:
+    """Return the space of a sweep that tries the configuration as it is."""
+    none = {"name": "none"}
+    return Space({}, {}, "", "", none, {"name": "random", **SAMPLERS["random"]})
+
+
 def read_space(file: paths.PathLike, base: Config) -> Space:
     """Read a space file.
 

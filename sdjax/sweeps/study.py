@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sdjax.config import Config, to_dict
 from sdjax.config_changes import compare_configs
+from sdjax.data.splits import VALIDATION
 from sdjax.models.config import ConfigError
 from sdjax.sweeps.runs import best
 from sdjax.sweeps.space import Space
@@ -45,6 +46,7 @@ class Sweep:
 
     folder: absolute and local (or NFS), since the journal is a file that grows.
     metric: of the base configuration, see `metric_of`.
+    folds: of cross-validation, see `sdjax.sweeps.folds`; 0 for none.
     """
 
     folder: Path
@@ -52,6 +54,15 @@ class Sweep:
     space: Space
     metric: str
     mode: str
+    folds: int = 0
+
+    def values(self, trial: FrozenTrial) -> dict[str, Any]:
+        """Return the fields of the configuration that a trial sets."""
+        found = self.space.values(trial.params)
+        if self.folds:
+            fold = f"{1 + trial.number % self.folds}/{self.folds}"
+            found |= {"data.fold": fold, "data.eval_split": VALIDATION}
+        return found
 
     def metric_of(self, config: Config) -> str:
         """The number that a trial is judged by.
@@ -88,7 +99,7 @@ class Sweep:
                 lock.release()
 
 
-def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
+def make_sweep(folder: paths.PathLike, base: Config, space: Space, folds: int = 0) -> Sweep:
     """Return a sweep that can be judged.
 
     Raises:
@@ -105,7 +116,7 @@ def make_sweep(folder: paths.PathLike, base: Config, space: Space) -> Sweep:
             f"--workdir={folder}: the recipes of the trials lie in it, and --config takes what "
             "follows a colon for an argument of the recipe; take a folder without a colon"
         )
-    sweep = Sweep(place, base, space, "", space.mode or base.validation.mode)
+    sweep = Sweep(place, base, space, "", space.mode or base.validation.mode, folds)
     metric = sweep.metric_of(base)
     if metric.startswith("validation"):
         if not base.validation.examples:
@@ -156,6 +167,7 @@ def _check_settings(sweep: Sweep) -> None:
         "space": sweep.space.to_dict(),
         "metric": sweep.metric,
         "mode": sweep.mode,
+        "folds": sweep.folds,
     }
     file = sweep.folder / SETTINGS
     if not file.exists():
@@ -164,7 +176,7 @@ def _check_settings(sweep: Sweep) -> None:
         lines = "\n  ".join(str(d) for d in different)
         raise ConfigError(
             f"{sweep.folder} holds a sweep of something else:\n  {lines}\nuse the same --config, "
-            "overrides and --space, or another --workdir (--trials may change)"
+            "overrides, --space and --folds, or another --workdir (--trials may change)"
         )
 
 
@@ -197,15 +209,24 @@ def _check_trials(sweep: Sweep, study: optuna.Study) -> None:
 def begin_trial(sweep: Sweep, study: optuna.Study) -> None:
     """Add the next trial, with all of its values at once: none is ever half drawn.
 
-    The values follow from the sampler's seed, the trial's number, and the trials before it.
+    The values follow from the sampler's seed, the trial's number, and the trials before it. The
+    folds of one setting have the same.
     """
     trials = study.get_trials()
+    if sweep.folds and len(trials) % sweep.folds:
+        first = trials[len(trials) - len(trials) % sweep.folds]
+        return _add(sweep, study, first.params)
     text = f"{sweep.space.sampler['seed']}/{len(trials)}".encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
     drawn = _copy(sweep, study, trials, seed).ask(fixed_distributions=dict(sweep.space.fields))
+    _add(sweep, study, drawn.params)
+
+
+def _add(sweep: Sweep, study: optuna.Study, params: Mapping[str, Any]) -> None:
+    """Add a trial that runs with these values."""
     study.add_trial(
         optuna.create_trial(
-            state=TrialState.RUNNING, params=drawn.params, distributions=drawn.distributions
+            state=TrialState.RUNNING, params=dict(params), distributions=dict(sweep.space.fields)
         )
     )
 

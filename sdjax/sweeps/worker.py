@@ -142,7 +142,7 @@ def _run(worker: Worker, number: int) -> None:
     """Bring one trial from wherever it is to its end."""
     sweep = worker.sweep
     trial = optuna.Trial(worker.study, worker.trials()[number]._trial_id)
-    values = sweep.space.values(trial.params)
+    values = sweep.values(worker.trials()[number])
     shown = ", ".join(f"{name} = {_short(value)}" for name, value in values.items())
     worker.tell(f"trial {number}: {shown}")
     folder = sweep.trial_folder(number)

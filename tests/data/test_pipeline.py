@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sdjax.data.builders.opening import prepared_builder
+from sdjax.data.caption_choice import CaptionConfig
 from sdjax.data.pipeline import DataConfig, DataError, captions, make_iterator
 from sdjax.data.sources import open_source
 from sdjax.data.tfds.records import Record, Records
@@ -74,8 +75,11 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def config(data_dir):
-    return DataConfig(data_dir=data_dir, shapes_train=50, shapes_test=5, batch_size=8,
-                      resolution=32, crop="random", flip=True)  # fmt: skip
+    return DataConfig(
+        data_dir=data_dir, shapes_train=50, shapes_test=5, batch_size=8, resolution=32,
+        crop="random", flip=True,
+        captions=CaptionConfig(swap_sides=False),  # captions tell examples apart
+    )  # fmt: skip
 
 
 def take(iterator, count):

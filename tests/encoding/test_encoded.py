@@ -144,6 +144,7 @@ def frozen_text(tiny_config, pipeline_folder):
     """A run on captioned_shapes, all of whose networks are loaded."""
     tiny_config.update(init_from=str(pipeline_folder), vae_from="")
     tiny_config.data.flip = True
+    tiny_config.data.captions.swap_sides = False  # which keeps embeddings from being mirrored
     tiny_config.objective.caption_dropout = 0.5
     tiny_config.optim.groups = (("^text_encoder", 0.0),)
     return tiny_config

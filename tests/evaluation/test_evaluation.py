@@ -13,6 +13,7 @@ from sdjax.errors import UserError
 from sdjax.evaluation import evaluation, mmd, neighbours, reference
 from sdjax.evaluation.evaluation import Inputs, choose, judge
 from sdjax.evaluation.fidelity import fidelity, verdicts
+from sdjax.evaluation.losses import validation
 from sdjax.evaluation.reference import PixelTower
 from tests.evaluation.pytorch_fid_distance import calculate_frechet_distance
 
@@ -253,7 +254,7 @@ def test_real_pictures_of_shapes_are_right(shapes):
 
 def test_the_curve_of_the_loss_is_its_means():
     losses = np.random.default_rng(0).random((30, 4)).astype(np.float32)
-    whole, curve = evaluation.validation(losses, np.array([62.0, 187.0, 312.0, 437.0]))
+    whole, curve = validation(losses, np.array([62.0, 187.0, 312.0, 437.0]))
     assert whole.value == pytest.approx(losses.mean(), rel=1e-6)
     np.testing.assert_allclose(curve["y"], losses.mean(0), rtol=1e-6)
     assert all(a < b < c for a, b, c in zip(curve["low"], curve["y"], curve["high"], strict=True))

@@ -1,8 +1,8 @@
 """Stands in for `sdjax.main` in the tests of sweeps: writes metrics.jsonl, no training.
 
-The loss falls to (log10(learning rate) + 3)^2 from more. It goes on where its metrics end and saves
-on SIGTERM (75). $FAKE says which trials do something else, as in "diverge@2 wrong@*", $FAKE_SECONDS
-how long a validation takes.
+The loss falls to (log10(learning rate) + 3)^2 from more, plus a tenth of the fold's number. It goes
+on where its metrics end and saves on SIGTERM (75). $FAKE says which trials do something else, as in
+"diverge@2 wrong@*", $FAKE_SECONDS how long a validation takes.
 """
 
 import json
@@ -26,6 +26,9 @@ def field(name, default):
 
 
 rate, steps = field("optim.learning_rate", 1e-4), int(field("train.steps", 1000))
+fold_of = re.search(r"c\.data\.fold = '(\d+)/", recipe)
+fold = int(fold_of[1]) if fold_of else 0
+assert not fold or "c.data.eval_split = 'validation'" in recipe
 behaviour = ""
 for name, trial in re.findall(r"(\w+)@(\S+)", os.environ.get("FAKE", "")):
     if trial == "*" or int(trial) == int(folder.name):
@@ -49,7 +52,7 @@ while done * 10 < steps:
         (folder / "saved").touch()
         sys.exit(75)
     done += 1
-    loss = (math.log10(rate) + 3) ** 2 + 1 / done
+    loss = (math.log10(rate) + 3) ** 2 + 1 / done + fold / 10
     value = "NaN" if behaviour == "diverge" else loss
     with open(file, "a") as metrics:
         row = {"step": done * 10, "train/loss": 1.0, name: value}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sdjax.config import Config
-from sdjax.sweeps.space import read_space
+from sdjax.sweeps.space import no_space, read_space
 from sdjax.sweeps.study import make_sweep
 from sdjax.sweeps.worker import Stopped, work
 
@@ -30,11 +30,12 @@ def base(**train):
     )
 
 
-def make(folder, space=SPACE, config=None):
+def make(folder, space=SPACE, config=None, folds=0):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "space.yaml").write_text(space)
     config = config or base()
-    return make_sweep(folder, config, read_space(folder / "space.yaml", config))
+    found = read_space(folder / "space.yaml", config) if space else no_space()
+    return make_sweep(folder, config, found, folds)
 
 
 if __name__ == "__main__":

@@ -106,10 +106,11 @@ def _embed(path: paths.Path, side: int, length: int, mtime: float) -> Picture:
     texts = getattr(image, "text", {})
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _packed(path.name, small, str(texts.get("prompts", "")))
+    return packed(path.name, small, str(texts.get("prompts", "")))
 
 
-def _packed(name: str, image: Image.Image, prompts: str = "") -> Picture:
+def packed(name: str, image: Image.Image, prompts: str = "") -> Picture:
+    """Return an RGB picture as WebP."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY, method=2)
     uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -127,14 +128,14 @@ def embed_strip(path: paths.Path) -> Picture:
     sheet = image.convert("RGB")
     if len(steps) <= STRIP_COLUMNS or sheet.width % len(steps):
         sheet.thumbnail((4 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
-        return _packed(path.name, sheet)
+        return packed(path.name, sheet)
     width = sheet.width // len(steps)
     chosen = evenly(range(len(steps)), STRIP_COLUMNS)
     thinned = Image.new("RGB", (width * len(chosen), sheet.height))
     for place, column in enumerate(chosen):
         box = (column * width, 0, (column + 1) * width, sheet.height)
         thinned.paste(sheet.crop(box), (place * width, 0))
-    return _packed(path.name, thinned)
+    return packed(path.name, thinned)
 
 
 def gather(workdir: paths.PathLike) -> Gallery:

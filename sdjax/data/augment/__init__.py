@@ -1,0 +1,1 @@
+"""Random changes of pictures while they are read: their geometry, colours and quality."""
