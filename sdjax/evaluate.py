@@ -23,6 +23,9 @@ does not have it leaves out, and says so.
   memorised         less    share of pictures closer to a training picture than   -
                             95 % of held-out pictures are: 0.05 without copying
   fidelity          more    colours, shapes, number and relations that are right  captioned_shapes
+  inside_error      less    how far pictures are from those whose masks they      a model that fills
+  outside_error             fill: mean difference of pixels, 0 to 1, in the mask  masks
+                            and outside of it
   validation_loss   less    the loss on held-out pictures, and at each timestep   a workdir
 
 In --output: metrics.json, metrics.png (with the 95 % intervals), grid.png, nearest.png (the
@@ -51,6 +54,9 @@ from absl import logging
 from sdjax.sampling.options import (
     add_drawing_options,
     add_lora_option,
+    add_network_options,
+    add_run_options,
+    check_run,
     guidance_changes,
     sampler_changes,
 )
@@ -103,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data_options(p)
     _add_network_options(p)
     _add_drawing_options(p)
+    _add_input_options(p)
     group = p.add_argument_group(
         "several hosts", "every one runs the same command; SLURM, Open MPI and Cloud TPU say by "
         "themselves who is who. They must share --output."
@@ -177,23 +184,22 @@ def _add_drawing_options(p: argparse.ArgumentParser) -> None:
         "wants thousands, and can be compared only with that of as many",
     )  # fmt: skip
     group.add_argument("--per_prompt", type=int, default=1, help="of each prompt (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    group.add_argument(
-        "--weights", default="ema",
-        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
-    )  # fmt: skip
     group.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest")
     add_drawing_options(group, own=own)
-    group.add_argument("--height", type=int, help=f"in pixels; {own}")
-    group.add_argument("--width", type=int, help=f"in pixels; {own}")
-    group.add_argument(
-        "--batch_size", type=int, default=16,
-        help="drawn, or judged, at once on all devices; rounded up to a multiple of these "
-        "(%(default)s)",
+    add_run_options(group, own=own)
+
+
+def _add_input_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group(
+        "what a model reads besides prompts", "the pictures of the examples whose captions are "
+        "drawn (docs/evaluation.md)"
     )  # fmt: skip
+    add_network_options(group)
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation (%(default)s)",
+        "--named_image", action="append", default=[], metavar="NAME=KEY:KIND",
+        help="where the dataset has a picture that the model reads, as control=edge:condition, "
+        "control=canny:made (of the picture itself), before=source:picture or mask=matte:mask; by "
+        "default where the run's own data.images says, or under its name; may be given again",
     )  # fmt: skip
 
 
@@ -234,8 +240,10 @@ def make_request(args: argparse.Namespace) -> Request:
         UserError: one has a value that it cannot have.
     """
     from sdjax.errors import UserError
+    from sdjax.evaluation.loading import NetworkOptions
     from sdjax.evaluation.request import Request
 
+    check_run(args)
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both, or none")
     names = (
@@ -251,6 +259,10 @@ def make_request(args: argparse.Namespace) -> Request:
         embeddings=tuple(args.embedding),
         size=None if args.height is None else (args.height, args.width),
         lora=tuple(args.lora),
+        networks=NetworkOptions(
+            tuple(args.controlnet), tuple(args.ip_adapter), args.image_encoder, args.guess_mode
+        ),
+        named_image=tuple(args.named_image),
         **{name: getattr(args, name) for name in names},
     )
 
@@ -277,7 +289,10 @@ def evaluate(args: argparse.Namespace) -> str:
     request = make_request(args)
     loaded = None
     if args.model:
-        loaded = load(args.model, weights=args.weights, step=args.step, loras=args.lora)
+        loaded = load(
+            args.model, weights=args.weights, step=args.step, loras=args.lora,
+            networks=request.networks,
+        )  # fmt: skip
     if loaded is not None and args.max_sequence_length is not None:
         found = with_text_length(loaded.found, args.max_sequence_length, f"--model={args.model}")
         loaded = dataclasses.replace(loaded, found=found)
@@ -321,8 +336,11 @@ def _search(
     from sdjax.evaluation.evaluation_output import FILE, number
     from sdjax.evaluation.session import open_session
 
-    if args.lora:
-        raise UserError("--ema_lengths takes averages of the run alone; leave --lora out")
+    if args.lora or (loaded is not None and loaded.controls):
+        raise UserError(
+            "--ema_lengths takes averages of a model alone; leave out --lora, --controlnet and "
+            "--ip_adapter, and give the run of no network that steers"
+        )
     lengths = ema_lengths.parse(args.ema_lengths)
     ema_lengths.check(loaded)
     request = dataclasses.replace(request, metrics=request.metrics[:1] or ("validation_loss",))

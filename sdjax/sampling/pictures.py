@@ -7,7 +7,9 @@ that is drawn, and encoded to a sample of the VAE's distribution, not to its mea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
+from sdjax.models.params import Params
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.request import SamplingRequest
 from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
@@ -40,8 +43,9 @@ def with_pictures(
     if not images:
         return request
     size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
+    encoder = PictureEncoder(model, request.params, request.dtype)
     if reads_picture(model) == EDIT:
-        modes = modes_of(model, request.params, read_pictures(images, count, size), request.dtype)
+        modes = encoder.modes(read_pictures(images, count, size))
         return dataclasses.replace(request, picture={"channels": modes})
     strength = _strength(masks, strength)
     sampler = request.drawing.sampler
@@ -52,13 +56,11 @@ def with_pictures(
             "before; take another --sampler, as ddim or dpmpp_2m"
         )
     picture = picture_of(
-        model,
-        request.params,
+        encoder,
         read_pictures(images, count, size),
         read_masks(masks, count, size) if masks else None,
         vae_noise(request.seed, request.positions, request.shape),
         pure=bool(masks) and strength == 1.0,
-        dtype=request.dtype,
     )
     drawing = dataclasses.replace(request.drawing, window=(first, sampler.steps))
     return dataclasses.replace(request, drawing=drawing, picture=picture)
@@ -153,52 +155,52 @@ def _one_each(option: str, made: Sequence[np.ndarray], count: int) -> np.ndarray
     return np.stack(list(made) * (count if len(made) == 1 else 1))
 
 
-def latents_of(
-    model: Model,
-    params: Mapping[str, jax.Array],
-    images: np.ndarray,
-    noise: np.ndarray,
-    *,
-    dtype: str = "float32",
-) -> np.ndarray:
-    """Return latents [N, h, w, C] of pictures [N, H, W, 3] in [-1, 1], one at a time.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureEncoder:
+    """The encoder of a model's VAE; it takes pictures [N, H, W, 3] in [-1, 1], one at a time.
 
-    Args:
-        noise: standard normal [N, h, w, C], which chooses the sample of the VAE's distribution.
+    params: {path: array} of the VAE, besides others.
+    dtype: of products and convolutions.
     """
-    networks = bind(model, ("vae",), dtype=dtype)
 
-    @jax.jit
-    def encode(params: Mapping[str, jax.Array], image: jax.Array, noise: jax.Array) -> jax.Array:
-        moments = networks.module("vae", params).encode(image)
-        return scale_latents(sample_moments(moments, noise), model.vae)
+    model: Model
+    params: Mapping[str, Any]
+    dtype: str = "float32"
 
-    own = {path: params[path] for path in networks.abstract}
-    pairs = zip(images, noise, strict=True)
-    return np.concatenate([np.asarray(encode(own, i[None], n[None])) for i, n in pairs])
+    def latents(self, images: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Return latents [N, h, w, C], scaled.
 
+        Args:
+            noise: standard normal [N, h, w, C], which chooses the sample of the distribution.
+        """
+        encode = self._programs[0]
+        pairs = zip(images, noise, strict=True)
+        return np.concatenate([np.asarray(encode(i[None], n[None])) for i, n in pairs])
 
-def modes_of(
-    model: Model, params: Mapping[str, jax.Array], images: np.ndarray, dtype: str = "float32"
-) -> np.ndarray:
-    """Return the mode of the VAE's distribution for pictures, one at a time, not scaled.
+    def modes(self, images: np.ndarray) -> np.ndarray:
+        """Return the mode of the distribution, [N, h, w, C], not scaled.
 
-    So does InstructPix2Pix read the picture that it edits (its pipeline, prepare_image_latents).
+        So does InstructPix2Pix read the picture that it edits (its pipeline,
+        prepare_image_latents).
+        """
+        encode = self._programs[1]
+        return np.concatenate([np.asarray(encode(image[None])) for image in images])
 
-    Args:
-        images: [N, H, W, 3] in [-1, 1].
+    @functools.cached_property
+    def _programs(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+        networks, vae = bind(self.model, ("vae",), dtype=self.dtype), self.model.vae
 
-    Returns:
-        [N, h, w, C].
-    """
-    networks = bind(model, ("vae",), dtype=dtype)
+        @jax.jit
+        def latents(params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+            moments = networks.module("vae", params).encode(image)
+            return scale_latents(sample_moments(moments, noise), vae)
 
-    @jax.jit
-    def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
-        return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+        @jax.jit
+        def modes(params: Params, image: jax.Array) -> jax.Array:
+            return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
 
-    own = {path: params[path] for path in networks.abstract}
-    return np.concatenate([np.asarray(encode(own, image[None])) for image in images])
+        own = {path: jnp.asarray(self.params[path]) for path in networks.abstract}
+        return functools.partial(latents, own), functools.partial(modes, own)
 
 
 def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -208,30 +210,31 @@ def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> 
 
 
 def picture_of(
-    model: Model,
-    params: Mapping[str, jax.Array],
+    encoder: PictureEncoder,
     images: np.ndarray,
     masks: np.ndarray | None,
     noise: np.ndarray,
     *,
     pure: bool,
-    dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
     """Return what a generator takes of pictures and masks; see `sampling.start`.
 
     Args:
         images: [N, H, W, 3] in [-1, 1]; masks: [N, H, W, 1], 1 where redrawn.
-        noise: see `latents_of`.
+        noise: see `PictureEncoder.latents`.
         pure: whether drawing begins with noise alone and not with the noisy picture.
     """
-    clean = latents_of(model, params, images, noise, dtype=dtype)
-    found = {} if pure else {"start": clean}
+    model = encoder.model
+    inpainting = model.family.inpainting if reads_picture(model) else None
+    found = {}
+    if not pure:
+        found["start"] = encoder.latents(images, noise)
     if masks is None:
         return found
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
-    inpainting = model.family.inpainting
-    if inpainting is None or not reads_picture(model):
+    if inpainting is None:
+        clean = found["start"] if found else encoder.latents(images, noise)
         return {**found, "known": clean, "mask": small}
-    hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
+    hidden = encoder.latents(images * (masks < 0.5), noise)
     return {**found, "channels": inpainting.make(masks, small, hidden)}
