@@ -24,6 +24,9 @@ does not have it leaves out, and says so.
   memorised         less    share of pictures closer to a training picture than   -
                             95 % of held-out pictures are: 0.05 without copying
   fidelity          more    colours, shapes, number and relations that are right  captioned_shapes
+  inside_error      less    how far pictures are from those whose masks they      a model that fills
+  outside_error             fill: mean difference of pixels, 0 to 1, in the mask  masks
+                            and outside of it
   validation_loss   less    the loss on held-out pictures, and at each timestep   a workdir
   example_loss      less    the same of every picture of --split alone; a table    a workdir, and
                             and a page of the worst and best: bad captions show    to be asked for
@@ -63,12 +66,13 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax.sampling.options import (
-    add_drawing_options,
-    add_lora_option,
-    guidance_changes,
-    sampler_changes,
+from sdjax.evaluation.options import (
+    add_data_options,
+    add_judging_options,
+    add_picture_options,
+    add_reading_options,
 )
+from sdjax.sampling.options import add_lora_option, check_run, guidance_changes, sampler_changes
 from sdjax.system import locks, paths, progress
 from sdjax.system.allocator import use_large_pages
 
@@ -117,9 +121,10 @@ def parser() -> argparse.ArgumentParser:
         help="of the bootstrap of the intervals; 0 for none; kid and cmmd, where one costs more, "
         "use at most 200 (%(default)s)",
     )  # fmt: skip
-    _add_data_options(p)
-    _add_network_options(p)
-    _add_drawing_options(p)
+    add_data_options(p)
+    add_judging_options(p)
+    add_picture_options(p)
+    add_reading_options(p)
     group = p.add_argument_group(
         "several hosts", "every one runs the same command; SLURM, Open MPI and Cloud TPU say by "
         "themselves who is who. They must share --output."
@@ -128,95 +133,6 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--num_processes", type=int, default=0, help="how many run together")
     group.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")
     return p
-
-
-def _add_data_options(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("the dataset")
-    group.add_argument(
-        "--dataset", default="",
-        help="captions to draw and pictures to compare with: captioned_shapes, a TFDS name, or the "
-        "path of a folder of pictures with captions, of tar shards, parquet files or what "
-        "sdjax.prepare wrote; a run's own by default, which has to be `own` where the run's "
-        "config.json names a folder for it: a model of somebody else may name any",
-    )  # fmt: skip
-    group.add_argument("--split", default="", help="of it; the recipe's data.eval_split by default")
-    group.add_argument("--data_dir", default="", help="where prepared datasets lie")
-    group.add_argument(
-        "--reference", default="", metavar="FILE.npz|DIR",
-        help="statistics of the pictures to compare with, as sdjax.evaluate or pytorch-fid wrote "
-        "them; or the folder to keep them in and find them again "
-        "(WORKDIR/evaluations/references, or OUTPUT/references)",
-    )  # fmt: skip
-    group.add_argument(
-        "--reference_samples", type=int, help="how many pictures to compare with; all by default"
-    )
-    group.add_argument(
-        "--train_samples", type=int, default=10_000,
-        help="how many training pictures to look for copies of; 0 for none (%(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--validation_examples", type=int,
-        help="of validation_loss, by default as many as in training (validation.examples); and of "
-        "example_loss, by default all of the split",
-    )  # fmt: skip
-
-
-def _add_network_options(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("networks that judge; nothing is downloaded unless you say so")
-    group.add_argument(
-        "--inception", default="", metavar="FILE",
-        help="pytorch-fid's weights, pt_inception-2015-12-05-6726825d.pth, from "
-        "https://github.com/mseitzer/pytorch-fid/releases",
-    )  # fmt: skip
-    group.add_argument(
-        "--clip", default="", metavar="DIR",
-        help="folder of a CLIP as transformers saves it, such as "
-        "https://huggingface.co/openai/clip-vit-large-patch14",
-    )  # fmt: skip
-    group.add_argument(
-        "--lpips", default="", metavar="FILE",
-        help="weights of VGG16, as torchvision's vgg16-397923af.pth, for autoencoders",
-    )  # fmt: skip
-    group.add_argument(
-        "--download", action="store_true",
-        help="fetch those that a metric needs and that are not there, into --inception and --clip, "
-        "or ~/.cache/sdjax/towers (95 MB and 1.7 GB)",
-    )  # fmt: skip
-    group.add_argument(
-        "--features", choices=("inception", "clip", "pixels"), default="",
-        help="which features precision, recall, density, coverage, diversity and memorised go by; "
-        "the first of inception and clip that is there, and pixels (16x16 averages, which see near "
-        "copies and little else) for memorised alone",
-    )  # fmt: skip
-
-
-def _add_drawing_options(p: argparse.ArgumentParser) -> None:
-    own = "the run's, or the model's, own by default"
-    group = p.add_argument_group("drawing")
-    group.add_argument(
-        "--num_samples", type=int,
-        help="how many pictures; by default one for each caption of the split, at most 1000. FID "
-        "wants thousands, and can be compared only with that of as many",
-    )  # fmt: skip
-    group.add_argument("--per_prompt", type=int, default=1, help="of each prompt (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    group.add_argument(
-        "--weights", default="ema",
-        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
-    )  # fmt: skip
-    group.add_argument("--step", type=int, help="of a workdir: which checkpoint; the newest")
-    add_drawing_options(group, own=own)
-    group.add_argument("--height", type=int, help=f"in pixels; {own}")
-    group.add_argument("--width", type=int, help=f"in pixels; {own}")
-    group.add_argument(
-        "--batch_size", type=int, default=16,
-        help="drawn, or judged, at once on all devices; rounded up to a multiple of these "
-        "(%(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation (%(default)s)",
-    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,8 +172,10 @@ def make_request(args: argparse.Namespace) -> Request:
         UserError: one has a value that it cannot have.
     """
     from sdjax.errors import UserError
+    from sdjax.evaluation.loading import NetworkOptions
     from sdjax.evaluation.request import Request
 
+    check_run(args)
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both, or none")
     names = (
@@ -273,6 +191,10 @@ def make_request(args: argparse.Namespace) -> Request:
         embeddings=tuple(args.embedding),
         size=None if args.height is None else (args.height, args.width),
         lora=tuple(args.lora),
+        networks=NetworkOptions(
+            tuple(args.controlnet), tuple(args.ip_adapter), args.image_encoder, args.guess_mode
+        ),
+        named_image=tuple(args.named_image),
         **{name: getattr(args, name) for name in names},
     )
 
@@ -299,7 +221,10 @@ def evaluate(args: argparse.Namespace) -> str:
     request = make_request(args)
     loaded = None
     if args.model:
-        loaded = load(args.model, weights=args.weights, step=args.step, loras=args.lora)
+        loaded = load(
+            args.model, weights=args.weights, step=args.step, loras=args.lora,
+            networks=request.networks,
+        )  # fmt: skip
     if loaded is not None and loaded.found.is_autoencoder:
         return _autoencoder(args, request, loaded)
     if loaded is not None and args.max_sequence_length is not None:
@@ -373,12 +298,15 @@ def _search(
     """The best length of average."""
     from sdjax.errors import UserError
     from sdjax.evaluation import ema_lengths
-    from sdjax.evaluation.evaluation import ON_REQUEST
+    from sdjax.evaluation.choice import ON_REQUEST
     from sdjax.evaluation.evaluation_output import FILE, number
     from sdjax.evaluation.session import open_session
 
-    if args.lora:
-        raise UserError("--ema_lengths takes averages of the run alone; leave --lora out")
+    if args.lora or (loaded is not None and loaded.controls):
+        raise UserError(
+            "--ema_lengths takes averages of a model alone; leave out --lora, --controlnet and "
+            "--ip_adapter, and give the run of no network that steers"
+        )
     if asked := [name for name in request.metrics[:1] if name in ON_REQUEST]:
         raise UserError(f"--ema_lengths is not judged by {asked[0]}; name another of --metrics")
     lengths = ema_lengths.parse(args.ema_lengths)

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before the other imports, which take a while
     install("the same command draws the pictures again")
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,12 +31,15 @@ from absl import logging
 from sdjax.errors import UserError, explain
 from sdjax.sampling.inputs import read_latents, read_prompts, repeated, write_metadata
 from sdjax.sampling.options import (
-    add_control_options,
+    add_condition_options,
     add_drawing_options,
     add_explaining_options,
     add_model_options,
+    add_network_options,
     add_picture_options,
     add_prompt_options,
+    add_run_options,
+    check_run,
     check_together,
     guidance_changes,
     sampler_changes,
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from sdjax.diffusion.samplers import SamplerConfig
     from sdjax.families.embeddings import Embedding
     from sdjax.families.family import Model
-    from sdjax.sampling.generate import Drawing
     from sdjax.sampling.request import SamplingRequest
 
 
@@ -72,9 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="so many pictures, of the prompts in turn, and metadata.jsonl with their prompts, so "
         "that the folder can be trained on; one of each prompt by default",
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
-    p.add_argument("--height", type=int, help=f"in pixels; {own}")
-    p.add_argument("--width", type=int, help=f"in pixels; {own}")
+    add_run_options(p, own=own)
     p.add_argument(
         "--original_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
         help="SDXL: the size that the picture is to look as if it had been; its own by default",
@@ -83,19 +82,10 @@ def parser() -> argparse.ArgumentParser:
         "--crop", nargs=2, type=int, metavar=("TOP", "LEFT"), default=[0, 0],
         help="SDXL: the corner it is to look cropped at (0 0)",
     )  # fmt: skip
-    p.add_argument("--batch_size", type=int, default=16, help="drawn at once (%(default)s)")
     p.add_argument(
         "--latents", metavar="FILE",
         help=".npy with the initial noise, standard normal, one for each prompt: [N, h, w, C], or "
         "[N, C, h, w] as torch has it",
-    )  # fmt: skip
-    p.add_argument(
-        "--weights", default="ema",
-        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
-    )  # fmt: skip
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation (%(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--same_noise", action="store_true",
@@ -103,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_drawing_options(p.add_argument_group("how to get from noise to picture"), own=own)
     add_picture_options(p.add_argument_group("pictures to begin with"))
-    add_control_options(p.add_argument_group("networks that steer"))
+    steering = p.add_argument_group("networks that steer")
+    add_network_options(steering)
+    add_condition_options(steering)
     add_explaining_options(p.add_argument_group("why the pictures are as they are"))
     return p
 
@@ -143,23 +135,14 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
     from sdjax.data.numbers import of_geometry
-    from sdjax.sampling.start import EDIT, reads_picture
+    from sdjax.sampling.generate import check_guidance
 
     if model.missing():
         raise UserError(
             f"{name} has {', '.join(model.networks) or 'no network'} only; drawing "
             f"takes {model.family.denoiser}, vae, and a text encoder with its tokenizer"
         )
-    if args.embedded_guidance is not None and not model.family.reads_guidance(model.networks):
-        raise UserError(
-            f"--embedded_guidance is for FLUX.1-dev, latent consistency models and their kin; "
-            f"{name} reads no guidance, --guidance is what it takes"
-        )
-    if args.image_guidance is not None and reads_picture(model) != EDIT:
-        raise UserError(
-            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
-            "none, leave it out"
-        )
+    check_guidance(model, guidance_changes(args), name)
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
         raise UserError(f"--original_size and --crop are for SDXL; {name} is not one")
@@ -199,6 +182,7 @@ def _numbers(
 def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     """Return the pictures to draw, with all that they depend on."""
     from sdjax.checkpoints.controls import read_control
+    from sdjax.sampling.about import refining
     from sdjax.sampling.control_options import with_controls
     from sdjax.sampling.ensemble import with_others, with_refiner
     from sdjax.sampling.ip_options import with_ip_adapters
@@ -217,7 +201,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     request = with_ip_adapters(request, args.ip_adapter, args.ip_image, args.image_encoder, read)
     if args.refiner is None:
         return request
-    name, start = f"--refiner={args.refiner}", _refining(args)["refiner_start"]
+    name, start = f"--refiner={args.refiner}", refining(args)["refiner_start"]
     refiner = _request_of(args, prompts, args.refiner, name, size)
     return with_refiner(request, refiner, start, name=name)
 
@@ -280,70 +264,6 @@ def _request_of(
     return with_weights(request, texts[-1]) if weighted else request
 
 
-def _settings(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
-    """Return the settings that a picture's file carries."""
-    from sdjax.data.numbers import of_geometry
-
-    drawing = request.drawing
-    size = {"original_size": args.original_size, "crop": args.crop}
-    return {
-        "negative_prompt": args.negative_prompt or "",
-        "prompt_syntax": args.prompt_syntax,
-        "seed": args.seed,
-        "same_noise": args.same_noise,
-        "model": args.model[0],
-        **({"averaged_with": args.model[1:]} if args.model[1:] else {}),
-        **({"lora": args.lora} if args.lora else {}),
-        **_refining(args),
-        "weights": args.weights,
-        "latents": args.latents or "",
-        **({"embedding": args.embedding} if args.embedding else {}),
-        "guidance": drawing.guidance,
-        "guidance_rescale": drawing.guidance_rescale,
-        **_special(request.model, drawing),
-        **(size if of_geometry(request.model.family.numbers, (0, 0)) else {}),
-        **{f"sampler.{k}": v for k, v in dataclasses.asdict(drawing.sampler).items()},
-    }
-
-
-def _refining(args: argparse.Namespace) -> dict[str, Any]:
-    start = 0.8 if args.refiner_start is None else args.refiner_start
-    return {"refiner": args.refiner, "refiner_start": start} if args.refiner else {}
-
-
-def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
-    """The settings that few families have."""
-    from sdjax.sampling.start import EDIT, reads_picture
-
-    found: dict[str, Any] = {}
-    if reads_picture(model) == EDIT:
-        found["image_guidance"] = drawing.image_guidance
-    if model.family.reads_guidance(model.networks):
-        found["embedded_guidance"] = drawing.embedded_guidance
-    if "max_sequence_length" in model.settings:
-        found["max_sequence_length"] = model.settings["max_sequence_length"]
-    if drawing.skip.layers:
-        found |= {"skip_layers": list(drawing.skip.layers), "skip_scale": drawing.skip.scale}
-    return found
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.seed < 0 or args.batch_size < 1:
-        raise UserError(
-            f"--seed={args.seed}, --batch_size={args.batch_size}; expected 0 or more, 1 or more"
-        )
-    check_together(args)
-    if args.same_noise and args.latents:
-        raise UserError("--same_noise and --latents both say what to start from; give one of them")
-    needed = {
-        "explain_layers": "explain", "explain_steps": "explain", "interpolate_seeds": "interpolate",
-    }  # fmt: skip
-    for option, other in needed.items():
-        given = getattr(args, other) is not None and getattr(args, other) is not False
-        if getattr(args, option) is not None and not given:
-            raise UserError(f"--{option} says how to --{other}; give that too, or leave it out")
-
-
 def sample(args: argparse.Namespace) -> str:
     """Draw what the options of `parser` say.
 
@@ -355,11 +275,13 @@ def sample(args: argparse.Namespace) -> str:
         FloatingPointError: a picture has NaN pixels.
     """
     from sdjax.sampling import explain, interpolate, trajectory
+    from sdjax.sampling.about import settings_of_request
     from sdjax.sampling.control_options import control_settings
     from sdjax.sampling.grids import grid, save_png
     from sdjax.sampling.pictures import picture_settings
 
-    _check(args)
+    check_run(args)
+    check_together(args)
     prompts = repeated(read_prompts(args.prompts, args.prompts_file), args.count)
     output = paths.to_path(args.output)
     with locks.held(output, "--output", "sdjax.sample"):
@@ -373,7 +295,7 @@ def sample(args: argparse.Namespace) -> str:
             request, args.interpolate, args.interpolate_seeds
         )
         images, seen = request.draw([look.callback for look in looks.values()])
-        settings = _settings(args, request)
+        settings = settings_of_request(args, request)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             own = picture_settings(
                 request.model, args.init_image, args.mask_image, args.strength, i

@@ -108,6 +108,8 @@ def test_settings_are_in_the_file_and_prompts_may_come_from_one(pipeline_folder,
         (["--prompts=a", "--latents=/nowhere.npy"], ["/nowhere.npy"]),
         (["--prompts=a", "--sampler=flow_euler"], ["flow_euler", "scaled_linear"]),
         (["--prompts=a", "--steps=0"], ["steps is 0"]),
+        (["--prompts=a", "--batch_size=0"], ["--batch_size=0; expected 1 or more"]),
+        (["--prompts=a", "--width=-8"], ["--width=-8; expected 1 or more"]),
         (["--prompts=a", "--crop", "1", "2"], ["--crop", "SDXL"]),
     ],
 )
@@ -152,3 +154,25 @@ def test_the_sampler_names_are_those_of_the_library():
     from sdjax.sampling.options import SAMPLER_NAMES
 
     assert SAMPLER_NAMES == SAMPLERS
+
+
+def test_options_that_several_verbs_have_are_the_same_ones():
+    from sdjax import convert, evaluate
+
+    def options(parser, purpose):
+        return {
+            action.option_strings[0]: (
+                type(action), action.type, action.nargs, action.choices, action.metavar,
+                action.default, (action.help or "").replace(purpose, "OWN"),
+            )
+            for action in parser._actions
+        }  # fmt: skip
+
+    ours = options(sample.parser(), "the model's own by default")
+    theirs = options(evaluate.parser(), "the run's, or the model's, own by default")
+    shared = ours.keys() & theirs.keys() - {"-h", "--model", "--output"}
+    assert len(shared) >= 24, sorted(shared)
+    for name in shared:
+        assert ours[name] == theirs[name], name
+    lora = options(sample.parser(), "for --model")["--lora"]
+    assert options(convert.parser(), "that is merged into what is written")["--lora"] == lora

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from sdjax.sampling.options import add_lora_option
+
 # {option: the only kind of input that it is for}.
 INPUT_OPTIONS = {
     "variant": "diffusers",
@@ -76,11 +78,7 @@ def add_average_options(p: argparse.ArgumentParser) -> None:
 def add_adapter_options(p: argparse.ArgumentParser) -> None:
     """Add the options of adapters: LoRA, DoRA, LoHa, LoKr."""
     group = p.add_argument_group("adapters, as LoRA, DoRA, LoHa and LoKr")
-    group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
-        help="merge this adapter, a file, its folder, or the workdir of a run that trained one, "
-        "into what is written; lbw: weights of blocks, as of sdjax.sample; may be given again",
-    )  # fmt: skip
+    add_lora_option(group, "that is merged into what is written")
     group.add_argument(
         "--format", choices=("kohya", "diffusers"), default="",
         help="write an adapter, as A1111 and ComfyUI or as diffusers read it; --input is one, or "

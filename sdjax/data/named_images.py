@@ -12,6 +12,8 @@ from sdjax.data.conditions import CONDITIONS
 from sdjax.errors import UserError
 
 KINDS = ("picture", "condition", "mask")
+# The main picture, grey where the picture "mask" is white; datasets that are encoded ahead have it.
+MASK, MASKED = "mask", "masked"
 ALPHA = "alpha"  # the key of a mask that is the alpha channel of the main picture
 # Fields of batches, records and examples; beginnings and endings of others.
 _TAKEN = ("image", "moments", "shape", "size", "weight", "context", "pooled", "text", "caption",

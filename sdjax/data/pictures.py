@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import numpy as np
 from sdjax.data import pipeline, transforms
 from sdjax.data.config import DataConfig, parts
 from sdjax.data.image_files import ImageError, read_encoded
+from sdjax.data.named_images import NamedImage
 from sdjax.data.raw.files import safe_name
 from sdjax.data.raw.metadata import read_rows
 from sdjax.data.raw.rows import BadRow
@@ -136,20 +137,28 @@ def fitted(image: Any, size: tuple[int, int]) -> np.ndarray:
 
     image: uint8 [H, W, 3] or Pillow's.
     """
+    return _cropped(image, size, {}).pixels
+
+
+def _cropped(image: Any, size: tuple[int, int], images: Mapping[str, Any]) -> transforms.Prepared:
     rng = np.random.default_rng(0)  # not used by a crop of the middle
     return transforms.prepare(
-        image, rng, height=size[0], width=size[1], crop="center", flip=False
-    ).pixels
+        image, rng, height=size[0], width=size[1], crop="center", flip=False, images=images
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitPictures:
-    """The pictures of a dataset's split, as training takes them but cropped in the middle."""
+    """The pictures of a dataset's split, as training takes them but cropped in the middle.
+
+    images: the pictures that an example has besides its main one, see `named`.
+    """
 
     sources: tuple[pipeline.Source, ...]
     size: tuple[int, int]
     split: str
     count: int
+    images: tuple[NamedImage, ...] = ()
 
     @property
     def name(self) -> str:
@@ -182,6 +191,21 @@ class SplitPictures:
         source, i = self._place(index)
         return fitted(source.example(i)["image"], self.size)
 
+    def named(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The pictures of examples with those of data.images, {name: uint8 [n, H, W, C]}.
+
+        "image" is the main one. All are cropped in the middle.
+        """
+        with ThreadPoolExecutor() as pool:
+            rows = list(pool.map(self._named, indices))
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _named(self, index: int) -> dict[str, np.ndarray]:
+        source, i = self._place(index)
+        example = source.example(i)
+        made = _cropped(example["image"], self.size, example["images"])
+        return {"image": made.pixels, **made.images}
+
     def identity(self) -> dict[str, Any]:
         """The key of cached features, JSON-able: it differs between different sets of pictures."""
         captions = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
@@ -205,7 +229,8 @@ def open_split(
     """
     sources = tuple(pipeline.open_parts(config, split))
     total = sum(len(source) for source in sources)
-    return SplitPictures(sources, size, split, total if count is None else min(total, count))
+    count = total if count is None else min(total, count)
+    return SplitPictures(sources, size, split, count, config.images)
 
 
 def has_pictures(config: DataConfig) -> bool:

@@ -34,6 +34,7 @@ from sdjax.encoding.encoder import (
 )
 from sdjax.errors import UserError
 from sdjax.families.registry import FAMILIES
+from sdjax.methods.registry import METHODS
 from sdjax.models.params import component
 from sdjax.system import locks, paths, progress
 
@@ -88,7 +89,7 @@ def encode_dataset(
     config = assembled.config
     wanted = ("vae", *(config.model.text_encoders if options.text else ()))
     check_complete(config, assembled.params, {f"{name}.": None for name in wanted})
-    data = config.data
+    data, kind = config.data, METHODS[config.method.name]
     splits = options.splits or tuple(dict.fromkeys((data.split, data.eval_split)))
     if slices := [split for split in splits if not split.isidentifier()]:
         raise UserError(
@@ -105,7 +106,7 @@ def encode_dataset(
         buckets=encoded.bucket_fields(data),
         flipped=options.flipped,
         selection=encoded.selection(data),
-        images=named_images.kinds_of(data.images),
+        images=dict(kind.encodes(config.method, named_images.kinds_of(data.images))),
         numbers={name: list(shape) for name, shape in columns.items()},
     )
     folder = paths.to_path(output)

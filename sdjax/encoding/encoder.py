@@ -189,7 +189,7 @@ def _load(job: Job, index: int, height: int, width: int) -> Example:
         side = "_flipped" if mirror else ""
         made |= {f"image{side}": prepared.image, f"size{side}": prepared.size}
         for name in job.encoding.encoded_images:
-            made[f"{name}{side}"] = transforms.normalise(prepared.images[name])
+            made[f"{name}{side}"] = _pixels(prepared, name)
         if not mirror:
             kept = job.encoding.kept_images
             made |= {name: encoded.to_png(prepared.images[name]) for name in kept}
@@ -205,6 +205,13 @@ def _load(job: Job, index: int, height: int, width: int) -> Example:
         "height": height,
         "width": width,
     }
+
+
+def _pixels(prepared: transforms.Prepared, name: str) -> np.ndarray:
+    """The picture of this name as the VAE takes it, float32 [H, W, 3] in [-1, 1]."""
+    if name == named_images.MASKED:
+        return prepared.image * (transforms.scaled(prepared.images[named_images.MASK]) < 0.5)
+    return transforms.normalise(prepared.images[name])
 
 
 def _add_text(examples: list[Example], embed: Callable) -> None:

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from sdjax.data.pictures import SplitPictures, has_pictures, open_split, stretches
 from sdjax.errors import UserError
 from sdjax.evaluation import bootstrap, evaluation_output, frechet, reconstruction
-from sdjax.evaluation.evaluation import AUTOENCODER_METRICS, FEW, Inputs, Results, check_names
+from sdjax.evaluation.choice import AUTOENCODER_METRICS, check_names
+from sdjax.evaluation.evaluation import FEW, Inputs, Results
 from sdjax.evaluation.loading import Loaded, choose_data
 from sdjax.evaluation.reference import PixelTower, Tower
 from sdjax.evaluation.request import Request, dataset_name, open_towers

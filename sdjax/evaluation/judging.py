@@ -8,7 +8,7 @@ from sdjax.config import Config
 from sdjax.config_model import model_of_run
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
-from sdjax.evaluation.evaluation import ON_REQUEST
+from sdjax.evaluation.choice import ON_REQUEST
 from sdjax.evaluation.loading import OWN, Loaded
 from sdjax.evaluation.request import Request
 from sdjax.evaluation.session import open_session

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from sdjax.checkpoints.adapters import with_loras
 from sdjax.checkpoints.checkpoint import latest_step
+from sdjax.checkpoints.controls import read_control
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.workdir import CONFIG_FILE
 from sdjax.config import Config, resolve
@@ -24,15 +25,34 @@ from sdjax.data.raw import formats
 from sdjax.errors import UserError
 from sdjax.evaluation import losses
 from sdjax.evaluation.losses import Example, ExampleLosses, FindExampleLosses
+from sdjax.families.beside.controlnet import CONTROLNET
+from sdjax.families.beside.ip_adapter import IMAGE_ENCODER, check_encoder
 from sdjax.families.family import Model
 from sdjax.formats.folders import folder_kind, read_json
+from sdjax.formats.image_encoder import ImageEncoder, read_image_encoder
 from sdjax.machine_settings import asks_for, data_of_model, of_model
 from sdjax.methods.denoise import DenoiseConfig
+from sdjax.methods.ip_adapter import IPAdapterMethodConfig
 from sdjax.methods.registry import METHODS
-from sdjax.models.params import Params
+from sdjax.models.ip_adapter.config import IPAdapterConfig
+from sdjax.models.params import Params, prefixed
+from sdjax.sampling.control import Control, name_of
+from sdjax.sampling.control_options import Steering, read_controls
+from sdjax.sampling.ip_options import Sight, read_ip_adapters, sights_of
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 from sdjax.train.validation import Validator
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkOptions:
+    """The options of a command line about networks that steer a model."""
+
+    controlnet: tuple[str, ...] = ()
+    ip_adapter: tuple[str, ...] = ()
+    image_encoder: str = ""
+    guess_mode: bool = False
+
 
 OWN = "own"  # as a dataset: what the model was trained on, wherever it lies
 
@@ -44,6 +64,8 @@ class Loaded:
     workdir, config, step: of the run; None for a diffusers folder or a file. The configuration has
         nothing of the machine that it was made on.
     data: that the run was trained on, with folders and names as they were there.
+    controls: networks that steer it, whose parameters are among those of `found`.
+    sights: {name of an IP-Adapter among these: what it sees}.
     """
 
     found: Model
@@ -51,6 +73,8 @@ class Loaded:
     config: Config | None = None
     step: int | None = None
     data: DataConfig | None = None
+    controls: tuple[Control, ...] = ()
+    sights: Mapping[str, Sight] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -59,32 +83,93 @@ def load(
     weights: str = "ema",
     step: int | None = None,
     loras: Sequence[str] = (),
+    networks: NetworkOptions = NetworkOptions(),
 ) -> Loaded:
     """A workdir, one of its checkpoints, a diffusers folder or a single file.
 
+    A run that trains a network which steers is loaded with that network.
+
     Args:
         loras: adapters for it, as --lora names them.
+        networks: that steer it.
 
     Raises:
+        UserError: the run draws nothing, or an option does not suit the model.
         ModelError, CheckpointError: it cannot be read, or has no such weights or step.
     """
     folder = paths.to_path(model)
     if folder_kind(folder) != "workdir":
         if step is not None:
             raise UserError(f"--step={step}: {model} is no workdir, and has no checkpoints")
-        return Loaded(with_loras(read_any(folder, weights=weights), loras))
+        found = with_loras(read_any(folder, weights=weights), loras)
+        return _steered(Loaded(found), networks, weights)
     if folder.parent.name == "checkpoints" and is_number(folder.name):
         folder, step = folder.parents[1], int(folder.name)
     step = latest_step(folder) if step is None else step
     config = resolve(read_json(folder / CONFIG_FILE))
-    kind = METHODS[config.method.name]
-    if kind.steers or not (config.draws or kind.used_by == "vae_from"):
+    if not (config.draws or METHODS[config.method.name].used_by == "vae_from"):
         raise UserError(
             f"{model} is a run of config.method.name = {config.method.name!r}, which draws nothing "
-            "from prompts alone"
+            "from prompts"
         )
     found = with_loras(read_any(folder, weights=weights, step=step), loras)
-    return Loaded(found, folder, of_model(config), step, data_of_model(config))
+    loaded = Loaded(found, folder, of_model(config), step, data_of_model(config))
+    if METHODS[config.method.name].steers:
+        loaded = _with_own(loaded, networks, weights)
+    return _steered(loaded, networks, weights)
+
+
+def _steered(loaded: Loaded, networks: NetworkOptions, weights: str) -> Loaded:
+    """With the networks that the options name."""
+    read = functools.partial(read_control, weights=weights)
+    of_controls = read_controls(loaded.found, networks.controlnet, networks.guess_mode, read)
+    loaded = _joined(loaded, of_controls, {})
+    if not networks.ip_adapter:
+        if networks.image_encoder and not loaded.sights:
+            raise UserError("--image_encoder is for --ip_adapter=FILE; give that too")
+        return loaded
+    tower = _tower(networks, "--ip_adapter")
+    adapters = read_ip_adapters(loaded.found, networks.ip_adapter, tower, read)
+    return _joined(loaded, adapters, sights_of(adapters.controls, tower))
+
+
+def _with_own(loaded: Loaded, networks: NetworkOptions, weights: str) -> Loaded:
+    """With the network that the run trains, under the name that it has there."""
+    assert loaded.workdir is not None and loaded.config is not None
+    place = loaded.workdir / "checkpoints" / str(loaded.step)
+    config, own = read_control(place, weights=weights)
+    name = name_of(config)
+    control = Control(name, config, guess=networks.guess_mode and name == CONTROLNET)
+    steering = Steering((control,), prefixed(own, name))
+    if not isinstance(config, IPAdapterConfig):
+        return _joined(loaded, steering, {})
+    tower = _tower(networks, f"{loaded.workdir}, which is a run of 'ip_adapter',")
+    check_encoder(config, tower.config, f"--model={loaded.workdir}")
+    # The loss sees pictures by the tower too.
+    assert isinstance(method := loaded.config.method, IPAdapterMethodConfig)
+    method = dataclasses.replace(method, image_encoder_from=networks.image_encoder)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, method=method))
+    steering.params.update(prefixed(tower.params, IMAGE_ENCODER))
+    return _joined(loaded, steering, sights_of((control,), tower))
+
+
+def _tower(networks: NetworkOptions, name: str) -> ImageEncoder:
+    if not networks.image_encoder:
+        raise UserError(f"{name} takes the image tower that it was trained with: give "
+                        "--image_encoder=DIR")  # fmt: skip
+    return read_image_encoder(paths.to_path(networks.image_encoder))
+
+
+def _joined(loaded: Loaded, steering: Steering, sights: Mapping[str, Sight]) -> Loaded:
+    if not steering.controls:
+        return loaded
+    params = {**loaded.found.params, **steering.params}
+    return dataclasses.replace(
+        loaded,
+        found=dataclasses.replace(loaded.found, params=params),
+        controls=(*loaded.controls, *steering.controls),
+        sights={**loaded.sights, **sights},
+    )
 
 
 def choose_data(

@@ -14,9 +14,9 @@ from sdjax.data.pictures import has_pictures, open_split
 from sdjax.errors import UserError
 from sdjax.evaluation import reference, towers
 from sdjax.evaluation.bootstrap import RESAMPLES
-from sdjax.evaluation.evaluation import AUTOENCODER_METRICS, BY_DEFAULT, METRICS, check_names
+from sdjax.evaluation.choice import AUTOENCODER_METRICS, BY_DEFAULT, METRICS, check_names
 from sdjax.evaluation.features import ClipTower, clip_tower, inception_tower
-from sdjax.evaluation.loading import OWN, Loaded
+from sdjax.evaluation.loading import OWN, Loaded, NetworkOptions
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
 from sdjax.sampling.drawing import Prompts
 from sdjax.system import paths
@@ -58,6 +58,8 @@ class Request:
     validation_examples: int | None = None
     resamples: int = RESAMPLES
     lora: tuple[str, ...] = ()
+    networks: NetworkOptions = NetworkOptions()  # that steer; the model has them already
+    named_image: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_names(self.metrics, (*METRICS, *AUTOENCODER_METRICS))
@@ -73,8 +75,15 @@ class Request:
             raise UserError("nothing to evaluate: give --model=DIR, or --images=DIR")
         if self.lora and not self.model:
             raise UserError(f"--lora={self.lora[0]} is for a model; give --model=DIR")
+        if not self.model and (said := [name for name, value in self.steering().items() if value]):
+            raise UserError(f"--{said[0]} is for a model; give --model=DIR")
         if self.audit and not self.model:
             raise UserError(f"--audit={self.audit} draws its own pictures; give --model=DIR")
+
+    def steering(self) -> dict[str, Any]:
+        """The options about what the model reads besides prompts, those that are given."""
+        given = {**dataclasses.asdict(self.networks), "named_image": self.named_image}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def asked(self) -> tuple[str, ...] | None:
@@ -233,7 +242,8 @@ def default_output(request: Request, loaded: Loaded | None) -> paths.Path:
     dataset = given.rstrip("/").rpartition("/")[2] or dataset_name(loaded.data)
     if request.audit:
         dataset = paths.to_path(request.audit).stem
-    loras = [paths.to_path(lora).name for lora in request.lora]
-    parts = (f"{loaded.step or 0:08d}", request.weights, *loras, dataset)
+    beside = (*request.lora, *request.networks.controlnet, *request.networks.ip_adapter)
+    names = [paths.to_path(option).name for option in beside]
+    parts = (f"{loaded.step or 0:08d}", request.weights, *names, dataset)
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
     return loaded.workdir / "evaluations" / name

@@ -24,7 +24,16 @@ from sdjax.data.pictures import Folder, open_folder, stretches
 from sdjax.errors import UserError
 from sdjax.evaluation import audit_shares, evaluation_output, robustness
 from sdjax.evaluation.audit import Audit, make_labeller, read_audit
-from sdjax.evaluation.evaluation import Inputs, Results, check_names, choose, judge, tower_of
+from sdjax.evaluation.choice import check_names, choose
+from sdjax.evaluation.conditions import (
+    Conditions,
+    Masked,
+    Needs,
+    needs,
+    open_conditions,
+    with_images,
+)
+from sdjax.evaluation.evaluation import Inputs, Results, judge, tower_of
 from sdjax.evaluation.features import digest
 from sdjax.evaluation.loading import Loaded, choose_data, make_example_losses, make_validate
 from sdjax.evaluation.losses import FindExampleLosses
@@ -44,7 +53,7 @@ from sdjax.evaluation.robustness import Perturbation
 from sdjax.families.sampler import choose_sampler, sampler_note
 from sdjax.parallel.mesh import MeshConfig, make_mesh
 from sdjax.sampling.drawing import Artist, Prompts, draw_folder, make_artist, on_mesh
-from sdjax.sampling.generate import Drawing, drawing_of, settings_of
+from sdjax.sampling.generate import Drawing, check_guidance, drawing_of, settings_of
 from sdjax.system import paths, progress
 
 Validate = Callable[[dict[str, Any]], tuple[np.ndarray, np.ndarray]]
@@ -60,6 +69,7 @@ class Session:
     validate: parameters -> losses and timesteps, see `make_validate`; example_losses: likewise.
     dataset, split: what prompts and pictures to compare with are of.
     audit: of prompts of its own, if it was asked for.
+    conditions: what the model reads besides prompts; None for nothing.
     """
 
     request: Request
@@ -76,6 +86,7 @@ class Session:
     split: str
     audit: Audit | None = None
     example_losses: FindExampleLosses | None = None
+    conditions: Conditions | None = None
 
     @property
     def draws(self) -> bool:
@@ -119,6 +130,7 @@ class Session:
             negative_prompt=self.negative_prompt,
             size=self.size,
             dtype=self.request.dtype,
+            controls=self.loaded.controls,
         )
 
     def _settings(self, params: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
@@ -147,6 +159,7 @@ class Session:
             **({"embeddings": list(self.request.embeddings)} if self.request.embeddings else {}),
             "size": list(self.artist.size),
             "dtype": self.request.dtype,
+            **({"conditions": self.conditions.about()} if self.conditions else {}),
         }
 
     def draw(
@@ -165,10 +178,12 @@ class Session:
             turn: see `Artist`.
         """
         assert self.loaded is not None
-        artist = self.artist
+        artist, values = self.artist, params or self.loaded.found.params
         if params is not None:
             artist = dataclasses.replace(artist, params=on_mesh(params, self.mesh))
-        settings = self._settings(params or self.loaded.found.params, prompts)
+        if self.conditions is not None:
+            artist = dataclasses.replace(artist, reads=self.conditions.bound(values))
+        settings = self._settings(values, prompts)
         if turn:
             artist, settings = dataclasses.replace(artist, turn=turn), {**settings, "turn": turn}
         return draw_folder(
@@ -297,6 +312,7 @@ class Session:
             "step": self.loaded.step if self.loaded else None,
             "weights": request.weights if request.model else None,
             "lora": list(request.lora),
+            **request.steering(),
             "dataset": self.dataset,
             "split": self.split,
             "num_samples": len(inputs.pictures) if inputs.pictures is not None else self.count,
@@ -334,10 +350,12 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     mesh = make_mesh(MeshConfig())
     own = loaded.data if loaded else None
     data = choose_data(own, request.dataset, data_dir=request.data_dir)
+    wanted = _needs(request, loaded)
+    if data is not None and (wanted or request.named_image):
+        data = with_images(data, own, wanted, request.named_image)
     split = request.split or (data.eval_split if data else "")
-    given, prompts, count = None, None, 0
+    given, prompts, count, conditions, size = None, None, 0, None, None
     captions: tuple[str, ...] | None = None
-    size = None
     if request.images:
         given = open_folder(request.images, size=request.size, count=request.num_samples)
         size, captions = given.size, given.captions
@@ -345,6 +363,8 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
         size = picture_size(request, loaded, data)
         prompts, count = choose_prompts(request, data, split)
         captions = tuple(prompts.text(i) for i in range(count)) if prompts else None
+        if prompts is not None and wanted:
+            conditions = _conditions(request, loaded, data, split, size)
     audit = read_audit(request.audit) if request.audit else None
     validate = _validate(request, loaded, data, split, mesh)
     example_losses = _example_losses(request, loaded, data, split, mesh)
@@ -356,6 +376,7 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
         pictures=given,
         features=request.features,
         statistics=given_statistics(request, found, size),
+        masked=Masked(conditions) if conditions and conditions.fills else None,
         validate=functools.partial(validate, {}) if validate else None,
         example_losses=functools.partial(example_losses, {}) if example_losses else None,
         draws=prompts is not None,
@@ -369,8 +390,40 @@ def open_session(request: Request, loaded: Loaded | None, output: paths.PathLike
     return Session(
         request=request, loaded=loaded, mesh=mesh, inputs=inputs, names=names, left_out=left_out,
         prompts=prompts, count=count, size=size, validate=validate, dataset=dataset_name(data),
-        split=split, audit=audit, example_losses=example_losses,
+        split=split, audit=audit, example_losses=example_losses, conditions=conditions,
     )  # fmt: skip
+
+
+def _needs(request: Request, loaded: Loaded | None) -> Needs:
+    """The pictures that the model reads; UserError if an option does not suit it."""
+    if loaded is None:
+        return Needs({}, {})
+    check_guidance(loaded.found, request.guidance, f"--model={request.model}")
+    found = needs(loaded.found, loaded.controls)
+    if request.audit and found:
+        raise UserError(
+            f"--audit={request.audit} draws prompts alone, and the model reads pictures besides; "
+            "leave it out"
+        )
+    return found
+
+
+def _conditions(
+    request: Request, loaded: Loaded, data: DataConfig | None, split: str, size: tuple[int, int]
+) -> Conditions:
+    """The pictures that the model reads, of the examples whose captions are drawn."""
+    assert data is not None  # `choose_prompts` has checked it
+    return open_conditions(
+        loaded.found,
+        data,
+        split,
+        size=size,
+        per_prompt=request.per_prompt,
+        controls=loaded.controls,
+        sights=loaded.sights,
+        method=loaded.config.method if loaded.config else None,
+        dtype=request.dtype,
+    )
 
 
 def _validate(

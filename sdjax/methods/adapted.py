@@ -44,7 +44,13 @@ def _adapted(kind: Kind, config: type) -> Kind:
         return joined(method, (adapters.factors(setup, method),))
 
     return dataclasses.replace(
-        adapters.ADAPTERS, config=config, make=make, beside=kind.beside, sample=kind.sample
+        adapters.ADAPTERS,
+        config=config,
+        make=make,
+        beside=kind.beside,
+        sample=kind.sample,
+        data=kind.data,
+        encodes=kind.encodes,
     )
 
 

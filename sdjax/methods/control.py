@@ -16,6 +16,7 @@ from sdjax.errors import UserError
 from sdjax.families.beside.controlnet import CONTROLNET, PART, differences, with_controlnet
 from sdjax.families.bind import abstract_params
 from sdjax.families.family import Context, Model, Networks
+from sdjax.methods.beside import CONDITION, exporting, of_network, read_start
 from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields
@@ -26,7 +27,6 @@ from sdjax.models.unet_config import UNetConfig
 from sdjax.sampling.control import Control
 from sdjax.system import paths
 
-CONDITION = "control"  # the picture of data.images that steers
 FOLDER = "controlnet"  # in the workdir, at the end
 
 
@@ -104,18 +104,13 @@ def first_values(
         return prefixed({path: unet[path] for path in own if path in unet}, CONTROLNET)
     from sdjax.formats.controlnet import read_controlnet_files
 
-    path = paths.to_path(config.controlnet_from)
-    if not paths.exists(path):
-        raise UserError(f"method.controlnet_from is {str(path)!r}: no such folder or file")
-    found, params = read_controlnet_files(path)
-    if lines := differences(found, network):
-        raise UserError(
-            f"method.controlnet_from={path} is of another shape than the recipe's: "
-            f"{'; '.join(lines)}. Its conditioning_embedding_out_channels, "
-            "controlnet_conditioning_channel_order and global_pool_conditions are method.widths, "
-            "channel_order and pooled; the rest is the UNet's"
-        )
-    return prefixed(params, CONTROLNET)
+    return read_start(
+        CONTROLNET, "method.controlnet_from", config.controlnet_from, read_controlnet_files,
+        network,
+        differences=differences,
+        hint="Its conditioning_embedding_out_channels, controlnet_conditioning_channel_order and "
+        "global_pool_conditions are method.widths, channel_order and pooled",
+    )  # fmt: skip
 
 
 def make(setup: Setup) -> Method:
@@ -146,22 +141,19 @@ def make(setup: Setup) -> Method:
         latent_diffusion(setup, whole, denoiser=steered, watched=watched),
         images=picture_fields(setup, required={CONDITION: "condition"}, optional={MASK: "mask"}),
         pictures=caption_pictures(setup, {CONDITION: Control(CONTROLNET, network)}),
-        trains=lambda path: path.startswith(f"{CONTROLNET}."),
+        trains=of_network(CONTROLNET),
     )
 
-    def export(
-        model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path | str]:
-        """See `Export`: the folder that diffusers loads."""
+    def write(folder: paths.Path, params: Mapping[str, np.ndarray]) -> paths.Path:
+        """The folder that diffusers loads."""
         from sdjax.formats.controlnet import write_controlnet
 
-        written = write_controlnet(folder / FOLDER, network, component(trained, CONTROLNET))
-        return {FOLDER: written}
+        return write_controlnet(folder, network, params)
 
     return dataclasses.replace(
         method,
         start=lambda loaded: first_values(config, network, whole, loaded),
-        export=export,
+        export=exporting(CONTROLNET, FOLDER, write),
     )
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.data.config import is_encoded
 from sdjax.diffusion.losses import caption_draws
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
@@ -26,10 +25,12 @@ from sdjax.methods.inpaint import check_unet
 from sdjax.methods.inputs import Inputs
 from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
 from sdjax.models.params import Params
+from sdjax.models.vae import scale_latents
 from sdjax.parallel.sharding import to_host
-from sdjax.sampling.generate import to_uint8
+from sdjax.sampling.generate import to_images, to_uint8
 
 BEFORE = "before"  # the picture of data.images that is edited
+MOMENTS = f"{BEFORE}_moments"  # of a batch that was encoded ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,11 @@ class EditConfig(DenoiseConfig):
 
 def original(networks: Networks, every: Params, batch: Batch, keys: jax.Array) -> jax.Array:
     """Return the latents of the picture before, [b, h, w, C]; see `MakeInputs`."""
-    return jnp.split(networks.module("vae", every).encode(batch[BEFORE]), 2, axis=-1)[0]
+    if MOMENTS in batch:
+        moments = batch[MOMENTS]
+    else:
+        moments = networks.module("vae", every).encode(batch[BEFORE])
+    return jnp.split(moments, 2, axis=-1)[0]
 
 
 def dropped(rate: float, channels: jax.Array, keys: jax.Array) -> jax.Array:
@@ -66,15 +71,10 @@ def make(setup: Setup) -> Method:
     """Bind the method to the networks of a model.
 
     Raises:
-        UserError: the denoiser is no UNet of so many channels, the data has no pixels or no picture
-            before, or the share of dropped captions leaves none for the pictures.
+        UserError: the denoiser is no UNet of so many channels, the data has no picture before, or
+            the share of dropped captions leaves none for the pictures.
     """
     check_unet(setup)
-    if is_encoded(setup.data):
-        raise UserError(
-            "data.name is 'encoded', but method 'edit' shows pictures before and after, which an "
-            "encoded dataset does not have; train on the pictures"
-        )
     rate = setup.objective.caption_dropout
     if not 0.0 <= rate <= 2 / 3:
         raise UserError(
@@ -97,17 +97,21 @@ def _pictures(setup: Setup) -> Callable[..., np.ndarray]:
     networks = bind(setup.model, ("vae",), dtype=setup.dtype)
 
     @jax.jit
-    def prepared(params: Params, before: jax.Array) -> jax.Array:
-        return original(networks, params, {BEFORE: before}, jnp.zeros(0))
+    def prepared(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        channels = original(networks, params, batch, jnp.zeros(0))
+        if BEFORE in batch:
+            return channels, batch[BEFORE] / 2 + 0.5
+        vae = networks.module("vae", params)
+        return channels, to_images(vae, scale_latents(channels, vae.config))
 
     def pictures(
         params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
     ) -> np.ndarray:
-        before = examples.named[BEFORE]
+        batch = {k: v for k, v in examples.named.items() if k in (BEFORE, MOMENTS)}
         own = {path: value for path, value in params.items() if path.startswith("vae.")}
-        channels = to_host(prepared(own, before))
+        channels, before = map(to_host, prepared(own, batch))
         images = drawn(params, examples, seed, guided=guided, picture={"channels": channels})
-        return np.concatenate([to_uint8(before / 2 + 0.5), images], axis=2)
+        return np.concatenate([to_uint8(before), images], axis=2)
 
     return pictures
 

@@ -2,6 +2,8 @@
 
 RunwayML's stable-diffusion-inpainting, the inpainting models of SD2 and SDXL, and the pipelines of
 diffusers have this order. A mask is 1 where the picture is drawn anew.
+
+A dataset that was encoded ahead has the moments of the masked picture, for masks of the data.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.data.config import is_encoded
+from sdjax.data.config import DataConfig, is_encoded
+from sdjax.data.named_images import MASK, MASKED, NamedImage, kinds_of
 from sdjax.diffusion.losses import example_keys, fold_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
@@ -23,15 +26,15 @@ from sdjax.methods.denoise import DenoiseConfig, bound, latent_diffusion
 from sdjax.methods.drawings import make_drawing
 from sdjax.methods.fields import picture_fields
 from sdjax.methods.inputs import Inputs
-from sdjax.methods.masks import SHAPES, draw_masks, whole_masks
+from sdjax.methods.masks import SHAPES, are_whole, draw_masks, whole_masks
 from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
 from sdjax.models.params import Params
 from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import scale_latents
 from sdjax.parallel.sharding import to_host
-from sdjax.sampling.generate import to_uint8
+from sdjax.sampling.generate import to_images, to_uint8
 
-MASK = "mask"  # the picture of data.images that says what is drawn anew
+MOMENTS = f"{MASKED}_moments"  # of a batch that was encoded ahead
 # Streams of randomness, beyond those of the validation's strata.
 SHAPE, WHOLE = 2**15, 2**15 + 1
 
@@ -76,7 +79,15 @@ class Inpainting:
         self, networks: Networks, every: Params, batch: Batch, keys: jax.Array
     ) -> jax.Array:
         """Mask and masked latents [b, h, w, 1 + C]; see `MakeInputs`."""
-        return beside(networks, every, batch["image"], self.masks(batch, keys))
+        masks = self.masks(batch, keys)
+        if MOMENTS not in batch:
+            return beside(networks, every, batch["image"], masks)
+        mean, _ = jnp.split(batch[MOMENTS], 2, axis=-1)
+        if self.config.whole:
+            blank = jnp.zeros((1, *masks.shape[1:3], 3))
+            grey, _ = jnp.split(networks.module("vae", every).encode(blank), 2, axis=-1)
+            mean = jnp.where(are_whole(fold_keys(keys, WHOLE), self.config.whole), grey, mean)
+        return joined(networks, masks, mean)
 
     def masks(self, batch: Batch, keys: jax.Array) -> jax.Array:
         """The masks of a batch, [b, H, W, 1] of zeros and ones."""
@@ -99,30 +110,58 @@ def beside(networks: Networks, every: Params, images: jax.Array, masks: jax.Arra
     Args:
         images: [b, H, W, 3] in [-1, 1]; masks: [b, H, W, 1] of zeros and ones.
     """
-    vae = networks.module("vae", every)
-    mean, _ = jnp.split(vae.encode(images * (1.0 - masks)), 2, axis=-1)
-    side = vae.config.downscale
-    return jnp.concatenate([masks[:, ::side, ::side], scale_latents(mean, vae.config)], axis=-1)
+    moments = networks.module("vae", every).encode(images * (1.0 - masks))
+    return joined(networks, masks, jnp.split(moments, 2, axis=-1)[0])
+
+
+def joined(networks: Networks, masks: jax.Array, mean: jax.Array) -> jax.Array:
+    """Return masks [b, H, W, 1] and means of masked pictures [b, h, w, C] as a UNet reads them."""
+    vae = networks.configs["vae"]
+    side = vae.downscale
+    return jnp.concatenate([masks[:, ::side, ::side], scale_latents(mean, vae)], axis=-1)
 
 
 def make(setup: Setup) -> Method:
     """Bind the method to the networks of a model; see `Inpainting`.
 
     Raises:
-        UserError: the denoiser is no UNet of so many channels, or the data has no pixels.
+        UserError: the denoiser is no UNet of so many channels, or the data were encoded ahead
+            without masks.
     """
     check_unet(setup)
-    if is_encoded(setup.data):
-        raise UserError(
-            "data.name is 'encoded', but method 'inpaint' masks pixels, which an encoded dataset "
-            "does not have; train on the pictures"
-        )
     task = Inpainting(setup.config)
     inputs = Inputs(setup.model.vae.latent_channels + 1, task.channels)
-    images = picture_fields(setup, optional={MASK: "mask"})
+    if is_encoded(setup.data):
+        encoded(setup.config, kinds_of(setup.data.images))  # an error without masks
+        images = picture_fields(setup, required={MASK: "mask", MASKED: "picture"})
+    else:
+        images = picture_fields(setup, optional={MASK: "mask"})
     # The mask is the task: it does not multiply the loss.
     diffusion = latent_diffusion(setup, inputs=inputs, mask="")
     return bound(diffusion, images=images, pictures=_pictures(setup, task), gallery=True)
+
+
+def encoded(config: InpaintConfig, kinds: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the pictures that an encoding ahead keeps, {name: kind}; see `Kind.encodes`.
+
+    Raises:
+        UserError: masks are drawn.
+    """
+    if kinds.get(MASK) != "mask":
+        raise UserError(
+            f"method {config.name!r} draws masks anew at every step, and encodes the picture under "
+            "each: that cannot be done ahead. Give masks, a picture 'mask' of the kind 'mask' in "
+            "data.images, or train on the pictures"
+        )
+    return {**kinds, MASKED: "picture"}
+
+
+def with_masked(config: InpaintConfig, data: DataConfig) -> DataConfig:
+    """Return data that were encoded ahead with the masked pictures; see `Kind.data`."""
+    kinds = kinds_of(data.images)
+    if not is_encoded(data) or MASK not in kinds or MASKED in kinds:
+        return data
+    return dataclasses.replace(data, images=(*data.images, NamedImage(MASKED)))
 
 
 def check_unet(setup: Setup) -> None:
@@ -153,17 +192,20 @@ def _pictures(setup: Setup, task: Inpainting) -> Callable[..., np.ndarray]:
     def prepared(params: Params, batch: Batch, seed: int) -> tuple[jax.Array, jax.Array]:
         keys = example_keys(jax.random.key(seed), jnp.arange(len(batch["image"])))
         masks = task.shapes(batch, keys)
-        return masks, beside(networks, params, batch["image"], masks)
+        if MOMENTS in batch:
+            channels = joined(networks, masks, jnp.split(batch[MOMENTS], 2, axis=-1)[0])
+            return channels, to_images(networks.module("vae", params), channels[..., 1:])
+        shown = batch["image"] * (1.0 - masks) / 2 + 0.5
+        return beside(networks, params, batch["image"], masks), shown
 
     def pictures(
         params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
     ) -> np.ndarray:
         batch = {"image": examples.images, **examples.named}
         own = {path: value for path, value in params.items() if path.startswith("vae.")}
-        masks, channels = map(to_host, prepared(own, batch, seed))
+        channels, masked = map(to_host, prepared(own, batch, seed))
         images = drawn(params, examples, seed, guided=guided, picture={"channels": channels})
-        masked = to_uint8(examples.images * (1.0 - masks) / 2 + 0.5)
-        return np.concatenate([masked, images], axis=2)
+        return np.concatenate([to_uint8(masked), images], axis=2)
 
     return pictures
 
@@ -175,4 +217,6 @@ INPAINT = Kind(
     draws=True,
     beside=lambda latent: latent + 1,
     sample="--init_image=FILE --mask_image=FILE",
+    data=with_masked,
+    encodes=encoded,
 )

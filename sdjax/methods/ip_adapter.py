@@ -30,6 +30,7 @@ from sdjax.families.beside.ip_adapter import (
 )
 from sdjax.families.beside.unets import plain_unet
 from sdjax.families.family import Context, Model, Networks
+from sdjax.methods.beside import exporting, of_network, read_start
 from sdjax.methods.denoise import (
     MASK,
     Denoiser,
@@ -55,7 +56,7 @@ from sdjax.methods.method import (
     Setup,
 )
 from sdjax.models.ip_adapter.config import IPAdapterConfig
-from sdjax.models.params import Params, component, prefixed
+from sdjax.models.params import Params, prefixed
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.control import Control, nothing_of
 from sdjax.sampling.generate import to_uint8
@@ -193,14 +194,11 @@ def first_values(
         return found
     from sdjax.formats.ip_adapter import read_ip_adapter_file
 
-    found_config, params = read_ip_adapter_file(paths.to_path(config.adapter_from))
-    if found_config != network:
-        raise UserError(
-            f"method.adapter_from={config.adapter_from} is of another shape than the recipe's: "
-            f"{found_config}, not {network}; tokens is method.image_tokens, embedding_dim and "
-            "those of the resampler are fields of the method too, and the rest is the UNet's"
-        )
-    return prefixed(params, IP_ADAPTER)
+    return read_start(
+        IP_ADAPTER, "method.adapter_from", config.adapter_from, read_ip_adapter_file, network,
+        hint="tokens is method.image_tokens, and embedding_dim and those of the resampler are "
+        "fields of the method too",
+    )  # fmt: skip
 
 
 def make(setup: Setup) -> Method:
@@ -224,7 +222,7 @@ def make(setup: Setup) -> Method:
     )
     seen = Seen(diffusion.networks, preprocess)
     images = picture_fields(setup, optional={REFERENCE: "condition", MASK: "mask"})
-    trains = lambda path: path.startswith(f"{IP_ADAPTER}.")  # noqa: E731
+    trains = of_network(IP_ADAPTER)
     pictures = _pictures(setup, network, seen)
     method = bound(diffusion, images=images, pictures=pictures, gallery=True, trains=trains)
 
@@ -232,13 +230,11 @@ def make(setup: Setup) -> Method:
         tower = prefixed(read_image_encoder(folder).params, IMAGE_ENCODER)
         return tower | first_values(config, network, model, loaded)
 
-    def export(
-        model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path | str]:
-        """See `Export`: the file that diffusers' `load_ip_adapter` reads."""
+    def write(folder: paths.Path, params: Mapping[str, np.ndarray]) -> paths.Path:
+        """The file that diffusers' `load_ip_adapter` reads."""
         from sdjax.formats.ip_adapter import write_ip_adapter
 
-        return {FOLDER: write_ip_adapter(folder / FOLDER, component(trained, IP_ADAPTER))}
+        return write_ip_adapter(folder, params)
 
     def sees(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda every, batch, *rest: function(every, seen(every, batch), *rest)
@@ -251,7 +247,7 @@ def make(setup: Setup) -> Method:
         predictions=method.predictions and sees(diffusion.predictions),
         start=start,
         brought={IMAGE_ENCODER: ("method.image_encoder_from", config.image_encoder_from)},
-        export=export,
+        export=exporting(IP_ADAPTER, FOLDER, write),
     )
 
 

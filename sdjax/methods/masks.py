@@ -124,7 +124,11 @@ def draw_masks(keys: jax.Array, size: tuple[int, int], shares: dict[str, float])
     return jax.vmap(one)(keys)[..., None].astype(jnp.float32)
 
 
+def are_whole(keys: jax.Array, share: float) -> jax.Array:
+    """Return which examples, a share by the keys [b], are masked whole: bool [b, 1, 1, 1]."""
+    return (jax.vmap(jax.random.uniform)(keys) < share)[:, None, None, None]
+
+
 def whole_masks(keys: jax.Array, masks: jax.Array, share: float) -> jax.Array:
     """Return masks [b, H, W, 1] of which a share, by the keys [b], covers the whole picture."""
-    all_ = jax.vmap(jax.random.uniform)(keys) < share
-    return jnp.where(all_[:, None, None, None], 1.0, masks)
+    return jnp.where(are_whole(keys, share), 1.0, masks)

@@ -132,7 +132,7 @@ class Examples:
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
     tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
-    # {name: [N, H, W, C] float32} of data.images, as batches have them
+    # {name: [N, H, W, C] float32} of data.images, as batches have them; NAME_moments too
     named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
@@ -277,6 +277,8 @@ class Kind:
     folded: a run's model with its parameters -> the same one without changes, as others read it.
     tokenizers: (its group, {field: tokenizer}) -> those that the run reads captions with.
     data: (its group, data) -> the data as the method reads them.
+    encodes: (its group, {name: kind} of data.images) -> the pictures that an encoding ahead keeps;
+        raises a UserError where the method reads what cannot be known ahead.
     """
 
     config: type
@@ -294,3 +296,4 @@ class Kind:
         lambda config, tokenizers: tokenizers
     )
     data: Callable[[Any, DataConfig], DataConfig] = lambda config, data: data
+    encodes: Callable[[Any, Mapping[str, str]], Mapping[str, str]] = lambda config, kinds: kinds

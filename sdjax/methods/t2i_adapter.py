@@ -17,17 +17,17 @@ from sdjax.errors import UserError
 from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check, check_size, with_t2i_adapter
 from sdjax.families.beside.unets import plain_unet
 from sdjax.families.family import Context, Model, Networks
+from sdjax.methods.beside import CONDITION, exporting, of_network, read_start
 from sdjax.methods.denoise import MASK, Denoiser, MakeDenoiser, Watched, bound, latent_diffusion
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields
 from sdjax.methods.method import Batch, Kind, Method, MethodConfig, Setup
-from sdjax.models.params import Params, component, prefixed
+from sdjax.models.params import Params
 from sdjax.models.t2i_adapter.config import FULL, FULL_XL, KINDS, LIGHT, T2IAdapterConfig
 from sdjax.models.unet_config import DOWN_TYPES
 from sdjax.sampling.control import Control
 from sdjax.system import paths
 
-CONDITION = "control"  # the picture of data.images that steers
 FOLDER = "t2i_adapter"  # in the workdir, at the end
 
 
@@ -104,22 +104,11 @@ def first_values(
         return {}
     from sdjax.formats.t2i_adapter import read_t2i_adapter_files
 
-    path = paths.to_path(config.adapter_from)
-    if not paths.exists(path):
-        raise UserError(f"method.adapter_from is {str(path)!r}: no such folder")
-    found, params = read_t2i_adapter_files(path)
-    lines = [
-        f"{field.name} is {getattr(found, field.name)}, not {getattr(network, field.name)}"
-        for field in dataclasses.fields(found)
-        if getattr(found, field.name) != getattr(network, field.name)
-    ]
-    if lines:
-        raise UserError(
-            f"method.adapter_from={path} is of another shape than the recipe's: "
-            f"{'; '.join(lines)}. Its adapter_type, num_res_blocks and in_channels are "
-            "method.kind, res_blocks and grey; the rest is the UNet's"
-        )
-    return prefixed(params, T2I_ADAPTER)
+    return read_start(
+        T2I_ADAPTER, "method.adapter_from", config.adapter_from, read_t2i_adapter_files, network,
+        hint="Its adapter_type, num_res_blocks and in_channels are method.kind, res_blocks and "
+        "grey",
+    )  # fmt: skip
 
 
 def make(setup: Setup) -> Method:
@@ -140,20 +129,19 @@ def make(setup: Setup) -> Method:
         ),
         images=picture_fields(setup, required={CONDITION: "condition"}, optional={MASK: "mask"}),
         pictures=caption_pictures(setup, {CONDITION: Control(T2I_ADAPTER, network)}),
-        trains=lambda path: path.startswith(f"{T2I_ADAPTER}."),
+        trains=of_network(T2I_ADAPTER),
     )
 
-    def export(
-        model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
-    ) -> dict[str, paths.Path | str]:
-        """See `Export`: the folder that diffusers loads."""
+    def write(folder: paths.Path, params: Mapping[str, np.ndarray]) -> paths.Path:
+        """The folder that diffusers loads."""
         from sdjax.formats.t2i_adapter import write_t2i_adapter
 
-        written = write_t2i_adapter(folder / FOLDER, network, component(trained, T2I_ADAPTER))
-        return {FOLDER: written}
+        return write_t2i_adapter(folder, network, params)
 
     return dataclasses.replace(
-        method, start=lambda loaded: first_values(config, network), export=export
+        method,
+        start=lambda loaded: first_values(config, network),
+        export=exporting(T2I_ADAPTER, FOLDER, write),
     )
 
 

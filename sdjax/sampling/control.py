@@ -234,6 +234,11 @@ def _within(bounds: tuple[float, float], t: jax.Array, speak: Callable[[], Resid
     )
 
 
+def name_of(config: SteeringConfig) -> str:
+    """Return the name that a network of this kind has among those of a run that trains it."""
+    return _KINDS[type(config)].name
+
+
 def check(model: Model, config: SteeringConfig, name: str) -> None:
     """Raise a UserError unless a network steers a model's denoiser; name: for messages."""
     _KINDS[type(config)].check(model, config, name)

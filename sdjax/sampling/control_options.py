@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.errors import UserError
-from sdjax.families.beside.controlnet import CONTROLNET
-from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check_size
+from sdjax.families.beside.t2i_adapter import check_size
+from sdjax.families.family import Model
 from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import prefixed
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
-from sdjax.sampling.control import Control, SteeringConfig, check
+from sdjax.sampling.control import Control, SteeringConfig, check, name_of
 from sdjax.sampling.pictures import read_picture
 from sdjax.sampling.request import SamplingRequest
 from sdjax.system import paths
@@ -93,28 +93,60 @@ def with_controls(
     factor, count = request.model.vae.downscale, len(request.texts)
     size = request.shape[0] * factor, request.shape[1] * factor
     chosen = of_each(images, len(options), count)
+    steering = read_controls(request.model, options, guess, read)
+    check_drawn(steering.controls, size, request.plan.timesteps)
+    picture = dict(request.picture)
+    for control, files in zip(steering.controls, chosen, strict=True):
+        made = [np.asarray(read_picture("--control_image", f, size), np.float32) for f in files]
+        picture[control.name] = np.stack(made * (count if len(made) == 1 else 1)) / 255
+    params = {path: jnp.asarray(value) for path, value in steering.params.items()}
+    return dataclasses.replace(
+        request, controls=steering.controls, picture=picture, params={**request.params, **params}
+    )
+
+
+class Steering(NamedTuple):
+    """Networks that steer a model, and {path: array} of their parameters."""
+
+    controls: tuple[Control, ...]
+    params: dict[str, np.ndarray]
+
+
+def read_controls(model: Model, options: Sequence[str], guess: bool, read: Read) -> Steering:
+    """Return the ControlNets and T2I-Adapters of --controlnet.
+
+    Args:
+        guess: of --guess_mode.
+
+    Raises:
+        UserError: a network is not for this model, or options do not go together.
+    """
     controls: list[Control] = []
-    picture, params = dict(request.picture), dict(request.params)
-    for i, (asked, files) in enumerate(zip(map(parse, options), chosen, strict=True)):
+    params: dict[str, np.ndarray] = {}
+    for i, asked in enumerate(map(parse, options)):
         config, own = read(asked.place)
         if isinstance(config, IPAdapterConfig):
             raise UserError(f"--controlnet={asked.place} is an IP-Adapter; give it as --ip_adapter")
-        check(request.model, config, f"--controlnet={asked.place}")
-        is_adapter = isinstance(config, T2IAdapterConfig)
-        if isinstance(config, T2IAdapterConfig):
-            check_size(config, size, f"--controlnet={asked.place}")
-        name = f"{T2I_ADAPTER if is_adapter else CONTROLNET}{i}"
-        own_guess = guess and not is_adapter
+        check(model, config, f"--controlnet={asked.place}")
+        name = f"{name_of(config)}{i}"
+        own_guess = guess and not isinstance(config, T2IAdapterConfig)
         controls.append(Control(name, config, asked.weight, asked.start, asked.stop, own_guess))
-        made = [np.asarray(read_picture("--control_image", f, size), np.float32) for f in files]
-        picture[name] = np.stack(made * (count if len(made) == 1 else 1)) / 255
-        params |= {path: jnp.asarray(value) for path, value in prefixed(own, name).items()}
-    steered = dataclasses.replace(request, controls=tuple(controls), picture=picture, params=params)
-    if guess and not any(control.guess for control in controls):
+        params |= prefixed(own, name)
+    if options and guess and not any(control.guess for control in controls):
         raise UserError("--guess_mode is for ControlNets, and there is none; leave it out")
+    return Steering(tuple(controls), params)
+
+
+def check_drawn(controls: Sequence[Control], size: tuple[int, int], timesteps: np.ndarray) -> None:
+    """Check that networks steer pictures of a size (height, width) at some of the timesteps.
+
+    Raises:
+        UserError: a T2I-Adapter has no map for the size, or no step lies in a range.
+    """
     for control in controls:
-        control.inside(steered.plan.timesteps)  # a range without a step is an error now
-    return steered
+        if isinstance(control.config, T2IAdapterConfig):
+            check_size(control.config, size, control.title)
+        control.inside(timesteps)
 
 
 def _check(options: Sequence[str], images: Sequence[str], guess: bool) -> None:

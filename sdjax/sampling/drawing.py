@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from sdjax.errors import UserError
 from sdjax.families.conditioning import encode_text
 from sdjax.families.family import Model
 from sdjax.parallel.sharding import placed, state_shardings
+from sdjax.sampling.control import Control
 from sdjax.sampling.generate import (
     Drawing,
     Generate,
@@ -34,7 +35,6 @@ from sdjax.sampling.generate import (
 )
 from sdjax.sampling.grids import save_png
 from sdjax.sampling.inputs import write_metadata
-from sdjax.sampling.start import reads_picture
 from sdjax.system import paths, progress
 
 SETTINGS = "settings.json"
@@ -52,11 +52,25 @@ class Prompts:
         return self.texts[number // self.per_prompt % len(self.texts)]
 
 
+class Reads(Protocol):
+    """Gives what a model reads besides prompts."""
+
+    def __call__(
+        self, numbers: np.ndarray, *, seed: int, shape: tuple[int, int, int]
+    ) -> Mapping[str, np.ndarray]:
+        """Return {field: [B, ...]} of `sampling.start` and of networks that steer.
+
+        Args:
+            numbers: of the pictures, [B]; seed: of their noise; shape: (h, w, C) of the latents.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Artist:
     """A model that draws.
 
     params: what `generate` takes, on the devices of `mesh`.
+    reads: see `Reads`; None for a model that reads prompts alone.
     negative: {field: tokens [L]}.
     size: (height, width) in pixels; shape: (h, w, C) of the latents.
     turn: radians on the sphere of noise from a picture's own towards another, pi / 2 away.
@@ -69,6 +83,7 @@ class Artist:
     negative: Mapping[str, np.ndarray]
     size: tuple[int, int]
     shape: tuple[int, int, int]
+    reads: Reads | None = None
     turn: float = 0.0
 
     def draw(self, texts: Sequence[str], numbers: np.ndarray, *, seed: int) -> np.ndarray:
@@ -96,6 +111,7 @@ class Artist:
             latents=self._turned(numbers, seed) if self.turn else None,
             positions=numbers,
             texts=texts,
+            picture=self.reads(numbers, seed=seed, shape=self.shape) if self.reads else None,
         )
         return images
 
@@ -117,11 +133,13 @@ def make_artist(
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
     dtype: str = "float32",
+    controls: Sequence[Control] = (),
 ) -> Artist:
-    """Return the artist that a model is.
+    """Return the artist that a model is; what it reads besides prompts is still to be given.
 
     Args:
         size: (height, width); by default what the denoiser was made for.
+        controls: networks that steer it, whose parameters are among the model's.
 
     Raises:
         UserError: networks are missing, or sampler or size do not fit.
@@ -131,16 +149,11 @@ def make_artist(
             f"the model has {', '.join(model.networks) or 'no network'} only; drawing takes "
             f"{', '.join(missing)} too"
         )
-    if reads_picture(model):
-        raise UserError(
-            f"the {model.family.denoiser} reads pictures, but prompts alone are drawn here; draw "
-            "by sdjax.sample with --init_image, or take a model that reads prompts alone"
-        )
     size = size or model.native_size
     negative = encode_text(model.tokenizers, [negative_prompt])
     return Artist(
         model=model,
-        generate=make_generator(model, drawing, dtype=dtype),
+        generate=make_generator(model, drawing, dtype=dtype, controls=controls),
         params=on_mesh(model.params, mesh),
         mesh=mesh,
         negative={field: rows[0] for field, rows in negative.items()},

@@ -25,7 +25,7 @@ from sdjax.parallel.sharding import to_host
 from sdjax.sampling.control import Control
 from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
-from sdjax.sampling.start import Picture, constraint, initial_state
+from sdjax.sampling.start import EDIT, Picture, constraint, initial_state, reads_picture
 from sdjax.system import progress
 
 # Of a picture; the sampler's noise and the VAE's take the next two, and a word has 32 bits.
@@ -59,6 +59,27 @@ def drawing_of(own: SampleConfig, sampler: SamplerConfig, changes: Mapping[str, 
     scale = changes.get("skip_scale", own.skip.scale)
     skip = dataclasses.replace(own.skip, layers=layers, scale=scale)
     return Drawing(sampler, **values, skip=skip)
+
+
+def check_guidance(model: Model, changes: Mapping[str, Any], name: str) -> None:
+    """Check that a model reads the guidances that are changed.
+
+    Args:
+        changes: see `drawing_of`; name: of the model, for messages.
+
+    Raises:
+        UserError: it does not.
+    """
+    if "embedded_guidance" in changes and not model.family.reads_guidance(model.networks):
+        raise UserError(
+            f"--embedded_guidance is for FLUX.1-dev, latent consistency models and their kin; "
+            f"{name} reads no guidance, --guidance is what it takes"
+        )
+    if "image_guidance" in changes and reads_picture(model) != EDIT:
+        raise UserError(
+            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
+            "none, leave it out"
+        )
 
 
 class Callback(Protocol):

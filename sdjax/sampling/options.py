@@ -33,6 +33,11 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
         "SDXL, 5 for SD3 and 1 for FLUX.1 if nothing says it",
     )  # fmt: skip
     group.add_argument(
+        "--image_guidance", type=float,
+        help="guidance towards the picture that is edited, of models for that (InstructPix2Pix); "
+        f"{own}, or 1.5",
+    )  # fmt: skip
+    group.add_argument(
         "--guidance_rescale", type=float,
         help=f"0 to 1, Lin et al. 2023, section 3.4; {own}",
     )  # fmt: skip
@@ -61,6 +66,42 @@ def add_drawing_options(group: argparse._ArgumentGroup, *, own: str) -> None:
     )  # fmt: skip
 
 
+def add_run_options(group: argparse.ArgumentParser | argparse._ArgumentGroup, *, own: str) -> None:
+    """Add the options of how pictures are computed, whatever they show.
+
+    Args:
+        own: see `add_drawing_options`.
+    """
+    group.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
+    group.add_argument("--height", type=int, help=f"in pixels; {own}")
+    group.add_argument("--width", type=int, help=f"in pixels; {own}")
+    group.add_argument(
+        "--batch_size", type=int, default=16,
+        help="pictures at once; sdjax.evaluate spreads them over all devices, rounded up to a "
+        "multiple of these (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--weights", default="ema",
+        help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation (%(default)s)",
+    )  # fmt: skip
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Check the options of `add_run_options`.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    for name, least in (("seed", 0), ("batch_size", 1), ("height", 1), ("width", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value}; expected {least} or more")
+
+
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """Add the options of models."""
     p.add_argument(
@@ -79,11 +120,17 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_lora_option(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the option of adapters that a model is given before it draws."""
+def add_lora_option(
+    p: argparse.ArgumentParser | argparse._ArgumentGroup, purpose: str = "for --model"
+) -> None:
+    """Add the option of adapters that a model is given.
+
+    Args:
+        purpose: what is done with them.
+    """
     p.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
-        help="an adapter (LoRA, DoRA, LoHa, LoKr) for --model: a file of kohya's or diffusers' "
+        help=f"an adapter (LoRA, DoRA, LoHa, LoKr) {purpose}: a file of kohya's or diffusers' "
         "layout, its folder, or the workdir of a run that trained one; the weight is 1 where none "
         "is given; lbw: weights of the blocks of SD1 and SD2 (17 or 26) or SDXL (12 or 20), as in "
         "sd-webui-lora-block-weight; may be given again",
@@ -121,13 +168,9 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
         help="of --init_image, what is white is drawn anew and what is black stays (inpainting); "
         "resized likewise; once for all prompts, or once for each",
     )  # fmt: skip
-    p.add_argument(
-        "--image_guidance", type=float,
-        help="guidance towards --init_image, of models that edit it (InstructPix2Pix) (1.5)",
-    )  # fmt: skip
 
 
-def add_control_options(p: argparse._ArgumentGroup) -> None:
+def add_network_options(p: argparse._ArgumentGroup) -> None:
     """Add the options of networks that steer a model."""
     p.add_argument(
         "--controlnet", "--t2i_adapter", action="append", default=[],
@@ -138,28 +181,32 @@ def add_control_options(p: argparse._ArgumentGroup) -> None:
         "given again, what they say is added up",
     )  # fmt: skip
     p.add_argument(
-        "--control_image", action="append", default=[], metavar="FILE",
-        help="the condition of each --controlnet, resized to --height and --width: once for each "
-        "of them, or once for each of them and prompt",
-    )  # fmt: skip
-    p.add_argument(
         "--ip_adapter", action="append", default=[], metavar="FILE[:WEIGHT[:START:END]]",
         help="an IP-Adapter that shows a picture to the model: a .safetensors or .bin file, or a "
         "workdir of the method ip_adapter; may be given again",
     )  # fmt: skip
     p.add_argument(
-        "--ip_image", action="append", default=[], metavar="FILE",
-        help="the picture of each --ip_adapter: once for each of them, or once for each of them "
-        "and prompt",
-    )  # fmt: skip
-    p.add_argument(
-        "--image_encoder", metavar="DIR",
+        "--image_encoder", default="", metavar="DIR",
         help="the CLIP image tower that --ip_adapter was trained with, a folder of transformers",
     )  # fmt: skip
     p.add_argument(
         "--guess_mode", action="store_true",
         help="ControlNets steer the prompts' half of guidance alone, coarse maps more than fine "
         "ones; for pictures without prompts, with --guidance 3 to 5",
+    )  # fmt: skip
+
+
+def add_condition_options(p: argparse._ArgumentGroup) -> None:
+    """Add the options of the pictures that networks steer by."""
+    p.add_argument(
+        "--control_image", action="append", default=[], metavar="FILE",
+        help="the condition of each --controlnet, resized to --height and --width: once for each "
+        "of them, or once for each of them and prompt",
+    )  # fmt: skip
+    p.add_argument(
+        "--ip_image", action="append", default=[], metavar="FILE",
+        help="the picture of each --ip_adapter: once for each of them, or once for each of them "
+        "and prompt",
     )  # fmt: skip
 
 
@@ -199,7 +246,7 @@ def add_explaining_options(p: argparse._ArgumentGroup) -> None:
 
 
 def check_together(args: argparse.Namespace) -> None:
-    """Check that the options of `add_explaining_options` go with the others.
+    """Check that the options of `sdjax.sample` go together.
 
     Raises:
         UserError: some do not.
@@ -225,6 +272,15 @@ def check_together(args: argparse.Namespace) -> None:
         raise UserError("--explain shows the attention of one model; give one --model")
     if args.refiner_start is not None and args.refiner is None:
         raise UserError("--refiner_start is for --refiner=DIR; give that too, or leave it out")
+    if args.same_noise and args.latents:
+        raise UserError("--same_noise and --latents both say what to start from; give one of them")
+    needed = {
+        "explain_layers": "explain", "explain_steps": "explain", "interpolate_seeds": "interpolate",
+    }  # fmt: skip
+    for option, other in needed.items():
+        given = getattr(args, other) is not None and getattr(args, other) is not False
+        if getattr(args, option) is not None and not given:
+            raise UserError(f"--{option} says how to --{other}; give that too, or leave it out")
 
 
 def sampler_changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,5 +293,5 @@ def guidance_changes(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options change of guidance, for `sampling.generate.drawing_of`."""
     names = ("guidance", "image_guidance", "guidance_rescale", "embedded_guidance",
              "skip_layers", "skip_scale")  # fmt: skip
-    given = {name: getattr(args, name, None) for name in names}  # not all verbs have all
+    given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from sdjax.data.transforms import to_rgb, upright
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Model, Networks
+from sdjax.families.family import Model
+from sdjax.models.params import Params
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.denoising import Drawing
 from sdjax.sampling.request import SamplingRequest
@@ -42,15 +44,14 @@ def with_pictures(
     if not images:
         return request
     size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
-    encoder = PictureEncoder(model, request.dtype)
+    encoder = PictureEncoder(model, request.params, request.dtype)
     if reads_picture(model) == EDIT:
-        modes = encoder.modes(request.params, read_pictures(images, count, size))
+        modes = encoder.modes(read_pictures(images, count, size))
         return dataclasses.replace(request, picture={"channels": modes})
     strength = _strength(masks, strength)
     drawing = begun_at(request.drawing, strength)
     picture = picture_of(
         encoder,
-        request.params,
         read_pictures(images, count, size),
         read_masks(masks, count, size) if masks else None,
         vae_noise(request.seed, request.positions, request.shape),
@@ -166,55 +167,50 @@ def _one_each(option: str, made: Sequence[np.ndarray], count: int) -> np.ndarray
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PictureEncoder:
-    """The VAE's encoder of a model, compiled once for each size; it takes one picture at a time."""
+    """The encoder of a model's VAE; it takes pictures [N, H, W, 3] in [-1, 1], one at a time.
+
+    params: {path: array} of the VAE, besides others.
+    dtype: of products and convolutions.
+    """
 
     model: Model
+    params: Mapping[str, Any]
     dtype: str = "float32"
 
-    def latents(
-        self, params: Mapping[str, jax.Array], images: np.ndarray, noise: np.ndarray
-    ) -> np.ndarray:
-        """Return latents [N, h, w, C] of pictures [N, H, W, 3] in [-1, 1].
+    def latents(self, images: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Return latents [N, h, w, C], scaled.
 
         Args:
-            noise: standard normal [N, h, w, C], which chooses the sample of the VAE's distribution.
+            noise: standard normal [N, h, w, C], which chooses the sample of the distribution.
         """
+        encode = self._programs[0]
         pairs = zip(images, noise, strict=True)
-        own = self._own(params)
-        return np.concatenate([np.asarray(self._sampled(own, i[None], n[None])) for i, n in pairs])
+        return np.concatenate([np.asarray(encode(i[None], n[None])) for i, n in pairs])
 
-    def modes(self, params: Mapping[str, jax.Array], images: np.ndarray) -> np.ndarray:
-        """Return the modes of the VAE's distribution for pictures [N, H, W, 3], not scaled.
+    def modes(self, images: np.ndarray) -> np.ndarray:
+        """Return the mode of the distribution, [N, h, w, C], not scaled.
 
         So does InstructPix2Pix read the picture that it edits (its pipeline,
         prepare_image_latents).
         """
-        own = self._own(params)
-        return np.concatenate([np.asarray(self._mode(own, image[None])) for image in images])
-
-    def _own(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {path: params[path] for path in self._networks.abstract}
+        encode = self._programs[1]
+        return np.concatenate([np.asarray(encode(image[None])) for image in images])
 
     @functools.cached_property
-    def _networks(self) -> Networks:
-        return bind(self.model, ("vae",), dtype=self.dtype)
+    def _programs(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+        networks, vae = bind(self.model, ("vae",), dtype=self.dtype), self.model.vae
 
-    @functools.cached_property
-    def _sampled(self) -> Callable[..., jax.Array]:
         @jax.jit
-        def encode(params: Mapping[str, jax.Array], image: jax.Array, noise: jax.Array):
-            moments = self._networks.module("vae", params).encode(image)
-            return scale_latents(sample_moments(moments, noise), self.model.vae)
+        def latents(params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+            moments = networks.module("vae", params).encode(image)
+            return scale_latents(sample_moments(moments, noise), vae)
 
-        return encode
-
-    @functools.cached_property
-    def _mode(self) -> Callable[..., jax.Array]:
         @jax.jit
-        def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
-            return jnp.split(self._networks.module("vae", params).encode(image), 2, axis=-1)[0]
+        def modes(params: Params, image: jax.Array) -> jax.Array:
+            return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
 
-        return encode
+        own = {path: jnp.asarray(self.params[path]) for path in networks.abstract}
+        return functools.partial(latents, own), functools.partial(modes, own)
 
 
 def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -225,7 +221,6 @@ def vae_noise(seed: int, positions: np.ndarray, shape: tuple[int, int, int]) -> 
 
 def picture_of(
     encoder: PictureEncoder,
-    params: Mapping[str, jax.Array],
     images: np.ndarray,
     masks: np.ndarray | None,
     noise: np.ndarray,
@@ -239,14 +234,17 @@ def picture_of(
         noise: see `PictureEncoder.latents`.
         pure: whether drawing begins with noise alone and not with the noisy picture.
     """
-    model, clean = encoder.model, encoder.latents(params, images, noise)
-    found = {} if pure else {"start": clean}
+    model = encoder.model
+    inpainting = model.family.inpainting if reads_picture(model) else None
+    found = {}
+    if not pure:
+        found["start"] = encoder.latents(images, noise)
     if masks is None:
         return found
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
-    inpainting = model.family.inpainting
-    if inpainting is None or not reads_picture(model):
+    if inpainting is None:
+        clean = found["start"] if found else encoder.latents(images, noise)
         return {**found, "known": clean, "mask": small}
-    hidden = encoder.latents(params, images * (masks < 0.5), noise)
+    hidden = encoder.latents(images * (masks < 0.5), noise)
     return {**found, "channels": inpainting.make(masks, small, hidden)}

@@ -32,7 +32,9 @@ def read_examples(config: Config, tokenizers: Mapping[str, TextTokenizer], count
     chosen = itertools.islice((turn for row in turns for turn in row if turn), count)
     examples = [source[i] for source, i in chosen]
     captions = [example["text"] for example in examples]
-    rows = [_squares(example, config.data.resolution) for example in examples]
+    side = config.data.resolution
+    grid = side // config.model.networks["vae"].downscale
+    rows = [_squares(example, side) | _moments(example, grid) for example in examples]
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     pictures = as_floats(stacked, pipeline.kinds_of(config.data))
     images = pictures.pop("image")
@@ -57,10 +59,21 @@ def _squares(example: Mapping[str, Any], side: int) -> dict[str, np.ndarray]:
     return {"image": blank, **{name: square(p, {}).pixels for name, p in named.items()}}
 
 
+def _moments(example: Mapping[str, Any], grid: int) -> dict[str, np.ndarray]:
+    """The moments of named pictures, [grid, grid, 2C] out of their middles; {} of pixels."""
+    found = {}
+    for field, moments in example.get("others", {}).items():
+        side = min(moments.shape[:2])
+        top, left = ((length - side) // 2 for length in moments.shape[:2])
+        places = np.arange(grid) * side // grid
+        found[field] = moments[top + places][:, left + places]
+    return found
+
+
 def beside_conditions(config: Config, examples: Examples, images: np.ndarray) -> np.ndarray:
     """Return pictures uint8 [N, H, W, 3] with the conditions that they follow on their left."""
     kinds = pipeline.kinds_of(config.data)
-    shown = [to_uint8(v) for name, v in examples.named.items() if kinds[name] == "condition"]
+    shown = [to_uint8(v) for name, v in examples.named.items() if kinds.get(name) == "condition"]
     return np.concatenate([*shown, images], axis=2)
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from sdjax.data.config import DataConfig
 from sdjax.data.pictures import open_folder, open_split
 from sdjax.errors import UserError
-from sdjax.evaluation import evaluation, mmd, neighbours, reference
-from sdjax.evaluation.evaluation import Inputs, choose, judge
+from sdjax.evaluation import choice, mmd, neighbours, reference
+from sdjax.evaluation.choice import choose
+from sdjax.evaluation.evaluation import Inputs, judge
 from sdjax.evaluation.fidelity import fidelity, verdicts
 from sdjax.evaluation.losses import validation
 from sdjax.evaluation.reference import PixelTower
@@ -180,6 +181,7 @@ def test_metrics_of_pictures_are_those_of_their_features(folder, shapes, tmp_pat
     assert [line.split(":")[0] for line in left_out] == [
         "left out, cmmd, clip_score",
         "left out, fidelity",
+        "left out, inside_error, outside_error",
         "left out, validation_loss",
     ]
     found = judge(inputs, names, resamples=20)
@@ -231,9 +233,7 @@ def test_without_networks_only_copies_are_looked_for(folder, shapes, tmp_path):
 
 
 def test_every_need_of_a_metric_has_words():
-    assert {need for needs in evaluation.METRICS.values() for need in needs} == set(
-        evaluation.NEEDS
-    )
+    assert {need for needs in choice.METRICS.values() for need in needs} == set(choice.NEEDS)
 
 
 def test_real_pictures_of_shapes_are_right(shapes):

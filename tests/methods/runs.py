@@ -3,10 +3,21 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
-from sdjax.config import default
+from sdjax.checkpoints.assemble import assemble
+from sdjax.checkpoints.checkpoint import restore_params
+from sdjax.checkpoints.controls import read_control
+from sdjax.config import default, resolve
+from sdjax.config_model import method_of_run
+from sdjax.data.pipeline import make_iterator
+from sdjax.diffusion.losses import example_keys
+from sdjax.methods.method import Draw
+from sdjax.models.params import component
+from sdjax.train import startup
 
 
 def begun_from(config, folder, method):
@@ -37,3 +48,38 @@ def broken_off(workdir, copy, step):
 def to_torch(x):
     """[N, H, W, C] of NumPy -> [N, C, H, W] of torch, float32."""
     return torch.from_numpy(np.asarray(x, np.float32).transpose(0, 3, 1, 2).copy())
+
+
+def read(config):
+    """(what a run begins with, its method)."""
+    assembled = assemble(resolve(config))
+    made = method_of_run(assembled.config, assembled.tokenizers)
+    return startup.begin(assembled, made, None), made
+
+
+def begun(config):
+    """(method, parameters at the start, a batch, what the loss draws)."""
+    assembled, made = read(config)
+    missing = made.abstract.keys() - assembled.every.keys()  # all would take long to compile
+    draw = jax.jit(lambda key: {p: v for p, v in made.init(key).items() if p in missing})
+    drawn = draw(jax.random.key(0))
+    params = {**drawn, **{path: jnp.asarray(value) for path, value in assembled.every.items()}}
+    data = make_iterator(
+        assembled.config.data, assembled.tokenizers, split="train", seed=3,
+        number_shapes=made.numbers,
+    )  # fmt: skip
+    batch = {name: jnp.asarray(value) for name, value in next(data).items()}
+    data.close()
+    key, positions = jax.random.key(5), jnp.arange(4)
+    return made, params, batch, Draw(key, example_keys(key, positions), positions, 4)
+
+
+def assert_is_what_it_exported(workdir, exported, name, step):
+    """A workdir is read as the network that its run has trained, which is what it has written."""
+    (config, values), (shape, params) = read_control(exported), read_control(workdir)
+    assert config == shape and values.keys() == params.keys()
+    average = component(restore_params(workdir, "ema:0.5", step), name)
+    for path, value in values.items():
+        np.testing.assert_array_equal(value, params[path])
+        np.testing.assert_array_equal(value, average[path])
+    return values

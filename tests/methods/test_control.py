@@ -11,29 +11,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import sample
+from sdjax import evaluate, sample
 from sdjax.checkpoints import checkpoint
-from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.checkpoint import restore_params
 from sdjax.checkpoints.controls import read_control
 from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import read_workdir
 from sdjax.config import default, resolve
 from sdjax.config_model import method_of_run
-from sdjax.data.pipeline import make_iterator
-from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
-from sdjax.evaluation.loading import load
 from sdjax.families.beside.controlnet import CONTROLNET
 from sdjax.formats.controlnet import read_controlnet_files
 from sdjax.formats.folders import ModelError
-from sdjax.methods.method import Draw
 from sdjax.models.params import component
 from sdjax.models.weights import to_diffusers
-from sdjax.train import loop, startup
+from sdjax.train import loop
 from sdjax.train.finish import last_screen
 from sdjax.train.gallery import beside_conditions, read_examples
 from sdjax.train.selection import Selection
+from tests.methods.runs import assert_is_what_it_exported, begun, read
+from tests.test_evaluate import own_cache  # noqa: F401
 from tests.train.test_loop import assert_same_run, start, wait_for_step
 
 ZERO = ("controlnet.controlnet_down_blocks", "controlnet.controlnet_mid_block")
@@ -91,27 +88,9 @@ def whole(config, tmp_path_factory):
     return folder
 
 
-def read(config):
-    """(what a run begins with, its method)."""
-    assembled = assemble(resolve(config))
-    made = method_of_run(assembled.config, assembled.tokenizers)
-    return startup.begin(assembled, made, None), made
-
-
 @pytest.fixture(scope="module")
 def beginning(config):
-    """(method, parameters at the start, a batch, what the loss draws)."""
-    assembled, made = read(config)
-    drawn = jax.jit(made.init)(jax.random.key(0))
-    params = {**drawn, **{path: jnp.asarray(value) for path, value in assembled.every.items()}}
-    data = make_iterator(
-        assembled.config.data, assembled.tokenizers, split="train", seed=3,
-        number_shapes=made.numbers,
-    )  # fmt: skip
-    batch = {name: jnp.asarray(value) for name, value in next(data).items()}
-    data.close()
-    key, positions = jax.random.key(5), jnp.arange(4)
-    return made, params, batch, Draw(key, example_keys(key, positions), positions, 4)
+    return begun(config)
 
 
 def test_a_run_starts_with_what_the_unet_says_and_learns_from_the_last_convolutions_on(
@@ -231,14 +210,11 @@ def test_the_folder_that_a_run_writes_loads_in_diffusers(whole):
 
 
 def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, capsys):
-    exported, workdir = read_control(whole / "controlnet"), read_control(whole)
-    assert exported[0] == workdir[0]
-    for path, value in exported[1].items():
-        np.testing.assert_array_equal(value, workdir[1][path])
+    exported = assert_is_what_it_exported(whole, whole / "controlnet", CONTROLNET, 4)
     first = read_control(whole / "checkpoints" / "2")[1]
     raw = read_control(whole, weights="raw")[1]
     for other in (first, raw):
-        assert any(np.any(value != exported[1][path]) for path, value in other.items())
+        assert any(np.any(value != exported[path]) for path, value in other.items())
     for i, net in enumerate((whole, whole / "controlnet")):
         assert 0 == sample.main([
             f"--model={pipeline_folder}", "--prompts=a red circle", f"--output={tmp_path / str(i)}",
@@ -254,9 +230,29 @@ def test_a_workdir_is_a_controlnet(whole, pictures, pipeline_folder, tmp_path, c
         read_control(tmp_path / "other")
 
 
-def test_a_run_is_not_evaluated_without_conditions(whole):
-    with pytest.raises(UserError, match="'control', which draws nothing from prompts alone"):
-        load(whole)
+def test_a_run_is_evaluated_as_its_network_beside_the_model(
+    whole, pictures, pipeline_folder, tmp_path, capsys
+):
+    common = ["--num_samples=4", "--batch_size=4", "--features=pixels", "--resamples=0",
+              "--height=16", "--width=16", "--steps=2", "--split=train", "--sampler=ddim",
+              f"--data_dir={tmp_path / 'data'}", "--guidance=3", "--per_prompt=2"]  # fmt: skip
+    alone = [f"--model={whole}", "--dataset=own", "--metrics=diversity,validation_loss",
+             "--validation_examples=4"]  # fmt: skip
+    beside = [f"--model={pipeline_folder}", f"--controlnet={whole}", f"--dataset={pictures}",
+              "--named_image=control=edge:condition", "--metrics=diversity"]  # fmt: skip
+    found = {}
+    for name, options in (("alone", alone), ("beside", beside)):
+        output = tmp_path / name
+        assert 0 == evaluate.main([*common, *options, f"--output={output}"]), capsys.readouterr()
+        found[name] = json.loads((output / "metrics.json").read_text())["metrics"]
+    images = [
+        [np.asarray(Image.open(tmp_path / name / "images" / f"{i:06d}.png")) for i in range(4)]
+        for name in found
+    ]
+    np.testing.assert_array_equal(*images)
+    assert found["alone"]["diversity"] == found["beside"]["diversity"]
+    loss = found["alone"]["validation_loss"]["value"]
+    assert np.isfinite(loss) and loss > 0
 
 
 def test_a_run_goes_on_from_a_controlnet(config, whole):

@@ -163,7 +163,6 @@ def test_recipes_that_do_not_fit_are_refused(config):
     cases = {
         "'before' is missing": {"data": {"images": ()}},
         "expected 0 to 2/3": {"objective": {"caption_dropout": 0.9}},
-        "which an encoded dataset does not have": {"data": {"name": "encoded", "path": "x"}},
     }
     for words, changes in cases.items():
         replaced = {

@@ -1,6 +1,7 @@
 """Inpainting: a UNet is given five channels, learns them, resumes, and diffusers draws with it."""
 
 import dataclasses
+import json
 
 import diffusers
 import jax
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdjax import main
 from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.widening import widened
@@ -90,14 +92,20 @@ def test_masks_of_the_data_are_taken_and_a_quarter_covers_the_whole_picture():
 def test_a_run_resumes_to_the_bit_and_diffusers_draws_with_it(config, tmp_path, capsys):
     config.train.update(steps=2, checkpoint_every=1, sample_every=2, export=True)
     config.sample.update(count=2, prompts=("a red circle", "a blue square", "a star"))
+    config.validation.update(examples=4, metrics=("outside_error",), num_samples=4)
     whole = tmp_path / "whole"
-    assert loop.run(resolve(config), str(whole)) == loop.DONE
+    assert main.train(resolve(config), str(whole)) == loop.DONE
     said = capsys.readouterr().out
     assert "unet.conv_in is given 5 channels of zeros beside 4" in said
     assert "--init_image=FILE --mask_image=FILE" in said
     broken = broken_off(whole, tmp_path / "broken", 1)
-    assert loop.run(resolve(config), str(broken)) == loop.DONE
+    assert main.train(resolve(config), str(broken)) == loop.DONE
     assert_same_run(whole, broken)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    judged = [
+        line["evaluation/outside_error"] for line in lines if "evaluation/outside_error" in line
+    ]
+    assert judged and 0 < judged[-1] < 1
     shown = Image.open(whole / "samples" / "strip.png")
     assert shown.height >= 3 * 16 and (whole / "samples" / "00000002.png").exists()
 
@@ -153,7 +161,7 @@ def test_what_does_not_fit_is_refused(config):
     assembled = assemble(resolve(config))
     own, tokenizers = assembled.config, assembled.tokenizers
     data = dataclasses.replace(own.data, name="encoded", path="x")
-    with pytest.raises(UserError, match="masks pixels, which an encoded dataset does not have"):
+    with pytest.raises(UserError, match="draws masks anew at every step"):
         method_of_run(dataclasses.replace(own, data=data), tokenizers)
     shown = dataclasses.replace(own.sample, fidelity=4)
     with pytest.raises(UserError, match="sample.fidelity is 4, but method 'inpaint' draws from"):

@@ -9,25 +9,25 @@ import pytest
 from PIL import Image
 
 from sdjax import sample
-from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.checkpoint import restore_params
 from sdjax.checkpoints.controls import read_control
 from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import bundle, read_workdir
 from sdjax.config import default, resolve
 from sdjax.config_model import method_of_run
-from sdjax.data.pipeline import make_iterator
 from sdjax.diffusion.losses import dropped_captions, example_keys
 from sdjax.errors import UserError
+from sdjax.evaluation.loading import NetworkOptions, load
+from sdjax.evaluation.request import Request
+from sdjax.evaluation.session import open_session
 from sdjax.families.beside.ip_adapter import IP_ADAPTER
 from sdjax.formats.image_encoder import read_image_encoder
 from sdjax.methods.ip_adapter import IPAdapterMethodConfig, dropped
-from sdjax.methods.method import Draw
 from sdjax.models.params import component
 from sdjax.models.weights import load_file, save_file
-from sdjax.train import loop, startup
+from sdjax.train import loop
 from tests.conftest import make_tiny_config, randomise
-from tests.methods.runs import begun_from, broken_off
+from tests.methods.runs import assert_is_what_it_exported, begun, begun_from, broken_off, read
 from tests.train.test_loop import assert_same_run
 
 KEYS = "ip_adapter.ip_adapter.0.to_k_ip.kernel"
@@ -67,33 +67,9 @@ def whole(config, tmp_path_factory):
     return folder
 
 
-def read(config):
-    """(what a run begins with, its method)."""
-    assembled = assemble(resolve(config))
-    made = method_of_run(assembled.config, assembled.tokenizers)
-    return startup.begin(assembled, made, None), made
-
-
 @pytest.fixture(scope="module")
 def beginning(config):
     return begun(config)
-
-
-def begun(config):
-    """(method, parameters at the start, a batch, what the loss draws)."""
-    assembled, made = read(config)
-    missing = made.abstract.keys() - assembled.every.keys()  # all would take long to compile
-    draw = jax.jit(lambda key: {p: v for p, v in made.init(key).items() if p in missing})
-    drawn = draw(jax.random.key(0))
-    params = {**drawn, **{path: jnp.asarray(value) for path, value in assembled.every.items()}}
-    data = make_iterator(
-        assembled.config.data, assembled.tokenizers, split="train", seed=3,
-        number_shapes=made.numbers,
-    )  # fmt: skip
-    batch = {name: jnp.asarray(value) for name, value in next(data).items()}
-    data.close()
-    key, positions = jax.random.key(5), jnp.arange(4)
-    return made, params, batch, Draw(key, example_keys(key, positions), positions, 4)
 
 
 def test_captions_and_pictures_are_dropped_alone_and_together():
@@ -238,13 +214,8 @@ def test_a_bundled_workdir_holds_the_tower(whole, tower, tmp_path):
 
 
 def test_a_workdir_is_an_adapter_that_draws(whole, tower, tiny_model, tmp_path):
-    exported = read_control(whole / "ip_adapter" / "ip_adapter.safetensors")
-    workdir = read_control(whole)
-    assert exported[0] == workdir[0]
-    average = component(restore_params(whole, "ema:0.5", 2), IP_ADAPTER)
-    for path, value in exported[1].items():
-        np.testing.assert_array_equal(value, workdir[1][path])
-        np.testing.assert_array_equal(value, average[path])
+    file = whole / "ip_adapter" / "ip_adapter.safetensors"
+    assert_is_what_it_exported(whole, file, IP_ADAPTER, 2)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (30, 20, 3), np.uint8)).save(tmp_path / "a.png")
     places = whole, whole / "ip_adapter" / "ip_adapter.safetensors"
@@ -256,6 +227,22 @@ def test_a_workdir_is_an_adapter_that_draws(whole, tower, tiny_model, tmp_path):
         ])  # fmt: skip
     one, other = (np.asarray(Image.open(tmp_path / f"{i}" / "00000.png")) for i in range(2))
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_is_evaluated_with_its_tower(whole, tower, tmp_path):
+    with pytest.raises(UserError, match="a run of 'ip_adapter'.*give --image_encoder=DIR"):
+        load(whole)
+    loaded = load(whole, networks=NetworkOptions(image_encoder=str(tower)))
+    request = Request(
+        model=str(whole), dataset="own", num_samples=2, batch_size=2, resamples=0, per_prompt=2,
+        features="pixels", metrics=("diversity", "validation_loss"), validation_examples=2,
+    )  # fmt: skip
+    session = open_session(request, loaded, tmp_path)
+    found = session.run(tmp_path).metrics
+    assert found.keys() == {"diversity", "validation_loss"}
+    shown = session.conditions.bound(loaded.found.params)(np.arange(2), seed=0, shape=(8, 8, 4))
+    assert set(shown) == {IP_ADAPTER, f"{IP_ADAPTER}_nothing"}
+    np.testing.assert_array_equal(shown[IP_ADAPTER][0], shown[IP_ADAPTER][1])  # of one example
 
 
 def test_the_gallery_shows_what_is_seen_beside_what_is_drawn(whole):
@@ -271,7 +258,7 @@ def test_a_run_goes_on_from_an_adapter(config, whole):
     for path, value in read_control(file)[1].items():
         np.testing.assert_array_equal(derived[path], value)
     changed.method.image_tokens = 8
-    with pytest.raises(UserError, match="is of another shape than the recipe's.*tokens=4"):
+    with pytest.raises(UserError, match="than the recipe's: tokens is 4, not 8"):
         read(changed)
 
 

@@ -10,32 +10,28 @@ import pytest
 from PIL import Image
 
 from sdjax import sample
-from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.checkpoint import restore_params
 from sdjax.checkpoints.controls import read_control
 from sdjax.checkpoints.references import read_references
 from sdjax.checkpoints.workdir import read_workdir
 from sdjax.config import default, resolve
 from sdjax.config_model import method_of_run
-from sdjax.data.pipeline import make_iterator
-from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.beside.t2i_adapter import T2I_ADAPTER
 from sdjax.families.family import Model
 from sdjax.families.sd import SD, UNetConfig
 from sdjax.families.sdxl import SDXL, UNET_SDXL
 from sdjax.formats.folders import ModelError
-from sdjax.methods.method import Draw
 from sdjax.methods.t2i_adapter import T2IAdapterMethodConfig, network_config
 from sdjax.models.params import component
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.models.weights import to_diffusers
-from sdjax.train import loop, startup
+from sdjax.train import loop
 from sdjax.train.finish import last_screen
 from sdjax.train.selection import Selection
 from tests.conftest import make_tiny_config
-from tests.methods.runs import begun_from, broken_off
+from tests.methods.runs import assert_is_what_it_exported, begun, begun_from, broken_off, read
 from tests.train.test_loop import assert_same_run
 
 IMAGES = ({"name": "control", "kind": "condition", "made": "soft_edges"},)
@@ -60,29 +56,9 @@ def whole(config, tmp_path_factory):
     return folder
 
 
-def read(config):
-    """(what a run begins with, its method)."""
-    assembled = assemble(resolve(config))
-    made = method_of_run(assembled.config, assembled.tokenizers)
-    return startup.begin(assembled, made, None), made
-
-
 @pytest.fixture(scope="module")
 def beginning(config):
-    """(method, parameters at the start, a batch, what the loss draws)."""
-    assembled, made = read(config)
-    missing = made.abstract.keys() - assembled.every.keys()  # all would take long to compile
-    draw = jax.jit(lambda key: {p: v for p, v in made.init(key).items() if p in missing})
-    drawn = draw(jax.random.key(0))
-    params = {**drawn, **{path: jnp.asarray(value) for path, value in assembled.every.items()}}
-    data = make_iterator(
-        assembled.config.data, assembled.tokenizers, split="train", seed=3,
-        number_shapes=made.numbers,
-    )  # fmt: skip
-    batch = {name: jnp.asarray(value) for name, value in next(data).items()}
-    data.close()
-    key, positions = jax.random.key(5), jnp.arange(4)
-    return made, params, batch, Draw(key, example_keys(key, positions), positions, 4)
+    return begun(config)
 
 
 def test_the_loss_is_that_of_the_unet_with_what_the_adapter_adds(config, beginning):
@@ -159,12 +135,9 @@ def test_the_folder_that_a_run_writes_loads_in_diffusers(whole):
 
 
 def test_a_workdir_is_an_adapter(whole, tiny_model, tmp_path, capsys):
-    exported, workdir = read_control(whole / "t2i_adapter"), read_control(whole)
-    assert exported[0] == workdir[0]
-    for path, value in exported[1].items():
-        np.testing.assert_array_equal(value, workdir[1][path])
+    exported = assert_is_what_it_exported(whole, whole / "t2i_adapter", T2I_ADAPTER, 2)
     first = read_control(whole / "checkpoints" / "1")[1]
-    assert any(np.any(value != exported[1][path]) for path, value in first.items())
+    assert any(np.any(value != exported[path]) for path, value in first.items())
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "a.png")
     for i, (option, net) in enumerate(
