@@ -10,9 +10,9 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from sdjax.evaluation import bootstrap
 from sdjax.evaluation.audit import Attribute, Audit
-from sdjax.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import CONFIDENCE, RESAMPLES, Estimate
 
 ALL = "all prompts"
 

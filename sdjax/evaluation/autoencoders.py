@@ -21,10 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.data.pictures import SplitPictures, has_pictures, open_split, stretches
 from sdjax.errors import UserError
-from sdjax.evaluation import bootstrap, evaluation_output, frechet, reconstruction
+from sdjax.evaluation import evaluation_output
 from sdjax.evaluation.choice import AUTOENCODER_METRICS, check_names
 from sdjax.evaluation.evaluation import FEW, Inputs, Results
 from sdjax.evaluation.loading import Loaded, choose_data
+from sdjax.evaluation.metrics import bootstrap, frechet, reconstruction
 from sdjax.evaluation.reference import PixelTower, Tower
 from sdjax.evaluation.request import Request, dataset_name, open_towers
 from sdjax.families.beside.critics import LPIPS_NETWORK, with_critics

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdjax.errors import UserError
-from sdjax.evaluation import neighbours
 from sdjax.evaluation.evaluation import Inputs, made_by, tower_for
-from sdjax.evaluation.fidelity import is_of_shapes
+from sdjax.evaluation.metrics import neighbours
+from sdjax.evaluation.metrics.fidelity import is_of_shapes
 from sdjax.evaluation.towers import CLIP_EXAMPLE, INCEPTION_URL
 
 # {need: description of the missing input, and how to provide it}.

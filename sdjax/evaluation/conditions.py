@@ -20,8 +20,8 @@ from sdjax.data.named_images import NamedImage
 from sdjax.data.pictures import Pictures, SplitPictures, has_pictures, open_split
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import Estimate
 from sdjax.families.family import Model
 from sdjax.methods.control import CONDITION
 from sdjax.methods.edit import BEFORE

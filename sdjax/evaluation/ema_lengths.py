@@ -17,9 +17,9 @@ import numpy as np
 from sdjax.checkpoints.averages import with_averages
 from sdjax.errors import UserError
 from sdjax.evaluation import evaluation_output
-from sdjax.evaluation.bootstrap import Estimate
 from sdjax.evaluation.evaluation import Inputs, Results
 from sdjax.evaluation.loading import Loaded
+from sdjax.evaluation.metrics.bootstrap import Estimate
 from sdjax.evaluation.session import Session
 from sdjax.optim import ema
 from sdjax.system import paths

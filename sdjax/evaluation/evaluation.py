@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from sdjax.data.pictures import Folder, SplitPictures
-from sdjax.evaluation import frechet, losses, mmd, neighbours, reference, similarity
-from sdjax.evaluation.bootstrap import RESAMPLES, Estimate
+from sdjax.evaluation import losses, reference
 from sdjax.evaluation.conditions import Masked, masked_errors
 from sdjax.evaluation.features import ClipTower
-from sdjax.evaluation.fidelity import fidelity
 from sdjax.evaluation.losses import ExampleLosses
-from sdjax.evaluation.neighbours import Nearest
+from sdjax.evaluation.metrics import frechet, mmd, neighbours, similarity
+from sdjax.evaluation.metrics.bootstrap import RESAMPLES, Estimate
+from sdjax.evaluation.metrics.fidelity import fidelity
+from sdjax.evaluation.metrics.neighbours import Nearest
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
 from sdjax.system import paths
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sdjax.evaluation import losses
-from sdjax.evaluation.bootstrap import Estimate
 from sdjax.evaluation.evaluation import Inputs, Results
+from sdjax.evaluation.metrics.bootstrap import Estimate
 from sdjax.sampling.grids import grid, save_png
 from sdjax.system import paths
 

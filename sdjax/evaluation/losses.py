@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import RESAMPLES, Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import RESAMPLES, Estimate
 from sdjax.models.params import Params
 from sdjax.system import paths
 

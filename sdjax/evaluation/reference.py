@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from sdjax.data.pictures import Pictures, stretches
 from sdjax.errors import UserError
-from sdjax.evaluation.frechet import Moments, moments
+from sdjax.evaluation.metrics.frechet import Moments, moments
 from sdjax.system import paths, progress
 from sdjax.system.array_files import open_npz
 from sdjax.system.text_files import pointer_note

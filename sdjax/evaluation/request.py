@@ -13,10 +13,10 @@ from sdjax.data.config import WITH_PATH, DataConfig
 from sdjax.data.pictures import has_pictures, open_split
 from sdjax.errors import UserError
 from sdjax.evaluation import reference, towers
-from sdjax.evaluation.bootstrap import RESAMPLES
 from sdjax.evaluation.choice import AUTOENCODER_METRICS, BY_DEFAULT, METRICS, check_names
 from sdjax.evaluation.features import ClipTower, clip_tower, inception_tower
 from sdjax.evaluation.loading import OWN, Loaded, NetworkOptions
+from sdjax.evaluation.metrics.bootstrap import RESAMPLES
 from sdjax.evaluation.reference import PixelTower, Reference, Tower
 from sdjax.sampling.drawing import Prompts
 from sdjax.system import paths

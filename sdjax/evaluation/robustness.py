@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdjax.data.pictures import Folder, stretches
-from sdjax.evaluation import bootstrap, similarity
-from sdjax.evaluation.bootstrap import Estimate
 from sdjax.evaluation.features import ClipTower
-from sdjax.evaluation.fidelity import is_of_shapes, verdicts
-from sdjax.evaluation.mmd import normalised
+from sdjax.evaluation.metrics import bootstrap, similarity
+from sdjax.evaluation.metrics.bootstrap import Estimate
+from sdjax.evaluation.metrics.fidelity import is_of_shapes, verdicts
+from sdjax.evaluation.metrics.mmd import normalised
 from sdjax.evaluation.reference import Tower
 from sdjax.sampling.drawing import Prompts
 

@@ -16,7 +16,7 @@ from sdjax.data.config import DataConfig
 from sdjax.data.named_images import NamedImage
 from sdjax.data.pipeline import Transform, make_iterator
 from sdjax.errors import UserError
-from sdjax.evaluation.fidelity import verdicts
+from sdjax.evaluation.metrics.fidelity import verdicts
 
 ALL = AugmentConfig(**dict.fromkeys(BOUNDS, 0.5), labels=True)
 EDGES = NamedImage("edges", kind="condition", made="canny")

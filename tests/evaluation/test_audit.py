@@ -22,7 +22,7 @@ from sdjax.evaluation.audit import (
     read_audit,
     zero_shot,
 )
-from sdjax.evaluation.bootstrap import around
+from sdjax.evaluation.metrics.bootstrap import around
 
 FILE = """
 prompts: [a doctor, a nurse]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sdjax import evaluate
-from sdjax.evaluation import frechet, reconstruction
 from sdjax.evaluation.autoencoders import Latents
+from sdjax.evaluation.metrics import frechet, reconstruction
 from sdjax.evaluation.reference import PixelTower
 from sdjax.families.bind import bind
 from sdjax.families.registry import model_of

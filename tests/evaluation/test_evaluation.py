@@ -10,11 +10,12 @@ from PIL import Image
 from sdjax.data.config import DataConfig
 from sdjax.data.pictures import open_folder, open_split
 from sdjax.errors import UserError
-from sdjax.evaluation import choice, mmd, neighbours, reference
+from sdjax.evaluation import choice, reference
 from sdjax.evaluation.choice import choose
 from sdjax.evaluation.evaluation import Inputs, judge
-from sdjax.evaluation.fidelity import fidelity, verdicts
 from sdjax.evaluation.losses import validation
+from sdjax.evaluation.metrics import mmd, neighbours
+from sdjax.evaluation.metrics.fidelity import fidelity, verdicts
 from sdjax.evaluation.reference import PixelTower
 from tests.evaluation.pytorch_fid_distance import calculate_frechet_distance
 

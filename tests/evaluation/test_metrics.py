@@ -8,7 +8,7 @@ import pytest
 import scipy.spatial.distance
 import scipy.stats
 
-from sdjax.evaluation import bootstrap, frechet, mmd, neighbours, similarity
+from sdjax.evaluation.metrics import bootstrap, frechet, mmd, neighbours, similarity
 from tests.evaluation.pytorch_fid_distance import calculate_frechet_distance
 
 torch = pytest.importorskip("torch")

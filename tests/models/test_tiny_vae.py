@@ -10,7 +10,7 @@ import pytest
 from sdjax.checkpoints.reading import read_any
 from sdjax.checkpoints.references import TINY_VAE
 from sdjax.data.builders import shapes
-from sdjax.evaluation.fidelity import verdicts
+from sdjax.evaluation.metrics.fidelity import verdicts
 from sdjax.models import weights
 from sdjax.models.params import component
 from sdjax.models.vae import VAE

@@ -158,7 +158,7 @@ class LoadedModel:
 
     @functools.cached_property
     def _encoder(self) -> PictureEncoder:
-        return PictureEncoder(self.model, self.dtype)
+        return PictureEncoder(self.model, self.params, self.dtype)
 
     def _padded(self, count: int) -> int:
         return min(self.batch_size, 1 << (count - 1).bit_length())
@@ -206,13 +206,12 @@ class LoadedModel:
             return {}
         images = np.stack([np.asarray(each.image, np.float32) / 255 * 2 - 1 for each in requests])
         if reads_picture(self.model) == EDIT:
-            return {"channels": jnp.asarray(self._encoder.modes(self.params, images))}
+            return {"channels": jnp.asarray(self._encoder.modes(images))}
         shape, zero = self._shape(requests[0]), np.zeros(1, int)
         noise = np.concatenate([vae_noise(each.seed, zero, shape) for each in requests])
         masks = [each.mask for each in requests if each.mask is not None]
         made = picture_of(
             self._encoder,
-            self.params,
             images,
             np.stack(masks) if masks else None,
             noise,

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import Estimate
 
 BLOCK = 1024
 PRECISION_K = 3  # Kynkaanniemi et al. 2019

@@ -13,8 +13,8 @@ import dataclasses
 
 import numpy as np
 
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import Estimate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from sdjax.data.builders import shapes
 from sdjax.data.builders.shape_reader import judge, read_shapes
 from sdjax.data.pictures import Pictures, stretches
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import Estimate
 
 # The pictures that each share counts. Size, position and relation require right colours and shapes,
 # and count only captions that state one.

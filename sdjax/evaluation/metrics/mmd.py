@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import Estimate
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import Estimate
 
 BLOCK = 1024  # rows of a kernel matrix that are held at once
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in torchmetrics and torch-fidelity

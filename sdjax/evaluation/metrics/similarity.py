@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdjax.evaluation import bootstrap
-from sdjax.evaluation.bootstrap import Estimate
-from sdjax.evaluation.mmd import normalised
+from sdjax.evaluation.metrics import bootstrap
+from sdjax.evaluation.metrics.bootstrap import Estimate
+from sdjax.evaluation.metrics.mmd import normalised
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
