@@ -212,8 +212,8 @@ def evaluate(args: argparse.Namespace) -> str:
     from sdjax.errors import UserError
     from sdjax.evaluation.evaluation_output import FILE, table
     from sdjax.evaluation.loading import load
+    from sdjax.evaluation.opening import open_session
     from sdjax.evaluation.request import default_output
-    from sdjax.evaluation.session import open_session
     from sdjax.families.conditioning import with_text_length
     from sdjax.formats.embeddings import with_files
     from sdjax.train.startup import enable_compilation_cache
@@ -300,7 +300,7 @@ def _search(
     from sdjax.evaluation import ema_lengths
     from sdjax.evaluation.choice import ON_REQUEST
     from sdjax.evaluation.evaluation_output import FILE, number
-    from sdjax.evaluation.session import open_session
+    from sdjax.evaluation.opening import open_session
 
     if args.lora or (loaded is not None and loaded.controls):
         raise UserError(

@@ -10,8 +10,8 @@ from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.errors import UserError
 from sdjax.evaluation.choice import ON_REQUEST
 from sdjax.evaluation.loading import OWN, Loaded
+from sdjax.evaluation.opening import open_session
 from sdjax.evaluation.request import Request
-from sdjax.evaluation.session import open_session
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
 from sdjax.parallel.sharding import to_host

@@ -18,8 +18,8 @@ from sdjax.config_model import method_of_run
 from sdjax.diffusion.losses import dropped_captions, example_keys
 from sdjax.errors import UserError
 from sdjax.evaluation.loading import NetworkOptions, load
+from sdjax.evaluation.opening import open_session
 from sdjax.evaluation.request import Request
-from sdjax.evaluation.session import open_session
 from sdjax.families.beside.ip_adapter import IP_ADAPTER
 from sdjax.formats.image_encoder import read_image_encoder
 from sdjax.methods.ip_adapter import IPAdapterMethodConfig, dropped
