@@ -1,7 +1,7 @@
 """Adapters that a command line names: --lora=FILE[:WEIGHT][:lbw=WEIGHT,WEIGHT,...].
 
 FILE is a file, a folder or a workdir. The numbers of `lbw` multiply the weight for the text
-encoders and each block of a UNet, in the order of sd-webui-lora-block-weight.
+encoders and each block of a denoiser, in the order of sd-webui-lora-block-weight.
 """
 
 from __future__ import annotations
@@ -69,15 +69,16 @@ def _weights(
     family = model.family
     if family.adapters is None or family.adapters.blocks is None:
         raise UserError(
-            f"--lora={option}: {family.title} has no weights of blocks; they are of the UNets of "
-            "SD1, SD2 and SDXL: give one weight"
+            f"--lora={option}: {family.title} has no weights of blocks; they are of SD1, SD2, "
+            "SDXL and FLUX.1: give one weight"
         )
     lists = family.adapters.blocks(model.networks[family.denoiser])
     found = by_block(numbers, lists.weights, f"--lora={option}: lbw")
 
     def of_module(path: str) -> float:
         network, _, module = path.partition(".")
-        block = lists.of(module) if network == family.denoiser else TEXT
+        denoises = network == family.denoiser
+        block = lists.of(module) if denoises else lists.texts.get(network, TEXT)
         # As there: a short list leaves out all other blocks, and layers in no block have 1.
         return weight * (1.0 if block in OUTSIDE else found.get(block, 0.0))
 

@@ -2,6 +2,7 @@
 
 Blocks of a UNet have the numbers of the original code: IN00 is `input_blocks.0` of LDM, M00 the
 first part of its `middle_block`, OUT00 `output_blocks.0`. SD1 and SD2 have 12 of each side, SDXL 9.
+Those of FLUX.1 are in `flux_names.py`.
 
 Sources: networks/lora.py of kohya-ss/sd-scripts, `get_block_index` and `block_dims`;
 scripts/lora_block_weight.py of hako-mikan/sd-webui-lora-block-weight, `BLOCKID12` to `BLOCKID26`.
@@ -10,6 +11,7 @@ scripts/lora_block_weight.py of hako-mikan/sd-webui-lora-block-weight, `BLOCKID1
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,20 +45,18 @@ def unchanged_key(key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BlockLists:
-    """The blocks of one UNet.
+    """The blocks of one denoiser.
 
-    ranks: the order of kohya's `block_dims`.
-    weights: the orders that block weights of A1111 have: of blocks with attention, and of all.
+    of: path of a module within the denoiser -> its block.
+    weights: the orders that lists of weights have; of a UNet's blocks with attention, and of all.
+    ranks: the order of kohya's `block_dims`; () where they have none.
+    texts: {text encoder: its block}; others are `TEXT`.
     """
 
-    config: UNetConfig
-    ranks: Order
+    of: Callable[[str], str]
     weights: tuple[Order, ...]
-
-    def of(self, module: str) -> str:
-        """Return the block of a module, by its path within the UNet."""
-        side, number, *_ = f"{unet_name(f'{module}.weight', self.config)}.".split(".")
-        return f"{_SIDES[side]}{int(number):02}" if side in _SIDES else _ENDS[side]
+    ranks: Order = ()
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ class AdapterNames:
     facts: model -> entries of a file's metadata that say what it is an adapter of.
     respelled: key -> the same in the style of kohya, for layouts that this family alone has.
     blocks: config of the denoiser -> its blocks; None where no lists of numbers are in use.
+    ranks_by_block: whether these have an order of ranks.
     """
 
     prefixes: Mapping[str, str]
@@ -80,6 +81,7 @@ class AdapterNames:
     facts: Callable[[Any], dict[str, str]] = lambda model: {}
     respelled: Callable[[str], str] = unchanged_key
     blocks: Callable[[Any], BlockLists] | None = None
+    ranks_by_block: bool = False
 
 
 def unet_blocks(config: UNetConfig, *, ends: bool) -> BlockLists:
@@ -112,7 +114,14 @@ def unet_blocks(config: UNetConfig, *, ends: bool) -> BlockLists:
     if ends:
         ranks = [("EMB",), *ins, *((part,) for part in _MIDDLE), *outs, ("END",)]
     every = [(TEXT,), *ins, *middle, *outs]
-    return BlockLists(config, tuple(ranks), (((TEXT,), *attending), tuple(every)))
+    weights = ((TEXT,), *attending), tuple(every)
+    return BlockLists(functools.partial(_unet_block, config), weights, tuple(ranks))
+
+
+def _unet_block(config: UNetConfig, module: str) -> str:
+    """The block of a module, by its path within the UNet."""
+    side, number, *_ = f"{unet_name(f'{module}.weight', config)}.".split(".")
+    return f"{_SIDES[side]}{int(number):02}" if side in _SIDES else _ENDS[side]
 
 
 def by_block(numbers: Sequence[float], orders: Sequence[Order], name: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ guidance as a number, which is 1 in training (diffusers pipeline_flux.py, docs o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ from sdjax.families.family import (
     Networks,
     Part,
 )
-from sdjax.families.flux_names import flux_places, xlabs_respelled
+from sdjax.families.flux_names import flux_blocks, flux_places, xlabs_respelled
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
 from sdjax.models.flux.config import FluxConfig
@@ -224,6 +225,7 @@ FLUX = Family(
         entrance="x_embedder",
         facts=adapter_facts,
         respelled=xlabs_respelled,
+        blocks=functools.partial(flux_blocks, texts={CLIP: "CLIP", T5: "T5"}),
     ),
     presets={
         "base": FluxModelConfig(),

@@ -7,13 +7,17 @@ ComfyUI's files have these names too, after `model.diffusion_model.`. The layout
     final_layer its modulation is shift, scale; diffusers' `norm_out` is scale, shift
 
 Sources: black-forest-labs/flux, modules/layers.py; diffusers' loaders/single_file_utils.py reads
-what is written here.
+what is written here. Blocks have the names of scripts/lora_block_weight.py of
+hako-mikan/sd-webui-lora-block-weight, `BLOCKIDFLUX`: IN is what is before them, D00 the first of
+the double ones, S00 of the single ones, OUT what is after them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
+from sdjax.families.adapter_names import TEXT, BlockLists
 from sdjax.families.single_file import Place, Places, halves_swapped
 from sdjax.models.flux.config import FluxConfig
 
@@ -108,3 +112,27 @@ def flux_place(name: str) -> Place:
 def flux_places(config: FluxConfig) -> Places:
     """Return the places of a transformer's weights, the same for every config."""
     return flux_place
+
+
+def flux_blocks(config: FluxConfig, *, texts: Mapping[str, str]) -> BlockLists:
+    """Return the blocks of a transformer.
+
+    The longer list is `BLOCKIDFLUX`, the shorter one that of ltdrdata/ComfyUI-Inspire-Pack,
+    inspire/lora_block_weight.py: a number for all that is in no block, then one for each block.
+
+    Args:
+        texts: {text encoder: its name in the longer list}, in its order.
+    """
+    blocks = [(f"D{i:02}",) for i in range(config.num_layers)]
+    blocks += [(f"S{i:02}",) for i in range(config.num_single_layers)]
+    names = tuple(texts.values())
+    longer = *((name,) for name in names), ("IN",), *blocks, ("OUT",)
+    return BlockLists(_block, (((TEXT, *names, "IN", "OUT"), *blocks), longer), texts=texts)
+
+
+def _block(module: str) -> str:
+    """The block of a module, by its path within the transformer."""
+    kind, _, rest = module.partition(".")
+    if kind in _BLOCKS:
+        return f"{_BLOCKS[kind][0][0].upper()}{int(rest.partition('.')[0]):02}"
+    return "OUT" if kind in ("norm_out", "proj_out") else "IN"

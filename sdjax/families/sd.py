@@ -348,6 +348,7 @@ SD = Family(
         entrance="conv_in",
         facts=adapter_facts,
         blocks=functools.partial(unet_blocks, ends=False),
+        ranks_by_block=True,
     ),
     presets={
         "base": SDConfig(),

@@ -324,6 +324,7 @@ SDXL = Family(
         entrance="conv_in",
         facts=adapter_facts,
         blocks=functools.partial(unet_blocks, ends=True),
+        ranks_by_block=True,
     ),
     presets={
         "base": SDXLConfig(),

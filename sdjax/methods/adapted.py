@@ -1,4 +1,4 @@
-"""Adapters by the losses of other methods: of denoisers that read more than noisy latents."""
+"""Adapters by the losses of other methods: of inpaint and edit, and of pairs of pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 from sdjax.methods import adapters
 from sdjax.methods.adapter_rules import AdaptersConfig
+from sdjax.methods.dpo import DPO, DPOConfig, beside_base
 from sdjax.methods.edit import EDIT, EditConfig
 from sdjax.methods.inpaint import INPAINT, InpaintConfig
 from sdjax.methods.method import Kind, Method, Setup
@@ -36,6 +37,25 @@ class EditAdaptersConfig(AdaptersConfig, EditConfig):
     name: str = "edit_adapters"
 
 
+@dataclasses.dataclass(frozen=True)
+class DPOAdaptersConfig(AdaptersConfig, DPOConfig):
+    """Training of adapters on pairs of a chosen and a rejected picture.
+
+    The reference is the model without its adapters.
+    """
+
+    name: str = "dpo_adapters"
+
+    def __post_init__(self) -> None:
+        AdaptersConfig.__post_init__(self)
+        DPOConfig.__post_init__(self)
+        if self.text_targets:
+            raise ValueError(
+                f"method.text_targets is {self.text_targets}; expected (): the model and its "
+                "reference read the same text"
+            )
+
+
 def _adapted(kind: Kind, config: type) -> Kind:
     """The entry of a method with the loss of another, which trains adapters and nothing else."""
 
@@ -56,3 +76,4 @@ def _adapted(kind: Kind, config: type) -> Kind:
 
 INPAINT_ADAPTERS = _adapted(INPAINT, InpaintAdaptersConfig)
 EDIT_ADAPTERS = _adapted(EDIT, EditAdaptersConfig)
+DPO_ADAPTERS = _adapted(dataclasses.replace(DPO, make=beside_base), DPOAdaptersConfig)

@@ -198,7 +198,7 @@ def numbered_blocks(config: AdaptersConfig, family: Family) -> Callable[[Any], B
     given = [field for field in BLOCK_LISTS if getattr(config, field)]
     if not given:
         return None
-    if family.adapters is None or family.adapters.blocks is None:
+    if family.adapters is None or not family.adapters.ranks_by_block:
         raise UserError(
             f"method.{given[0]} is {getattr(config, given[0])} with {family.title}; such lists are "
             "of the UNets of SD1, SD2 and SDXL: give patterns in method.ranks and method.alphas"

@@ -20,7 +20,16 @@ from sdjax.diffusion.losses import NOISE, fold_keys, normal_like, sample_timeste
 from sdjax.diffusion.prediction import add_noise, target
 from sdjax.diffusion.schedules import schedule_at
 from sdjax.errors import UserError
-from sdjax.methods.denoise import STRATA, DenoiseConfig, LatentDiffusion, bound, latent_diffusion
+from sdjax.families.bind import bind
+from sdjax.methods.denoise import (
+    STRATA,
+    DenoiseConfig,
+    Denoiser,
+    LatentDiffusion,
+    MakeDenoiser,
+    bound,
+    latent_diffusion,
+)
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import picture_fields
 from sdjax.methods.method import (
@@ -82,10 +91,14 @@ def preferred(difference: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preference:
-    """The loss of pairs."""
+    """The loss of pairs.
+
+    reference: gives the denoiser that the model's is compared with.
+    """
 
     config: DPOConfig
     diffusion: LatentDiffusion
+    reference: MakeDenoiser
 
     def loss(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
@@ -129,14 +142,14 @@ class Preference:
         context = jax.tree.map(lambda value: jnp.concatenate([value] * 2), context)
         xt, wanted = add_noise(x0, eps, alpha, sigma), target(kind, x0, eps, alpha, sigma)
 
-        def errors(params: Params) -> tuple[jax.Array, jax.Array]:
-            out = diffusion.denoiser(params, batch)(xt, t2, context).astype(jnp.float32)
+        def errors(denoiser: Denoiser) -> tuple[jax.Array, jax.Array]:
+            out = denoiser(xt, t2, context).astype(jnp.float32)
             both = jnp.square(out - wanted).mean(axis=tuple(range(1, out.ndim)))  # [2b]
             win, lose = jnp.split(both, 2)
             return win, lose
 
-        win, lose = errors(every)
-        win_ref, lose_ref = jax.lax.stop_gradient(errors(self.reference(every)))
+        win, lose = errors(diffusion.denoiser(every, batch))
+        win_ref, lose_ref = jax.lax.stop_gradient(errors(self.reference(every, batch)))
         difference = (win_ref - win) - (lose_ref - lose)
         loss = preference_loss(difference, self.config)
         return loss, {
@@ -147,10 +160,6 @@ class Preference:
             "accuracy": preferred(difference),
         }
 
-    def reference(self, every: Params) -> Params:
-        """The reference in the place of the denoiser."""
-        return prefixed(component(every, REFERENCE), self.diffusion.setup.model.family.denoiser)
-
 
 def _rejected(batch: Batch) -> Batch:
     """The rejected pictures in the place of the chosen ones."""
@@ -160,17 +169,18 @@ def _rejected(batch: Batch) -> Batch:
 
 
 def make(setup: Setup) -> Method:
-    """Bind the method to the networks of a model; see `Preference`.
+    """Bind the method to the networks of a model; the reference is a copy of the denoiser.
 
     Raises:
-        UserError: the data has no rejected pictures, or the objective asks for another loss.
+        UserError: see `_bound`.
     """
-    _check_objective(setup)
-    images = picture_fields(setup, required={REJECTED: "picture"})
     diffusion = latent_diffusion(setup)
-    pairs = Preference(setup.config, diffusion)
-    method = bound(diffusion, images=images, pictures=caption_pictures(setup))
     name = setup.model.family.denoiser
+
+    def reference(every: Params, batch: Batch) -> Denoiser:
+        return diffusion.denoiser(prefixed(component(every, REFERENCE), name), batch)
+
+    method = _bound(diffusion, reference)
 
     def renamed(fields: dict) -> dict:
         return prefixed(component(fields, name), REFERENCE)
@@ -178,12 +188,41 @@ def make(setup: Setup) -> Method:
     return dataclasses.replace(
         method,
         abstract=method.abstract | renamed(method.abstract),
-        phases=(Phase("main", pairs.loss, lambda path: path.startswith(f"{name}.")),),
-        validate=pairs.validate,
         start=lambda loaded: renamed(dict(loaded)),
         copies={REFERENCE: name},
         dtypes={**method.dtypes, **renamed(dict(method.dtypes))},
     )
+
+
+def beside_base(setup: Setup) -> Method:
+    """Bind the method to networks with changes; the reference is the denoiser without them.
+
+    Raises:
+        UserError: see `_bound`.
+    """
+    model, name = dataclasses.replace(setup.model, changes=()), setup.model.family.denoiser
+    plain = bind(model, (name,), dtype=setup.dtype, remat=setup.remat)
+
+    def reference(every: Params, batch: Batch) -> Denoiser:
+        return plain.module(name, {path: every[path] for path in plain.abstract})
+
+    return _bound(latent_diffusion(setup), reference)
+
+
+def _bound(diffusion: LatentDiffusion, reference: MakeDenoiser) -> Method:
+    """The method whose model is compared with a reference, and whose denoiser alone is trained.
+
+    Raises:
+        UserError: the data has no rejected pictures, or the objective asks for another loss.
+    """
+    setup = diffusion.setup
+    _check_objective(setup)
+    images = picture_fields(setup, required={REJECTED: "picture"})
+    pairs = Preference(setup.config, diffusion, reference)
+    method = bound(diffusion, images=images, pictures=caption_pictures(setup))
+    name = setup.model.family.denoiser
+    phase = Phase("main", pairs.loss, lambda path: path.startswith(f"{name}."))
+    return dataclasses.replace(method, phases=(phase,), validate=pairs.validate)
 
 
 def _check_objective(setup: Setup) -> None:
@@ -192,8 +231,8 @@ def _check_objective(setup: Setup) -> None:
     for field, value in expected.items():
         if getattr(objective, field) != value:
             raise UserError(
-                f"objective.{field} is {getattr(objective, field)!r}, but method 'dpo' compares "
-                f"plain squared errors; set it to {value!r}"
+                f"objective.{field} is {getattr(objective, field)!r}, but method "
+                f"{setup.config.name!r} compares plain squared errors; set it to {value!r}"
             )
 
 

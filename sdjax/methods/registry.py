@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdjax.methods.adapted import EDIT_ADAPTERS, INPAINT_ADAPTERS
+from sdjax.methods.adapted import DPO_ADAPTERS, EDIT_ADAPTERS, INPAINT_ADAPTERS
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
 from sdjax.methods.consistency import LCM
@@ -34,4 +34,5 @@ METHODS: dict[str, Kind] = {
     "pivotal": PIVOTAL,
     "inpaint_adapters": INPAINT_ADAPTERS,
     "edit_adapters": EDIT_ADAPTERS,
+    "dpo_adapters": DPO_ADAPTERS,
 }

@@ -132,8 +132,8 @@ def add_lora_option(
         "--lora", action="append", default=[], metavar="FILE[:WEIGHT][:lbw=W,W,...]",
         help=f"an adapter (LoRA, DoRA, LoHa, LoKr) {purpose}: a file of kohya's or diffusers' "
         "layout, its folder, or the workdir of a run that trained one; the weight is 1 where none "
-        "is given; lbw: weights of the blocks of SD1 and SD2 (17 or 26) or SDXL (12 or 20), as in "
-        "sd-webui-lora-block-weight; may be given again",
+        "is given; lbw: weights of the blocks of SD1 and SD2 (17 or 26), SDXL (12 or 20) or FLUX.1 "
+        "(58 or 61), as in sd-webui-lora-block-weight; may be given again",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from sdjax.config import default, resolve
 from sdjax.config_model import blank_method
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
+from sdjax.families.flux_names import flux_place
 from sdjax.families.registry import FAMILIES, model_of
 from sdjax.formats.adapters.merging import merged
 from sdjax.formats.adapters.reading import read_adapter
@@ -213,6 +215,29 @@ def test_numbers_of_blocks_are_kohyas_own_rule():
             continue
         block = lists.of(path.removeprefix("unet."))
         assert index == (12 if block[0] == "M" else order.index(block)), path
+
+
+def test_patterns_are_the_ranks_of_kohyas_flux_trainer():
+    """networks/lora_flux.py, `type_dims` and `in_dims`; docs/finetuning.md has the patterns."""
+    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    listed = page.split("c.method.ranks = (\n")[1].split("\n    )\n")[0]
+    pairs = re.findall(r'\(r"(.*?)", (\d)\)', listed)
+    ranks = tuple((pattern, int(rank)) for pattern, rank in pairs)
+    found = factors("flux", "dev", AdaptersConfig(targets=("linear",), ranks=ranks))
+    theirs = {
+        "txt_attn": 4, "img_attn": 4, "img_mlp": 8, "txt_mlp": 2, "img_mod": 2, "txt_mod": 2,
+        "linear1": 4, "linear2": 4, "modulation": 2, "img_in": 4, "time_in": 2, "vector_in": 2,
+        "guidance_in": 2, "txt_in": 4,
+    }  # fmt: skip
+    seen = {}
+    for path, value in found.items():
+        if path.endswith(".adapter.A"):
+            own = path.removeprefix("transformer.").removesuffix(".adapter.A")
+            name = flux_place(f"{re.sub('-[0-9]+', '', own)}.weight").name
+            parts = [part for part in name.split(".") if not part.isdigit()]
+            part = parts[1] if parts[0].endswith("_blocks") else parts[0]
+            seen.setdefault(part, set()).add(value.shape[-1])
+    assert seen == {part: {rank} for part, rank in theirs.items()}
 
 
 def test_a_zero_leaves_a_block_out_and_a_pattern_wins():

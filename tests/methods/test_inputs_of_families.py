@@ -17,13 +17,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {"sd": "base", "sdxl": "sdxl_tiny", "sd3": "sd3_tiny", "flux": "flux_tiny"}
 IMAGES = {
     "dpo": ({"name": "rejected"},),
+    "dpo_adapters": ({"name": "rejected"},),
     "edit": ({"name": "before"}, {"name": "mask", "kind": "mask"}),
     "inpaint": ({"name": "mask", "kind": "mask"},),
 }
 
 
-def made(family, method, **data):
-    """The method of a tiny recipe, and its abstract batch."""
+def recipe(family, method, **data):
+    """A tiny recipe of a method."""
     spec = importlib.util.spec_from_file_location("recipe", CONFIGS / f"{RECIPES[family]}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,7 +38,12 @@ def made(family, method, **data):
     if method in ("edit", "inpaint"):
         latent = c.model.vae.latent_channels
         c.model.unet.in_channels = 2 * latent + (method == "inpaint")
-    found = blank_method(resolve(c))
+    return c
+
+
+def made(family, method, **data):
+    """The method of a tiny recipe, and its abstract batch."""
+    found = blank_method(resolve(recipe(family, method, **data)))
     batch = {n: jax.ShapeDtypeStruct((4, *v.shape), v.dtype) for n, v in found.example.items()}
     return found, batch
 

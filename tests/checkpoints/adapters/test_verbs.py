@@ -8,12 +8,15 @@ from sdjax import convert, sample
 from sdjax.checkpoints.adapters import parse_lora, with_loras
 from sdjax.checkpoints.reading import read_any
 from sdjax.errors import UserError
+from sdjax.families.flux import FLUX
 from sdjax.formats.adapters.layers import delta
 from sdjax.formats.adapters.merging import merged
 from sdjax.formats.adapters.reading import read_adapter
 from sdjax.formats.adapters.writing import write_diffusers_adapter, write_kohya_adapter
 from sdjax.models.weights import read_header
 from tests.checkpoints.adapters import samples
+from tests.checkpoints.adapters.test_files import TINY_FLUX, TINY_SD3
+from tests.checkpoints.adapters.test_merging import with_params
 from tests.odd_names import ODD
 
 
@@ -196,6 +199,46 @@ def test_weights_of_blocks_are_those_of_a_merge_by_hand(model, lora):
     only = merged(model, [(adapter, lambda path: 1.0 if path.startswith("unet") else 0.5)])
     for path, value in only.params.items():
         np.testing.assert_array_equal(whole.params[path], value, err_msg=path)
+
+
+def test_weights_of_flux_blocks_are_in_the_orders_of_the_extensions(tmp_path):
+    """`BLOCKIDFLUX`: CLIP, T5, IN, 19 double ones, 38 single ones, OUT; here 2 and 3."""
+    lists = FLUX.adapters.blocks(FLUX.presets["dev"].transformer)
+    shorter, longer = ([names[0] for names in order] for order in lists.weights)
+    doubles, singles = [f"D{i:02}" for i in range(19)], [f"S{i:02}" for i in range(38)]
+    assert longer == ["CLIP", "T5", "IN", *doubles, *singles, "OUT"] and len(longer) == 61
+    assert shorter == ["BASE", *doubles, *singles]
+    model = with_params(TINY_FLUX)
+    file = tmp_path / "a.safetensors"
+    write_kohya_adapter(file, model, samples.lora_adapter(model, ranks=(2,)))
+    adapter = read_adapter(file, model)
+    weights = {
+        "text_encoder.": 2, "transformer.x_embedder": 4, "transformer.time_text_embed": 4,
+        "transformer.context_embedder": 4, "transformer.transformer_blocks.0": 5,
+        "transformer.transformer_blocks.1": 6, "transformer.single_transformer_blocks.0": 7,
+        "transformer.single_transformer_blocks.1": 8, "transformer.single_transformer_blocks.2": 0,
+        "transformer.norm_out": 9, "transformer.proj_out": 9,
+    }  # fmt: skip
+    for base, numbers in (("", "2,3,4,5,6,7,8,0,9"), ("base", "2,5,6,7,8,0")):
+        found = with_loras(model, [f"{file}:0.5:lbw={numbers}"])
+
+        def weight(path, base=base):
+            own = next(w for start, w in weights.items() if path.startswith(start))
+            return 0.5 * (2 if base and own in (4, 9) else own)
+
+        expected = merged(model, [(adapter, weight)])
+        for path, value in expected.params.items():
+            np.testing.assert_array_equal(found.params[path], value, err_msg=path)
+    with pytest.raises(UserError, match=r"expected 6 \(BASE D00-D01 S00-S02\) or 9 \(CLIP T5 IN"):
+        with_loras(model, [f"{file}:lbw=1,2"])
+
+
+def test_sd3_has_no_weights_of_blocks(tmp_path):
+    model = with_params(TINY_SD3)
+    file = tmp_path / "a.safetensors"
+    write_kohya_adapter(file, model, samples.lora_adapter(model, ranks=(2,)))
+    with pytest.raises(UserError, match="they are of SD1, SD2, SDXL and FLUX.1: give one weight"):
+        with_loras(model, [f"{file}:lbw=1,2"])
 
 
 @pytest.mark.parametrize(
