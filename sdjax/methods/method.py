@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # a step needs no tokenizer
     from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Batch = Mapping[str, jax.Array]
-Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
+# {EMA profile: averages of what is trained}, and the copy of `Method.copied_at` under COPY.
+Averages = Mapping[str, Params]
+COPY = "copy"
 Aux = dict[str, jax.Array]
 ALWAYS = (0.0, 1.0)  # the shares of a run's steps between which something is trained
 
@@ -41,12 +43,14 @@ class Draw(NamedTuple):
     keys: [b], one for each example at hand.
     positions: int32 [b], their places in the global batch.
     batch_size: of the global batch.
+    copies: int32 [], how often the copy of `Method.copied_at` was taken.
     """
 
     key: jax.Array
     keys: jax.Array
     positions: jax.Array
     batch_size: int
+    copies: jax.Array | int = 0
 
 
 class LossFn(Protocol):
@@ -186,6 +190,10 @@ class Method:
         network as it was loaded instead of keeping the copy.
     brought: {name: (field of the recipe, folder)} of what `start` reads whole and nothing trains; a
         workdir refers to the folder. See `checkpoints.references.TOWER_FIELDS`.
+    copied_at: the numbers of updates, rising, after which the state's copy of what is trained is
+        taken anew: a teacher that was the student. The first copy is that of the start; with ()
+        there is none. Losses find it in `averages[COPY]`, and in `Draw.copies` how often it was
+        taken. A step that is skipped for a NaN is no update.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -208,9 +216,12 @@ class Method:
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )
+    copied_at: tuple[int, ...] = ()
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if sorted({0, *self.copied_at}) != [0, *self.copied_at]:
+            raise ValueError(f"copied_at is {self.copied_at}; expected rising updates above 0")
         names = [phase.name for phase in self.phases]
         if not names or len(set(names)) < len(names) or not all(names):
             raise ValueError(f"the phases are called {names}; expected names that differ")

@@ -105,7 +105,8 @@ def export(
     Where the frozen networks are gone, that is only told: the run has its checkpoints.
     """
     path = folder / "diffusers"
-    params = {p: v for p, v in params.items() if p.split(".")[0] not in method.copies}
+    own = config.model.networks  # and not those that the run alone has beside them
+    params = {p: v for p, v in params.items() if p.split(".")[0] in own}
     host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 
