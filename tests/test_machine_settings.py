@@ -44,7 +44,7 @@ data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shape
 data.shapes_pairs data.shapes_colours
 optim.name optim.learning_rate optim.b1 optim.b2 optim.eps optim.weight_decay optim.momentum
 optim.schedule optim.warmup_steps optim.end_value optim.power optim.rsqrt_steps optim.boundaries
-optim.scales optim.clip_norm optim.groups optim.moments
+optim.scales optim.cycle_steps optim.clip_norm optim.groups optim.moments
 ema.profiles ema.snapshot_every ema.snapshot_dtype
 train.steps train.accumulation train.log_every train.checkpoint_every train.keep_last
 train.keep_every train.sample_every train.timestep_buckets train.max_nonfinite train.spike_factor
@@ -54,7 +54,8 @@ sample.prompts sample.count sample.compare sample.guidance sample.guidance_resca
 sample.negative_prompt sample.sampler.name sample.sampler.steps sample.sampler.spacing
 sample.sampler.steps_offset sample.sampler.eta sample.sampler.karras
 sample.sampler.set_alpha_to_one sample.sampler.clip_sample sample.sampler.clip_sample_range
-sample.sampler.original_steps sample.sampler.flow.* sample.embedded_guidance sample.skip.*
+sample.sampler.original_steps sample.sampler.distilled sample.sampler.flow.*
+sample.embedded_guidance sample.skip.*
 validation.every validation.examples validation.train_examples validation.strata validation.rows
 validation.metric validation.metrics validation.num_samples validation.mode validation.patience
 validation.maxima_every

@@ -67,6 +67,7 @@ class SamplerConfig:
     clip_sample: limit each estimate of x0 to +-clip_sample_range (ddpm, ddim, heun).
     clip_sample_range: that limit.
     original_steps: the points of the grid that an LCM is distilled on, of which lcm takes `steps`.
+    distilled: the model was distilled to so many steps, and draws guided pictures by itself.
     flow: the levels of flow_euler.
 
     Raises UserError where a field is out of its range or does not go with `name`.
@@ -82,7 +83,13 @@ class SamplerConfig:
     clip_sample: bool = False
     clip_sample_range: float = 1.0
     original_steps: int = 50
+    distilled: bool = False
     flow: FlowConfig = FlowConfig()
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether it draws models that were distilled, which want no guidance on top."""
+        return self.distilled or self.name == "lcm"
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLERS:

@@ -37,8 +37,8 @@ def scheduler_file(model: Model) -> dict[str, Any]:
     if model.scheduler is not None:
         read = scheduler_from_diffusers(model.scheduler)
         same = (read.schedule, read.prediction_type) == (model.schedule, model.prediction_type)
-        distilled = model.sampler is not None and model.sampler.name == "lcm"
-        if same and not (distilled and read.sampler.name != "lcm"):
+        distilled = model.sampler is not None and model.sampler.few_steps
+        if same and not (distilled and read.sampler != model.sampler):
             return dict(model.scheduler)
     return scheduler_to_diffusers(model.schedule, model.prediction_type, model.sampler)
 

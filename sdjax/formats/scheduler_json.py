@@ -29,6 +29,9 @@ _FLOW_FIELDS = {
     "max_tokens": "max_image_seq_len",
     "stochastic": "stochastic_sampling",
 }
+# The steps that a model was distilled to, of which no class has a field; diffusers passes over what
+# begins with "_".
+DISTILLED = "_distilled_steps"
 LCM_STEPS = 4  # what latent consistency models are drawn with, of which the file has no field
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -86,7 +89,7 @@ def scheduler_from_diffusers(
             num_train_timesteps=fields["num_train_timesteps"],
             zero_terminal_snr=bool(fields.get("rescale_betas_zero_snr")),
         )
-        sampler = _sampler(cls, fields)
+        sampler = _distilled(_sampler(cls, fields), config.get(DISTILLED))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return Scheduler(schedule, fields["prediction_type"], sampler, unsupported)
@@ -109,6 +112,15 @@ def _sampler(cls: SchedulerClass, fields: Mapping[str, Any]) -> SamplerConfig:
         limit = fields["clip_sample_range"]
         sampler = dataclasses.replace(sampler, clip_sample=True, clip_sample_range=limit)
     return sampler
+
+
+def _distilled(sampler: SamplerConfig, steps: Any) -> SamplerConfig:
+    """The sampler of a model that was distilled to so many steps; None for one that was not."""
+    if steps is None:
+        return sampler
+    if not _is_like(steps, 1):
+        raise ValueError(f"{DISTILLED} is {brief(steps)}; expected a whole number")
+    return dataclasses.replace(sampler, steps=steps, distilled=True)
 
 
 def _flow(
@@ -234,6 +246,8 @@ def scheduler_to_diffusers(
         config["set_alpha_to_one"] = sampler.set_alpha_to_one
     if sampler.name == "lcm":
         config |= _lcm_to_diffusers(schedule, sampler)
+    if sampler.distilled:
+        config[DISTILLED] = sampler.steps
     if schedule.snr_scale != 1.0:  # no field of a diffusers scheduler says this but the betas
         alphas_cumprod = make_schedule(schedule).alphas_cumprod
         kept = alphas_cumprod[1:] / alphas_cumprod[:-1]

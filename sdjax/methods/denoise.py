@@ -114,7 +114,7 @@ class LatentDiffusion:
     ) -> tuple[jax.Array, Aux]:
         """See `LossFn`."""
         every = {**frozen, **trained}
-        key, keys, positions, batch_size, _ = draw
+        key, keys, positions, batch_size, *_ = draw
         dropout = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), positions[0])
         beside = self.beside(every, batch, keys)
         if self.inputs is not None:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # a step needs no tokenizer
     from sdjax.data.text.text_tokenizer import TextTokenizer
 
 Batch = Mapping[str, jax.Array]
-Averages = Mapping[str, Params]  # {EMA profile: averages of what is trained}
+# {EMA profile: averages of what is trained}, and the copy of `Method.copied_at` under COPY.
+Averages = Mapping[str, Params]
+COPY = "copy"
 Aux = dict[str, jax.Array]
 ALWAYS = (0.0, 1.0)  # the shares of a run's steps between which something is trained
 
@@ -42,6 +44,7 @@ class Draw(NamedTuple):
     positions: int32 [b], their places in the global batch.
     batch_size: of the global batch.
     step: how many steps were done before this one, int32 scalar.
+    copies: int32 [], how often the copy of `Method.copied_at` was taken.
     """
 
     key: jax.Array
@@ -49,6 +52,7 @@ class Draw(NamedTuple):
     positions: jax.Array
     batch_size: int
     step: jax.Array | int = 0
+    copies: jax.Array | int = 0
 
 
 class LossFn(Protocol):
@@ -192,6 +196,10 @@ class Method:
         trains; a workdir refers to it. See `checkpoints.references.BROUGHT`.
     whole_batch: why the loss of a batch is not the mean of those of its parts, as the end of a
         sentence, where it is not: its gradients are not accumulated then.
+    copied_at: the numbers of updates, rising, after which the state's copy of what is trained is
+        taken anew: a teacher that was the student. The first copy is that of the start; with ()
+        there is none. Losses find it in `averages[COPY]`, and in `Draw.copies` how often it was
+        taken. A step that is skipped for a NaN is no update.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -215,9 +223,12 @@ class Method:
         None
     )
     whole_batch: str = ""
+    copied_at: tuple[int, ...] = ()
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if sorted({0, *self.copied_at}) != [0, *self.copied_at]:
+            raise ValueError(f"copied_at is {self.copied_at}; expected rising updates above 0")
         names = [phase.name for phase in self.phases]
         if not names or len(set(names)) < len(names) or not all(names):
             raise ValueError(f"the phases are called {names}; expected names that differ")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from sdjax.methods.adapted import DPO_ADAPTERS, EDIT_ADAPTERS, INPAINT_ADAPTERS
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
-from sdjax.methods.consistency import LCM
-from sdjax.methods.consistency_lora import LCM_LORA
 from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
+from sdjax.methods.distil.consistency import LCM
+from sdjax.methods.distil.consistency_lora import LCM_LORA
+from sdjax.methods.distil.progressive import PROGRESSIVE
 from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
 from sdjax.methods.embedding import EMBEDDING
@@ -27,6 +28,7 @@ METHODS: dict[str, Kind] = {
     "adapters": ADAPTERS,
     "lcm": LCM,
     "lcm_lora": LCM_LORA,
+    "progressive": PROGRESSIVE,
     "control": CONTROL,
     "t2i_adapter": T2I,
     "ip_adapter": IP,

@@ -72,6 +72,8 @@ class OptimConfig:
       power: exponent of `polynomial`.
       rsqrt_steps: `rsqrt` holds the peak until this step, then decays as sqrt(rsqrt_steps / step)
         (EDM2's learning-rate decay); below `warmup_steps` it starts where the warm-up ends.
+      cycle_steps: after so many steps the schedule begins anew, warm-up and all, and each cycle
+        ends with `end_value`, if the schedule does; 0 = never.
       boundaries, scales: `piecewise` multiplies the rate by `scales[i]` from step
         `boundaries[i]` on.
       clip_norm: largest global norm of the gradient, 0 = no clipping.
@@ -95,6 +97,7 @@ class OptimConfig:
     end_value: float = 0.0
     power: float = 1.0
     rsqrt_steps: int = 0
+    cycle_steps: int = 0
     boundaries: tuple[int, ...] = ()
     scales: tuple[float, ...] = ()
     clip_norm: float = 1.0
@@ -113,7 +116,7 @@ class OptimConfig:
             value = getattr(self, field)
             _check(field, value, 0 <= value < 1, "in [0, 1)")
         for field in ("eps", "weight_decay", "end_value", "warmup_steps", "rsqrt_steps",
-                      "clip_norm"):  # fmt: skip
+                      "cycle_steps", "clip_norm"):  # fmt: skip
             value = getattr(self, field)
             _check(field, value, value >= 0, "0 or more")
         _check("power", self.power, self.power > 0, "above 0")
@@ -157,6 +160,9 @@ def make_lr_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
     """
     if total_steps < 1:
         raise UserError(f"total_steps={total_steps}: expected 1 or more")
+    if cfg.cycle_steps:
+        one = make_lr_schedule(dataclasses.replace(cfg, cycle_steps=0), cfg.cycle_steps)
+        return lambda count: one(jnp.asarray(count) % cfg.cycle_steps)
     warmup, peak, end = cfg.warmup_steps, cfg.learning_rate, cfg.end_value
     decay = max(total_steps - 1 - warmup, 1)  # the last step is total_steps - 1
     after: optax.Schedule

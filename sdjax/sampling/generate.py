@@ -41,7 +41,7 @@ def settings_of(model: Model) -> SampleConfig:
     family = model.family.defaults.items()
     own = {k.removeprefix(group): v for k, v in family if k.startswith(group)}
     settings = SampleConfig(**{name: value for name, value in own.items() if "." not in name})
-    if model.sampler is not None and model.sampler.name == "lcm":
+    if model.sampler is not None and model.sampler.few_steps:
         return dataclasses.replace(settings, guidance=1.0)
     return settings
 

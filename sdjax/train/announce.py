@@ -18,6 +18,7 @@ from sdjax.checkpoints.assemble import Assembled, assemble
 from sdjax.config import Config, to_dict
 from sdjax.config_model import blank_method
 from sdjax.data.summary import Summary
+from sdjax.methods.method import COPY
 from sdjax.parallel import xla
 from sdjax.parallel.batches import shares
 from sdjax.parallel.sharding import param_spec
@@ -143,6 +144,7 @@ def memory_classes(program: Program) -> dict[str, int]:
         "gradients": params,
         "optimizer": bytes_on_device(program.state["opt_state"]),
         "EMA": bytes_on_device(program.state["ema"]),
+        **({COPY: bytes_on_device(program.state[COPY])} if COPY in program.state else {}),
         "frozen networks": bytes_on_device(program.frozen),
         "batch": bytes_on_device(program.batch),
     }

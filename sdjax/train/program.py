@@ -81,11 +81,12 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
             f"{config.method.name!r}; expected 1: {method.whole_batch}"
         )
     check_shapes(config)
+    _check_copies(config, method)
     split = split_trainable(config, method)
     optimizations = _optimizations(config, method, split)
 
     def fresh(params: Params) -> State:
-        return init_state(params, optimizations, config.ema)
+        return init_state(params, optimizations, config.ema, copied=bool(method.copied_at))
 
     abstract = jax.eval_shape(fresh, split.trained)
     shardings, update = train_shardings(abstract, split.trained, mesh, config.mesh)
@@ -96,6 +97,7 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
         accumulation=config.train.accumulation,
         buckets=config.train.timestep_buckets,
         num_timesteps=config.schedule.num_train_timesteps,
+        copied_at=method.copied_at,
         spread=functools.partial(_constrained, update) if update else None,
     )
 
@@ -124,6 +126,16 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
     )
 
 
+def _check_copies(config: Config, method: Method) -> None:
+    """Check that a run takes all the copies of its method."""
+    last = method.copied_at[-1] if method.copied_at else 0
+    if method.copied_at and config.train.steps <= last:
+        raise ConfigError(
+            f"train.steps is {config.train.steps}, but the last stage of method "
+            f"{config.method.name!r} begins after {last}; expected more"
+        )
+
+
 def _kept(
     frozen: Mapping[str, jax.ShapeDtypeStruct], method: Method, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -150,7 +162,7 @@ def _optimizations(config: Config, method: Method, split: Split) -> tuple[Optimi
             optim = trained_groups(phase.optim or config.optim)
             optimizer = make_optimizer(
                 optim,
-                config.train.steps,
+                -(-config.train.steps // phase.every),  # the steps that the phase takes
                 own,
                 all_paths=split.trained,
                 factors={path: phase.rate(path) for path in own},

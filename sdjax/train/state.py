@@ -3,6 +3,7 @@
     params     {path: array}, what is trained, float32
     opt_state  {phase: optax's}
     ema        {profile: {path: array}}, float32
+    copy       {path: array}, of methods that take one (`Method.copied_at`); else it is not there
     step       int32 [], optimizer steps done (skipped ones included)
     health     {"skipped": int32 [], "in_a_row": int32 []}, steps with a NaN or Inf
 
@@ -19,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from sdjax.methods.method import Phase
+from sdjax.methods.method import COPY, Phase
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
 
@@ -41,9 +42,18 @@ class Optimization:
 
 
 def init_state(
-    params: Params, optimizations: Sequence[Optimization], ema: ema_lib.EMAConfig
+    params: Params,
+    optimizations: Sequence[Optimization],
+    ema: ema_lib.EMAConfig,
+    *,
+    copied: bool = False,
 ) -> State:
-    """Return the state at step 0 (jittable; under `jax.eval_shape` it costs no memory)."""
+    """Return the state at step 0 (jittable; under `jax.eval_shape` it costs no memory).
+
+    Args:
+        copied: whether the method takes copies, see `Method.copied_at`.
+    """
+    copy = {path: jnp.array(value, copy=True) for path, value in params.items()}
     return {
         "params": params,
         "opt_state": {
@@ -51,6 +61,7 @@ def init_state(
             for one in optimizations
         },
         "ema": ema_lib.init(ema, params),
+        **({COPY: copy} if copied else {}),
         "step": jnp.zeros((), jnp.int32),
         "health": {"skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }

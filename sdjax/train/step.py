@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from sdjax.diffusion.losses import example_keys
-from sdjax.methods.method import Aux, Averages, Batch, Draw, Phase
+from sdjax.methods.method import COPY, Aux, Averages, Batch, Draw, Phase
 from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
 from sdjax.train.monitoring.telemetry import (
@@ -40,6 +40,7 @@ def make_train_step(
     accumulation: int,
     buckets: int,
     num_timesteps: int,
+    copied_at: Sequence[int] = (),
     spread: Spread | None = None,
 ) -> TrainStep:
     """Build `train_step(state, frozen, batch) -> (state, metrics)`.
@@ -51,6 +52,7 @@ def make_train_step(
         accumulation: micro-batches computed one after the other; the result is that of the whole
             batch.
         buckets: the loss is reported for so many ranges of the timestep.
+        copied_at: see `Method.copied_at`.
         spread: splits gradients, and parameters, over the devices that share the update (see
             `sdjax.parallel.sharding.train_shardings`); the caller's output shardings join the new
             parameters again.
@@ -66,10 +68,14 @@ def make_train_step(
         params, opt_state = state["params"], dict(state["opt_state"])
         moved = params  # as `params`, but with the NaN and Inf of phases that are undone
         found: dict[str, dict[str, Any]] = {}
+        averages, copies = dict(state["ema"]), jnp.zeros((), jnp.int32)
+        if copied_at:
+            averages[COPY] = state[COPY]
+            copies = jnp.sum(_updates(state) >= jnp.asarray(copied_at)).astype(jnp.int32)
         for i, one in enumerate(optimizations):
             own = jax.random.fold_in(key, i) if i else key
-            seen = (frozen, state["ema"], own, state["step"])
-            gradients = _gradients(one, *seen, positions, accumulation, spread)
+            draw = functools.partial(_draw, own, state["step"], copies, len(positions))
+            gradients = _gradients(one, frozen, averages, draw, positions, accumulation, spread)
             phase_step = functools.partial(
                 _advance, one, gradients, batch, frozen, state["step"], spread=spread
             )
@@ -79,30 +85,40 @@ def make_train_step(
             )
             moved = moved | new
         finite = functools.reduce(jnp.logical_and, [part["finite"] for part in found.values()])
-        new_state = _finish(state, moved, params, opt_state, finite)
+        new_state = _finish(state, moved, params, opt_state, finite, copied_at)
         return new_state, _metrics(found, new_state, buckets, num_timesteps)
 
     return train_step
+
+
+def _draw(
+    key: jax.Array, step: jax.Array, copies: jax.Array, batch_size: int, positions: jax.Array
+) -> Draw:
+    """The randomness of the examples at hand."""
+    return Draw(key, example_keys(key, positions), positions, batch_size, step, copies)
+
+
+def _updates(state: State) -> jax.Array:
+    """The updates that were done: the steps but for those that were skipped."""
+    return state["step"] - state["health"]["skipped"]
 
 
 def _gradients(
     one: Optimization,
     frozen: Params,
     averages: Averages,
-    key: jax.Array,
-    step: jax.Array,
+    draw: Callable[[jax.Array], Draw],
     positions: np.ndarray,
     accumulation: int,
     spread: Spread | None,
 ) -> Callable[[Params, Params, Batch], tuple[jax.Array, Aux, Params]]:
     """(what the phase trains, what other phases train, batch) -> loss, aux, gradients."""
-    batch_size = len(positions)
 
     def mean_loss(
         trained: Params, others: Params, part: Batch, positions: jax.Array
     ) -> tuple[jax.Array, Aux]:
-        draw = Draw(key, example_keys(key, positions), positions, batch_size, step)
-        per_example, aux = one.phase.loss({**others, **trained}, frozen, averages, part, draw)
+        every = {**others, **trained}
+        per_example, aux = one.phase.loss(every, frozen, averages, part, draw(positions))
         if "weight" in part:
             per_example = per_example * part["weight"]
         return jnp.mean(per_example), aux
@@ -191,16 +207,26 @@ def _every(
 
 
 def _finish(
-    state: State, moved: Params, params: Params, opt_state: Any, finite: jax.Array
+    state: State,
+    moved: Params,
+    params: Params,
+    opt_state: Any,
+    finite: jax.Array,
+    copied_at: Sequence[int],
 ) -> State:
     """The next state; averages follow only steps in which every phase was finite."""
-    updates_done = state["step"] - state["health"]["skipped"]
-    averages = ema_lib.update(state["ema"], moved, updates_done + 1)
+    updates = _updates(state) + 1
+    averages = ema_lib.update(state["ema"], moved, updates)
+    copied = {}
+    if copied_at:
+        taken = finite & jnp.any(updates == jnp.asarray(copied_at))
+        copied[COPY] = jax.tree.map(lambda a, b: jnp.where(taken, a, b), params, state[COPY])
     skipped = 1 - finite.astype(jnp.int32)
     return {
         "params": params,
         "opt_state": opt_state,
         "ema": jax.tree.map(lambda a, b: jnp.where(finite, a, b), averages, state["ema"]),
+        **copied,
         "step": state["step"] + 1,
         "health": {
             "skipped": state["health"]["skipped"] + skipped,

@@ -19,16 +19,16 @@ from sdjax.diffusion.losses import NOISE, example_keys, fold_keys, normal_like
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.registry import FAMILIES, model_of
-from sdjax.methods import consistency
 from sdjax.methods.adapter_rules import changes
-from sdjax.methods.consistency_lora import LCMLoRAConfig
+from sdjax.methods.distil import consistency
+from sdjax.methods.distil.consistency_lora import LCMLoRAConfig
 from sdjax.methods.method import Draw
 from sdjax.models import weights
 from sdjax.models.adapters.networks import MARK
 from sdjax.models.config import ConfigError
 from sdjax.models.params import component
 from sdjax.train import loop
-from tests.methods.runs import begun_from, broken_off, to_torch
+from tests.methods.runs import begun_from, broken_off, to_torch, torch_unet
 from tests.train.test_loop import assert_same_run
 
 B = 4
@@ -59,15 +59,6 @@ def batch_of(assembled, rng):
     words = next(iter(assembled.tokenizers))
     tokens = assembled.tokenizers[words].encode(["a", "b", "c", "d"])
     return {"image": jnp.asarray(image), words: jnp.asarray(tokens)}
-
-
-def torch_unet(config, params, name="unet"):
-    """The torch network of one of the parameters' networks."""
-    unet = diffusers.UNet2DConditionModel.from_config(config.to_json())
-    unet.set_default_attn_processor()
-    tensors = weights.to_diffusers({p: np.asarray(v) for p, v in component(params, name).items()})
-    unet.load_state_dict({key: torch.from_numpy(np.array(v)) for key, v in tensors.items()})
-    return unet
 
 
 def test_the_differences_are_those_of_the_paper():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from optax import contrib
 
+from sdjax.errors import UserError
 from sdjax.optim import optimizers
 from sdjax.optim.optimizers import OptimConfig, make_lr_schedule, make_optimizer
 
@@ -402,3 +405,16 @@ def test_learning_rate_is_computed_once_and_not_in_every_update():
 def test_bad_configuration_names_the_field(field, kwargs):
     with pytest.raises(ValueError, match=rf"^optim\.{field}"):
         OptimConfig(**kwargs)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_cycles_begin_the_schedule_anew(schedule):
+    """Each ends at end_value, whatever the run's length; the last may be cut short."""
+    config = OptimConfig(schedule=schedule, warmup_steps=2, learning_rate=0.1, end_value=0.01)
+    one = make_lr_schedule(config, 10)
+    cycled = make_lr_schedule(dataclasses.replace(config, cycle_steps=10), 25)
+    for count in range(25):
+        np.testing.assert_allclose(cycled(count), one(count % 10), rtol=1e-6)
+    np.testing.assert_allclose([cycled(9), cycled(10), cycled(12)], [0.01, 0, 0.1], rtol=1e-6)
+    with pytest.raises(UserError, match="optim.cycle_steps=-1"):
+        OptimConfig(cycle_steps=-1)

@@ -29,7 +29,7 @@ HARMLESS = (
     "method.reduction", "method.logvar", "method.lpips_weight", "method.critic_weight",
     "method.critic_*loss*", "method.critic_rate", "method.critic_start", "method.equivariance*",
     "method.smaller_pictures",
-    "method.guidance", "method.huber_c",
+    "method.guidance", "method.huber_c", "method.weighting",
     "method.whole", "method.boxes", "method.ellipses", "method.polygons", "method.strokes",
     "method.*dropout", "method.max_norm", "method.block_rates", "method.words_end",
     "method.factors_begin", "method.std_power", "method.templates",
@@ -50,7 +50,8 @@ HARMLESS = (
     # Numbers of the update; those that change the structure of the state are refused there.
     "optim.learning_rate", "optim.b1", "optim.b2", "optim.eps", "optim.weight_decay",
     "optim.momentum", "optim.schedule", "optim.warmup_steps", "optim.end_value", "optim.power",
-    "optim.rsqrt_steps", "optim.boundaries", "optim.scales", "optim.clip_norm", "optim.groups",
+    "optim.rsqrt_steps", "optim.boundaries", "optim.scales", "optim.cycle_steps",
+    "optim.clip_norm", "optim.groups",
     # How long, how often, and what is looked at.
     "train.steps", "train.*_every", "train.keep_last", "train.timestep_buckets",
     "train.max_nonfinite", "train.spike_factor", "train.rollbacks", "train.export",

@@ -14,7 +14,7 @@ from sdjax.config import resolve
 from sdjax.config_model import method_of_run
 from sdjax.data.text.tokenizer import Tokenizer
 from sdjax.diffusion.losses import example_keys
-from sdjax.methods.method import Draw, Phase
+from sdjax.methods.method import COPY, Draw, Phase
 from sdjax.optim.ema import EMAConfig
 from sdjax.train.state import Optimization, init_state
 from sdjax.train.step import make_train_step
@@ -31,7 +31,7 @@ def quadratic(params, frozen, averages, batch, draw):
     return loss, {"loss": loss, "timesteps": t}
 
 
-def setup(accumulation=1, seed=0, loss=quadratic, spans=None):
+def setup(accumulation=1, seed=0, loss=quadratic, spans=None, copied_at=()):
     optimizer = optax.adam(0.1)
     phase = Phase("main", loss, lambda path: True)
     paths = frozenset(("m.w.kernel", "m.b.bias"))
@@ -43,10 +43,12 @@ def setup(accumulation=1, seed=0, loss=quadratic, spans=None):
         accumulation=accumulation,
         buckets=2,
         num_timesteps=1000,
+        copied_at=copied_at,
     )
     params = {"m.w.kernel": jnp.ones((4, 3)), "m.b.bias": jnp.zeros(3)}
     batch = {"x": jax.random.normal(jax.random.key(9), (8, 4))}
-    return jax.jit(step), init_state(params, optimizations, EMA), {"scale": jnp.float32(2.0)}, batch
+    state = init_state(params, optimizations, EMA, copied=bool(copied_at))
+    return jax.jit(step), state, {"scale": jnp.float32(2.0)}, batch
 
 
 def test_accumulation_equals_the_big_batch():
@@ -174,6 +176,27 @@ def test_a_step_that_is_not_finite_changes_only_counters(where):
     step, *_ = setup()
     new, metrics = step(new, frozen, batch)
     assert metrics["finite"] and new["health"] == {"skipped": 1, "in_a_row": 0}
+
+
+def test_copies_are_taken_after_so_many_updates_of_which_a_skipped_step_is_none():
+    def loss(params, frozen, averages, batch, draw):
+        values, aux = quadratic(params, frozen, averages, batch, draw)
+        apart = jnp.abs(params["m.b.bias"] - averages[COPY]["m.b.bias"]).sum()
+        each = jnp.ones(len(values))
+        return values, aux | {"apart": apart * each, "copies": draw.copies * each}
+
+    step, state, frozen, batch = setup(loss=loss, copied_at=(2, 3))
+    broken = {"scale": jnp.float32(jnp.nan)}
+    before, found = [], []
+    for given in (frozen, broken, frozen, frozen, frozen):
+        before.append(state["params"])
+        state, metrics = step(state, given, batch)
+        found.append((float(metrics["aux"]["copies"]), bool(metrics["aux"]["apart"] > 0)))
+    # The second step is skipped: updates 1, 2, 3 and 4 are steps 1, 3, 4 and 5.
+    assert found == [(0, False), (0, True), (0, True), (1, False), (2, False)]
+    for path, value in before[4].items():
+        np.testing.assert_array_equal(state[COPY][path], value)
+    assert COPY not in setup()[1]
 
 
 def test_buckets_add_up_to_the_batch():

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from sdjax.methods import adapters, consistency
+from sdjax.methods import adapters
 from sdjax.methods.adapter_rules import AdaptersConfig, changes
-from sdjax.methods.consistency import ConsistencyConfig
+from sdjax.methods.distil import consistency
+from sdjax.methods.distil.consistency import ConsistencyConfig
 from sdjax.methods.method import Kind, Method, Setup
 from sdjax.methods.parts import joined
 from sdjax.models.params import Params

@@ -76,12 +76,7 @@ class ConsistencyConfig(MethodConfig):
     huber_c: float = 0.001
 
     def __post_init__(self) -> None:
-        low, high = self.guidance
-        if not 1.0 <= low <= high:
-            raise ValueError(
-                f"method.guidance is {self.guidance}; expected two scales of 1 or more, the "
-                "smaller one first"
-            )
+        check_scales(self.guidance)
         if self.loss not in LOSSES:
             raise ValueError(f"method.loss is {self.loss!r}; expected one of {', '.join(LOSSES)}")
         for field, good in (
@@ -104,10 +99,22 @@ class LCMConfig(ConsistencyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guidance_width < 2 or self.guidance_width % 2:
-            raise ValueError(
-                f"method.guidance_width is {self.guidance_width}; expected an even number"
-            )
+        check_guidance(self.guidance, self.guidance_width)
+
+
+def check_scales(scales: tuple[float, ...]) -> None:
+    """Raise ValueError unless these are the least and the largest of guidance scales."""
+    if len(scales) != 2 or not 1.0 <= scales[0] <= scales[1]:
+        raise ValueError(
+            f"method.guidance is {scales}; expected two scales of 1 or more, the smaller one first"
+        )
+
+
+def check_guidance(scales: tuple[float, ...], width: int) -> None:
+    """Raise ValueError unless a student can read these scales in sinusoids of this width."""
+    check_scales(scales)
+    if width < 2 or width % 2:
+        raise ValueError(f"method.guidance_width is {width}; expected an even number")
 
 
 def difference(kind: str, a: jax.Array, b: jax.Array, c: float) -> jax.Array:
@@ -226,13 +233,8 @@ class Consistency:
         """The teacher's guided state at s, one step of DDIM from xt at t."""
         kind = self.diffusion.setup.objective.prediction_type
         alpha, sigma = schedule_at(self.diffusion.schedule, t)
-        both = jax.tree.map(lambda *each: jnp.concatenate(each), *contexts)
-        out = self.teacher(every, jnp.concatenate([xt] * 2), jnp.concatenate([t] * 2), both)
-        said, unsaid = jnp.split(out, 2)
-        scale = scales.reshape(-1, *[1] * (xt.ndim - 1))
-        # Guided as x0 and eps, in which a prediction is linear.
-        guided = unsaid + scale * (said - unsaid)
-        x0, eps = (convert(kind, guided, xt, alpha, sigma) for convert in (to_x0, to_eps))
+        out = guided(self.teacher, every, xt, t, contexts, scales)
+        x0, eps = (convert(kind, out, xt, alpha, sigma) for convert in (to_x0, to_eps))
         return add_noise(x0, eps, *schedule_at(self.diffusion.schedule, s))
 
     def _consistent(
@@ -248,18 +250,33 @@ class Consistency:
         return skip.reshape(shape) * x + weight.reshape(shape) * x0
 
 
+def guided(
+    predict: Predict,
+    every: Params,
+    xt: jax.Array,
+    t: jax.Array,
+    contexts: tuple[Context, Context],
+    scales: jax.Array,
+) -> jax.Array:
+    """Return a guided prediction; x0 and eps are linear in it, so that they are guided as well.
+
+    Args:
+        contexts: of the captions and of none.
+        scales: of guidance, [B].
+    """
+    both = jax.tree.map(lambda *each: jnp.concatenate(each), *contexts)
+    out = predict(every, jnp.concatenate([xt] * 2), jnp.concatenate([t] * 2), both)
+    said, unsaid = jnp.split(out, 2)
+    return unsaid + scales.reshape(-1, *[1] * (xt.ndim - 1)) * (said - unsaid)
+
+
 def make(setup: Setup) -> Method:
     """Bind the method to the networks of a model, whose denoiser reads the guidance scale.
 
     Raises:
         UserError: see `bound_method`; or the denoiser reads another width of guidance.
     """
-    own, width = setup.model.denoiser, setup.config.guidance_width
-    if isinstance(own, UNetConfig) and own.time_cond_proj_dim != width:
-        raise UserError(
-            f"model.unet.time_cond_proj_dim is {own.time_cond_proj_dim}, but "
-            f"method.guidance_width is {width}; expected the same, which init_from brings about"
-        )
+    check_distils(setup, setup.config.guidance_width)
     name = setup.model.family.denoiser
     method = bound_method(
         setup, lambda every: prefixed(component(every, TEACHER), name), lambda path: True
@@ -292,7 +309,8 @@ def bound_method(
         UserError: the model has no UNet on a table of noise levels, or the recipe asks for another
             objective, or draws with another sampler.
     """
-    check_setup(setup)
+    check_distils(setup, getattr(setup.config, "guidance_width", None))
+    check_sampler(setup)
     name = setup.model.family.denoiser
     diffusion = latent_diffusion(setup)
     method = bound(diffusion, images=picture_fields(setup), pictures=caption_pictures(setup))
@@ -317,31 +335,55 @@ def without_guidance(model: Model) -> Model:
     return dataclasses.replace(model, networks={**model.networks, name: config}, changes=())
 
 
-def check_setup(setup: Setup) -> None:
-    """Check that the model can be distilled, and that the recipe asks for nothing else.
+def check_sampler(setup: Setup) -> None:
+    """Check that pictures are drawn at points of the grid that the student learns.
+
+    Raises:
+        UserError: naming the field, its value and what is expected.
+    """
+    sampler, points = setup.sample.sampler, setup.config.original_steps
+    if (sampler.name, sampler.original_steps) != ("lcm", points):
+        raise UserError(
+            f"sample.sampler is {sampler.name!r} with original_steps = {sampler.original_steps}; "
+            f"method {setup.config.name!r} makes a model for 'lcm' with method.original_steps = "
+            f"{points}"
+        )
+
+
+def check_distils(setup: Setup, width: int | None) -> None:
+    """Check that a model can be distilled, and that the recipe asks for no other loss.
+
+    Args:
+        width: in which the denoiser is to read the guidance scale; None for not at all.
 
     Raises:
         UserError: naming the field, its value and what is expected.
     """
     model, objective, method = setup.model, setup.objective, setup.config.name
-    if not isinstance(model.denoiser, UNetConfig):
+    own = model.denoiser
+    if not isinstance(own, UNetConfig):
         raise UserError(
             f"method {method!r} is for UNets, of SD1, SD2 and SDXL; model.family is "
             f"{model.family.name!r}"
+        )
+    if own.time_cond_proj_dim != width and width is not None:
+        raise UserError(
+            f"model.unet.time_cond_proj_dim is {own.time_cond_proj_dim}, but "
+            f"method.guidance_width is {width}; expected the same, which init_from brings about"
+        )
+    if own.time_cond_proj_dim != width:
+        raise UserError(
+            f"model.unet.time_cond_proj_dim is {own.time_cond_proj_dim}: the UNet reads the "
+            f"guidance scale, so it was distilled already; method {method!r} expects the model it "
+            "was distilled from"
         )
     plain = plain_objective(objective)
     for field in ("weighting", "loss", "offset_noise", "input_perturbation"):
         if getattr(objective, field) != getattr(plain, field):
             raise UserError(
                 f"objective.{field} is {getattr(objective, field)!r}, but method {method!r} has a "
-                f"loss of its own, see method.loss; set it to {getattr(plain, field)!r}"
+                f"loss of its own; set it to {getattr(plain, field)!r}"
             )
-    sampler, points = setup.sample.sampler, setup.config.original_steps
-    if (sampler.name, sampler.original_steps) != ("lcm", points):
-        raise UserError(
-            f"sample.sampler is {sampler.name!r} with original_steps = {sampler.original_steps}; "
-            f"method {method!r} makes a model for 'lcm' with method.original_steps = {points}"
-        )
 
 
 LCM = Kind(
