@@ -7,6 +7,9 @@ used is dropped and listed with the reason in report.json, report.html and dropp
 output. A run that was killed goes on when the same command is given again. Training reads the
 output with --config.data.name=prepared --config.data.path=DIR.
 
+With --from_ratings it makes a folder of pictures to train on of what people said of pictures that
+`sdjax.serve --ratings=DIR` drew; docs/serving.md has the way round.
+
 With --encode it does something else: see `python -m sdjax.prepare --encode --help`.
 
 Everything after `--` goes to Apache Beam, which runs it on other machines, too:
@@ -24,6 +27,7 @@ if __name__ == "__main__":  # before the other imports, which take a while
     install("the same command goes on")
 
 import importlib.util
+import math
 import re
 import shlex
 import sys
@@ -32,7 +36,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from sdjax.data import named_images
+from sdjax.data import named_images, ratings
 from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.settings import DUPLICATES, Settings, Workspace
 from sdjax.data.raw import formats
@@ -189,6 +193,24 @@ def settings_of_flags() -> Settings:
     )
 
 
+_FROM_RATINGS = flags.DEFINE_string(
+    "from_ratings", None, "In place of --input: the folder that was the --ratings of sdjax.serve. "
+    "--output becomes a folder of pictures with metadata, in train/ and test/, split by prompt.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_RATINGS_AS = flags.DEFINE_enum(
+    "ratings_as", "pairs", ratings.KINDS,
+    "pairs: a good picture and a rejected one of a prompt, for the method dpo; weights: all "
+    "pictures with a weight, for --score=weight and data.weight_key; good: the good ones alone.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_BETA = flags.DEFINE_float(
+    "beta", 1.0, "Of --ratings_as=weights: weights are in proportion to exp(rating / beta), with 1 "
+    "for good and -1 for bad, and have the mean 1 within a prompt.",
+    flag_values=FLAGS,
+)  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> int:
     """The verb; `argv` with the program's name first."""
     try:
@@ -201,7 +223,30 @@ def main(argv: Sequence[str]) -> int:
         return explain(error)
 
 
+def _rated() -> int:
+    """Make a dataset of ratings."""
+    folder, output = paths.to_path(_FROM_RATINGS.value or ""), paths.to_path(_OUTPUT.value or "")
+    share, beta = float(FLAGS["test_share"].value or 0.0), float(_BETA.value or 0.0)
+    if not _OUTPUT.value or _INPUT.value:
+        raise UserError("--from_ratings=DIR takes --output=DIR and no --input")
+    if not 0.0 < beta < math.inf or not 0.0 <= share < 1.0:
+        raise UserError(
+            f"--beta={beta:g}, --test_share={share:g}; expected above 0, and 0 to below 1"
+        )
+    if paths.exists(output) and any(output.iterdir()):
+        raise UserError(f"--output={output} is not empty; give a new folder")
+    with locks.held(output, "--output", "sdjax.prepare"):
+        found = ratings.write(folder, output, _RATINGS_AS.value or "", beta=beta, test_share=share)
+    print(f"{found['train']} examples to train on, {found['test']} held out, in {output}")
+    for what, why in (("damaged", "lines are no ratings"), ("missing", "pictures are missing")):
+        if found[what]:
+            print(f"  {found[what]} {why}")
+    return 0
+
+
 def _run(rest: list[str]) -> int:
+    if _FROM_RATINGS.value:
+        return _rated()
     for flag, what in ((_INPUT, "the raw data"), (_OUTPUT, "the folder of the dataset")):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing, {what}")

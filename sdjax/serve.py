@@ -65,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the computation (%(default)s)",
     )  # fmt: skip
+    p.add_argument(
+        "--ratings", metavar="DIR",
+        help="folder for what people say of pictures on the page, for `sdjax.prepare "
+        "--from_ratings`; none are taken by default",
+    )  # fmt: skip
     p.add_argument("--batch_size", type=int, default=4, help="drawn at once, at most (%(default)s)")
     p.add_argument(
         "--warm_up", action=argparse.BooleanOptionalAction, default=True,
@@ -223,6 +228,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     """Return the model, compiled and ready."""
     from sdjax.checkpoints.references import digest
     from sdjax.web.server.engine import Engine
+    from sdjax.web.server.ratings import RatingStore
     from sdjax.web.server.requests import PictureRequest
     from sdjax.web.server.service import Service
 
@@ -235,7 +241,15 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
         with progress.work("compiling"):
             loaded.warm_up(usual)
     engine = Engine(loaded, queue=limits.queue)
-    return Service(loaded, engine, limits, sha256, tuple(args.lora), words, args.model)
+    store = None
+    if args.ratings:
+        folder = paths.to_path(args.ratings)
+        paths.make_folder(folder)
+        store = RatingStore(folder, sha256)
+    return Service(
+        loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
+        place=args.model, ratings=store,
+    )  # fmt: skip
 
 
 def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...]]:

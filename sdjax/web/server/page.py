@@ -10,8 +10,9 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sdjax.errors import UserError
@@ -19,7 +20,7 @@ from sdjax.web.server.a1111_lists import title_of
 from sdjax.web.server.a1111_requests import picture_requests, text_requests
 from sdjax.web.server.engine import Job, StoppedError
 from sdjax.web.server.infotext import infotext
-from sdjax.web.server.requests import PictureRequest
+from sdjax.web.server.requests import InvalidRequest, PictureRequest
 from sdjax.web.server.service import Service, encode
 from sdjax.web.templating import asset, environment, policy
 
@@ -35,6 +36,7 @@ class Page:
         return [
             Route("/", self.page, methods=["GET"]),
             Route("/draw", self.draw, methods=["POST"]),
+            Route("/rate", self.rate, methods=["POST"]),
         ]
 
     async def page(self, http: Request) -> Response:
@@ -53,6 +55,7 @@ class Page:
             "samplers": [(name, title_of(name)) for name in self.service.samplers],
             "words": list(self.service.words),
             "loras": list(self.service.loras),
+            "rates": self.service.ratings is not None,
             "place": self.service.place or self.service.loaded.name,
         }
         text = (
@@ -70,6 +73,16 @@ class Page:
         requests = make(self.service, fields)
         self.service.check(requests)  # an error is a status now, and a line later
         return StreamingResponse(self._lines(requests), media_type="application/x-ndjson")
+
+    async def rate(self, http: Request) -> Response:
+        """Keep what somebody said of a picture."""
+        fields = await self.service.fields(http)
+        rating = fields.whole("rating", 0, least=-1, most=1)
+        if self.service.ratings is None or rating == 0:
+            raise InvalidRequest("expected a rating of 1 or -1, and a server with --ratings=DIR")
+        picture = fields.text("picture", most=64)
+        await run_in_threadpool(self.service.ratings.rate, picture, rating)
+        return JSONResponse(None)
 
     async def _lines(self, requests: Sequence[PictureRequest]) -> AsyncIterator[str]:
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -116,8 +129,11 @@ class Page:
     def _picture(self, request: PictureRequest, picture: Any) -> dict[str, Any]:
         title = title_of(request.sampler.name)
         text = infotext(request, self.service, title)
+        file = encode(picture, "png", {"parameters": text})
+        store = self.service.ratings
         return {
-            "picture": _data_url(encode(picture, "png", {"parameters": text}), "png"),
+            "picture": _data_url(file, "png"),
+            "name": store.show(request, file) if store else "",
             "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "seed": request.seed, "steps": request.sampler.steps, "sampler": request.sampler.name,
             "guidance": request.guidance, "width": request.width, "height": request.height,

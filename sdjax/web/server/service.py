@@ -19,6 +19,7 @@ from sdjax.diffusion.grids import SAMPLERS, changed_sampler
 from sdjax.errors import UserError
 from sdjax.web.server.engine import Engine, Job
 from sdjax.web.server.loaded import LoadedModel
+from sdjax.web.server.ratings import RatingStore
 from sdjax.web.server.requests import Fields, InvalidRequest, Limits, PictureRequest
 
 _LOOK = 0.25  # seconds between looks whether the client is still there
@@ -37,6 +38,7 @@ class Service:
     """A model that is served.
 
     digest: sha256 of its parameters, in hexadecimal.
+    ratings: where ratings go; None where none are taken.
     place: what --model is to be for the same pictures by `sdjax.sample`.
     loras: the adapters in its weights, as --lora named them; words: those of --embedding.
     """
@@ -48,6 +50,7 @@ class Service:
     loras: Sequence[str] = ()
     words: Sequence[str] = ()
     place: str = ""
+    ratings: RatingStore | None = None
     started: float = dataclasses.field(default_factory=time.time)
 
     @property

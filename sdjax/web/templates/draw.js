@@ -116,9 +116,30 @@ function showPicture(made) {
   save.textContent = "Save";
   row.append(save, button("Use settings", () => take(made)), button("Copy command", (from) => copy(command(made), from)));
   caption.append(prompt, about, row);
+  if (facts.rates) caption.append(thumbs(made));
   figure.append(image, caption);
   item.append(figure);
   get("pictures").prepend(item);
+}
+
+function thumbs(made) {
+  const row = document.createElement("div");
+  row.className = "buttons";
+  const both = [["Good", 1], ["Bad", -1]].map(([text, rating]) => button(text, async () => {
+    try {
+      const response = await fetch("rate", {
+        method: "POST", headers: { "content-type": "application/json" },
+        body: JSON.stringify({ picture: made.name, rating }),
+      });
+      if (!response.ok) throw new Error(await words(response));
+      for (const each of both) each.setAttribute("aria-pressed", String(each.textContent === text));
+    } catch (error) {
+      get("error").textContent = error.message;
+    }
+  }));
+  for (const each of both) each.setAttribute("aria-pressed", "false");
+  row.append(...both);
+  return row;
 }
 
 async function words(response) {

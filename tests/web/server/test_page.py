@@ -1,12 +1,17 @@
 """The page in a real browser: each way through it, on a desktop and on a phone."""
 
+import dataclasses
+import hashlib
+import json
 import re
 import shutil
 
 import httpx
 import pytest
 
+from sdjax.system import paths
 from sdjax.web.server.app import make_app
+from sdjax.web.server.ratings import RatingStore
 from tests.web.server.conftest import listening
 from tests.web.test_report_browser import OPTIONS, PHONE, WIDE
 
@@ -156,6 +161,40 @@ def test_every_field_has_a_name_and_every_picture_words(open_page):
     assert nameless == []
     assert drawn(page).first.locator("img").get_attribute("alt") == "a circle"
     assert page.locator("html").get_attribute("lang") == "en"
+
+
+def test_what_people_say_is_kept_with_the_picture(browser, service, tmp_path):
+    store = RatingStore(paths.to_path(tmp_path), service.digest)
+    with listening(make_app(dataclasses.replace(service, ratings=store))) as url:
+        page = browser.new_page()
+        page.goto(url)
+        page.fill("#prompt", "a circle")
+        page.fill("#seed", "3")
+        page.click("#draw")
+        good = page.get_by_role("button", name="Good")
+        good.click()
+        page.wait_for_selector("button[aria-pressed=true]")
+        assert good.get_attribute("aria-pressed") == "true"
+        page.get_by_role("button", name="Bad").click()
+        page.wait_for_selector("button[aria-pressed=true]:text('Bad')")
+        unknown = httpx.post(f"{url}/rate", json={"picture": "../../x", "rating": 1})
+        assert unknown.status_code == 422 and "one of the last" in unknown.text
+    rows = [json.loads(line) for line in (tmp_path / "ratings.jsonl").read_text().splitlines()]
+    assert [row["rating"] for row in rows] == [1, -1]
+    assert rows[0]["prompt"] == "a circle" and rows[0]["seed"] == 3
+    assert rows[0]["model"] == service.digest
+    (file,) = (tmp_path / "pictures").iterdir()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem == rows[0]["picture"]
+
+
+def test_without_a_folder_there_is_nothing_to_rate(open_page, address):
+    page = open_page()
+    page.fill("#prompt", "a circle")
+    page.click("#draw")
+    page.wait_for_selector("#pictures li")
+    assert page.get_by_role("button", name="Good").count() == 0
+    answer = httpx.post(f"{address}/rate", json={"picture": "0" * 64, "rating": 1})
+    assert answer.status_code == 422 and "--ratings" in answer.text
 
 
 def test_the_page_runs_no_script_but_its_own(address):

@@ -1,0 +1,210 @@
+"""What people said of pictures: a log of their ratings, and the datasets that follow from it.
+
+A folder of ratings has `ratings.jsonl`, a line for each rating in its order, and `pictures/`, the
+rated pictures by their sha256. A line is appended by one write: whoever is killed leaves at most
+half a line at the end, which readers pass over. A later rating of a picture takes the place of an
+earlier one.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdjax.data.pictures import METADATA
+from sdjax.errors import UserError
+from sdjax.system import paths, untrusted
+
+LOG, PICTURES = "ratings.jsonl", "pictures"
+KINDS = ("pairs", "weights", "good")
+_GOOD, _BAD = 1, -1
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """A rating of a picture.
+
+    picture: the sha256 of its file, in hexadecimal; rating: 1 for good, -1 for bad.
+    prompt: what it was drawn for.
+    """
+
+    picture: str
+    rating: int
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratings:
+    """The ratings of a folder, each picture's last one; damaged: lines that are none."""
+
+    each: tuple[Rating, ...]
+    damaged: int
+
+
+def append(folder: paths.Path, row: Mapping[str, Any], picture: bytes) -> None:
+    """Add a rating, and the picture it is of if that is not there.
+
+    Args:
+        row: with the fields of `Rating` at least.
+
+    Raises:
+        WriteError: of the disk.
+    """
+    file = folder / PICTURES / f"{row['picture']}.png"
+    if not file.exists():
+        paths.make_folder(file.parent)
+        with paths.writing(file) as local:
+            local.write_bytes(picture)
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with paths.explained_writes(folder / LOG), open(folder / LOG, "ab+") as log:
+        if log.tell() and _last(log) != b"\n":
+            line = b"\n" + line  # after half a line
+        log.write(line)
+        log.flush()
+        os.fsync(log.fileno())
+
+
+def _last(log: Any) -> bytes:
+    log.seek(-1, os.SEEK_END)
+    return log.read(1)
+
+
+def read(folder: paths.Path) -> Ratings:
+    """Return the last rating of each picture, in the order of the log.
+
+    Raises:
+        UserError: there is no log.
+    """
+    try:
+        data = untrusted.read_bytes(folder / LOG, untrusted.MOST_TEXT)
+    except untrusted.damage(UserError) as error:
+        why = untrusted.why(error)
+        raise UserError(
+            f"{folder / LOG} cannot be read: {why}; expected the folder that was the --ratings of "
+            "sdjax.serve"
+        ) from error
+    found: dict[str, Rating] = {}
+    damaged = 0
+    for line in data.split(b"\n"):
+        if not line.strip():
+            continue
+        rating = _rating(line)
+        if rating is None:
+            damaged += 1
+            continue
+        found.pop(rating.picture, None)
+        found[rating.picture] = rating
+    return Ratings(tuple(found.values()), damaged)
+
+
+def _rating(line: bytes) -> Rating | None:
+    try:
+        row = json.loads(line)
+        made = Rating(row["picture"], row["rating"], row["prompt"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    right = isinstance(made.picture, str) and _DIGEST.fullmatch(made.picture)
+    rated = made.rating in (_GOOD, _BAD) and not isinstance(made.rating, bool)
+    return made if right and rated and isinstance(made.prompt, str) else None
+
+
+def rows(ratings: Sequence[Rating], kind: str, *, beta: float) -> list[dict[str, Any]]:
+    """Return the examples of a dataset: "picture", "text" and what the kind adds.
+
+    Args:
+        kind: "pairs", of each prompt a good and a bad picture, "picture" and "rejected", as many
+            as it has of the more frequent kind; "weights", all pictures with the "weight" of
+            reward-weighted regression, n * softmax(rating / beta) over the n pictures of a prompt,
+            whose mean is 1; "good", the good pictures alone.
+        beta: see "weights"; small ones leave the bad pictures out.
+    """
+    of_prompt: dict[str, list[Rating]] = collections.defaultdict(list)
+    for rating in ratings:
+        of_prompt[rating.prompt].append(rating)
+    found: list[dict[str, Any]] = []
+    for prompt, own in of_prompt.items():
+        good = [each.picture for each in own if each.rating == _GOOD]
+        bad = [each.picture for each in own if each.rating == _BAD]
+        if kind == "pairs" and good and bad:
+            for i in range(max(len(good), len(bad))):
+                pair = {"picture": good[i % len(good)], "rejected": bad[i % len(bad)]}
+                found.append({**pair, "text": prompt})
+        elif kind == "good":
+            found += [{"picture": picture, "text": prompt} for picture in good]
+        elif kind == "weights":
+            # From the highest rating, so that no exponential overflows.
+            shares = [math.exp((each.rating - _GOOD) / beta) for each in own]
+            mean = sum(shares) / len(shares)
+            if mean == 0.0:  # bad pictures alone
+                shares, mean = [1.0] * len(own), 1.0
+            found += [
+                {"picture": each.picture, "text": prompt, "weight": share / mean}
+                for each, share in zip(own, shares, strict=True)
+            ]
+    return found
+
+
+def is_test(prompt: str, share: float) -> bool:
+    """Return whether the pictures of a prompt are held out; it follows from the prompt alone."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def write(
+    folder: paths.Path, output: paths.Path, kind: str, *, beta: float, test_share: float
+) -> dict[str, int]:
+    """Write a folder of pictures with metadata.jsonl, in train/ and test/.
+
+    Args:
+        folder: of ratings; kind, beta: see `rows`.
+        test_share: of the prompts, held out with all their pictures.
+
+    Returns:
+        {split: examples}, and how many lines were "damaged" and pictures "missing".
+
+    Raises:
+        UserError: there is no rating, or none that makes an example.
+        WriteError: of the disk.
+    """
+    ratings = read(folder)
+    made = rows(ratings.each, kind, beta=beta)
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    missing = 0
+    for row in made:
+        files = {
+            # A picture beside its row's, which data.images finds by its name.
+            f"{sum(map(len, lines.values())):06d}{end}.png": folder / PICTURES / f"{row[field]}.png"
+            for field, end in (("picture", ""), ("rejected", ".rejected"))
+            if field in row
+        }
+        if not all(file.is_file() for file in files.values()):
+            missing += 1
+            continue
+        split = "test" if is_test(row["text"], test_share) else "train"
+        paths.make_folder(output / split)
+        for name, file in files.items():
+            with paths.writing(output / split / name) as local:
+                local.write_bytes(untrusted.read_bytes(file, untrusted.MOST_TEXT))
+        content = {"file_name": next(iter(files)), "text": row["text"]}
+        if "weight" in row:
+            content["weight"] = row["weight"]
+        lines[split].append(json.dumps(content, ensure_ascii=False))
+    if not any(lines.values()):
+        needed = {"pairs": "a good and a bad picture of one prompt", "good": "a good picture"}
+        raise UserError(
+            f"{folder / LOG} has {len(ratings.each)} ratings, and {missing} of their pictures are "
+            f"missing; {kind} take {needed.get(kind, 'a rating')}"
+        )
+    for split, own in lines.items():
+        if own:
+            paths.write_text(output / split / METADATA, "".join(f"{line}\n" for line in own))
+    counts = {split: len(own) for split, own in lines.items()}
+    return {**counts, "damaged": ratings.damaged, "missing": missing}

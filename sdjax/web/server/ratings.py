@@ -1,0 +1,65 @@
+"""The ratings that people give on the page: kept with the pictures and all they were drawn from."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import threading
+import time
+
+from sdjax.data import ratings
+from sdjax.system import paths
+from sdjax.web.server.requests import InvalidRequest, PictureRequest
+
+_KEPT = 256  # pictures that can still be rated
+
+
+class RatingStore:
+    """The pictures that were shown last, and the folder of their ratings."""
+
+    def __init__(self, folder: paths.Path, digest: str):
+        self._folder, self._digest = folder, digest
+        self._lock = threading.Lock()
+        self._shown: collections.OrderedDict[str, tuple[PictureRequest, bytes]] = (
+            collections.OrderedDict()
+        )
+
+    def show(self, request: PictureRequest, file: bytes) -> str:
+        """Remember a picture; return its sha256."""
+        name = hashlib.sha256(file).hexdigest()
+        with self._lock:
+            self._shown[name] = request, file
+            self._shown.move_to_end(name)
+            while len(self._shown) > _KEPT:
+                self._shown.popitem(last=False)
+        return name
+
+    def rate(self, name: str, rating: int) -> None:
+        """Write down a rating, 1 for good and -1 for bad.
+
+        Raises:
+            InvalidRequest: the picture is not among the last ones.
+            WriteError: of the disk.
+        """
+        with self._lock:
+            if name not in self._shown:
+                raise InvalidRequest(
+                    f"picture is {name[:80]!r}; expected one of the last {_KEPT} that were drawn"
+                )
+            request, file = self._shown[name]
+            row = {
+                "picture": name,
+                "rating": rating,
+                "prompt": request.prompt,
+                "negative_prompt": request.negative_prompt,
+                "seed": request.seed,
+                "steps": request.sampler.steps,
+                "sampler": request.sampler.name,
+                "guidance": request.guidance,
+                "width": request.width,
+                "height": request.height,
+                "begun": request.image is not None,
+                "model": self._digest,
+                "time": time.time(),
+            }
+            ratings.append(self._folder, row, file)

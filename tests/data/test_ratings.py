@@ -1,0 +1,166 @@
+"""Ratings: the log that survives kills, and the datasets that follow from it."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax import prepare
+from sdjax.data import ratings
+from sdjax.data.config import DataConfig
+from sdjax.data.named_images import NamedImage
+from sdjax.data.pipeline import make_iterator
+from sdjax.data.ratings import Rating
+from sdjax.errors import UserError
+from sdjax.families.conditioning import BlankTokenizer
+from sdjax.system import paths
+
+
+def rate(folder, number, rating, prompt):
+    """Rate a picture of one grey; return its name."""
+    file = folder / "a.png"
+    Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(file)
+    data = file.read_bytes()
+    name = hashlib.sha256(data).hexdigest()
+    row = {"picture": name, "rating": rating, "prompt": prompt}
+    ratings.append(paths.to_path(folder), row, data)
+    return name
+
+
+def test_the_last_rating_of_a_picture_counts(tmp_path):
+    first = rate(tmp_path, 1, 1, "a")
+    second = rate(tmp_path, 2, 1, "a")
+    rate(tmp_path, 1, -1, "a")
+    found = ratings.read(paths.to_path(tmp_path))
+    assert found.each == (Rating(second, 1, "a"), Rating(first, -1, "a"))
+    assert found.damaged == 0
+
+
+@pytest.mark.parametrize("keep", range(1, 90, 8))
+def test_half_a_line_of_a_killed_server_costs_that_rating_alone(tmp_path, keep):
+    rate(tmp_path, 1, 1, "a")
+    log = tmp_path / "ratings.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + whole[:keep])
+    rate(tmp_path, 2, -1, "a")
+    found = ratings.read(paths.to_path(tmp_path))
+    assert [each.rating for each in found.each] == [1, -1] and found.damaged == 1
+
+
+@pytest.mark.parametrize("line", [
+    b"[]", b"{}", b'{"picture": "../x", "rating": 1, "prompt": "a"}', b"\xff", b"[" * 10_000,
+    b'{"picture": "%s", "rating": true, "prompt": "a"}' % (b"0" * 64),
+    b'{"picture": "%s", "rating": 2, "prompt": "a"}' % (b"0" * 64),
+])  # fmt: skip
+def test_lines_of_strangers_are_counted_and_passed_over(tmp_path, line):
+    rate(tmp_path, 1, 1, "a")
+    log = tmp_path / "ratings.jsonl"
+    log.write_bytes(line + b"\n" + log.read_bytes())
+    found = ratings.read(paths.to_path(tmp_path))
+    assert len(found.each) == 1 and found.damaged == 1
+
+
+def made(*given):
+    return [Rating(str(i), rating, prompt) for i, (rating, prompt) in enumerate(given)]
+
+
+def test_pairs_are_of_one_prompt_and_use_every_picture():
+    rows = ratings.rows(made((1, "a"), (-1, "a"), (-1, "a"), (1, "b"), (-1, "c")), "pairs", beta=1)
+    assert [(row["picture"], row["rejected"], row["text"]) for row in rows] == [
+        ("0", "1", "a"), ("0", "2", "a"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("beta", [0.001, 0.2, 1.0, 1e6])
+def test_weights_have_the_mean_one_within_a_prompt(beta):
+    rows = ratings.rows(
+        made((1, "a"), (-1, "a"), (-1, "a"), (1, "b"), (1, "b")), "weights", beta=beta
+    )
+    of_a = np.array([row["weight"] for row in rows if row["text"] == "a"])
+    shares = np.exp(np.array([0.0, -2.0, -2.0]) / beta)
+    np.testing.assert_allclose(of_a, 3 * shares / shares.sum(), rtol=1e-12)
+    assert [row["weight"] for row in rows if row["text"] == "b"] == [1.0, 1.0]  # as without
+
+
+def test_weights_of_bad_pictures_alone_are_one():
+    rows = ratings.rows(made((-1, "a"), (-1, "a")), "weights", beta=1e-4)
+    assert [row["weight"] for row in rows] == [1.0, 1.0]
+
+
+def test_prompts_are_held_out_whole_and_for_ever():
+    held = [prompt for prompt in map(str, range(2000)) if ratings.is_test(prompt, 0.1)]
+    assert 150 < len(held) < 250
+    assert set(held) <= {p for p in map(str, range(2000)) if ratings.is_test(p, 0.2)}
+
+
+def run(*options):
+    return prepare.main(["prepare", *map(str, options)])
+
+
+@pytest.fixture
+def flags():
+    """Flags as they are at the start of a process, afterwards too."""
+    prepare.FLAGS.unparse_flags()
+    yield
+    for name in ("from_ratings", "ratings_as", "beta", "test_share", "output", "input"):
+        prepare.FLAGS[name].unparse()
+
+
+def test_the_pairs_are_what_dpo_reads(tmp_path, flags, capsys):
+    folder, output = tmp_path / "ratings", tmp_path / "data"
+    folder.mkdir()
+    for i, prompt in enumerate(("a circle", "a square")):
+        rate(folder, 10 * i + 1, 1, prompt)
+        rate(folder, 10 * i + 2, -1, prompt)
+    assert run(f"--from_ratings={folder}", f"--output={output}", "--test_share=0") == 0
+    assert "2 examples to train on, 0 held out" in capsys.readouterr().out
+    data = DataConfig(
+        name="image_text_folder", path=str(output), resolution=16, batch_size=2, eval_split="train",
+        images=(NamedImage("rejected"),), data_dir=str(tmp_path / "tfds"),
+    )  # fmt: skip
+    batches = make_iterator(data, {"tokens": BlankTokenizer(4)}, split="train", seed=0)
+    batch = next(batches)
+    batches.close()
+    grey = lambda x: np.round((np.asarray(x)[:, 0, 0, 0] + 1) * 127.5).astype(int)  # noqa: E731
+    pairs = sorted(zip(grey(batch["image"]), grey(batch["rejected"]), strict=True))
+    assert pairs == [(1, 2), (11, 12)]
+
+
+def test_weights_stand_in_the_metadata(tmp_path, flags):
+    folder, output = tmp_path / "ratings", tmp_path / "data"
+    folder.mkdir()
+    rate(folder, 1, 1, "a")
+    rate(folder, 2, -1, "a")
+    options = (f"--from_ratings={folder}", f"--output={output}", "--test_share=0")
+    assert run(*options, "--ratings_as=weights", "--beta=1") == 0
+    lines = (output / "train" / "metadata.jsonl").read_text().splitlines()
+    weights = [json.loads(line)["weight"] for line in lines]
+    np.testing.assert_allclose(weights, [2 / (1 + np.exp(-2)), 2 * np.exp(-2) / (1 + np.exp(-2))])
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--from_ratings=NOWHERE", "--output=OUT"], "cannot be read"),
+    (["--from_ratings=HERE", "--output=OUT"], "pairs take a good and a bad picture of one prompt"),
+    (["--from_ratings=HERE"], "takes --output=DIR"),
+    (["--from_ratings=HERE", "--output=HERE"], "is not empty"),
+    (["--from_ratings=HERE", "--output=OUT", "--beta=0"], "--beta=0"),
+])  # fmt: skip
+def test_what_makes_no_dataset_is_said(tmp_path, flags, capsys, options, words):
+    here = tmp_path / "here"
+    here.mkdir()
+    rate(here, 1, 1, "a")
+    places = {"NOWHERE": tmp_path / "nowhere", "HERE": here, "OUT": tmp_path / "out"}
+    given = []
+    for option in options:
+        name, _, value = option.partition("=")
+        given.append(f"{name}={places.get(value, value)}")
+    assert run(*given) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_log_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "ratings.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        ratings.read(paths.to_path(tmp_path))
