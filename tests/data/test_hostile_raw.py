@@ -445,3 +445,21 @@ def test_long_name_is_not_said_whole(tmp_path):
     names, skips = read(tmp_path / "f")
     assert names == ["a.png"]
     assert skips == {f"metadata.jsonl line 2 ({long[:200]})": "missing_file"}
+
+
+def test_a_footer_that_pyarrow_reads_and_limits_do_not_is_named(tmp_path):
+    """Our reader of footers is stricter: what it refuses must not be taken for a bug."""
+    folder(tmp_path, "a", captions=False)
+    file = tmp_path / "metadata.parquet"
+    write_parquet(file, [{"file_name": "a.png", "text": "x"}])
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for at in range(len(whole) - 8 - length, len(whole) - 8):
+        file.write_bytes(whole[:at] + b"\x0d" + whole[at + 1 :])  # a kind that Thrift has not
+        try:
+            formats.survey(str(tmp_path), "image_text_folder", Fields())
+        except DataError as error:
+            assert "metadata.parquet: cannot be read as parquet" in str(error)
+            refused += "its description is damaged" in str(error)
+    assert refused

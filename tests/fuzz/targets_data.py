@@ -286,8 +286,8 @@ def parquet(rng: np.random.Generator, folder: Path) -> str:
 
 
 def _column(rng: np.random.Generator, count: int) -> Any:
-    """A column of any type, whose values may be long."""
-    long = 1 << int(rng.integers(1, 21))
+    """A column of any type, whose values may be long, in all at most 32 MiB."""
+    long = min(1 << int(rng.integers(1, 21)), (32 << 20) // count)
     values: tuple[Any, ...] = (
         "x" * long, b"\xff" * long, 5, 1.5, None, ["a", "b"], ["x" * (long >> 6)] * 50,
         {"bytes": b"x"}, {"bytes": bytes(long), "path": "a"}, [[1]], "0.png", True, "../0.png",

@@ -28,15 +28,24 @@ def names_pictures(file: paths.Path) -> bool:
         with open_file(str(file)) as table:
             return "file_name" in table.schema_arrow.names
     except untrusted.damage() as error:
-        raise DataError(
-            f"{file}: cannot be read as parquet ("
-            f"{pointer_note(file) or f'{str(error)[:200]}; copy the file again'})"
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: paths.Path, error: Exception) -> DataError:
+    why = pointer_note(file) or f"{str(error)[:200]}; copy the file again"
+    return DataError(f"{file}: cannot be read as parquet ({why})")
 
 
 def stretches(file: paths.Path, rows: int) -> Iterator[tuple[int, int]]:
-    """The first row, and the row after the last, of each part of about `rows` or more rows."""
-    groups = _sizes(file)
+    """The first row, and the row after the last, of each part of about `rows` or more rows.
+
+    Raises:
+        DataError: its footer is damaged, or announces more rows than it can have.
+    """
+    try:
+        groups = _sizes(file)
+    except untrusted.damage() as error:
+        raise _unreadable(file, error) from error
     start = stop = 0
     for group in groups:
         step = max(rows, -(-group // _PARTS))
