@@ -78,7 +78,7 @@ class _Limited:
     """A file from which at most `limit` bytes can be read."""
 
     def __init__(self, file: BinaryIO, limit: int):
-        self._file, self._left = file, limit
+        self._file, self._left, self._limit = file, limit, limit
 
     def read(self, count: int) -> bytes:
         """Return `count` bytes. ValueError if there are fewer."""
@@ -90,7 +90,7 @@ class _Limited:
 
     def _counted(self, data: bytes | None) -> bytes:
         if data is None:
-            raise ValueError(f"a part of it goes beyond its end, or {MOST_BYTES:,} bytes")
+            raise ValueError(f"a part of it goes beyond its end, or {self._limit:,} bytes")
         self._left -= len(data)
         return data
 
@@ -102,7 +102,7 @@ def read_pickle(
     storages: dict[str, Storage] | None = None,
     *,
     machine: type[Machine] | None = None,
-    most: int = MOST_BYTES,
+    most: int | None = None,
 ) -> Any:
     """Return the object that the pickle at the present position of a file describes.
 
@@ -112,7 +112,7 @@ def read_pickle(
         size: the number of its bytes that are left.
         storages: {key: storage}, to which the storages in the pickle are added.
         machine: the one that runs it, which knows PyTorch's names by default.
-        most: bytes that are read.
+        most: bytes that are read, `MOST_BYTES` by default.
 
     Returns:
         Dictionaries, lists, tuples, numbers, texts and `Tensor`.
@@ -122,7 +122,7 @@ def read_pickle(
         ValueError, IndexError, KeyError, TypeError: it is damaged.
     """
     running = (machine or Machine)(where, {} if storages is None else storages)
-    limited: Any = _Limited(file, min(size, most))
+    limited: Any = _Limited(file, min(size, MOST_BYTES if most is None else most))
     for opcode, argument, _ in pickletools.genops(limited):
         running.count(1)
         if opcode.name == "STOP":

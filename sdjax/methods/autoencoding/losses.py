@@ -141,7 +141,11 @@ class Losses:
     def _judged(
         self, every: Params, seen: Seen, weights: jax.Array, step: jax.Array | int
     ) -> tuple[jax.Array, Aux]:
-        """(likelihood and the critic's verdict [b], its parts)."""
+        """(likelihood [b], its parts), with the gradient of the critic's verdict too.
+
+        The value leaves the verdict out. That has no scale of its own, and would look like a spike
+        of the loss when it begins to count.
+        """
         made, logvar = seen.vae.painted(seen.features), self._logvar(every)
         if not self.config.critic_weight:
             return self._likelihood(every, seen.images, made, logvar)
@@ -166,10 +170,9 @@ class Losses:
 
         entered = jnp.asarray(step) >= self.config.critic_loss_start
         verdict, weight, slope = jax.lax.cond(entered, judged, unjudged)
-        values = nll + self.config.critic_weight * weight * verdict
         aux |= {"generator": verdict, "adaptive_weight": jnp.broadcast_to(weight, nll.shape)}
         at = (made, jnp.asarray(logvar))
-        return terms.with_gradient(values, weights, at, (slope, logvar_slope)), aux
+        return terms.with_gradient(nll, weights, at, (slope, logvar_slope)), aux
 
     def _with_kl(self, values: jax.Array, aux: Aux, moments: jax.Array) -> tuple[jax.Array, Aux]:
         kl = terms.kl_divergence(moments)
