@@ -223,7 +223,8 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
         check_regular(file)
         with file.open("rb") as opened:
             start, header = _header(opened)
-            inside, found = int8.in_files(wanted), {}
+            inside = int8.in_files(wanted)
+            found: dict[str, Any] = {}
             _check(file, header, inside)
             # In the file's order: from a bucket, going back would fetch a block again.
             for path in sorted(inside, key=lambda path: header[path]["data_offsets"]):
