@@ -45,7 +45,8 @@ def run(config, mesh):
 if __name__ == "__main__":
     config = of_adapters("flux")
     config.data.batch_size = 8
-    config.optim.learning_rate = 1e-2
+    # Adam would turn a gradient of rounding into a whole step.
+    config.optim.update(name="sgd", momentum=0.0, learning_rate=1e-2)
     resolved = resolve(config)
     found = {
         name: run(dataclasses.replace(resolved, mesh=MeshConfig(*axes)), MeshConfig(*axes))
