@@ -6,7 +6,7 @@
 PAIRS has the preferred picture, its prompt as the caption, and the rejected one, as docs/inputs.md
 says. The reference of Diffusion-DPO is the UNet without the LoRA: there is no second copy of it,
 and runs/preferred/adapter has the files for diffusers, A1111 and ComfyUI. Hardware: one GPU or TPU
-chip of 16 GB. Not run at full size here.
+chip of 24 GB. Not run at full size here.
 """
 
 from sdjax.config import default

@@ -21,6 +21,7 @@ from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.families.config import ModelConfig
 from sdjax.families.registry import FAMILIES
 from sdjax.families.sd import SDConfig
+from sdjax.methods.adapter_rules import AdaptersConfig
 from sdjax.methods.denoise import DenoiseConfig
 from sdjax.methods.method import MethodConfig
 from sdjax.methods.registry import METHODS
@@ -166,6 +167,11 @@ class Config:
                 f"optim.groups freezes {frozen} with method {self.method.name!r}, whose files need "
                 "all that it adds; leave such a group out (adapters: by method.targets, "
                 "method.text_targets, or a rank of 0 in method.ranks)"
+            )
+        if self.model.frozen_dtype and not isinstance(self.method, AdaptersConfig):
+            raise ValueError(
+                f"model.frozen_dtype is {self.model.frozen_dtype!r} with method "
+                f"{self.method.name!r}, which trains more than adapters; set it to ''"
             )
         starts = [0, *(stage.start for stage in self.stages)]
         if sorted(set(starts)) != starts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, model_of
 from sdjax.methods.method import Method, Setup
 from sdjax.methods.registry import METHODS
+from sdjax.models.int8 import Int8
 
 
 def model_of_run(
@@ -47,14 +49,15 @@ def method_of_run(
     """Return the method of a run, bound to its networks.
 
     Args:
-        model: what to bind it to; by default what the run trains.
+        model: what to bind it to; by default what the run trains, its frozen kernels in
+            `model.frozen_dtype`.
 
     Raises:
         UserError: the networks do not belong together, or do not suit the method.
     """
     setup = Setup(
         config=config.method,
-        model=model or model_of_run(config, tokenizers),
+        model=model or _kept(config, model_of_run(config, tokenizers)),
         objective=config.objective,
         data=config.data,
         sample=config.sample,
@@ -63,6 +66,14 @@ def method_of_run(
         adopted=bool(config.vae_from or config.init_from),
     )
     return METHODS[config.method.name].make(setup)
+
+
+def _kept(config: Config, model: Model) -> Model:
+    """The model with its frozen kernels as the devices have them."""
+    if config.model.frozen_dtype != "int8":
+        return model
+    change = Int8((model.family.denoiser, *model.text_encoders))
+    return dataclasses.replace(model, changes=(*model.changes, change))
 
 
 def blank_method(config: Config) -> Method:

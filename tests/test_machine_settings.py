@@ -24,6 +24,7 @@ model.unet.* model.vae.* model.text_encoder.* model.text_encoder_2.* model.famil
 model.transformer.* model.text_encoder_3.* model.max_sequence_length model.kontext data.images
 model.zero_empty_prompt model.clip_skip
 model.aesthetic_score model.negative_aesthetic_score model.dtype model.remat model.attention
+model.frozen_dtype
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
 schedule.zero_terminal_snr schedule.snr_scale schedule.shift
 objective.prediction_type objective.timestep_sampling objective.stratified objective.timestep_min

@@ -26,6 +26,9 @@ class ModelConfig:
     # "auto": the kernel that is faster there; "dense": none; "flash" (TPU), "cudnn" (NVIDIA GPUs):
     # that one, wherever it takes the shape.
     attention: str = "auto"
+    # "int8": kernels of the frozen denoiser and text encoders in 8 bits on devices, with a scale
+    # for each output; for methods of adapters. "": in `dtype`.
+    frozen_dtype: str = ""
     vae: VAEConfig = VAEConfig()  # every family has one
 
     def __post_init__(self):
@@ -33,6 +36,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.attention is {self.attention!r}; expected one of {', '.join(WANTED)}"
             )
+        if self.frozen_dtype not in ("", "int8"):
+            raise ValueError(f"model.frozen_dtype is {self.frozen_dtype!r}; expected '' or 'int8'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
         if self.attention == "cudnn" and self.dtype == "float32":

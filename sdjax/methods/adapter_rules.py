@@ -9,7 +9,7 @@ from typing import Any
 
 from sdjax.errors import UserError
 from sdjax.families.adapter_names import BlockLists, by_block
-from sdjax.families.family import Change, Family
+from sdjax.families.family import Change, Family, Model
 from sdjax.methods.method import MethodConfig
 from sdjax.models.adapters import networks as adapters
 from sdjax.models.adapters.factors import INITS, KINDS, Dropout, Layer, Rule, is_pointwise
@@ -211,3 +211,9 @@ def changes(config: AdaptersConfig, family: Family) -> tuple[Change, ...]:
     encoders = [(name, config.text_targets) for name in family.encoders]
     targets = ((family.denoiser, config.targets), *encoders)
     return (Adapted(config, targets, numbered_blocks(config, family)),)
+
+
+def without_adapters(model: Model) -> Model:
+    """Return a model without its adapters, and with what else changes its networks."""
+    kept = tuple(change for change in model.changes if not isinstance(change, Adapted))
+    return dataclasses.replace(model, changes=kept)

@@ -21,6 +21,7 @@ from sdjax.diffusion.prediction import add_noise, target
 from sdjax.diffusion.schedules import schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
+from sdjax.methods.adapter_rules import without_adapters
 from sdjax.methods.denoise import (
     STRATA,
     DenoiseConfig,
@@ -195,12 +196,13 @@ def make(setup: Setup) -> Method:
 
 
 def beside_base(setup: Setup) -> Method:
-    """Bind the method to networks with changes; the reference is the denoiser without them.
+    """Bind the method to networks with adapters; the reference is the denoiser without them.
 
     Raises:
         UserError: see `_bound`.
     """
-    model, name = dataclasses.replace(setup.model, changes=()), setup.model.family.denoiser
+    name = setup.model.family.denoiser
+    model = without_adapters(setup.model)
     plain = bind(model, (name,), dtype=setup.dtype, remat=setup.remat)
 
     def reference(every: Params, batch: Batch) -> Denoiser:

@@ -4,6 +4,8 @@ Differentiating `x @ kernel.astype(bfloat16)` gives the gradient of the kernel i
 device rounds its part, and the sum over devices is taken in bfloat16 too. Here that product
 leaves the matrix unit in float32, the dtype of its accumulation. Gradients are summed over devices
 and micro-batches in float32. The forward pass does not change.
+
+A frozen kernel may be kept in int8, with a scale for each output (`sdjax.models.int8`).
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Linear(nnx.Module):
         # Zeros take a key like any other draw, so that layers draw the same values as flax's own.
         self.bias = nnx.Param(zeros(rngs.params(), shape[1:], param_dtype)) if bias else None
         self.dtype = dtype
+        self.kernel_scale: Any = nnx.data(None)  # of a kernel in int8
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
@@ -62,6 +65,10 @@ class Linear(nnx.Module):
     def product(self, x: Array, kernel: Array) -> Array:
         """Return x [..., in] times a kernel [in, any], as the layer multiplies by its own."""
         return dense(x, kernel)
+
+    def own_product(self, x: Array) -> Array:
+        """Return x [..., in] times the layer's own kernel."""
+        return _times(x, self.kernel[...], _array(self.kernel_scale))
 
     def biased(self, y: Array) -> Array:
         """Return y [..., out] with the layer's bias, if it has one."""
@@ -75,7 +82,9 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         if self.adapter is not None:
             return jnp.split(self.adapter(self, x), count, axis=-1)
-        ys = [dense(x, kernel) for kernel in jnp.split(self.kernel[...], count, axis=1)]
+        kernels, scale = jnp.split(self.kernel[...], count, axis=1), _array(self.kernel_scale)
+        scales = [None] * count if scale is None else jnp.split(scale, count)
+        ys = [_times(x, *pair) for pair in zip(kernels, scales, strict=True)]
         if self.bias is None:
             return ys
         biases = jnp.split(self.bias[...], count)
@@ -91,7 +100,8 @@ class Linear(nnx.Module):
         widths = np.cumsum([x.shape[-1] for x in xs])[:-1]
         kernels = jnp.split(self.kernel[...], widths, axis=0)
         first, *others = (
-            dense(x.astype(self.dtype), kernel) for x, kernel in zip(xs, kernels, strict=True)
+            _times(x.astype(self.dtype), kernel, _array(self.kernel_scale))
+            for x, kernel in zip(xs, kernels, strict=True)
         )
         return self.biased(sum(others, start=first))
 
@@ -117,6 +127,7 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(zeros(rngs.params(), shape[3:], param_dtype)) if bias else None
         self.strides, self.padding, self.dtype = strides, padding, dtype
+        self.kernel_scale: Any = nnx.data(None)  # of a kernel in int8
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
@@ -124,11 +135,18 @@ class Conv(nnx.Module):
         x = x.astype(self.dtype)
         if self.adapter is not None:
             return self.adapter(self, x)
-        return self.biased(self.product(x, self.kernel[...]))
+        return self.biased(self.own_product(x))
 
     def product(self, x: Array, kernel: Array) -> Array:
         """Return the convolution of x with a kernel [kH, kW, in, any], as with the layer's own."""
         return _conv(x, kernel, self.strides, self.padding)
+
+    def own_product(self, x: Array) -> Array:
+        """Return the convolution of x with the layer's own kernel."""
+        if self.kernel_scale is None:
+            return self.product(x, self.kernel[...])
+        codes, scale = self.kernel[...], self.kernel_scale[...]
+        return conv_int8(x, codes, scale, self.strides, self.padding)
 
     def biased(self, y: Array) -> Array:
         """Return y [..., out] with the layer's bias, if it has one."""
@@ -160,6 +178,17 @@ class Embed(nnx.Module):
         return jnp.take(self.embedding[...], index, axis=0).astype(self.dtype)
 
 
+def whole_kernel(layer: Linear | Conv) -> Array:
+    """Return the kernel of a layer, float32 if the layer has it in int8."""
+    if layer.kernel_scale is None:
+        return layer.kernel[...]
+    return layer.kernel[...].astype(jnp.float32) * layer.kernel_scale[...]
+
+
+def _array(variable: Any) -> Array | None:
+    return None if variable is None else variable[...]
+
+
 def cast_first(network: nnx.Module) -> dict[str, Any]:
     """Return {path: dtype} of the parameters that a network casts to a dtype before any other use.
 
@@ -169,6 +198,8 @@ def cast_first(network: nnx.Module) -> dict[str, Any]:
     for path, module in nnx.iter_graph(network):
         if isinstance(module, Linear | Conv | Embed):
             own = [name for name in ("kernel", "bias", "embedding") if hasattr(module, name)]
+            if getattr(module, "kernel_scale", None) is not None:
+                own.remove("kernel")
             found |= {".".join(map(str, (*path, name))): module.dtype for name in own}
     return found
 
@@ -196,6 +227,68 @@ def _dense_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array
 
 
 dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _times(x: Array, kernel: Array, scale: Array | None) -> Array:
+    """Return x times a kernel; a scale is that of one in int8."""
+    return dense(x, kernel) if scale is None else dense_int8(x, kernel, scale)
+
+
+@jax.custom_vjp
+def dense_int8(x: Array, codes: Array, scale: Array) -> Array:
+    """Return x [..., in] @ (codes int8 [in, out] * scale [out]) in the dtype of x.
+
+    Codes and scales are frozen: they have no gradients, and are what the backward pass keeps.
+    """
+    return _scaled(x @ codes.astype(x.dtype), scale)
+
+
+def _scaled(y: Array, scale: Array) -> Array:
+    """Return y [..., out] times the scale, which is rounded with the result alone."""
+    return (y.astype(jnp.float32) * scale).astype(y.dtype)
+
+
+def _dense_int8_forward(x: Array, codes: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _scaled(x @ codes.astype(x.dtype), scale), (codes, scale)
+
+
+def _dense_int8_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
+    codes, scale = saved
+    return _scaled(dy, scale) @ codes.astype(dy.dtype).T, None, None
+
+
+dense_int8.defvjp(_dense_int8_forward, _dense_int8_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def conv_int8(
+    x: Array, codes: Array, scale: Array, strides: tuple[int, int], padding: Padding
+) -> Array:
+    """Return the convolution of x [B, H, W, in] with (codes int8 [kH, kW, in, out] * scale [out]).
+
+    See `dense_int8`.
+    """
+    return _scaled(_convolve(x, codes.astype(x.dtype), strides, padding), scale)
+
+
+def _conv_int8_forward(
+    x: Array, codes: Array, scale: Array, strides: tuple[int, int], padding: Padding
+) -> tuple[Array, tuple[Any, Array, Array]]:
+    y = _scaled(_convolve(x, codes.astype(x.dtype), strides, padding), scale)
+    return y, (jnp.zeros((0, *x.shape[1:]), x.dtype), codes, scale)
+
+
+def _conv_int8_backward(
+    strides: tuple[int, int], padding: Padding, saved: tuple[Any, Array, Array], dy: Array
+) -> tuple[Array, None, None]:
+    like, codes, scale = saved  # of x the backward pass needs the shape alone
+    x = jax.ShapeDtypeStruct((len(dy), *like.shape[1:]), dy.dtype)
+    wide = codes.astype(dy.dtype)
+    back = jax.linear_transpose(lambda x: _convolve(x, wide, strides, padding), x)
+    return back(_scaled(dy, scale))[0], None, None
+
+
+conv_int8.defvjp(_conv_int8_forward, _conv_int8_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

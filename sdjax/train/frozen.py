@@ -37,7 +37,7 @@ from sdjax.checkpoints.workdir import FROZEN_FILE, bundle, read_run
 from sdjax.config import Config
 from sdjax.errors import UserError
 from sdjax.formats.single_file import PARAMETERS
-from sdjax.models import weight_checks
+from sdjax.models import int8, weight_checks
 from sdjax.models.params import Params, component, is_buffer, prefixed
 from sdjax.models.weights import save_file
 from sdjax.system import paths
@@ -64,6 +64,7 @@ def keep(
     if jax.process_index() != 0:
         return
     references: dict[str, Reference] = {}
+    wanted = int8.in_files(wanted)
     for name, own in _by_network(wanted).items():
         origin = copies.get(name, name)
         source = assembled.sources.get(origin)
@@ -117,7 +118,7 @@ def resumed(
             params, current[name] = _moved(folder, name, references[name], place)
         else:
             params = follow(folder, name, references[name], read_run)
-        _check_shapes(folder, name, params, own)
+        _check_shapes(folder, name, params, int8.in_files(own))
         found |= placed(params, own)
         del params  # one network at a time on the host
     rest = {path: want for path, want in wanted.items() if path not in found}
@@ -131,12 +132,23 @@ def resumed(
 
 
 def placed(params: Mapping[str, np.ndarray], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Return arrays as `wanted` has them, {path: shape with sharding, and dtype}."""
+    """Return arrays as `wanted` has them, {path: shape with sharding, and dtype}.
+
+    Kernels are put into int8 here, always from what was loaded.
+    """
 
     def put(value: np.ndarray, want: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_callback(want.shape, want.sharding, lambda index: value[index])
 
-    return {path: put(np.asarray(params[path], want.dtype), want) for path, want in wanted.items()}
+    found: Params = {}
+    for path, want in int8.in_files(wanted).items():
+        if want.dtype == np.int8:
+            codes, scales = int8.quantised(path, params[path])
+            own = int8.scale_path(path)
+            found |= {path: put(codes, want), own: put(scales, wanted[own])}
+        else:
+            found[path] = put(np.asarray(params[path], want.dtype), want)
+    return {path: found[path] for path in wanted}
 
 
 def _moved(
@@ -211,10 +223,13 @@ def read_frozen(file: paths.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
         check_regular(file)
         with file.open("rb") as opened:
             start, header = _header(opened)
-            _check(file, header, wanted)
+            inside = int8.in_files(wanted)
+            found: dict[str, Any] = {}
+            _check(file, header, inside)
             # In the file's order: from a bucket, going back would fetch a block again.
-            order = sorted(wanted, key=lambda path: header[path]["data_offsets"])
-            return {path: _read(opened, start, path, header[path], wanted[path]) for path in order}
+            for path in sorted(inside, key=lambda path: header[path]["data_offsets"]):
+                found |= _read(opened, start, path, header[path], wanted)
+            return found
     except UserError:
         raise
     except damage() as error:
@@ -252,24 +267,31 @@ def _check(file: paths.Path, header: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 def _read(
-    opened: Any, start: int, path: str, entry: Mapping[str, Any], want: jax.ShapeDtypeStruct
-) -> jax.Array:
+    opened: Any, start: int, path: str, entry: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """The array of a path; of a kernel that is wanted in int8, its codes and its scales."""
+    want = wanted[path]
     begin, shape = start + entry["data_offsets"][0], want.shape
     row = 4 * math.prod(shape[1:])
     cached: dict[tuple[int, int], np.ndarray] = {}  # devices of a host often share their rows
 
+    def rows(first: int, last: int) -> np.ndarray:
+        opened.seek(begin + first * row)
+        data = opened.read((last - first) * row)
+        if len(data) < (last - first) * row:
+            raise ValueError("it is cut short")
+        values = np.frombuffer(data, "<f4")
+        if not weight_checks.is_finite(values):
+            raise ValueError(weight_checks.describe(path, values))
+        return values.reshape((last - first, *shape[1:]) if shape else ())
+
     def part(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(shape[0]) if shape else (0, 1, 1)
         if (first, last) not in cached:
-            opened.seek(begin + first * row)
-            data = opened.read((last - first) * row)
-            if len(data) < (last - first) * row:
-                raise ValueError("it is cut short")
-            rows = np.frombuffer(data, "<f4")
-            if not weight_checks.is_finite(rows):
-                raise ValueError(weight_checks.describe(path, rows))
-            rows = rows.reshape((last - first, *shape[1:]) if shape else ())
-            cached[first, last] = rows.astype(want.dtype, copy=False)
+            cached[first, last] = rows(first, last).astype(want.dtype, copy=False)
         return cached[first, last][(slice(None), *index[1:]) if shape else ()]
 
-    return jax.make_array_from_callback(shape, want.sharding, part)
+    if want.dtype == np.int8:  # a scale needs all rows
+        own = (path, int8.scale_path(path))
+        return placed({path: rows(0, shape[0])}, {name: wanted[name] for name in own})
+    return {path: jax.make_array_from_callback(shape, want.sharding, part)}

@@ -31,6 +31,7 @@ from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.errors import UserError
 from sdjax.families.registry import TOKENIZERS, adopted, model_of
 from sdjax.methods.method import Method
+from sdjax.models import int8
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params
 from sdjax.parallel.sharding import param_spec
@@ -219,7 +220,8 @@ def place_frozen(
     if saved is not None:
         return frozen.resumed(config, folder, wanted, saved)
     check_complete(config, assembled.every, wanted)
-    buffers = _buffers(method, [path for path in wanted if path not in assembled.every])
+    loaded = int8.in_files(wanted)
+    buffers = _buffers(method, [path for path in loaded if path not in assembled.every])
     assembled = dataclasses.replace(assembled, params=assembled.params | buffers)
     frozen.keep(config, folder, assembled, wanted, method.copies)
     write_workdir(folder, config, assembled.tokenizers, assembled.scheduler)

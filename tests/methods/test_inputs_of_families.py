@@ -33,7 +33,7 @@ def recipe(family, method, **data):
     for group in ("model", "data", "schedule", "tokenizer"):
         c[group] = given[group]
     c.objective.prediction_type = given.objective.prediction_type
-    c.data.update(images=IMAGES[method], batch_size=4, **data)
+    c.data.update(images=IMAGES.get(method, ()), batch_size=4, **data)
     c.model.vae.latent_channels = 4  # as the VAE that these recipes take
     if method in ("edit", "inpaint"):
         latent = c.model.vae.latent_channels

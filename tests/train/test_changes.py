@@ -36,7 +36,8 @@ HARMLESS = (
     "method.init", "method.initializer",  # of what is there already
     "model.aesthetic_score", "model.negative_aesthetic_score",
     # How it is computed, and where.
-    "model.dtype", "model.remat", "model.attention", "mesh.*", "compilation_cache",
+    "model.dtype", "model.remat", "model.attention", "model.frozen_dtype", "mesh.*",
+    "compilation_cache",
     "train.xla_options",
     "train.accumulation", "data.data_dir", "data.workers", "data.threads", "data.prefetch",
     # How an example is shown, not which one stands where.

@@ -30,6 +30,7 @@ from sdjax.diffusion.schedules import schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import GUIDANCE, Context, Model
+from sdjax.methods.adapter_rules import without_adapters
 from sdjax.methods.denoise import (
     STRATA,
     LatentDiffusion,
@@ -332,7 +333,7 @@ def without_guidance(model: Model) -> Model:
     """Return the model whose denoiser reads no guidance scale, as the teacher is."""
     name = model.family.denoiser
     config = dataclasses.replace(model.denoiser, time_cond_proj_dim=None)
-    return dataclasses.replace(model, networks={**model.networks, name: config}, changes=())
+    return dataclasses.replace(without_adapters(model), networks={**model.networks, name: config})
 
 
 def check_sampler(setup: Setup) -> None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from sdjax.models.products import Conv, Linear, dense
+from sdjax.models.products import Conv, Linear, dense, whole_kernel
 
 Array = jax.Array
 Layer = Linear | Conv
@@ -98,14 +98,14 @@ class LowRank(nnx.Module):
         seen = drop.inputs(x)
         hidden = drop.hidden(self._hidden(layer, seen))
         change = dense(drop.module(self.rule.scale * hidden), self.B[...])
-        y = layer.product(x, layer.kernel[...])
+        y = layer.own_product(x)
         if self.magnitude is None:
             return layer.biased(y + change)
         # A constant in the gradient (section 4.3 of the paper), so no kernel is kept for it.
         ratio = self._ratio(lax.stop_gradient(output_norms(self._sum(layer)))).astype(x.dtype)
         if seen is x:
             return layer.biased(ratio * (y + change))
-        again = layer.product(seen, layer.kernel[...])  # as PEFT
+        again = layer.own_product(seen)  # as PEFT
         return layer.biased(y + (ratio - 1) * again + ratio * change)
 
     def kernel(self, layer: Layer) -> Array:
@@ -125,7 +125,7 @@ class LowRank(nnx.Module):
 
     def _sum(self, layer: Layer) -> Array:
         change = self.rule.scale * _product(self.A, self.C, self.B)
-        return layer.kernel[...].astype(change.dtype) + change
+        return whole_kernel(layer).astype(change.dtype) + change
 
 
 class Hadamard(nnx.Module):
@@ -290,7 +290,7 @@ def _add_key(module: Any, rule: Rule, lead: tuple[int, ...]) -> None:
 def _changed(module: Any, layer: Layer, change: Array) -> Array:
     """The layer's kernel with a change, unless the whole adapter is dropped."""
     change = module.rule.scale * _Dropped(module).module(change)
-    return layer.kernel[...].astype(change.dtype) + change
+    return whole_kernel(layer).astype(change.dtype) + change
 
 
 class _Dropped:
