@@ -8,7 +8,8 @@ runs/base is the model of `make train`, which keeps what is not masked by blendi
 runs/inpaint reads the mask and the masked picture. A mask covers one shape of a picture of the test
 split whole. The prompt says what the picture showed, or another colour and shape in its place. The
 reader of shapes says what the results show, and whether the shape that was not masked is as it was.
-Outside of the mask a picture is held beside what the VAE alone makes of it.
+Outside of the mask a picture is held beside what the VAE alone makes of it, in levels of 255: all
+of it, and what is a latent or more away from the mask, since the VAE's decoder sees neighbours.
 """
 
 from __future__ import annotations
@@ -51,17 +52,21 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
-        print(HEADER, f"{'outside':>9}")
+        print(HEADER, f"{'outside':>9}{'farther':>9}")
         for what, case in cases().items():
             files = written(case, folder / what)
             prompts = [" ".join(said(scene)) for scene in case.wanted]
             black = [f"--mask_image={folder / what / 'black.png'}"] * len(prompts)
             kept = drawn(args.model, prompts, [*files[0], *black, "--steps=1"], None)
+            alone = np.abs(kept.astype(float) - case.images).mean()
+            print(f"the VAE alone changes '{what}' by {alone:.1f}")
             for name, model in (("blending", args.model), ("inpainting", args.inpainting)):
                 own = [*files[0], *files[1], "--guidance=3"]
                 made = drawn(model, prompts, own, folder / name / what)
-                apart = np.abs(made.astype(float) - kept).mean(axis=-1)[~case.masks].mean()
-                print(line(f"{name}, {what}", case.wanted, made), f"{apart:7.1f}", flush=True)
+                apart = np.abs(made.astype(float) - kept).mean(axis=-1)
+                changes = [apart[~mask].mean() for mask in (case.masks, grown(case.masks))]
+                shown = "".join(f"{change:9.1f}" for change in changes)
+                print(line(f"{name}, {what}", case.wanted, made), shown, flush=True)
 
 
 def cases() -> dict[str, Case]:
@@ -94,6 +99,18 @@ def masks(objects: Sequence[Placed]) -> np.ndarray:
             for c in (one.x, one.y)
         )
         mask[y, x] = True
+    return found
+
+
+def grown(found: np.ndarray) -> np.ndarray:
+    """Return masks [N, H, W] with a patch more on each side."""
+    for axis in (1, 2):
+        for step in (-PATCH, PATCH):
+            moved = np.roll(found, step, axis)
+            edge = [slice(None)] * 3
+            edge[axis] = slice(None, PATCH) if step > 0 else slice(-PATCH, None)
+            moved[tuple(edge)] = False
+            found = found | moved
     return found
 
 

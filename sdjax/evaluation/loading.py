@@ -124,9 +124,13 @@ def _steered(loaded: Loaded, networks: NetworkOptions, weights: str) -> Loaded:
     read = functools.partial(read_control, weights=weights)
     of_controls = read_controls(loaded.found, networks.controlnet, networks.guess_mode, read)
     loaded = _joined(loaded, of_controls, {})
+    if networks.guess_mode and not any(control.guess for control in loaded.controls):
+        raise UserError("--guess_mode is for ControlNets, and there is none; leave it out")
     if not networks.ip_adapter:
         if networks.image_encoder and not loaded.sights:
-            raise UserError("--image_encoder is for --ip_adapter=FILE; give that too")
+            raise UserError(
+                "--image_encoder is for --ip_adapter=FILE; give that too, or leave it out"
+            )
         return loaded
     tower = _tower(networks, "--ip_adapter")
     adapters = read_ip_adapters(loaded.found, networks.ip_adapter, tower, read)

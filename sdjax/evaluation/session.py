@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdjax.data.pictures import Folder, stretches
+from sdjax.diffusion.schedules import make_schedule
 from sdjax.evaluation import audit_shares, evaluation_output, robustness
 from sdjax.evaluation.audit import Audit, make_labeller
 from sdjax.evaluation.conditions import (
@@ -34,6 +35,7 @@ from sdjax.evaluation.request import (
 )
 from sdjax.evaluation.robustness import Perturbation
 from sdjax.families.sampler import choose_sampler, sampler_note
+from sdjax.sampling.control_options import check_drawn
 from sdjax.sampling.drawing import Artist, Prompts, draw_folder, make_artist, on_mesh
 from sdjax.sampling.generate import Drawing, drawing_of, settings_of
 from sdjax.system import paths, progress
@@ -104,15 +106,20 @@ class Session:
     @functools.cached_property
     def artist(self) -> Artist:
         """The model, ready to draw."""
-        assert self.loaded is not None
+        assert self.loaded is not None and self.size is not None
+        found, controls = self.loaded.found, self.loaded.controls
+        if controls:
+            assert found.schedule is not None
+            timesteps = self.drawing.plan(make_schedule(found.schedule)).timesteps
+            check_drawn(controls, self.size, timesteps)
         return make_artist(
-            self.loaded.found,
+            found,
             drawing=self.drawing,
             mesh=self.mesh,
             negative_prompt=self.negative_prompt,
             size=self.size,
             dtype=self.request.dtype,
-            controls=self.loaded.controls,
+            controls=controls,
         )
 
     def _settings(self, params: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:

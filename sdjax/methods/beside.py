@@ -60,19 +60,19 @@ def read_start(
 
 
 def exporting(
-    name: str, place: str, write: Callable[[paths.Path, Mapping[str, np.ndarray]], paths.Path]
+    name: str, label: str, write: Callable[[paths.Path, Mapping[str, np.ndarray]], paths.Path]
 ) -> Export:
     """Return what writes the network that a run has trained, as others load it.
 
     Args:
-        name: of the network; place: below the workdir.
+        name: of the network; label: on the last screen, and of the folder in the workdir.
         write: (folder, its parameters) -> what was written.
     """
 
     def export(
         model: Model, trained: Mapping[str, np.ndarray], folder: paths.Path
     ) -> dict[str, paths.Path | str]:
-        return {place: write(folder / place, component(trained, name))}
+        return {label: write(folder / label, component(trained, name))}
 
     return export
 
