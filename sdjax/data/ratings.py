@@ -1,4 +1,4 @@
-"""What people said of pictures: a log of their ratings, and the datasets that follow from it.
+"""Ratings of pictures: a log that survives kills, and the datasets that follow from it.
 
 A folder of ratings has `ratings.jsonl`, a line for each rating in its order, and `pictures/`, the
 rated pictures by their sha256. A line is appended by one write: whoever is killed leaves at most
