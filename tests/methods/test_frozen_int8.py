@@ -181,6 +181,7 @@ def test_frozen_networks_of_full_sizes_take_half(name, before, after):
     assert found == pytest.approx((before, after), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_every_mesh_has_the_same_losses(tmp_path):
     flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
