@@ -174,7 +174,11 @@ def bytes_of(name, frozen_dtype):
 
 
 @pytest.mark.parametrize(
-    "name, before, after", [("flux_lora", 31.67, 16.21), ("sdxl_lora", 6.46, 3.41)]
+    "name, before, after",
+    [
+        ("flux_lora", 31.67, 16.21),
+        pytest.param("sdxl_lora", 6.46, 3.41, marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_networks_of_full_sizes_take_half(name, before, after):
     found = bytes_of(name, "") / 2**30, bytes_of(name, "int8") / 2**30
