@@ -366,6 +366,7 @@ def bound(
         timesteps=diffusion.timesteps,
         pictures=pictures,
         reads_pictures=gallery,
+        conditioner=diffusion.conditioner if data.text_embeddings else None,
         dtypes=networks.dtypes,
         numbers=model.family.numbers,
     )

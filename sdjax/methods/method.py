@@ -11,6 +11,7 @@ import numpy as np
 
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.families.conditioning import Conditioner
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Change, Family, Model
 from sdjax.models.params import Params, is_buffer
@@ -129,9 +130,12 @@ class Examples:
 
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
-    tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+    # {field: [N, L] int32}, or what `Conditioner.embed` makes of these, {name: [N, ...]}
+    tokens: Mapping[str, np.ndarray]
     # {name: [N, H, W, C] float32} of data.images, as batches have them
     named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # The negative prompt's features, {name: [...]}, where `tokens` are features.
+    negative: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,6 +190,8 @@ class Method:
         network as it was loaded instead of keeping the copy.
     brought: {name: (field of the recipe, folder)} of what `start` reads whole and nothing trains; a
         workdir refers to the folder. See `checkpoints.references.TOWER_FIELDS`.
+    conditioner: the text encoders where no loss runs them, since examples carry what they make of
+        captions: parameters may then lack them and have `Conditioner.stored`. None where losses do.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -208,6 +214,7 @@ class Method:
     predictions: Callable[[Params, Batch, jax.Array, np.ndarray], dict[str, jax.Array]] | None = (
         None
     )
+    conditioner: Conditioner | None = None
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
