@@ -143,7 +143,7 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
         UserError: something that drawing takes is missing, or an option is not for this model.
     """
     from sdjax.data.numbers import of_geometry
-    from sdjax.sampling.start import EDIT, reads_picture
+    from sdjax.sampling.start import reading_of
 
     if model.missing():
         raise UserError(
@@ -155,10 +155,11 @@ def _check_model(model: Model, args: argparse.Namespace, name: str) -> None:
             f"--embedded_guidance is for FLUX.1-dev, latent consistency models and their kin; "
             f"{name} reads no guidance, --guidance is what it takes"
         )
-    if args.image_guidance is not None and reads_picture(model) != EDIT:
+    reading = reading_of(model)
+    if args.image_guidance is not None and not (reading and reading.guided):
         raise UserError(
-            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
-            "none, leave it out"
+            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} has "
+            "no guidance of that kind, leave it out"
         )
     takes_geometry = bool(of_geometry(model.family.numbers, model.native_size))
     if not takes_geometry and (args.original_size or any(args.crop)):
@@ -313,10 +314,11 @@ def _refining(args: argparse.Namespace) -> dict[str, Any]:
 
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
     """The settings that few families have."""
-    from sdjax.sampling.start import EDIT, reads_picture
+    from sdjax.sampling.start import reading_of
 
     found: dict[str, Any] = {}
-    if reads_picture(model) == EDIT:
+    reading = reading_of(model)
+    if reading is not None and reading.guided:
         found["image_guidance"] = drawing.image_guidance
     if model.family.reads_guidance(model.networks):
         found["embedded_guidance"] = drawing.embedded_guidance

@@ -1,7 +1,8 @@
-"""Inpainting: a UNet that reads latents, a mask and the masked picture's latents (9 channels).
+"""Inpainting: a denoiser that reads latents, a mask and the masked picture's latents.
 
-RunwayML's stable-diffusion-inpainting, the inpainting models of SD2 and SDXL, and the pipelines of
-diffusers have this order. A mask is 1 where the picture is drawn anew.
+RunwayML's stable-diffusion-inpainting, the inpainting models of SD2 and SDXL, FLUX.1-Fill, and the
+pipelines of diffusers, have the order that the family's `Reading` has. A mask is 1 where the
+picture is drawn anew.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from sdjax.data.config import is_encoded
 from sdjax.diffusion.losses import example_keys, fold_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Networks
+from sdjax.families.family import FILLS, Networks
 from sdjax.methods.denoise import DenoiseConfig, bound, latent_diffusion
 from sdjax.methods.drawings import make_drawing
 from sdjax.methods.fields import picture_fields
-from sdjax.methods.inputs import Inputs
+from sdjax.methods.inputs import Inputs, reading_for
 from sdjax.methods.masks import SHAPES, draw_masks, whole_masks
 from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
 from sdjax.models.params import Params
-from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import scale_latents
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.generate import to_uint8
@@ -75,7 +75,7 @@ class Inpainting:
     def channels(
         self, networks: Networks, every: Params, batch: Batch, keys: jax.Array
     ) -> jax.Array:
-        """Mask and masked latents [b, h, w, 1 + C]; see `MakeInputs`."""
+        """Mask and masked latents [b, h, w, K]; see `MakeInputs`."""
         return beside(networks, every, batch["image"], self.masks(batch, keys))
 
     def masks(self, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -91,9 +91,8 @@ class Inpainting:
 
 
 def beside(networks: Networks, every: Params, images: jax.Array, masks: jax.Array) -> jax.Array:
-    """Return what an inpainting UNet reads beside the noisy latents, [b, h, w, 1 + C].
+    """Return what a denoiser for inpainting reads besides the noisy latents, [b, h, w, K].
 
-    The mask of a latent is its pixel at the top left, as torch's nearest `interpolate` takes it.
     The VAE sees grey where the mask is; the latents are its mode.
 
     Args:
@@ -101,47 +100,28 @@ def beside(networks: Networks, every: Params, images: jax.Array, masks: jax.Arra
     """
     vae = networks.module("vae", every)
     mean, _ = jnp.split(vae.encode(images * (1.0 - masks)), 2, axis=-1)
-    side = vae.config.downscale
-    return jnp.concatenate([masks[:, ::side, ::side], scale_latents(mean, vae.config)], axis=-1)
+    reading = networks.family.readings[FILLS]
+    return reading.make(masks, scale_latents(mean, vae.config))
 
 
 def make(setup: Setup) -> Method:
     """Bind the method to the networks of a model; see `Inpainting`.
 
     Raises:
-        UserError: the denoiser is no UNet of so many channels, or the data has no pixels.
+        UserError: the denoiser reads other channels, or the data has no pixels.
     """
-    check_unet(setup)
+    reading = reading_for(setup, FILLS)
     if is_encoded(setup.data):
         raise UserError(
             "data.name is 'encoded', but method 'inpaint' masks pixels, which an encoded dataset "
             "does not have; train on the pictures"
         )
     task = Inpainting(setup.config)
-    inputs = Inputs(setup.model.vae.latent_channels + 1, task.channels)
+    inputs = Inputs(reading, task.channels)
     images = picture_fields(setup, optional={MASK: "mask"})
     # The mask is the task: it does not multiply the loss.
     diffusion = latent_diffusion(setup, inputs=inputs, mask="")
     return bound(diffusion, images=images, pictures=_pictures(setup, task), gallery=True)
-
-
-def check_unet(setup: Setup) -> None:
-    """Check that the denoiser is one that can be given channels, and that pictures are not read.
-
-    Raises:
-        UserError: it is not, or `sample.fidelity` would read back what shows more than the result.
-    """
-    name, method = setup.model.family.denoiser, setup.config.name
-    if not isinstance(setup.model.denoiser, UNetConfig):
-        raise UserError(
-            f"method {method!r} trains UNets, of SD1, SD2 and SDXL; model.family is "
-            f"{setup.model.family.name!r}, whose denoiser is a {name}"
-        )
-    if setup.sample.fidelity:
-        raise UserError(
-            f"sample.fidelity is {setup.sample.fidelity}, but method {method!r} draws from "
-            "pictures, and not from prompts alone; set it to 0"
-        )
 
 
 def _pictures(setup: Setup, task: Inpainting) -> Callable[..., np.ndarray]:
@@ -173,6 +153,6 @@ INPAINT = Kind(
     make=make,
     networks=tuple,
     draws=True,
-    beside=lambda latent: latent + 1,
+    task=FILLS,
     sample="--init_image=FILE --mask_image=FILE",
 )

@@ -265,8 +265,8 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
-    beside: channels of latents -> how many more the denoiser reads; networks that read latents
-        alone are widened when they are loaded.
+    task: what the denoiser does with a picture that it reads, as `sdjax.families.family.EDITS`;
+        one that reads latents alone is widened when it is loaded. "" reads none.
     guidance_width: its group -> the width in which the denoiser is to read the guidance scale; one
         that reads none is made to when it is loaded. None leaves it as it is.
     sample: options that `sdjax.sample` needs besides prompts, for the last screen.
@@ -283,7 +283,7 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
-    beside: Callable[[int], int] = lambda latent: 0
+    task: str = ""
     guidance_width: Callable[[Any], int | None] = lambda config: None
     sample: str = ""
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)

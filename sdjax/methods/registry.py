@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from sdjax.methods.adapted import EDIT_ADAPTERS, INPAINT_ADAPTERS
+from sdjax.methods.adapted import CONDITION_ADAPTERS, EDIT_ADAPTERS, INPAINT_ADAPTERS
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.condition import CONDITION
 from sdjax.methods.consistency import LCM
 from sdjax.methods.consistency_lora import LCM_LORA
 from sdjax.methods.control import CONTROL
@@ -23,6 +24,7 @@ METHODS: dict[str, Kind] = {
     "autoencoder": AUTOENCODER,
     "inpaint": INPAINT,
     "edit": EDIT,
+    "condition": CONDITION,
     "dpo": DPO,
     "adapters": ADAPTERS,
     "lcm": LCM,
@@ -34,4 +36,5 @@ METHODS: dict[str, Kind] = {
     "pivotal": PIVOTAL,
     "inpaint_adapters": INPAINT_ADAPTERS,
     "edit_adapters": EDIT_ADAPTERS,
+    "condition_adapters": CONDITION_ADAPTERS,
 }

@@ -13,12 +13,14 @@ import numpy as np
 from sdjax.errors import UserError
 from sdjax.families.beside.controlnet import CONTROLNET
 from sdjax.families.beside.t2i_adapter import T2I_ADAPTER, check_size
+from sdjax.families.family import FOLLOWS
 from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import prefixed
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
 from sdjax.sampling.control import Control, SteeringConfig, check
-from sdjax.sampling.pictures import read_picture
+from sdjax.sampling.pictures import read_picture, read_pictures, shown
 from sdjax.sampling.request import SamplingRequest
+from sdjax.sampling.start import reads_picture
 from sdjax.system import paths
 
 
@@ -87,11 +89,14 @@ def with_controls(
     Raises:
         UserError: options do not go together, or a network is not for this model.
     """
+    factor, count = request.model.vae.downscale, len(request.texts)
+    size = request.shape[0] * factor, request.shape[1] * factor
+    if reads_picture(request.model) == FOLLOWS:
+        _check_followed(request, options, images, guess)
+        return shown(request, read_pictures(images, count, size, option="--control_image"))
     _check(options, images, guess)
     if not options:
         return request
-    factor, count = request.model.vae.downscale, len(request.texts)
-    size = request.shape[0] * factor, request.shape[1] * factor
     chosen = of_each(images, len(options), count)
     controls: list[Control] = []
     picture, params = dict(request.picture), dict(request.params)
@@ -115,6 +120,18 @@ def with_controls(
     for control in controls:
         control.inside(steered.plan.timesteps)  # a range without a step is an error now
     return steered
+
+
+def _check_followed(
+    request: SamplingRequest, options: Sequence[str], images: Sequence[str], guess: bool
+) -> None:
+    """Check the options for a model that follows a picture by itself, as FLUX.1-Canny-dev."""
+    name = request.model.family.denoiser
+    if not images:
+        raise UserError(f"the {name} follows a picture; give --control_image=FILE")
+    if options or guess:
+        given = "--controlnet" if options else "--guess_mode"
+        raise UserError(f"the {name} follows a picture by itself; leave {given} out")
 
 
 def _check(options: Sequence[str], images: Sequence[str], guess: bool) -> None:
@@ -162,4 +179,6 @@ def control_settings(args: argparse.Namespace, *, number: int, count: int) -> di
         if given := getattr(args, network):
             chosen = of_each(getattr(args, image), len(given), count)
             found |= {network: given, image: [files[number % len(files)] for files in chosen]}
+    if args.control_image and not args.controlnet:
+        found["control_image"] = args.control_image[number % len(args.control_image)]
     return found | ({"guess_mode": args.guess_mode} if args.controlnet else {})

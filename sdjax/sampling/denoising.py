@@ -23,7 +23,7 @@ from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
 from sdjax.sampling.control import Control, Controls, bind_controls
-from sdjax.sampling.start import EDIT, Picture, reads_picture, with_channels
+from sdjax.sampling.start import Picture, reading_of, with_channels
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -95,16 +95,17 @@ class Member:
         context = self.conditioner(params, prompts, target=target)
         away = self.conditioner(params, other, target=target, negative=True)
         reads: Any
+        reading = reading_of(self.model)
         if self.controls.each:
             timesteps = self.drawing.plan(self.schedule, size).timesteps
             reads, put = self.controls.beside(network, params, picture, timesteps)
             contexts = [put(context, False), put(away, True)]
         else:
-            reads, beside = with_channels(network, self.model.family, picture)
+            reads, beside = with_channels(network, reading, picture)
             contexts = [beside(context), beside(away)]
-        if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
+        if reading is not None and reading.guided:  # the words are dropped first, then the picture
             blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
-            contexts.append(with_channels(network, self.model.family, blank)[1](away))
+            contexts.append(with_channels(network, reading, blank)[1](away))
         function = _guided(self.drawing, self.schedule, reads, contexts, size=tuple(size))
         return Denoising(function, network, _length(context))
 

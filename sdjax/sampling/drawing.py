@@ -26,7 +26,7 @@ from sdjax.parallel.sharding import placed, state_shardings
 from sdjax.sampling.generate import Drawing, Generate, draw, latent_shape, make_generator
 from sdjax.sampling.grids import save_png
 from sdjax.sampling.inputs import write_metadata
-from sdjax.sampling.start import reads_picture
+from sdjax.sampling.start import reading_of
 from sdjax.system import paths, progress
 
 SETTINGS = "settings.json"
@@ -111,7 +111,8 @@ def make_artist(
             f"the model has {', '.join(model.networks) or 'no network'} only; drawing takes "
             f"{', '.join(missing)} too"
         )
-    if reads_picture(model):
+    reading = reading_of(model)
+    if reading is not None and not reading.setting:
         raise UserError(
             f"the {model.family.denoiser} reads pictures, but prompts alone are drawn here; draw "
             "by sdjax.sample with --init_image, or take a model that reads prompts alone"

@@ -19,10 +19,10 @@ from sdjax.data.transforms import to_rgb, upright
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Model
+from sdjax.families.family import EDITS, FILLS, FOLLOWS, Model
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.request import SamplingRequest
-from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
+from sdjax.sampling.start import first_step, reading_of, reads_picture
 
 VAE_STREAM = 2  # added to the seed: the noise and the sampler take 0 and 1
 
@@ -40,9 +40,8 @@ def with_pictures(
     if not images:
         return request
     size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
-    if reads_picture(model) == EDIT:
-        modes = modes_of(model, request.params, read_pictures(images, count, size), request.dtype)
-        return dataclasses.replace(request, picture={"channels": modes})
+    if reads_picture(model) == EDITS:
+        return shown(request, read_pictures(images, count, size))
     strength = _strength(masks, strength)
     sampler = request.drawing.sampler
     first = first_step(sampler.steps, strength, flow=sampler.name == "flow_euler")
@@ -64,19 +63,37 @@ def with_pictures(
     return dataclasses.replace(request, drawing=drawing, picture=picture)
 
 
+def shown(request: SamplingRequest, images: np.ndarray) -> SamplingRequest:
+    """Return a request whose denoiser reads pictures [N, H, W, 3] in [-1, 1] beside its latents."""
+    model, reading = request.model, reading_of(request.model)
+    assert reading is not None
+    if reading.sampled:
+        noise = vae_noise(request.seed, request.positions, request.shape)
+        made = latents_of(model, request.params, images, noise, dtype=request.dtype)
+    else:
+        made = modes_of(model, request.params, images, request.dtype, scaled=reading.scaled)
+    return dataclasses.replace(request, picture={**request.picture, "channels": made})
+
+
 def _check(
     model: Model, images: Sequence[str], masks: Sequence[str], strength: float | None
 ) -> None:
-    task = reads_picture(model)
+    task, reading = reads_picture(model), reading_of(model)
     for option, given in (("--mask_image", masks), ("--strength", strength is not None)):
         if given and not images:
             raise UserError(f"{option} is for --init_image=FILE; give that too, or leave it out")
-    if task == EDIT and (not images or masks or strength is not None):
+    needed = reading is not None and not reading.setting
+    if task == EDITS and ((needed and not images) or masks or strength is not None):
         raise UserError(
             f"the {model.family.denoiser} edits a picture; give --init_image=FILE, and neither "
             "--mask_image nor --strength"
         )
-    if task == INPAINT and not masks:
+    if task == FOLLOWS and images:
+        raise UserError(
+            f"the {model.family.denoiser} follows a picture, which --control_image=FILE names; "
+            "leave --init_image out"
+        )
+    if task == FILLS and not masks:
         raise UserError(
             f"the {model.family.denoiser} reads a picture and a mask; give --init_image=FILE and "
             "--mask_image=FILE, or take a model that is not for inpainting"
@@ -100,22 +117,24 @@ def picture_settings(
     if not images:
         return {}
     found: dict[str, object] = {"init_image": images[number % len(images)]}
-    if reads_picture(model) == EDIT:
+    if reads_picture(model) == EDITS:
         return found
     if masks:
         found["mask_image"] = masks[number % len(masks)]
     return {**found, "strength": _strength(masks, strength)}
 
 
-def read_pictures(files: Sequence[str], count: int, size: tuple[int, int]) -> np.ndarray:
-    """Return the pictures of --init_image, float32 [count, H, W, 3] in [-1, 1].
+def read_pictures(
+    files: Sequence[str], count: int, size: tuple[int, int], option: str = "--init_image"
+) -> np.ndarray:
+    """Return the pictures of an option, float32 [count, H, W, 3] in [-1, 1].
 
     Raises:
         UserError: a file is no picture, or there are not one or `count` of them.
     """
-    pictures = [read_picture("--init_image", file, size) for file in files]
+    pictures = [read_picture(option, file, size) for file in files]
     made = [np.asarray(picture, np.float32) / 255 * 2 - 1 for picture in pictures]
-    return _one_each("--init_image", made, count)
+    return _one_each(option, made, count)
 
 
 def read_masks(files: Sequence[str], count: int, size: tuple[int, int]) -> np.ndarray:
@@ -179,14 +198,18 @@ def latents_of(
 
 
 def modes_of(
-    model: Model, params: Mapping[str, jax.Array], images: np.ndarray, dtype: str = "float32"
+    model: Model,
+    params: Mapping[str, jax.Array],
+    images: np.ndarray,
+    dtype: str = "float32",
+    *,
+    scaled: bool,
 ) -> np.ndarray:
-    """Return the mode of the VAE's distribution for pictures, one at a time, not scaled.
-
-    So does InstructPix2Pix read the picture that it edits (its pipeline, prepare_image_latents).
+    """Return the mode of the VAE's distribution for pictures, one at a time.
 
     Args:
         images: [N, H, W, 3] in [-1, 1].
+        scaled: whether they are scaled as the latents that are drawn.
 
     Returns:
         [N, h, w, C].
@@ -195,7 +218,8 @@ def modes_of(
 
     @jax.jit
     def encode(params: Mapping[str, jax.Array], image: jax.Array) -> jax.Array:
-        return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+        mode = jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+        return scale_latents(mode, model.vae) if scaled else mode
 
     own = {path: params[path] for path in networks.abstract}
     return np.concatenate([np.asarray(encode(own, image[None])) for image in images])
@@ -230,8 +254,9 @@ def picture_of(
         return found
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
-    inpainting = model.family.inpainting
-    if inpainting is None or not reads_picture(model):
+    reading = reading_of(model)
+    if reading is None:
         return {**found, "known": clean, "mask": small}
     hidden = latents_of(model, params, images * (masks < 0.5), noise, dtype=dtype)
-    return {**found, "channels": inpainting.make(masks, small, hidden)}
+    channels = np.asarray(reading.make(jnp.asarray(masks), jnp.asarray(hidden)))
+    return {**found, "channels": channels}
