@@ -61,7 +61,7 @@ def reading_for(setup: Setup, task: str) -> Reading:
     if reading is None:
         able = [each.title for each in FAMILIES.values() if task in each.readings]
         raise UserError(
-            f"method {method!r} is for {' and '.join(able)}; model.family is {family.name!r}, "
+            f"method {method!r} is for {', '.join(able)}; model.family is {family.name!r}, "
             f"whose {family.denoiser} reads no picture for that"
         )
     if reading.setting and not setup.model.settings.get(reading.setting):

@@ -167,5 +167,5 @@ def test_what_does_not_fit_is_refused(config):
     with pytest.raises(UserError, match="sample.fidelity is 4, but method 'inpaint' draws from"):
         method_of_run(dataclasses.replace(own, sample=shown), tokenizers)
     c = default(family="sd3", method="inpaint")
-    with pytest.raises(UserError, match="is for SD1 and SD2 and SDXL and FLUX.1; model.family is"):
+    with pytest.raises(UserError, match="is for SD1 and SD2, SDXL, FLUX.1; model.family is"):
         blank_method(resolve(c))

@@ -1,5 +1,10 @@
 """Runs whose text is encoded ahead: text encoders leave the devices, and nothing else changes."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ from PIL import Image
 
 from sdjax.checkpoints.assemble import assemble
 from sdjax.checkpoints.reading import read_any
-from sdjax.config import resolve
+from sdjax.config import resolve, to_dict
 from sdjax.config_model import blank_method, method_of_run
 from sdjax.encoding.dataset import Options, encode_dataset
 from sdjax.families.conditioning import encode_text
@@ -15,9 +20,10 @@ from sdjax.formats.diffusers_folder import read_diffusers
 from sdjax.parallel.mesh import make_mesh
 from sdjax.train import captions, loop, program, startup
 from sdjax.train.announce import memory_classes
-from tests.conftest import make_tiny_config
+from tests.conftest import XLA_FLAGS, make_tiny_config
 from tests.methods.runs import begun_from, broken_off
 from tests.train.test_loop import assert_same_run, rows
+from tests.train.test_mesh import FLAGS
 
 WORDS = "text_encoder."
 
@@ -157,3 +163,29 @@ def test_a_workdir_without_its_encoders_still_ends(config, tmp_path, capsys, mon
     assert loop.run(resolve(config), str(tmp_path / "run")) == loop.DONE
     assert "no diffusers folder is written: text_encoder is not" in capsys.readouterr().out
     assert "text_encoder" in read_any(tmp_path / "run").networks
+
+
+@pytest.mark.slow  # two processes
+def test_losses_do_not_depend_on_the_mesh(config, tmp_path):
+    """The encoders are split over the mesh while they encode, and so is the empty caption."""
+    config.data.batch_size = 8
+    config.optim.learning_rate = 2e-4
+    config.train.export = False
+    code = (
+        "import json, sys\nfrom sdjax.config import resolve\nfrom sdjax.parallel import sharding\n"
+        "from sdjax.train import loop\nsharding.MIN_FSDP_SIZE = 64  # the model is tiny\n"
+        "sys.exit(loop.run(resolve(json.loads(sys.argv[1])), sys.argv[2]))\n"
+    )
+    for name, sizes, flags in (("one", (1, 1, 1), XLA_FLAGS), ("eight", (2, 4, 1), FLAGS)):
+        config.mesh.update(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        values = json.dumps(to_dict(resolve(config)))
+        run = subprocess.run(
+            [sys.executable, "-c", code, values, str(tmp_path / name)],
+            env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    for step in (1, 2):
+        one, eight = (rows(tmp_path / name)[step] for name in ("one", "eight"))
+        np.testing.assert_allclose(eight["train/loss"], one["train/loss"], rtol=1e-5)
+    difference = np.abs(drawn(tmp_path / "eight").astype(int) - drawn(tmp_path / "one"))
+    assert difference.max() <= 1
