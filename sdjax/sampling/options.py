@@ -265,6 +265,7 @@ def check_together(args: argparse.Namespace) -> None:
         "--refiner": args.refiner,
         "a second --model": args.model[1:],
         "--controlnet": args.controlnet,
+        "--control_image": args.control_image,
         "--ip_adapter": args.ip_adapter,
     }
     for option, given in options.items():

@@ -126,6 +126,7 @@ def test_options_that_do_not_fit_are_refused(base, tmp_path, capsys):
         ([picture], "follows a picture, which --control_image=FILE names"),
         ([condition, "--controlnet=x"], "follows a picture by itself; leave --controlnet out"),
         ([condition, "--guess_mode"], "follows a picture by itself; leave --guess_mode out"),
+        ([condition, "--interpolate=2"], "--interpolate does not go with --control_image"),
         ([condition, condition, condition], "--control_image is given 3 times for 1 prompts"),
     ):
         assert sample.main([f"--model={tmp_path / 'model'}", *common, *options]) == 2
