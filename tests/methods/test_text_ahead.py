@@ -177,7 +177,7 @@ def test_losses_do_not_depend_on_the_mesh(config, tmp_path):
         "sys.exit(loop.run(resolve(json.loads(sys.argv[1])), sys.argv[2]))\n"
     )
     for name, sizes, flags in (("one", (1, 1, 1), XLA_FLAGS), ("eight", (2, 4, 1), FLAGS)):
-        config.mesh.update(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
         values = json.dumps(to_dict(resolve(config)))
         run = subprocess.run(
             [sys.executable, "-c", code, values, str(tmp_path / name)],
