@@ -6,8 +6,8 @@
 Rank 16 on the attention of all 57 blocks, rate 1e-4, as diffusers' train_dreambooth_lora_flux.py;
 guidance is 1 in training and schedule.shift exp(1.15), as configs/flux_dev_finetune.py says. The
 frozen transformer is 23.8 GB in bfloat16 and T5 9.5 GB: one accelerator of 80 GB, or several with
---config.mesh.fsdp. Captions encoded ahead (sdjax.prepare --encode --encode_text) save T5's work in
-each step. Not run at full size here.
+--config.mesh.fsdp. T5 leaves them before the first step with captions that were encoded ahead
+(sdjax.prepare --encode --encode_text). Not run at full size here.
 """
 
 from sdjax.config import default

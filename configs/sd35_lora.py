@@ -5,8 +5,8 @@
 
 The folder decides the networks: that of SD3.5 large goes as well. Rank 16 on the joint attention,
 the layers of diffusers' train_dreambooth_lora_sd3.py; rate 1e-4 and logit-normal timesteps as
-there. T5 is 9.5 GB in bfloat16; captions encoded ahead with sdjax.prepare
---encode --encode_text, as configs/sd35_medium_finetune.py shows, save its work in each step. Not
+there. T5 is 9.5 GB in bfloat16, which leaves the accelerators before the first step with captions
+encoded ahead by sdjax.prepare --encode --encode_text, as configs/sd35_medium_finetune.py shows. Not
 run at full size here.
 """
 

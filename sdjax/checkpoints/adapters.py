@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Sequence
 
 from sdjax.checkpoints import workdir as runs
+from sdjax.checkpoints.widening import widened
 from sdjax.errors import UserError
 from sdjax.families.adapter_names import OUTSIDE, TEXT, by_block
-from sdjax.families.family import Model
+from sdjax.families.family import AUTOENCODER, FOLLOWS, Model
 from sdjax.formats.adapters.layers import Adapter
 from sdjax.formats.adapters.merging import merged
-from sdjax.formats.adapters.reading import read_adapter
+from sdjax.formats.adapters.reading import entrance_inputs, read_adapter
 from sdjax.formats.folders import folder_kind
+from sdjax.sampling.start import counts
 from sdjax.system import paths
 from sdjax.system.untrusted import is_number
 
@@ -26,15 +28,41 @@ _BLOCKS = ":lbw="
 def with_loras(model: Model, options: Sequence[str]) -> Model:
     """Return a model with the adapters of --lora in its weights, in their order.
 
+    One that reads a picture beside the noisy latents, as the LoRAs of FLUX.1-Canny do, has a model
+    that reads noisy latents alone read it too.
+
     Raises:
         UserError: an option is wrong, or an adapter does not fit the model.
     """
     adapters = []
     for option in options:
+        model = _reading_a_picture(model, option)
+    for option in options:
         place, weight, numbers = parse_lora(option)
         own = _weights(option, model, weight, numbers) if numbers else weight
         adapters.append((load_adapter(place, model), own))
     return merged(model, adapters) if adapters else model
+
+
+def _reading_a_picture(model: Model, option: str) -> Model:
+    """The model, whose denoiser is given the inputs that an adapter's has, if it is to follow.
+
+    Adapters of models that fill or edit are made for these, and fit them alone.
+    """
+    place, family = parse_lora(option)[0], model.family
+    own = model.networks.get(family.denoiser)
+    if own is None or AUTOENCODER not in model.networks or not paths.exists(place):
+        return model
+    if is_run(place):
+        found = read_run(place)[0].networks.get(family.denoiser)
+        wanted = getattr(found, "in_channels", 0)
+    else:
+        wanted = entrance_inputs(place, model)
+    count = next((count for count, task in counts(model).items() if task == FOLLOWS), 0)
+    reads = family.latent_channels(own) > model.vae.latent_channels
+    if not count or reads or wanted != family.widened(own, count).in_channels:
+        return model
+    return widened(model, FOLLOWS, name=f"--lora={option}")[0]
 
 
 def parse_lora(option: str) -> tuple[paths.Path, float, tuple[float, ...]]:

@@ -87,8 +87,8 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
         hints = _hints(field, config, with_tokenizer=with_tokenizer)
         read = read_source(source, wanted, hints)
         name = f"{field}={folder}"
-        loaded, widening = widened(read, kind.beside, name=name)
-        loaded, told = reading_guidance(loaded, kind.guidance_width(config.method), name=name)
+        wide, widening = widened(read, kind.task, name=name, vae=config.model.vae)
+        loaded, told = reading_guidance(wide, kind.guidance_width(config.method), name=name)
         config, decided = _adopt(config, loaded, wanted, whole=field == "init_from")
         if decided:
             notes.append(f"{field}={folder} decides {decided}")
@@ -98,7 +98,7 @@ def assemble(config: Config, *, with_tokenizer: bool = True) -> Assembled:
             notes += _sampler_notes(loaded, config, name)
         params |= {k: v for k, v in loaded.params.items() if k.split(".")[0] in wanted}
         sources |= dict.fromkeys(_components(loaded.params), source)
-        if widening:  # what lies there is another network: parts that are frozen are copied
+        if wide.networks != read.networks:  # so what is frozen of it is copied, and not referred to
             sources.pop(loaded.family.denoiser, None)
         tokenizers |= loaded.tokenizers
     if not (draws and with_tokenizer):

@@ -3,49 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from sdjax.families.family import Model
+from sdjax.families.family import AUTOENCODER, Model
 from sdjax.models.config import ConfigError
 from sdjax.models.unet_config import UNetConfig
 
 
-def widened(model: Model, beside: Callable[[int], int], *, name: str) -> tuple[Model, str]:
-    """Return a model whose UNet reads channels beside latents, and a line for the log.
+def widened(model: Model, task: str, *, name: str, vae: Any = None) -> tuple[Model, str]:
+    """Return a model whose denoiser reads a picture for a task, and a line for the log.
 
-    New channels of conv_in are zero, and its bias is kept: the UNet predicts what it did, whatever
-    these channels hold. A UNet that reads as many already stays as it is.
+    New channels of its first layer are zero, and its bias is kept: it predicts what it did,
+    whatever these channels hold. One that reads as many already stays as it is. Where the picture
+    is read as further tokens, no weight changes.
 
     Args:
         model: with or without parameters.
-        beside: channels of latents -> how many more the UNet is to read.
+        task: as `sdjax.families.family.EDITS`; one that the family does not know, as "", changes
+            nothing.
         name: where it was read, for messages.
+        vae: the config of the autoencoder, where the model has none.
 
     Raises:
-        ConfigError: the UNet reads channels for another task.
+        ConfigError: the denoiser reads channels for another task.
     """
-    config = model.networks.get(model.family.denoiser)
-    if not isinstance(config, UNetConfig):
+    family = model.family
+    denoiser, reading = family.denoiser, family.readings.get(task)
+    config, vae = model.networks.get(denoiser), model.networks.get(AUTOENCODER, vae)
+    if reading is None or config is None or vae is None:
         return model, ""
-    latent, own = config.out_channels, config.in_channels
-    added = beside(latent)
-    if not added or own == latent + added:
+    latent, reads = vae.latent_channels, family.latent_channels(config)
+    count = reading.count(latent, vae.downscale)
+    setting = reading.setting
+    if reads == latent + count and (not setting or model.settings.get(setting)):
         return model, ""
-    denoiser = model.family.denoiser
-    if own != latent:
+    if reads != latent:
         raise ConfigError(
-            f"{name}: the {denoiser} has in_channels {own}, for another task; expected {latent}, "
-            f"to be given {added} more, or {latent + added}"
+            f"{name}: the {denoiser} has in_channels {config.in_channels}, for another task; "
+            f"expected {family.widened(config, latent - reads).in_channels}, to be given more, or "
+            f"{family.widened(config, latent + count - reads).in_channels}"
         )
-    networks = {**model.networks, denoiser: dataclasses.replace(config, in_channels=latent + added)}
-    path = f"{denoiser}.conv_in.kernel"
+    if setting:
+        told = {**model.settings, setting: True}
+        note = f"{name}: the {denoiser} is to read a picture as tokens (model.{setting})"
+        return dataclasses.replace(model, settings=told), note
+    wide = family.widened(config, count)
+    assert family.adapters is not None, "it names the layer that reads latents"
+    layer, added = f"{denoiser}.{family.adapters.entrance}", wide.in_channels - config.in_channels
     params = dict(model.params)
-    if path in params:
-        zeros = [(0, 0), (0, 0), (0, added), (0, 0)]  # [kh, kw, in, out]
-        params[path] = np.pad(params[path], zeros)
-    note = f"{name}: {denoiser}.conv_in is given {added} channels of zeros beside {latent}"
+    if (path := f"{layer}.kernel") in params:
+        kernel = params[path]  # [..., in, out]
+        params[path] = np.pad(kernel, [(0, 0)] * (kernel.ndim - 2) + [(0, added), (0, 0)])
+    note = f"{name}: {layer} is given {added} channels of zeros beside {config.in_channels}"
+    networks = {**model.networks, denoiser: wide}
     return dataclasses.replace(model, networks=networks, params=params), note
 
 

@@ -22,7 +22,7 @@ from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.evaluation.metrics import bootstrap
 from sdjax.evaluation.metrics.bootstrap import Estimate
-from sdjax.families.family import Model
+from sdjax.families.family import EDITS, FILLS, FOLLOWS, Model
 from sdjax.methods.control import CONDITION
 from sdjax.methods.edit import BEFORE
 from sdjax.methods.inpaint import MASK, InpaintConfig, Inpainting
@@ -31,7 +31,7 @@ from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.sampling.control import Control, nothing_of
 from sdjax.sampling.ip_options import Sight
 from sdjax.sampling.pictures import PictureEncoder, picture_of, vae_noise
-from sdjax.sampling.start import EDIT, INPAINT, reads_picture
+from sdjax.sampling.start import reads_picture
 
 MADE = "made"  # the kind, in --named_image, of a condition that is made of the main picture
 MASK_SEED = 0  # of masks that are drawn: the same ones whatever --seed is
@@ -56,8 +56,12 @@ def needs(model: Model, controls: Sequence[Control]) -> Needs:
         UserError: the denoiser reads channels that drawing does not know.
     """
     task = reads_picture(model) if model.family.denoiser in model.networks else ""
-    required = {BEFORE: "picture"} if task == EDIT else {}
-    optional = {MASK: "mask"} if task == INPAINT else {}
+    required = {}
+    if task == EDITS:
+        required[BEFORE] = "picture"
+    elif task == FOLLOWS:
+        required[CONDITION] = "condition"
+    optional = {MASK: "mask"} if task == FILLS else {}
     for control in controls:
         if isinstance(control.config, IPAdapterConfig):
             optional[REFERENCE] = "condition"
@@ -166,7 +170,7 @@ class Conditions:
     @property
     def fills(self) -> bool:
         """Whether the model fills masks."""
-        return reads_picture(self.model) == INPAINT
+        return reads_picture(self.model) == FILLS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,10 +188,12 @@ class Shown:
         rows = own.rows(numbers)
         batch = own.batch(rows)
         found: dict[str, np.ndarray] = {}
-        if task == EDIT:
-            found["channels"] = self.encoder.modes(batch[BEFORE])
-        elif task == INPAINT:
-            noise = vae_noise(seed, numbers, shape)
+        noise = vae_noise(seed, numbers, shape)
+        if task == EDITS:
+            found["channels"] = self.encoder.read(batch[BEFORE], noise)
+        elif task == FOLLOWS:
+            found["channels"] = self.encoder.read(2.0 * batch[CONDITION] - 1.0, noise)
+        elif task == FILLS:
             masks = own.masked(rows, batch)
             found |= picture_of(self.encoder, batch["image"], masks, noise, pure=True)
         for control in own.controls:

@@ -18,10 +18,13 @@ from sdjax.diffusion.losses import drop_captions, fold_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.family import Context, Features, Model, Networks
+from sdjax.models.params import component, prefixed
 
 # The first of the streams of randomness of each encoder's own dropout, folded into example keys.
 ENCODER_DROPOUT = 2**16
 MOST_TOKENS = 4096  # of a caption; the pipelines of diffusers take 512
+# In place of text encoders, parameters may have what these make of the empty caption under this.
+EMPTY = "empty_caption"
 
 
 class Tokenize(Protocol):
@@ -142,6 +145,17 @@ class Conditioner:
         made = jax.eval_shape(self.embed, self.networks.abstract, tokens)
         return {f: jax.ShapeDtypeStruct(x.shape[1:], jnp.float32) for f, x in made.items()}
 
+    def nothing(self, params: Mapping[str, jax.Array]) -> Features:
+        """Return what `embed` makes of the empty caption, [1, ...] each; see `EMPTY`."""
+        if stored := component(params, EMPTY):
+            return {name: value[None] for name, value in stored.items()}
+        null = {field: jnp.asarray(tokens)[None] for field, tokens in self.null.items()}
+        return self.embed(params, null)
+
+    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the paths and shapes of the empty caption's features, see `EMPTY`."""
+        return prefixed(self.embedding(), EMPTY)
+
     def drop(
         self,
         params: Mapping[str, jax.Array],
@@ -164,15 +178,17 @@ class Conditioner:
         """
         if rate == 0.0 and encoder_rate == 0.0:
             return {}
-        null = {field: jnp.asarray(tokens) for field, tokens in self.null.items()}
         if "context" not in batch:
+            null = {field: jnp.asarray(tokens) for field, tokens in self.null.items()}
             kept = dict(batch)
             for i, (field, tokens) in enumerate(null.items() if encoder_rate else ()):
                 own = fold_keys(keys, ENCODER_DROPOUT + i)
                 kept[field] = drop_captions(own, kept[field], tokens, encoder_rate)
             return {f: drop_captions(keys, kept[f], tokens, rate) for f, tokens in null.items()}
-        empty = self.embed(params, {field: tokens[None] for field, tokens in null.items()})
-        return {f: drop_captions(keys, batch[f], made[0], rate) for f, made in empty.items()}
+        return {
+            name: drop_captions(keys, batch[name], made[0], rate)
+            for name, made in self.nothing(params).items()
+        }
 
     def empty(self, tokens: Mapping[str, jax.Array]) -> jax.Array:
         """Return which captions are "", bool [B]."""

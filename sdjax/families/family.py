@@ -31,6 +31,9 @@ Features = dict[str, jax.Array]
 # The field of a batch with the strength of guidance, float32 [B], for denoisers that read it.
 GUIDANCE = "guidance"
 AUTOENCODER = "vae"  # in every family, and in files of its own
+# What a denoiser does with a picture that it reads: it redraws what a mask shows, edits it as the
+# words say, or follows it, as edges. These are the names of the methods that train such denoisers.
+FILLS, EDITS, FOLLOWS = "inpaint", "edit", "condition"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,20 +121,45 @@ class MakeContext(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True)
-class Inpainting:
-    """The channels that denoisers for inpainting read besides the noisy latents.
+class MakeChannels(Protocol):
+    """Makes what a denoiser reads of a picture from its latents."""
 
-    count: (channels of a latent, pixels along its side) -> their number; 0 for sides that no
-        denoiser of the family is made for.
-    make: (mask [N, H, W, 1], 1 where redrawn; the same at each latent [N, h, w, 1]; latents
-        [N, h, w, C] of the picture without what is redrawn) -> [N, h, w, count] float32.
-    named: whether the context carries them as "channels"; else they follow the noisy latents.
+    def __call__(self, mask: jax.Array | None, latents: jax.Array) -> jax.Array:
+        """Return float32 [N, h, w, K].
+
+        Args:
+            mask: of `FILLS`, [N, H, W, 1], 1 where redrawn.
+            latents: [N, h, w, C], of `FILLS` those of the picture without what is redrawn.
+        """
+
+
+def the_latents(mask: jax.Array | None, latents: jax.Array) -> jax.Array:
+    """Return the latents as they are; see `MakeChannels`."""
+    return latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How denoisers of a family read a picture besides the noisy latents, for a task.
+
+    count: (channels of a latent, pixels along its side) -> the channels that follow those of the
+        noisy latents; 0 where the picture is read as further tokens.
+    make: see `MakeChannels`.
+    field: of the context that carries what is made; "" where it follows the noisy latents.
+    setting: the family's setting that is True for such models, since their shape does not say it;
+        they draw without a picture too. "" for none.
+    scaled: whether latents are scaled as the noisy ones are.
+    sampled: whether drawing takes a sample of the VAE's distribution, and not its mode.
+    guided: whether drawing has a guidance of its own towards the picture, which training drops.
     """
 
     count: Callable[[int, int], int]
-    make: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-    named: bool
+    make: MakeChannels = the_latents
+    field: str = ""
+    setting: str = ""
+    scaled: bool = True
+    sampled: bool = False
+    guided: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +190,9 @@ class Family:
     latent_channels: channels of latents that the denoiser reads, from its config.
     reads_guidance: whether the denoiser reads the strength of guidance, from the networks' configs.
     skips_layers: whether the denoiser takes `skip_layers`, numbers of blocks to leave out.
-    inpainting: what its denoisers for inpainting read; None where drawing knows none.
-    edits: whether a denoiser that reads as many more channels as latents have edits a picture.
+    readings: {task, as `EDITS`: how a denoiser reads a picture for it}.
+    widened: (config of a denoiser, count) -> the config of one that reads so many channels besides
+        those of the noisy latents.
     adapters: names of its modules in files of adapters; None if they have those of diffusers alone.
     defaults: {field of a run: value} that a recipe begins with, as {"schedule.kind": "flow"}, where
         the family's are not everyone's.
@@ -192,8 +221,10 @@ class Family:
     latent_channels: Callable[[Any], int] = lambda denoiser: denoiser.in_channels
     reads_guidance: Callable[[Mapping[str, Any]], bool] = lambda networks: False
     skips_layers: bool = False
-    inpainting: Inpainting | None = None
-    edits: bool = False
+    readings: Mapping[str, Reading] = dataclasses.field(default_factory=dict)
+    widened: Callable[[Any, int], Any] = lambda denoiser, count: dataclasses.replace(
+        denoiser, in_channels=denoiser.in_channels + count
+    )
     adapters: AdapterNames | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families import flux_files, sd, sd3
@@ -23,20 +22,23 @@ from sdjax.families.adapter_names import AdapterNames
 from sdjax.families.conditioning import MOST_TOKENS
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
+    EDITS,
+    FILLS,
+    FOLLOWS,
     GUIDANCE,
     Context,
     Family,
     Features,
-    Inpainting,
     Model,
     Networks,
     Part,
+    Reading,
 )
 from sdjax.families.flux_names import flux_blocks, flux_places, xlabs_respelled
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.config import check
-from sdjax.models.flux.config import FluxConfig
-from sdjax.models.flux.network import MASK_SIDE, Flux, mask_channels
+from sdjax.models.flux.config import PATCH, FluxConfig
+from sdjax.models.flux.network import Flux, mask_channels
 from sdjax.models.t5 import T5Config, T5Encoder
 from sdjax.models.vae import VAEConfig
 
@@ -149,10 +151,20 @@ def context(
     return {**features, GUIDANCE: batch.get(GUIDANCE, jnp.full(count, TRAINED_GUIDANCE))}
 
 
-# Of diffusers pipeline_flux_fill.py.
-def _fill_channels(mask: np.ndarray, small: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """The channels that FLUX.1-Fill reads: the rest of the picture, then the mask."""
-    return np.concatenate([hidden, np.asarray(mask_channels(jnp.asarray(mask)))], axis=-1)
+def _picture_and_mask(mask: jax.Array | None, latents: jax.Array) -> jax.Array:
+    """The rest of the picture, then each pixel of the mask (diffusers pipeline_flux_fill.py)."""
+    assert mask is not None
+    side = mask.shape[1] // latents.shape[1]
+    return jnp.concatenate([latents, mask_channels(mask, side)], axis=-1)
+
+
+READINGS = {
+    FILLS: Reading(
+        lambda latent, side: latent + side**2, _picture_and_mask, field="channels", sampled=True
+    ),
+    FOLLOWS: Reading(lambda latent, side: latent, field="channels", sampled=True),
+    EDITS: Reading(lambda latent, side: 0, field="reference", setting="kontext"),
+}
 
 
 def pipeline_class(model: Model) -> str:
@@ -212,10 +224,11 @@ FLUX = Family(
     single_file=lambda model: "dev" if model.networks["transformer"].guidance_embeds else "schnell",
     latent_channels=lambda denoiser: denoiser.latent_channels + denoiser.added_channels,
     reads_guidance=lambda networks: networks["transformer"].guidance_embeds,
-    inpainting=Inpainting(
-        count=lambda latent, side: latent + side**2 if side == MASK_SIDE else 0,
-        make=_fill_channels,
-        named=True,
+    readings=READINGS,
+    widened=lambda denoiser, count: dataclasses.replace(
+        denoiser,
+        in_channels=denoiser.in_channels + PATCH**2 * count,
+        out_channels=denoiser.outputs,
     ),
     # T5's prefix is ComfyUI's, which has the second encoder of others in between.
     adapters=AdapterNames(
@@ -233,6 +246,7 @@ FLUX = Family(
         "schnell": FluxModelConfig(transformer=SCHNELL, max_sequence_length=256),
         "fill": FluxModelConfig(transformer=FILL),
         "control": FluxModelConfig(transformer=CONTROL),
+        "kontext": FluxModelConfig(kontext=True),
     },
     defaults={
         "schedule.kind": "flow",

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdjax.diffusion.schedules import ScheduleConfig
 from sdjax.errors import UserError
@@ -21,14 +20,16 @@ from sdjax.families import ldm_configs, ldm_files, ldm_names
 from sdjax.families.adapter_names import AdapterNames, unet_blocks
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import (
+    EDITS,
+    FILLS,
     GUIDANCE,
     Context,
     Family,
     Features,
-    Inpainting,
     Model,
     Networks,
     Part,
+    Reading,
 )
 from sdjax.families.single_file import Shapes, SingleFile
 from sdjax.models.clip import CLIPText, CLIPTextConfig, has_projection
@@ -206,12 +207,21 @@ def reading(model: Model) -> str:
     return "Inpaint" if inpaints(model) else "InstructPix2Pix" if edits else ""
 
 
-# Of diffusers pipeline_stable_diffusion_inpaint.py: the mask, then the rest of the picture.
-INPAINTING = Inpainting(
-    count=lambda latent, side: latent + 1,
-    make=lambda mask, small, hidden: np.concatenate([small, hidden], axis=-1),
-    named=False,
-)
+def _mask_and_picture(mask: jax.Array | None, latents: jax.Array) -> jax.Array:
+    """The mask, then the rest of the picture (diffusers pipeline_stable_diffusion_inpaint.py).
+
+    The mask of a latent is its pixel at the top left, as torch's nearest `interpolate` takes it.
+    """
+    assert mask is not None
+    side = mask.shape[1] // latents.shape[1]
+    return jnp.concatenate([mask[:, ::side, ::side], latents], axis=-1)
+
+
+READINGS = {
+    FILLS: Reading(lambda latent, side: latent + 1, _mask_and_picture, sampled=True),
+    # Of mode and not scaled, as InstructPix2Pix (its pipeline, prepare_image_latents).
+    EDITS: Reading(lambda latent, side: latent, scaled=False, guided=True),
+}
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -340,8 +350,7 @@ SD = Family(
         "sd1" if model.networks["text_encoder"].hidden_act == "quick_gelu" else "sd2"
     ),
     reads_guidance=reads_guidance,
-    inpainting=INPAINTING,
-    edits=True,
+    readings=READINGS,
     adapters=AdapterNames(
         {"text_encoder": "lora_te"},
         ldm_names.unet_places,

@@ -315,8 +315,7 @@ SDXL = Family(
     single_files=(BASE_FILE, REFINER_FILE),
     single_file=lambda model: "refiner" if _refines(model) else "sdxl",
     reads_guidance=sd.reads_guidance,
-    inpainting=sd.INPAINTING,
-    edits=True,
+    readings=sd.READINGS,
     adapters=AdapterNames(
         {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         ldm_names.unet_places,

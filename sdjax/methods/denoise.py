@@ -23,10 +23,10 @@ from sdjax.diffusion.schedules import Schedule, make_schedule, schedule_at
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
-from sdjax.families.family import Context, Model, Networks
+from sdjax.families.family import GUIDANCE, Context, Model, Networks
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import Fields, number_fields, picture_fields, weight_field
-from sdjax.methods.inputs import Inputs
+from sdjax.methods.inputs import Inputs, check_channels
 from sdjax.methods.method import (
     Aux,
     Averages,
@@ -41,7 +41,6 @@ from sdjax.methods.method import (
 )
 from sdjax.models import capture
 from sdjax.models.params import Params, component
-from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import sample_moments, scale_latents
 
 # Streams of randomness; from STRATA on one for each stratum of the validation.
@@ -97,6 +96,7 @@ class LatentDiffusion:
     make_denoiser: see `MakeDenoiser`; watched: see `Watched`.
     inputs: what the denoiser reads beside the noisy latents; None for nothing.
     mask: the picture of a batch that multiplies the loss, if the batch has it.
+    guidance: the strength that a denoiser reads which reads one; None for the family's.
     """
 
     setup: Setup
@@ -108,6 +108,7 @@ class LatentDiffusion:
     watched: Watched
     inputs: Inputs | None = None
     mask: str = MASK
+    guidance: float | None = None
 
     def loss(
         self, trained: Params, frozen: Params, averages: Averages, batch: Batch, draw: Draw
@@ -199,21 +200,22 @@ class LatentDiffusion:
         xt = add_noise(x0, eps, *schedule_at(self.schedule, t))
         context = self.context(every, self.captions(every, batch, keys), x0)
         if self.inputs is not None:
-            xt = jnp.concatenate([xt, self.beside(every, batch, keys)], axis=-1)
+            xt, context = self.inputs.beside(xt, context, self.beside(every, batch, keys))
         more = [batch[field] for field in fields]
         given = more if self.watched.alone else [xt, t, context, *more]
         return capture.maxima(plain.graphs[name], component(every, name), *given)
 
     def denoiser(self, every: Params, batch: Batch, beside: jax.Array | None = None) -> Denoiser:
-        """Return the denoiser of a batch, with the channels beside xt."""
-        denoiser = self.make_denoiser(every, batch)
-        if beside is None:
+        """Return the denoiser of a batch, with the channels of `inputs`."""
+        denoiser, inputs = self.make_denoiser(every, batch), self.inputs
+        if beside is None or inputs is None:
             return denoiser
 
         def denoise(
             xt: jax.Array, t: jax.Array, context: Context, *, key: jax.Array | None = None
         ) -> jax.Array:
-            return denoiser(jnp.concatenate([xt, beside], axis=-1), t, context, key=key)
+            xt, context = inputs.beside(xt, context, beside)
+            return denoiser(xt, t, context, key=key)
 
         return denoise
 
@@ -243,6 +245,8 @@ class LatentDiffusion:
         """For pictures of the latents x0 [b, *frames, h, w, c]."""
         factor = self.setup.model.vae.downscale
         target = x0.shape[-3] * factor, x0.shape[-2] * factor
+        if self.guidance is not None:
+            batch = {**batch, GUIDANCE: jnp.full(len(x0), self.guidance, jnp.float32)}
         return self.conditioner(every, batch, target=target, key=key)
 
     def captions(self, every: Params, batch: Batch, keys: jax.Array) -> Batch:
@@ -288,8 +292,9 @@ def latent_diffusion(
     watched: Watched | None = None,
     inputs: Inputs | None = None,
     mask: str = MASK,
+    guidance: float | None = None,
 ) -> LatentDiffusion:
-    """Return the losses of a model; see `LatentDiffusion` for `inputs` and `mask`.
+    """Return the losses of a model; see `LatentDiffusion` for `inputs`, `mask` and `guidance`.
 
     Args:
         model: the one of the setup, or that with further networks.
@@ -300,7 +305,7 @@ def latent_diffusion(
         UserError: the networks do not belong together, or the denoiser takes other channels.
     """
     model, data = model or setup.model, setup.data
-    _check_channels(setup, inputs.count if inputs else 0)
+    check_channels(setup, inputs)
     if data.text_embeddings and setup.objective.encoder_dropout:
         raise UserError(
             f"objective.encoder_dropout is {setup.objective.encoder_dropout} with "
@@ -319,6 +324,7 @@ def latent_diffusion(
         watched=watched or Watched(model.family.denoiser),
         inputs=inputs,
         mask=mask,
+        guidance=guidance,
     )
 
 
@@ -366,29 +372,9 @@ def bound(
         timesteps=diffusion.timesteps,
         pictures=pictures,
         reads_pictures=gallery,
+        conditioner=diffusion.conditioner if data.text_embeddings else None,
         dtypes=networks.dtypes,
         numbers=model.family.numbers,
-    )
-
-
-def _check_channels(setup: Setup, added: int) -> None:
-    """Check that the denoiser reads latents and `added` channels."""
-    model = setup.model
-    channels = model.family.latent_channels(model.denoiser)
-    latent = model.vae.latent_channels
-    if channels == latent + added:
-        return
-    hint = "" if setup.adopted else "; the VAE of the recipe may be one that vae_from names"
-    name, method = model.family.denoiser, setup.config.name
-    others = {2 * latent + 1: "inpaint", 2 * latent: "edit"}
-    if not added and channels in others and isinstance(model.denoiser, UNetConfig):
-        other = others[channels]
-        hint = f"; method.name={other}, or {other}_adapters, trains such networks"
-    wanted = f"{latent} + {added}" if added else f"{latent}"
-    raise UserError(
-        f"model.{name}.in_channels is {model.denoiser.in_channels}, for {channels} channels of "
-        f"latents and what is beside them, and model.vae.latent_channels is {latent}: method "
-        f"{method!r} takes {wanted}{hint}"
     )
 
 

@@ -66,7 +66,7 @@ def make_drawing(setup: Setup, controls: Sequence[Control] = ()) -> DrawCaptions
             generator(guided),
             params,
             examples.tokens,
-            negative,
+            examples.negative or negative,
             shape=shape,
             seed=seed,
             batch_size=64,

@@ -1,8 +1,12 @@
-"""Editing by an instruction: a UNet that reads latents and a picture's latents (InstructPix2Pix).
+"""Editing by an instruction: a denoiser that reads a picture beside the noisy latents.
 
-Brooks et al. 2023, arXiv 2211.09800. The picture "before" is read beside the noisy latents of the
-main one, which shows it as the caption asks. Its latents are the mode of the VAE's distribution and
-not scaled, as the released weights have it (timothybrooks/instruct-pix2pix#36).
+InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800): the latents of the picture "before" are
+channels beside the noisy latents of the main one, which shows it as the caption asks. They are the
+mode of the VAE's distribution and not scaled, as the released weights have it
+(timothybrooks/instruct-pix2pix#36).
+
+FLUX.1-Kontext (arXiv 2506.15742, and train_dreambooth_lora_flux_kontext.py of diffusers): they are
+tokens after the noisy ones, scaled, and no loss is taken of what the network says of them.
 """
 
 from __future__ import annotations
@@ -17,12 +21,11 @@ import numpy as np
 from sdjax.diffusion.losses import caption_draws
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Networks
+from sdjax.families.family import EDITS, Networks
 from sdjax.methods.denoise import MASK, DenoiseConfig, bound, latent_diffusion
 from sdjax.methods.drawings import make_drawing
 from sdjax.methods.fields import picture_fields
-from sdjax.methods.inpaint import check_unet
-from sdjax.methods.inputs import Inputs
+from sdjax.methods.inputs import Inputs, reading_for
 from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
 from sdjax.models.params import Params
 from sdjax.models.vae import scale_latents
@@ -37,8 +40,8 @@ MOMENTS = f"{BEFORE}_moments"  # of a batch that was encoded ahead
 class EditConfig(DenoiseConfig):
     """Training of a denoiser that reads the picture to be edited.
 
-    Half of objective.caption_dropout is the share of examples that lose their caption alone, and
-    the same share loses both, or the picture alone.
+    Of UNets, half of objective.caption_dropout is the share of examples that lose their caption
+    alone, and the same share loses both, or the picture alone.
     """
 
     name: str = "edit"
@@ -50,7 +53,9 @@ def original(networks: Networks, every: Params, batch: Batch, keys: jax.Array) -
         moments = batch[MOMENTS]
     else:
         moments = networks.module("vae", every).encode(batch[BEFORE])
-    return jnp.split(moments, 2, axis=-1)[0]
+    mode = jnp.split(moments, 2, axis=-1)[0]
+    scaled = networks.family.readings[EDITS].scaled
+    return scale_latents(mode, networks.configs["vae"]) if scaled else mode
 
 
 def dropped(rate: float, channels: jax.Array, keys: jax.Array) -> jax.Array:
@@ -71,24 +76,26 @@ def make(setup: Setup) -> Method:
     """Bind the method to the networks of a model.
 
     Raises:
-        UserError: the denoiser is no UNet of so many channels, the data has no picture before, or
-            the share of dropped captions leaves none for the pictures.
+        UserError: the denoiser reads no such picture, the data has no picture before, or the share
+            of dropped captions leaves none for the pictures.
     """
-    check_unet(setup)
-    rate = setup.objective.caption_dropout
+    reading = reading_for(setup, EDITS)
+    inputs = Inputs(reading, original)
+    if reading.guided:
+        inputs = Inputs(reading, original, _dropping(setup.objective.caption_dropout))
+    images = picture_fields(setup, required={BEFORE: "picture"}, optional={MASK: "mask"})
+    diffusion = latent_diffusion(setup, inputs=inputs)
+    return bound(diffusion, images=images, pictures=_pictures(setup), gallery=True)
+
+
+def _dropping(rate: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return `Inputs.drop` for a rate of captions that are dropped."""
     if not 0.0 <= rate <= 2 / 3:
         raise UserError(
             f"objective.caption_dropout is {rate}; method 'edit' drops the caption alone, both, "
             "and the picture alone with half of that each: expected 0 to 2/3"
         )
-    inputs = Inputs(
-        setup.model.vae.latent_channels,
-        original,
-        lambda channels, keys: dropped(rate, channels, keys),
-    )
-    images = picture_fields(setup, required={BEFORE: "picture"}, optional={MASK: "mask"})
-    diffusion = latent_diffusion(setup, inputs=inputs)
-    return bound(diffusion, images=images, pictures=_pictures(setup), gallery=True)
+    return lambda channels, keys: dropped(rate, channels, keys)
 
 
 def _pictures(setup: Setup) -> Callable[..., np.ndarray]:
@@ -101,8 +108,9 @@ def _pictures(setup: Setup) -> Callable[..., np.ndarray]:
         channels = original(networks, params, batch, jnp.zeros(0))
         if BEFORE in batch:
             return channels, batch[BEFORE] / 2 + 0.5
-        vae = networks.module("vae", params)
-        return channels, to_images(vae, scale_latents(channels, vae.config))
+        vae, scaled = networks.module("vae", params), networks.family.readings[EDITS].scaled
+        latents = channels if scaled else scale_latents(channels, vae.config)
+        return channels, to_images(vae, latents)
 
     def pictures(
         params: Mapping[str, jax.Array], examples: Examples, seed: int, guided: bool = True
@@ -121,6 +129,6 @@ EDIT = Kind(
     make=make,
     networks=tuple,
     draws=True,
-    beside=lambda latent: latent,
+    task=EDITS,
     sample="--init_image=FILE",
 )

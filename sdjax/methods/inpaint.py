@@ -1,7 +1,8 @@
-"""Inpainting: a UNet that reads latents, a mask and the masked picture's latents (9 channels).
+"""Inpainting: a denoiser that reads latents, a mask and the masked picture's latents.
 
-RunwayML's stable-diffusion-inpainting, the inpainting models of SD2 and SDXL, and the pipelines of
-diffusers have this order. A mask is 1 where the picture is drawn anew.
+RunwayML's stable-diffusion-inpainting, the inpainting models of SD2 and SDXL, FLUX.1-Fill, and the
+pipelines of diffusers, have the order that the family's `Reading` has. A mask is 1 where the
+picture is drawn anew.
 
 A dataset that was encoded ahead has the moments of the masked picture, for masks of the data.
 """
@@ -21,15 +22,14 @@ from sdjax.data.named_images import MASK, MASKED, NamedImage, kinds_of
 from sdjax.diffusion.losses import example_keys, fold_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Networks
+from sdjax.families.family import FILLS, Networks
 from sdjax.methods.denoise import DenoiseConfig, bound, latent_diffusion
 from sdjax.methods.drawings import make_drawing
 from sdjax.methods.fields import picture_fields
-from sdjax.methods.inputs import Inputs
+from sdjax.methods.inputs import Inputs, reading_for
 from sdjax.methods.masks import SHAPES, are_whole, draw_masks, whole_masks
 from sdjax.methods.method import Batch, Examples, Kind, Method, Setup
 from sdjax.models.params import Params
-from sdjax.models.unet_config import UNetConfig
 from sdjax.models.vae import scale_latents
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.generate import to_images, to_uint8
@@ -78,7 +78,7 @@ class Inpainting:
     def channels(
         self, networks: Networks, every: Params, batch: Batch, keys: jax.Array
     ) -> jax.Array:
-        """Mask and masked latents [b, h, w, 1 + C]; see `MakeInputs`."""
+        """Mask and masked latents [b, h, w, K]; see `MakeInputs`."""
         masks = self.masks(batch, keys)
         if MOMENTS not in batch:
             return beside(networks, every, batch["image"], masks)
@@ -102,9 +102,8 @@ class Inpainting:
 
 
 def beside(networks: Networks, every: Params, images: jax.Array, masks: jax.Array) -> jax.Array:
-    """Return what an inpainting UNet reads beside the noisy latents, [b, h, w, 1 + C].
+    """Return what a denoiser for inpainting reads besides the noisy latents, [b, h, w, K].
 
-    The mask of a latent is its pixel at the top left, as torch's nearest `interpolate` takes it.
     The VAE sees grey where the mask is; the latents are its mode.
 
     Args:
@@ -115,22 +114,23 @@ def beside(networks: Networks, every: Params, images: jax.Array, masks: jax.Arra
 
 
 def joined(networks: Networks, masks: jax.Array, mean: jax.Array) -> jax.Array:
-    """Return masks [b, H, W, 1] and means of masked pictures [b, h, w, C] as a UNet reads them."""
-    vae = networks.configs["vae"]
-    side = vae.downscale
-    return jnp.concatenate([masks[:, ::side, ::side], scale_latents(mean, vae)], axis=-1)
+    """Return what the denoiser reads of masks and the means of masked pictures, [b, h, w, K].
+
+    Args:
+        masks: [b, H, W, 1] of zeros and ones; mean: [b, h, w, C], not scaled.
+    """
+    return networks.family.readings[FILLS].make(masks, scale_latents(mean, networks.configs["vae"]))
 
 
 def make(setup: Setup) -> Method:
     """Bind the method to the networks of a model; see `Inpainting`.
 
     Raises:
-        UserError: the denoiser is no UNet of so many channels, or the data were encoded ahead
-            without masks.
+        UserError: the denoiser reads other channels, or the data were encoded ahead without masks.
     """
-    check_unet(setup)
+    reading = reading_for(setup, FILLS)
     task = Inpainting(setup.config)
-    inputs = Inputs(setup.model.vae.latent_channels + 1, task.channels)
+    inputs = Inputs(reading, task.channels)
     if is_encoded(setup.data):
         encoded(setup.config, kinds_of(setup.data.images))  # an error without masks
         images = picture_fields(setup, required={MASK: "mask", MASKED: "picture"})
@@ -164,25 +164,6 @@ def with_masked(config: InpaintConfig, data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, images=(*data.images, NamedImage(MASKED)))
 
 
-def check_unet(setup: Setup) -> None:
-    """Check that the denoiser is one that can be given channels, and that pictures are not read.
-
-    Raises:
-        UserError: it is not, or `sample.fidelity` would read back what shows more than the result.
-    """
-    name, method = setup.model.family.denoiser, setup.config.name
-    if not isinstance(setup.model.denoiser, UNetConfig):
-        raise UserError(
-            f"method {method!r} trains UNets, of SD1, SD2 and SDXL; model.family is "
-            f"{setup.model.family.name!r}, whose denoiser is a {name}"
-        )
-    if setup.sample.fidelity:
-        raise UserError(
-            f"sample.fidelity is {setup.sample.fidelity}, but method {method!r} draws from "
-            "pictures, and not from prompts alone; set it to 0"
-        )
-
-
 def _pictures(setup: Setup, task: Inpainting) -> Callable[..., np.ndarray]:
     """Drawing that shows the masked picture on the left, and the result on the right."""
     drawn = make_drawing(setup)
@@ -193,8 +174,9 @@ def _pictures(setup: Setup, task: Inpainting) -> Callable[..., np.ndarray]:
         keys = example_keys(jax.random.key(seed), jnp.arange(len(batch["image"])))
         masks = task.shapes(batch, keys)
         if MOMENTS in batch:
-            channels = joined(networks, masks, jnp.split(batch[MOMENTS], 2, axis=-1)[0])
-            return channels, to_images(networks.module("vae", params), channels[..., 1:])
+            vae, mean = networks.module("vae", params), jnp.split(batch[MOMENTS], 2, axis=-1)[0]
+            channels = joined(networks, masks, mean)
+            return channels, to_images(vae, scale_latents(mean, vae.config))
         shown = batch["image"] * (1.0 - masks) / 2 + 0.5
         return beside(networks, params, batch["image"], masks), shown
 
@@ -215,7 +197,7 @@ INPAINT = Kind(
     make=make,
     networks=tuple,
     draws=True,
-    beside=lambda latent: latent + 1,
+    task=FILLS,
     sample="--init_image=FILE --mask_image=FILE",
     data=with_masked,
     encodes=encoded,

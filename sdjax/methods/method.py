@@ -11,6 +11,7 @@ import numpy as np
 
 from sdjax.data.config import DataConfig
 from sdjax.diffusion.losses import ObjectiveConfig
+from sdjax.families.conditioning import Conditioner
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Change, Family, Model
 from sdjax.models.params import Params, is_buffer
@@ -135,9 +136,12 @@ class Examples:
 
     captions: tuple[str, ...]
     images: np.ndarray  # [N, H, W, 3] float32 in [-1, 1]
-    tokens: Mapping[str, np.ndarray]  # {field: [N, L] int32}
+    # {field: [N, L] int32}, or what `Conditioner.embed` makes of these, {name: [N, ...]}
+    tokens: Mapping[str, np.ndarray]
     # {name: [N, H, W, C] float32} of data.images, as batches have them; NAME_moments too
     named: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # The negative prompt's features, {name: [...]}, where `tokens` are features.
+    negative: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,6 +204,8 @@ class Method:
         taken anew: a teacher that was the student. The first copy is that of the start; with ()
         there is none. Losses find it in `averages[COPY]`, and in `Draw.copies` how often it was
         taken. A step that is skipped for a NaN is no update.
+    conditioner: the text encoders where no loss runs them, since examples carry what they make of
+        captions: parameters may then lack them and have `Conditioner.stored`. None where losses do.
     dtypes: {path: dtype} in which a parameter is kept on devices where it is not trained; float32
         for others. The method casts it to that before any other use (`Networks.dtypes`).
     """
@@ -224,6 +230,7 @@ class Method:
     )
     whole_batch: str = ""
     copied_at: tuple[int, ...] = ()
+    conditioner: Conditioner | None = None
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -277,8 +284,8 @@ class Kind:
     networks: the names of the networks that it takes, of those that a model has.
     draws: whether what it trains draws pictures from prompts.
     used_by: the field of a recipe that takes what a run has made; "" for none.
-    beside: channels of latents -> how many more the denoiser reads; networks that read latents
-        alone are widened when they are loaded.
+    task: what the denoiser does with a picture that it reads, as `sdjax.families.family.EDITS`;
+        one that reads latents alone is widened when it is loaded. "" reads none.
     guidance_width: its group -> the width in which the denoiser is to read the guidance scale; one
         that reads none is made to when it is loaded. None leaves it as it is.
     sample: options that `sdjax.sample` needs besides prompts, for the last screen.
@@ -297,7 +304,7 @@ class Kind:
     networks: Callable[[Mapping[str, Any]], tuple[str, ...]]
     draws: bool
     used_by: str = "init_from"
-    beside: Callable[[int], int] = lambda latent: 0
+    task: str = ""
     guidance_width: Callable[[Any], int | None] = lambda config: None
     sample: str = ""
     steers: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from sdjax.methods.adapted import DPO_ADAPTERS, EDIT_ADAPTERS, INPAINT_ADAPTERS
+from sdjax.methods.adapted import (
+    CONDITION_ADAPTERS,
+    DPO_ADAPTERS,
+    EDIT_ADAPTERS,
+    INPAINT_ADAPTERS,
+)
 from sdjax.methods.adapters import ADAPTERS
 from sdjax.methods.autoencoder import AUTOENCODER
+from sdjax.methods.condition import CONDITION
 from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.distil.consistency import LCM
@@ -24,6 +30,7 @@ METHODS: dict[str, Kind] = {
     "autoencoder": AUTOENCODER,
     "inpaint": INPAINT,
     "edit": EDIT,
+    "condition": CONDITION,
     "dpo": DPO,
     "adapters": ADAPTERS,
     "lcm": LCM,
@@ -36,5 +43,6 @@ METHODS: dict[str, Kind] = {
     "pivotal": PIVOTAL,
     "inpaint_adapters": INPAINT_ADAPTERS,
     "edit_adapters": EDIT_ADAPTERS,
+    "condition_adapters": CONDITION_ADAPTERS,
     "dpo_adapters": DPO_ADAPTERS,
 }

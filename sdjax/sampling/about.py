@@ -10,7 +10,7 @@ from sdjax.data.numbers import of_geometry
 from sdjax.families.family import Model
 from sdjax.sampling.denoising import Drawing
 from sdjax.sampling.request import SamplingRequest
-from sdjax.sampling.start import EDIT, reads_picture
+from sdjax.sampling.start import reading_of
 
 
 def settings_of_request(args: argparse.Namespace, request: SamplingRequest) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def refining(args: argparse.Namespace) -> dict[str, Any]:
 def _special(model: Model, drawing: Drawing) -> dict[str, Any]:
     """The settings that few families have."""
     found: dict[str, Any] = {}
-    if reads_picture(model) == EDIT:
+    reading = reading_of(model)
+    if reading is not None and reading.guided:
         found["image_guidance"] = drawing.image_guidance
     if model.family.reads_guidance(model.networks):
         found["embedded_guidance"] = drawing.embedded_guidance

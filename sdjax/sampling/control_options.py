@@ -12,13 +12,14 @@ import numpy as np
 
 from sdjax.errors import UserError
 from sdjax.families.beside.t2i_adapter import check_size
-from sdjax.families.family import Model
+from sdjax.families.family import FOLLOWS, Model
 from sdjax.models.ip_adapter.config import IPAdapterConfig
 from sdjax.models.params import prefixed
 from sdjax.models.t2i_adapter.config import T2IAdapterConfig
 from sdjax.sampling.control import Control, SteeringConfig, check, name_of
-from sdjax.sampling.pictures import read_picture
+from sdjax.sampling.pictures import read_picture, read_pictures, shown
 from sdjax.sampling.request import SamplingRequest
+from sdjax.sampling.start import reads_picture
 from sdjax.system import paths
 
 
@@ -87,11 +88,14 @@ def with_controls(
     Raises:
         UserError: options do not go together, or a network is not for this model.
     """
+    factor, count = request.model.vae.downscale, len(request.texts)
+    size = request.shape[0] * factor, request.shape[1] * factor
+    if reads_picture(request.model) == FOLLOWS:
+        _check_followed(request, options, images, guess)
+        return shown(request, read_pictures(images, count, size, option="--control_image"))
     _check(options, images, guess)
     if not options:
         return request
-    factor, count = request.model.vae.downscale, len(request.texts)
-    size = request.shape[0] * factor, request.shape[1] * factor
     chosen = of_each(images, len(options), count)
     steering = read_controls(request.model, options, guess, read)
     check_drawn(steering.controls, size, request.plan.timesteps)
@@ -149,6 +153,18 @@ def check_drawn(controls: Sequence[Control], size: tuple[int, int], timesteps: n
         control.inside(timesteps)
 
 
+def _check_followed(
+    request: SamplingRequest, options: Sequence[str], images: Sequence[str], guess: bool
+) -> None:
+    """Check the options for a model that follows a picture by itself, as FLUX.1-Canny-dev."""
+    name = request.model.family.denoiser
+    if not images:
+        raise UserError(f"the {name} follows a picture; give --control_image=FILE")
+    if options or guess:
+        given = "--controlnet" if options else "--guess_mode"
+        raise UserError(f"the {name} follows a picture by itself; leave {given} out")
+
+
 def _check(options: Sequence[str], images: Sequence[str], guess: bool) -> None:
     for option, given in (("--control_image", images), ("--guess_mode", guess)):
         if given and not options:
@@ -194,4 +210,6 @@ def control_settings(args: argparse.Namespace, *, number: int, count: int) -> di
         if given := getattr(args, network):
             chosen = of_each(getattr(args, image), len(given), count)
             found |= {network: given, image: [files[number % len(files)] for files in chosen]}
+    if args.control_image and not args.controlnet:
+        found["control_image"] = args.control_image[number % len(args.control_image)]
     return found | ({"guess_mode": args.guess_mode} if args.controlnet else {})

@@ -23,7 +23,7 @@ from sdjax.families.bind import bind
 from sdjax.families.conditioning import Conditioner, make_conditioner
 from sdjax.families.family import GUIDANCE, Context, Family, Model, Networks
 from sdjax.sampling.control import Control, Controls, bind_controls
-from sdjax.sampling.start import EDIT, Picture, reads_picture, with_channels
+from sdjax.sampling.start import Picture, reading_of, with_channels
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -123,12 +123,12 @@ class Member:
 
     def beside(self, contexts: Sequence[Context], picture: Picture) -> list[Any]:
         """Return the contexts with what the denoiser reads of a picture, if it reads one."""
-        family, (context, away) = self.model.family, contexts
-        put = with_channels(None, family, picture)[1]
+        reading, (context, away) = reading_of(self.model), contexts
+        put = with_channels(None, reading, picture)[1]
         made = [put(context), put(away)]
-        if reads_picture(self.model) == EDIT:  # the words are dropped first, then the picture
+        if reading is not None and reading.guided:  # the words are dropped first, then the picture
             blank = {**picture, "channels": jnp.zeros_like(picture["channels"])}
-            made.append(with_channels(None, family, blank)[1](away))
+            made.append(with_channels(None, reading, blank)[1](away))
         return made
 
     def guided(
@@ -144,7 +144,7 @@ class Member:
         Args:
             scale: of guidance, in place of the drawing's; [B, 1, 1, 1] where each picture has one.
         """
-        reads = with_channels(network, self.model.family, picture)[0]
+        reads = with_channels(network, reading_of(self.model), picture)[0]
         return _guided(self.drawing, self.schedule, reads, contexts, size, scale)
 
 

@@ -25,7 +25,7 @@ from sdjax.parallel.sharding import to_host
 from sdjax.sampling.control import Control
 from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
-from sdjax.sampling.start import EDIT, Picture, constraint, initial_state, reads_picture
+from sdjax.sampling.start import Picture, constraint, initial_state, reading_of
 from sdjax.system import progress
 
 # Of a picture; the sampler's noise and the VAE's take the next two, and a word has 32 bits.
@@ -75,10 +75,11 @@ def check_guidance(model: Model, changes: Mapping[str, Any], name: str) -> None:
             f"--embedded_guidance is for FLUX.1-dev, latent consistency models and their kin; "
             f"{name} reads no guidance, --guidance is what it takes"
         )
-    if "image_guidance" in changes and reads_picture(model) != EDIT:
+    reading = reading_of(model)
+    if "image_guidance" in changes and not (reading and reading.guided):
         raise UserError(
-            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} reads "
-            "none, leave it out"
+            f"--image_guidance is for models that edit a picture, as InstructPix2Pix; {name} has "
+            "no guidance of that kind, leave it out"
         )
 
 

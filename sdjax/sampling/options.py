@@ -156,7 +156,8 @@ def add_picture_options(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--init_image", action="append", default=[], metavar="FILE",
         help="picture to begin with instead of noise (img2img), or to be edited by a model for "
-        "that, resized to --height and --width; once for all prompts, or once for each",
+        "that (InstructPix2Pix, FLUX.1-Kontext), resized to --height and --width; once for all "
+        "prompts, or once for each",
     )  # fmt: skip
     p.add_argument(
         "--strength", type=float,
@@ -201,7 +202,8 @@ def add_condition_options(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--control_image", action="append", default=[], metavar="FILE",
         help="the condition of each --controlnet, resized to --height and --width: once for each "
-        "of them, or once for each of them and prompt",
+        "of them, or once for each of them and prompt; without one, of a model that reads a "
+        "condition itself (FLUX.1-Canny-dev, the method condition), once or once for each prompt",
     )  # fmt: skip
     p.add_argument(
         "--ip_image", action="append", default=[], metavar="FILE",
@@ -263,6 +265,7 @@ def check_together(args: argparse.Namespace) -> None:
         "--refiner": args.refiner,
         "a second --model": args.model[1:],
         "--controlnet": args.controlnet,
+        "--control_image": args.control_image,
         "--ip_adapter": args.ip_adapter,
     }
     for option, given in options.items():

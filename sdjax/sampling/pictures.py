@@ -21,12 +21,12 @@ from sdjax.data.transforms import to_rgb, upright
 from sdjax.diffusion.losses import example_keys
 from sdjax.errors import UserError
 from sdjax.families.bind import bind
-from sdjax.families.family import Model
+from sdjax.families.family import EDITS, FILLS, FOLLOWS, Model
 from sdjax.models.params import Params
 from sdjax.models.vae import sample_moments, scale_latents
 from sdjax.sampling.denoising import Drawing
 from sdjax.sampling.request import SamplingRequest
-from sdjax.sampling.start import EDIT, INPAINT, first_step, reads_picture
+from sdjax.sampling.start import first_step, reading_of, reads_picture
 
 VAE_STREAM = 2  # added to the seed: the noise and the sampler take 0 and 1
 
@@ -44,10 +44,9 @@ def with_pictures(
     if not images:
         return request
     size = request.shape[0] * model.vae.downscale, request.shape[1] * model.vae.downscale
+    if reads_picture(model) == EDITS:
+        return shown(request, read_pictures(images, count, size))
     encoder = PictureEncoder(model, request.params, request.dtype)
-    if reads_picture(model) == EDIT:
-        modes = encoder.modes(read_pictures(images, count, size))
-        return dataclasses.replace(request, picture={"channels": modes})
     strength = _strength(masks, strength)
     drawing = begun_at(request.drawing, strength)
     picture = picture_of(
@@ -76,19 +75,32 @@ def begun_at(drawing: Drawing, strength: float) -> Drawing:
     return dataclasses.replace(drawing, window=(first, sampler.steps))
 
 
+def shown(request: SamplingRequest, images: np.ndarray) -> SamplingRequest:
+    """Return a request whose denoiser reads pictures [N, H, W, 3] in [-1, 1] beside its latents."""
+    encoder = PictureEncoder(request.model, request.params, request.dtype)
+    made = encoder.read(images, vae_noise(request.seed, request.positions, request.shape))
+    return dataclasses.replace(request, picture={**request.picture, "channels": made})
+
+
 def _check(
     model: Model, images: Sequence[str], masks: Sequence[str], strength: float | None
 ) -> None:
-    task = reads_picture(model)
+    task, reading = reads_picture(model), reading_of(model)
     for option, given in (("--mask_image", masks), ("--strength", strength is not None)):
         if given and not images:
             raise UserError(f"{option} is for --init_image=FILE; give that too, or leave it out")
-    if task == EDIT and (not images or masks or strength is not None):
+    needed = reading is not None and not reading.setting
+    if task == EDITS and ((needed and not images) or masks or strength is not None):
         raise UserError(
             f"the {model.family.denoiser} edits a picture; give --init_image=FILE, and neither "
             "--mask_image nor --strength"
         )
-    if task == INPAINT and not masks:
+    if task == FOLLOWS and images:
+        raise UserError(
+            f"the {model.family.denoiser} follows a picture, which --control_image=FILE names; "
+            "leave --init_image out"
+        )
+    if task == FILLS and not masks:
         raise UserError(
             f"the {model.family.denoiser} reads a picture and a mask; give --init_image=FILE and "
             "--mask_image=FILE, or take a model that is not for inpainting"
@@ -112,22 +124,24 @@ def picture_settings(
     if not images:
         return {}
     found: dict[str, object] = {"init_image": images[number % len(images)]}
-    if reads_picture(model) == EDIT:
+    if reads_picture(model) == EDITS:
         return found
     if masks:
         found["mask_image"] = masks[number % len(masks)]
     return {**found, "strength": _strength(masks, strength)}
 
 
-def read_pictures(files: Sequence[str], count: int, size: tuple[int, int]) -> np.ndarray:
-    """Return the pictures of --init_image, float32 [count, H, W, 3] in [-1, 1].
+def read_pictures(
+    files: Sequence[str], count: int, size: tuple[int, int], option: str = "--init_image"
+) -> np.ndarray:
+    """Return the pictures of an option, float32 [count, H, W, 3] in [-1, 1].
 
     Raises:
         UserError: a file is no picture, or there are not one or `count` of them.
     """
-    pictures = [read_picture("--init_image", file, size) for file in files]
+    pictures = [read_picture(option, file, size) for file in files]
     made = [np.asarray(picture, np.float32) / 255 * 2 - 1 for picture in pictures]
-    return _one_each("--init_image", made, count)
+    return _one_each(option, made, count)
 
 
 def read_masks(files: Sequence[str], count: int, size: tuple[int, int]) -> np.ndarray:
@@ -187,14 +201,27 @@ class PictureEncoder:
         pairs = zip(images, noise, strict=True)
         return np.concatenate([np.asarray(encode(i[None], n[None])) for i, n in pairs])
 
-    def modes(self, images: np.ndarray) -> np.ndarray:
-        """Return the mode of the distribution, [N, h, w, C], not scaled.
+    def modes(self, images: np.ndarray, *, scaled: bool) -> np.ndarray:
+        """Return the mode of the distribution, [N, h, w, C].
 
-        So does InstructPix2Pix read the picture that it edits (its pipeline,
-        prepare_image_latents).
+        Args:
+            scaled: whether it is scaled as the latents that are drawn.
         """
         encode = self._programs[1]
-        return np.concatenate([np.asarray(encode(image[None])) for image in images])
+        modes = [encode(image[None], scaled=scaled) for image in images]
+        return np.concatenate([np.asarray(mode) for mode in modes])
+
+    def read(self, images: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Return latents as the denoiser reads those of a picture, [N, h, w, C].
+
+        Args:
+            noise: see `latents`.
+        """
+        reading = reading_of(self.model)
+        assert reading is not None, "it reads pictures"
+        if reading.sampled:
+            return self.latents(images, noise)
+        return self.modes(images, scaled=reading.scaled)
 
     @functools.cached_property
     def _programs(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
@@ -205,9 +232,10 @@ class PictureEncoder:
             moments = networks.module("vae", params).encode(image)
             return scale_latents(sample_moments(moments, noise), vae)
 
-        @jax.jit
-        def modes(params: Params, image: jax.Array) -> jax.Array:
-            return jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+        @functools.partial(jax.jit, static_argnames="scaled")
+        def modes(params: Params, image: jax.Array, *, scaled: bool) -> jax.Array:
+            mode = jnp.split(networks.module("vae", params).encode(image), 2, axis=-1)[0]
+            return scale_latents(mode, vae) if scaled else mode
 
         own = {path: jnp.asarray(self.params[path]) for path in networks.abstract}
         return functools.partial(latents, own), functools.partial(modes, own)
@@ -235,7 +263,6 @@ def picture_of(
         pure: whether drawing begins with noise alone and not with the noisy picture.
     """
     model = encoder.model
-    inpainting = model.family.inpainting if reads_picture(model) else None
     found = {}
     if not pure:
         found["start"] = encoder.latents(images, noise)
@@ -243,8 +270,10 @@ def picture_of(
         return found
     side = model.vae.downscale
     small = masks[:, ::side, ::side]  # the nearest pixel, as torch's `interpolate` takes it
-    if inpainting is None:
+    reading = reading_of(model)
+    if reading is None:
         clean = found["start"] if found else encoder.latents(images, noise)
         return {**found, "known": clean, "mask": small}
     hidden = encoder.latents(images * (masks < 0.5), noise)
-    return {**found, "channels": inpainting.make(masks, small, hidden)}
+    channels = reading.make(jnp.asarray(masks), jnp.asarray(hidden))
+    return {**found, "channels": np.asarray(channels)}

@@ -7,7 +7,8 @@ A picture reaches the generator as a mapping of arrays:
 - "state" [B, h, w, C]: latents as another denoiser left them.
 - "known" [B, h, w, C] and "mask" [B, h, w, 1]: after each step what is black in the mask becomes
   `known` with the noise of that level.
-- "channels" [B, h, w, K]: what the denoiser reads besides the noisy latents.
+- "channels" [B, h, w, K]: what the denoiser reads besides the noisy latents, as channels of its
+  input or as further tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ import jax.numpy as jnp
 from sdjax.diffusion.samplers import leave
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.errors import UserError
-from sdjax.families.family import Context, Family, Model
+from sdjax.families.family import Context, Model, Reading
 
 Picture = Mapping[str, jax.Array]
-INPAINT, EDIT = "inpaint", "edit"  # what a denoiser does with the picture that it reads
 
 
 def first_step(steps: int, strength: float, *, flow: bool) -> int:
@@ -48,18 +48,17 @@ def first_step(steps: int, strength: float, *, flow: bool) -> int:
 
 
 def reads_picture(model: Model) -> str:
-    """Return what the denoiser does with a picture that it reads: `INPAINT`, `EDIT`, or "".
+    """Return what the denoiser does with a picture that it reads, as `EDITS`, or "" for none.
 
     Raises:
         UserError: it reads channels that drawing does not know.
     """
     latent, family = model.vae.latent_channels, model.family
     added = family.latent_channels(model.denoiser) - latent
-    known = {latent: EDIT} if family.edits else {}
-    if family.inpainting and (count := family.inpainting.count(latent, model.vae.downscale)):
-        known[count] = INPAINT
     if not added:
-        return ""
+        said = (task for task, r in family.readings.items() if model.settings.get(r.setting))
+        return next(said, "")
+    known = counts(model)
     if added not in known:
         takes = " or ".join(f"{number} to {task}" for number, task in known.items())
         raise UserError(
@@ -68,6 +67,18 @@ def reads_picture(model: Model) -> str:
             "noisy latents alone"
         )
     return known[added]
+
+
+def counts(model: Model) -> dict[int, str]:
+    """Return {channels besides the noisy latents: the task for which a denoiser reads so many}."""
+    size = model.vae.latent_channels, model.vae.downscale
+    every = {reading.count(*size): task for task, reading in model.family.readings.items()}
+    return {count: task for count, task in every.items() if count}
+
+
+def reading_of(model: Model) -> Reading | None:
+    """Return how the denoiser reads a picture; None if it reads none. See `reads_picture`."""
+    return model.family.readings.get(reads_picture(model))
 
 
 def initial_state(picture: Picture, noise: jax.Array, plan: SolverPlan) -> tuple[jax.Array, bool]:
@@ -93,7 +104,7 @@ def constraint(picture: Picture, noise: jax.Array) -> Callable[..., jax.Array]:
 
 
 def with_channels(
-    denoiser: Any, family: Family, picture: Picture
+    denoiser: Any, reading: Reading | None, picture: Picture
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return a denoiser that reads the picture's channels, and what puts them beside a context.
 
@@ -101,8 +112,9 @@ def with_channels(
     """
     if "channels" not in picture:
         return denoiser, lambda context: context
-    if family.inpainting and family.inpainting.named:
-        return denoiser, lambda context: {**context, "channels": picture["channels"]}
+    if reading is not None and reading.field:
+        field = reading.field
+        return denoiser, lambda context: {**context, field: picture["channels"]}
 
     def denoise(xt: jax.Array, t: jax.Array, context: tuple[Context, jax.Array], **kw: Any) -> Any:
         text, channels = context

@@ -158,6 +158,9 @@ def _memory(program: Program) -> Table:
     for name, size in rows.items():
         table.add_row(name, f"{size / 2**30:.3f}")
     table.add_row("total", f"{sum(rows.values()) / 2**30:.3f}", style="bold")
+    if program.encoders:  # alone, while they encode the captions of pictures
+        size = bytes_on_device(program.encoders)
+        table.add_row("text encoders, before the first step", f"{size / 2**30:.3f}")
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,9 @@ def export(
     """
     path = folder / "diffusers"
     own = model_of_run(config, {}).networks  # without copies, and networks of the method's own
-    params = {path: value for path, value in params.items() if path.split(".")[0] in own}
+    here = [path for path in method.abstract if path.split(".")[0] in own]
+    away = [path for path in here if path not in params]  # text encoders that no step runs
+    params = {path: params[path] for path in here if path in params}
     host = _on_first({p: v for p, v in params.items() if v.dtype == np.float32})
     if method.adjust is not None:
 
@@ -118,7 +120,7 @@ def export(
     if jax.process_index() != 0:
         return {}
     try:
-        host |= _rounded(config, params, folder)
+        host |= _from_workdir(config, params, away, folder)
     except ModelError as error:
         telemetry.message(f"no diffusers folder is written: {error}")
         return {}
@@ -129,13 +131,19 @@ def export(
     return {"diffusers": path}
 
 
-def _rounded(config: Config, params: Params, folder: paths.Path) -> dict[str, np.ndarray]:
-    """The float32 values of the frozen parameters that lie on the devices in another dtype."""
-    rounded = [path for path, value in params.items() if value.dtype != np.float32]
-    if not rounded:
+def _from_workdir(
+    config: Config, params: Params, away: Sequence[str], folder: paths.Path
+) -> dict[str, np.ndarray]:
+    """The float32 values of frozen parameters that the devices have in another dtype, or lack.
+
+    Args:
+        away: paths of those that they lack.
+    """
+    wanted = [*away, *(path for path, value in params.items() if value.dtype != np.float32)]
+    if not wanted:
         return {}
     whole = frozen_params(folder, model_of_run(config, {}))
-    return {path: whole[path] for path in rounded}
+    return {path: whole[path] for path in wanted}
 
 
 def _on_first(params: Params) -> dict[str, np.ndarray]:

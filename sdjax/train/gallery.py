@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from sdjax.sampling.generate import to_uint8
 from sdjax.sampling.grids import grid, save_png
 from sdjax.sampling.strips import append_column
 from sdjax.system import paths
+from sdjax.train.captions import Encode
 from sdjax.train.monitoring.telemetry import Telemetry
 from sdjax.train.state import State
 from sdjax.train.weight_sets import RAW, evaluated_set, weight_sets
@@ -97,6 +99,13 @@ class Gallery:
         self._blind = drawn and config.objective.caption_dropout == 1.0
         self._guidance = (True, False) if drawn and not self._blind else (False,)
         self._examples = self._get_examples()  # now: a wrong split is no news for step 1000
+
+    def encode(self, encode: Encode) -> None:
+        """Keep what text encoders make of the prompts, to draw without the encoders."""
+        negative = encode_text(self._tokenizers, [self._config.sample.negative_prompt])
+        away = {name: rows[0] for name, rows in encode(negative).items()}
+        made = encode(self._examples.tokens)
+        self._examples = dataclasses.replace(self._examples, tokens=made, negative=away)
 
     def _get_examples(self) -> Examples:
         sample, side = self._config.sample, self._config.data.resolution

@@ -96,7 +96,9 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
         checkpoints = Checkpoints(
             folder, keep_last=config.train.keep_last, keep_every=config.train.keep_every
         )
-        frozen = startup.place_frozen(whole, folder, assembled, method, program.frozen, saved=saved)
+        frozen = startup.place_frozen(
+            whole, folder, assembled, method, program, observers.gallery.encode, saved=saved
+        )
         done = 0
         state: State = {}
         position: dict[str, Any] = {}

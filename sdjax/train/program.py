@@ -48,6 +48,8 @@ class Program:
 
     state, frozen, batch: its arguments as `jax.ShapeDtypeStruct` with shardings; what is frozen is
         in the dtype that it is used in.
+    encoders: the text encoders that are on the devices before the first step alone, to encode the
+        captions of pictures, as `frozen` is described; empty where they stay there.
     fresh: trained parameters -> the state at step 0 (jittable).
     step: `(state, frozen, batch) -> (state, metrics)`, jitted; it donates the state.
     """
@@ -58,6 +60,7 @@ class Program:
     fresh: Callable[[Params], State]
     state: State
     frozen: dict[str, jax.ShapeDtypeStruct]
+    encoders: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Any
 
@@ -115,7 +118,8 @@ def build(config: Config, method: Method, mesh: Mesh) -> Program:
         optimizations=optimizations,
         fresh=fresh,
         state=placed(abstract, shardings),
-        frozen=_kept(split.frozen, method, mesh),
+        frozen=_kept(frozen_in_step(config, method, split), method, mesh),
+        encoders=_kept(_encoding_once(config, method, split), method, mesh),
         batch={
             name: jax.ShapeDtypeStruct(
                 (config.data.batch_size, *one.shape), one.dtype, sharding=batch_sharding(mesh)
@@ -134,6 +138,30 @@ def _check_copies(config: Config, method: Method) -> None:
             f"train.steps is {config.train.steps}, but the last stage of method "
             f"{config.method.name!r} begins after {last}; expected more"
         )
+
+
+def frozen_in_step(config: Config, method: Method, split: Split) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return {path: ShapeDtypeStruct} of what the step reads and does not train.
+
+    Where no loss runs the text encoders, that is the empty caption's features in their place.
+    """
+    away = _encoding_once(config, method, split)
+    if not away:
+        return split.frozen
+    assert method.conditioner is not None
+    here = {path: value for path, value in split.frozen.items() if path not in away}
+    return here | method.conditioner.stored()
+
+
+def _encoding_once(config: Config, method: Method, split: Split) -> dict[str, jax.ShapeDtypeStruct]:
+    """The text encoders that have all captions encoded before the first step.
+
+    Pictures that are judged (validation.metrics) have too many captions for that.
+    """
+    if method.conditioner is None or config.validation.metrics:
+        return {}
+    own = method.conditioner.networks.abstract
+    return {path: value for path, value in split.frozen.items() if path in own}
 
 
 def _kept(

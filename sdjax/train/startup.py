@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,17 @@ from sdjax.config_model import model_of_run
 from sdjax.data.text.text_tokenizer import TextTokenizer
 from sdjax.data.text.tokenizer_files import TokenizerError
 from sdjax.errors import UserError
+from sdjax.families.conditioning import EMPTY
 from sdjax.families.registry import TOKENIZERS, adopted, model_of
 from sdjax.methods.method import Method
 from sdjax.models import int8
 from sdjax.models.config import ConfigError
-from sdjax.models.params import Params
+from sdjax.models.params import Params, prefixed
 from sdjax.parallel.sharding import param_spec
 from sdjax.system import locks, paths, text_files
 from sdjax.train import frozen
-from sdjax.train.program import Split
+from sdjax.train.captions import Encode, caption_encoder
+from sdjax.train.program import Program, Split
 
 
 def enable_compilation_cache(folder: str) -> None:
@@ -207,25 +209,45 @@ def place_frozen(
     folder: paths.Path,
     assembled: Assembled,
     method: Method,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    program: Program,
+    encode_captions: Callable[[Encode], None],
     *,
     saved: Config | None,
 ) -> Params:
-    """Everything that is not trained, on the devices; at a fresh start the workdir is written.
+    """Everything that the step reads and does not train, on the devices.
+
+    Text encoders that no step runs are there first, and gone when the rest comes. At a fresh start
+    the workdir is written.
 
     Args:
-        wanted: {path: shape with sharding}.
+        encode_captions: is given what encodes captions, where steps do not.
         saved: the configuration of the run that is resumed.
     """
-    if saved is not None:
-        return frozen.resumed(config, folder, wanted, saved)
-    check_complete(config, assembled.every, wanted)
-    loaded = int8.in_files(wanted)
-    buffers = _buffers(method, [path for path in loaded if path not in assembled.every])
-    assembled = dataclasses.replace(assembled, params=assembled.params | buffers)
-    frozen.keep(config, folder, assembled, wanted, method.copies)
-    write_workdir(folder, config, assembled.tokenizers, assembled.scheduler)
-    return frozen.placed(assembled.every, wanted)
+    stored = method.conditioner.stored() if program.encoders and method.conditioner else {}
+    own = {path: want for path, want in program.frozen.items() if path not in stored}
+    if saved is None:
+        wanted = own | program.encoders
+        check_complete(config, assembled.every, wanted)
+        loaded = int8.in_files(wanted)
+        buffers = _buffers(method, [path for path in loaded if path not in assembled.every])
+        assembled = dataclasses.replace(assembled, params=assembled.params | buffers)
+        frozen.keep(config, folder, assembled, wanted, method.copies)
+        write_workdir(folder, config, assembled.tokenizers, assembled.scheduler)
+
+    def read(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+        if saved is not None:
+            return frozen.resumed(config, folder, wanted, saved)
+        return frozen.placed(assembled.every, wanted)
+
+    if not stored:
+        return read(own)
+    assert method.conditioner is not None
+    encode = caption_encoder(method.conditioner, read(program.encoders), program.mesh)
+    encode_captions(encode)
+    empty = encode({field: row[None] for field, row in method.conditioner.null.items()})
+    del encode
+    made = prefixed({name: rows[0] for name, rows in empty.items()}, EMPTY)
+    return read(own) | frozen.placed(made, {path: program.frozen[path] for path in stored})
 
 
 def _buffers(method: Method, names: Sequence[str]) -> dict[str, np.ndarray]:

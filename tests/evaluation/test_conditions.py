@@ -17,6 +17,7 @@ from sdjax.evaluation.loading import load
 from sdjax.formats.ip_adapter import FILE
 from sdjax.methods.inpaint import InpaintConfig
 from tests.conftest import randomise
+from tests.families import torch_transformers
 from tests.sampling.test_control import control_of
 from tests.sampling.test_ip_adapter import DIM, adapter_for
 from tests.sampling.test_pictures import remade
@@ -59,6 +60,13 @@ def models(torch_pipeline, pipeline_folder, tmp_path_factory):
         unet = diffusers.UNet2DConditionModel(**config)
         randomise(unet, channels)
         remade(torch_pipeline, kind, unet=unet.eval()).save_pretrained(folder / name)
+    flux = torch_transformers.flux(torch_pipeline.tokenizer, folder / "words")
+    remade(flux, "FluxKontextPipeline").save_pretrained(folder / "kontext")
+    widths = {**flux.transformer.config, "in_channels": 32, "out_channels": 16}
+    wide = diffusers.FluxTransformer2DModel(**widths)
+    randomise(wide.eval(), 61)
+    made = remade(flux, "FluxControlPipeline", transformer=wide)
+    made.save_pretrained(folder / "follow")
     control_of(torch_pipeline.unet, 30).save_pretrained(folder / "control")
     adapter_for(torch_pipeline.unet, folder / "ip", 40)
     tower = transformers.CLIPVisionModelWithProjection(
@@ -79,6 +87,8 @@ def options_of(case, models):
         "inpaint": [],
         "inpaint, own masks": ["--named_image=mask=matte:mask"],
         "edit": [],
+        "kontext": [],
+        "follow": ["--named_image=control=edge:condition"],
         "steered": [
             f"--controlnet={models / 'control'}:0.7", "--named_image=control=edge:condition",
             f"--ip_adapter={models / 'ip' / FILE}", f"--image_encoder={models / 'tower'}",
@@ -98,8 +108,10 @@ def given_to_sample(case, models, pictures, folder, numbers):
     each = lambda option, ending: [  # noqa: E731
         f"--{option}={pictures / f'{i}{ending}.png'}" for i in numbers
     ]
-    if case == "edit":
+    if case in ("edit", "kontext"):
         return each("init_image", ".before")
+    if case == "follow":
+        return each("control_image", ".edge")
     if case == "steered":
         networks = [o for o in options_of(case, models) if not o.startswith("--named_image")]
         return [*networks, *each("control_image", ".edge"), *each("ip_image", "")]
@@ -120,19 +132,21 @@ def given_to_sample(case, models, pictures, folder, numbers):
     return [*each("init_image", ""), *drawn]
 
 
-COMMON = ["--steps=2", "--sampler=ddim", "--guidance=3", "--height=16", "--width=16", "--seed=4"]
+COMMON = ["--steps=2", "--guidance=3", "--height=16", "--width=16", "--seed=4"]
+CASES = ["inpaint", "inpaint, own masks", "edit", "steered", "kontext", "follow"]
 
 
-@pytest.mark.parametrize("case", ["inpaint", "inpaint, own masks", "edit", "steered"])
+@pytest.mark.parametrize("case", CASES)
 def test_pictures_are_those_that_sample_draws_of_the_same_conditions(
     case, models, pictures, tmp_path, capsys
 ):
     model = models / case.split(",")[0]
+    common = [*COMMON, f"--sampler={'flow_euler' if case in ('kontext', 'follow') else 'ddim'}"]
     metrics = "inside_error,outside_error" if "inpaint" in case else "diversity"
     assert 0 == evaluate.main([
         f"--model={model}", f"--dataset={pictures}", "--split=train", "--per_prompt=2",
         f"--data_dir={tmp_path / 'data'}", f"--output={tmp_path / 'out'}", "--batch_size=6",
-        f"--metrics={metrics}", "--features=pixels", "--resamples=20", *COMMON,
+        f"--metrics={metrics}", "--features=pixels", "--resamples=20", *common,
         *options_of(case, models),
     ]), capsys.readouterr().err  # fmt: skip
     noted = (tmp_path / "out" / "images" / "metadata.jsonl").read_text().splitlines()
@@ -140,7 +154,7 @@ def test_pictures_are_those_that_sample_draws_of_the_same_conditions(
     numbers = [WORDS.index(prompt) for prompt in prompts]
     assert len(set(numbers)) == 3 and numbers[::2] == numbers[1::2]
     assert 0 == sample.main([
-        f"--model={model}", f"--output={tmp_path / 'drawn'}", "--prompts", *prompts, *COMMON,
+        f"--model={model}", f"--output={tmp_path / 'drawn'}", "--prompts", *prompts, *common,
         "--batch_size=6", *given_to_sample(case, models, pictures, tmp_path, numbers),
     ]), capsys.readouterr().err  # fmt: skip
     ours = read(tmp_path / "out" / "images", 6)

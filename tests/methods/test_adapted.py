@@ -21,7 +21,7 @@ from tests.train.test_loop import assert_same_run
 @pytest.fixture(scope="module")
 def wide(tiny_model, tmp_path_factory):
     """A folder of a model of inpainting, with random weights."""
-    model, _ = widened(read_any(tiny_model), lambda latent: latent + 1, name="x")
+    model, _ = widened(read_any(tiny_model), "inpaint", name="x")
     kernel = model.params["unet.conv_in.kernel"]
     drawn = np.random.default_rng(0).normal(size=kernel.shape, scale=0.1).astype(np.float32)
     model.params["unet.conv_in.kernel"] = drawn

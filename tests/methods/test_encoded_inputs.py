@@ -57,12 +57,12 @@ def recipe(tiny_config, tiny_model, copies):
     return made
 
 
-def loss_and_fields(config):
+def loss_and_fields(config, layer="unet.conv_in"):
     """(the losses of a batch in training and in validation, the fields of the batch)."""
     method, params, batch, draw = begun(config)
     # What begins at zero would hide what is read.
-    kernel = params["unet.conv_in.kernel"]
-    params["unet.conv_in.kernel"] = jax.random.normal(jax.random.key(2), kernel.shape) / 4
+    kernel = params[f"{layer}.kernel"]
+    params[f"{layer}.kernel"] = jax.random.normal(jax.random.key(2), kernel.shape) / 4
     assert {n: v.shape for n, v in batch.items()} == {
         n: (4, *v.shape) for n, v in method.example.items()
     }

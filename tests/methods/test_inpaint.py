@@ -37,7 +37,7 @@ def config(tiny_config, tiny_model):
 def test_a_widened_unet_begins_as_it_was_whatever_its_new_channels_hold(folder, request):
     """FT-55; diffusers' UNet of four channels is the reference."""
     model = read_any(request.getfixturevalue(folder))
-    wide, note = widened(model, lambda latent: latent + 1, name="init_from=DIR")
+    wide, note = widened(model, "inpaint", name="init_from=DIR")
     assert wide.networks["unet"].in_channels == 9
     assert note == "init_from=DIR: unet.conv_in is given 5 channels of zeros beside 4"
     rng = np.random.default_rng(0)
@@ -53,10 +53,10 @@ def test_a_widened_unet_begins_as_it_was_whatever_its_new_channels_hold(folder, 
     bound = bind(wide, ("unet",)).module("unet", wide.params)
     ours = bound.conv_in(jnp.concatenate([xt, beside], axis=-1).astype(jnp.float32))
     np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), theirs, atol=2e-5)
-    again, nothing = widened(wide, lambda latent: latent + 1, name="x")
+    again, nothing = widened(wide, "inpaint", name="x")
     assert again is wide and nothing == ""
     with pytest.raises(UserError, match="in_channels 9, for another task; expected 4"):
-        widened(wide, lambda latent: latent, name="x")
+        widened(wide, "edit", name="x")
 
 
 def test_the_channels_are_those_that_the_pipeline_makes(torch_pipeline, pipeline_folder):
@@ -123,7 +123,7 @@ def test_a_run_resumes_to_the_bit_and_diffusers_draws_with_it(config, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["diffusers", "single_file"])
 def test_a_model_of_nine_channels_is_trained_as_it_is(kind, config, pipeline_folder, tmp_path):
-    wide, _ = widened(read_any(pipeline_folder), lambda latent: latent + 1, name="x")
+    wide, _ = widened(read_any(pipeline_folder), "inpaint", name="x")
     rng = np.random.default_rng(0)
     params = {**wide.params, "unet.conv_in.kernel": rng.normal(size=(3, 3, 9, 16))}
     wide = dataclasses.replace(wide, params={k: np.float32(v) for k, v in params.items()})
@@ -167,5 +167,5 @@ def test_what_does_not_fit_is_refused(config):
     with pytest.raises(UserError, match="sample.fidelity is 4, but method 'inpaint' draws from"):
         method_of_run(dataclasses.replace(own, sample=shown), tokenizers)
     c = default(family="sd3", method="inpaint")
-    with pytest.raises(UserError, match="trains UNets, of SD1, SD2 and SDXL"):
+    with pytest.raises(UserError, match="is for SD1 and SD2, SDXL, FLUX.1; model.family is"):
         blank_method(resolve(c))

@@ -64,7 +64,7 @@ def test_mask_channels_are_those_of_the_fill_pipeline():
         "cpu",
         None,
     )
-    np.testing.assert_array_equal(pack(mask_channels(jnp.asarray(mask))), want.numpy())
+    np.testing.assert_array_equal(pack(mask_channels(jnp.asarray(mask), 8)), want.numpy())
 
 
 def test_rotations_are_those_of_diffusers():

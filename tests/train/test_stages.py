@@ -100,7 +100,9 @@ def test_the_first_step_of_a_stage_is_that_of_its_own_configuration(staged, unbr
     built = program.build(config, method, mesh)
     with Checkpoints(unbroken) as checkpoints:
         step, state, _, _ = checkpoints.restore(built.state, 3)
-    frozen = place_frozen(config, unbroken, assembled, method, built.frozen, saved=config)
+    frozen = place_frozen(
+        config, unbroken, assembled, method, built, lambda encode: None, saved=config
+    )
     data = make_iterator(config.data, assembled.tokenizers, split="train", seed=segment.seed)
     _, metrics = built.step(state, frozen, jax.device_put(next(data)))
     data.close()

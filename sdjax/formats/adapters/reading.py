@@ -88,6 +88,25 @@ def read_adapter(path: paths.PathLike, model: Model) -> Adapter:
         return _adapter(file, read, scales, model)
 
 
+def entrance_inputs(path: paths.PathLike, model: Model) -> int:
+    """Return the inputs of a file's LoRA of the layer that reads latents; 0 if it has none of it.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    file, names = adapter_file(path), model.family.adapters or AdapterNames({})
+    with explained(file, "an adapter", error=ModelError):
+        shapes, _ = read_header(file)
+    spelled = spellings(model, modules_of(model))
+    layer = (f"{model.family.denoiser}.{names.entrance}",)
+    for key, shape in shapes.items():
+        found = keys.split(names.respelled(key))
+        target = spelled.get(found[0]) if found else None
+        if found and found[1] == "lora_down" and target and target.parts == layer:
+            return shape[1] if len(shape) > 1 else 0
+    return 0
+
+
 def _adapter(
     file: paths.Path, tensors: Mapping[str, np.ndarray], scales: PeftScales, model: Model
 ) -> Adapter:
@@ -219,7 +238,7 @@ def _with_more_inputs(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLay
     What a model of inpainting reads besides comes after the latents, and is not changed; A1111
     does the same. A LoRA stays one, LoHa and LoKr become whole differences.
     """
-    if len(shape) != 4 or DORA in layer.factors:
+    if len(shape) not in (2, 4) or DORA in layer.factors:
         return layer  # the norms of a DoRA are those of all inputs
     for inputs in range(shape[1], 0, -1):
         try:
@@ -243,8 +262,9 @@ def _with_inputs(layer: AdapterLayer, shape: tuple[int, ...], inputs: int) -> Ad
 
 
 def _padded(value: np.ndarray, inputs: int) -> np.ndarray:
-    """[n, in, kh, kw] with zeros for the inputs that it lacks."""
-    return np.pad(value, [(0, 0), (0, inputs - value.shape[1]), (0, 0), (0, 0)])
+    """[n, in, ...] with zeros for the inputs that it lacks."""
+    rest = [(0, 0)] * (value.ndim - 2)
+    return np.pad(value, [(0, 0), (0, inputs - value.shape[1]), *rest])
 
 
 def _refusal(file: paths.Path, problems: list[str], model: Model) -> str:

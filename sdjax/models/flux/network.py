@@ -34,8 +34,6 @@ from sdjax.models.stacking import Blocks
 
 __all__ = ["Flux", "FluxConfig", "mask_channels", "pack", "unpack"]
 
-MASK_SIDE = 8  # pixels of a mask along each axis that are channels of one latent
-
 
 def pack(x: Array, *, what: str = "latents") -> Array:
     """Return latents [B, H, W, C] as tokens [B, H/2 * W/2, 4 C], in rows.
@@ -63,13 +61,13 @@ def unpack(x: Array, height: int, width: int) -> Array:
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(x.shape[0], height, width, -1)
 
 
-def mask_channels(mask: Array) -> Array:
-    """Return a mask [B, 8 H, 8 W, 1] as FLUX.1-Fill reads it, [B, H, W, 64].
+def mask_channels(mask: Array, side: int) -> Array:
+    """Return a mask [B, side H, side W, 1] as FLUX.1-Fill reads it, [B, H, W, side^2].
 
-    A latent's channels are the 8 x 8 pixels under it, in rows (pipeline_flux_fill.py).
+    A latent's channels are the pixels under it, side x side and in rows (pipeline_flux_fill.py,
+    where the side is 8 for FLUX.1's VAE).
     """
     b, h, w, _ = mask.shape
-    side = MASK_SIDE
     x = mask.reshape(b, h // side, side, w // side, side)
     return x.transpose(0, 1, 3, 2, 4).reshape(b, h // side, w // side, side**2)
 

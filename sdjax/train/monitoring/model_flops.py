@@ -25,7 +25,7 @@ from sdjax.families.conditioning import blank_tokenizers, make_conditioner
 from sdjax.families.registry import model_of
 from sdjax.methods.method import Draw
 from sdjax.parallel.chips import peak_flops
-from sdjax.train.program import split_trainable
+from sdjax.train.program import frozen_in_step, split_trainable
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
@@ -72,7 +72,8 @@ def train_flops(config: Config) -> float:
         return jnp.mean(sum(each))
 
     positions, phases = jax.ShapeDtypeStruct((1,), jnp.int32), method.phases
-    return gradient_flops(loss, split.trained, split.frozen, batch, positions)
+    frozen = frozen_in_step(config, method, split)
+    return gradient_flops(loss, split.trained, frozen, batch, positions)
 
 
 def denoiser_flops(config: Config, latent: tuple[int, int, int]) -> float:

@@ -25,15 +25,16 @@ from sdjax.diffusion.samplers import (
     step_rows,
 )
 from sdjax.families.conditioning import encode_text
-from sdjax.families.family import Model
+from sdjax.families.family import EDITS, FILLS, FOLLOWS, Model
 from sdjax.sampling.denoising import Drawing
 from sdjax.sampling.generate import check_finite, latent_shape, randomness_of, to_uint8
 from sdjax.sampling.pictures import PictureEncoder, begun_at, picture_of, vae_noise
-from sdjax.sampling.start import EDIT, initial_state, reads_picture
+from sdjax.sampling.start import initial_state, reading_of, reads_picture
 from sdjax.web.server.preview import Preview
 from sdjax.web.server.program import Program, make_program
 from sdjax.web.server.requests import InvalidRequest, PictureRequest
 
+_DOES = {EDITS: "edits", FILLS: "fills in", FOLLOWS: "follows"}
 PROGRAMS = 16  # kept compiled; each is of one size of pictures, size of a batch, kind of sampler
 
 # (evaluation, estimates of x0 [B, h, w, C]) -> bool [B], the pictures that need no further step.
@@ -70,19 +71,15 @@ class LoadedModel:
         Raises:
             UserError: its size, sampler or picture is not for this model.
         """
-        self._shape(request)
-        task = reads_picture(self.model)
-        if task and request.image is None:
-            raise InvalidRequest(
-                f"{self.name} {'edits' if task == EDIT else 'fills in'} a picture; send one"
-            )
-        if task == EDIT and request.mask is not None:
-            raise InvalidRequest(f"{self.name} edits a whole picture; send no mask")
-        if task and task != EDIT and request.mask is None:
-            raise InvalidRequest(f"{self.name} fills in what is white in a mask; send one")
         assert self.model.prediction_type is not None
         check_schedule(self._tables, self.model.prediction_type)
         self._drawing(request).plan(self._tables, self._shape(request)[:2])
+        if self._needs_picture and request.image is None:
+            raise InvalidRequest(f"{self.name} {_DOES[self._task]} a picture; send one")
+        if self._reads_whole and request.mask is not None:
+            raise InvalidRequest(f"{self.name} {_DOES[self._task]} a whole picture; send no mask")
+        if self._task == FILLS and request.mask is None:
+            raise InvalidRequest(f"{self.name} fills in what is white in a mask; send one")
 
     def draw(self, requests: Sequence[PictureRequest], watch: Watch) -> np.ndarray:
         """Return pictures, uint8 [N, H, W, 3].
@@ -124,7 +121,15 @@ class LoadedModel:
         return pictures
 
     def warm_up(self, request: PictureRequest) -> None:
-        """Compile what draws pictures like this one, for every size of a batch."""
+        """Compile what draws pictures like this one, for every size of a batch.
+
+        A model that needs a picture is shown a grey one.
+        """
+        if self._needs_picture:
+            side = request.height, request.width
+            mask = np.ones((*side, 1), np.float32) if self._task == FILLS else None
+            grey = np.full((*side, 3), 127, np.uint8)
+            request = dataclasses.replace(request, image=grey, mask=mask)
         sizes = {self._padded(count) for count in range(1, self.batch_size + 1)}
         for size in sorted(sizes):
             self.draw([request] * size, lambda i, x0: np.full(len(x0), i > 0))
@@ -132,6 +137,22 @@ class LoadedModel:
     def evaluations(self, request: PictureRequest) -> int:
         """Return how often the denoiser is evaluated for a picture."""
         return len(self._drawing(request).plan(self._tables, self._shape(request)[:2]).timesteps)
+
+    @property
+    def _task(self) -> str:
+        """The denoiser's task with a picture that it reads; "" for none."""
+        return reads_picture(self.model)
+
+    @property
+    def _reads_whole(self) -> bool:
+        """Whether it reads a picture that drawing does not begin with."""
+        return self._task in (EDITS, FOLLOWS)
+
+    @property
+    def _needs_picture(self) -> bool:
+        """Whether it cannot draw from words alone."""
+        reading = reading_of(self.model)
+        return reading is not None and not reading.setting
 
     # What a program does not read only takes time to hand over.
     @functools.cached_property
@@ -180,7 +201,7 @@ class LoadedModel:
 
     def _drawing(self, request: PictureRequest) -> Drawing:
         drawing = dataclasses.replace(self.own, sampler=request.sampler, guidance=request.guidance)
-        if request.image is None or reads_picture(self.model) == EDIT:
+        if request.image is None or self._reads_whole:
             return drawing
         return begun_at(drawing, request.strength)
 
@@ -205,10 +226,10 @@ class LoadedModel:
         if requests[0].image is None:
             return {}
         images = np.stack([np.asarray(each.image, np.float32) / 255 * 2 - 1 for each in requests])
-        if reads_picture(self.model) == EDIT:
-            return {"channels": jnp.asarray(self._encoder.modes(images))}
         shape, zero = self._shape(requests[0]), np.zeros(1, int)
         noise = np.concatenate([vae_noise(each.seed, zero, shape) for each in requests])
+        if self._reads_whole:
+            return {"channels": jnp.asarray(self._encoder.read(images, noise))}
         masks = [each.mask for each in requests if each.mask is not None]
         made = picture_of(
             self._encoder,

@@ -14,7 +14,7 @@ from sdjax.families.sd3 import SD3
 from sdjax.families.sdxl import SDXL
 from sdjax.formats.adapters.layers import AdapterLayer, delta
 from sdjax.formats.adapters.peft_metadata import ENTRY
-from sdjax.formats.adapters.reading import read_adapter
+from sdjax.formats.adapters.reading import entrance_inputs, read_adapter
 from sdjax.formats.adapters.spellings import modules_of
 from sdjax.formats.adapters.writing import write_diffusers_adapter, write_kohya_adapter
 from sdjax.formats.folders import ModelError
@@ -424,6 +424,18 @@ def test_a_four_channel_lora_of_conv_in_leaves_further_inputs(tmp_path):
     own = {"unet.conv_in": samples.lora(np.random.default_rng(1), (8, 9, 3, 3), 2)}
     write_kohya_adapter(tmp_path / "b.safetensors", nine, own)
     samples.assert_same(read_adapter(tmp_path / "b.safetensors", nine), own)
+
+
+def test_a_lora_of_flux_dev_leaves_the_inputs_of_a_model_that_reads_a_picture(tmp_path):
+    """x_embedder of FLUX.1-Canny, -Depth and -Fill has the tokens' channels first."""
+    wide = FLUX.widened(TINY_FLUX.denoiser, 4)
+    model = Model(FLUX, {**TINY_FLUX.networks, "transformer": wide})
+    adapter = {"transformer.x_embedder": samples.lora(np.random.default_rng(0), (12, 16), 2)}
+    write_diffusers_adapter(tmp_path, TINY_FLUX, adapter)
+    found = delta(read_adapter(tmp_path, model)["transformer.x_embedder"])
+    assert found.shape == (12, 32) and not found[:, 16:].any()
+    np.testing.assert_array_equal(found[:, :16], delta(adapter["transformer.x_embedder"]))
+    assert entrance_inputs(tmp_path, TINY_FLUX) == 16
 
 
 @pytest.mark.parametrize("kind", ["tucker", "loha", "loha_tucker", "lokr", "full"])
