@@ -27,6 +27,7 @@ HARMLESS = (
     "objective.unmasked_*", "objective.normalize_masked_area",
     "objective.encoder_dropout", "method.loss", "method.kl_weight", "method.beta",
     "method.guidance", "method.huber_c", "method.weighting",
+    "method.teacher_guidance", "method.fake_*", "method.gan_weight", "method.head_weight",
     "method.whole", "method.boxes", "method.ellipses", "method.polygons", "method.strokes",
     "method.*dropout", "method.max_norm", "method.block_rates", "method.words_end",
     "method.factors_begin", "method.std_power", "method.templates",
