@@ -15,8 +15,8 @@ from sdjax.families.registry import FAMILIES, NETWORKS
 _OF_ARRAYS = (
     "kind rank ranks alpha alphas rank_stabilized targets text_targets factor full_matrix "
     "tucker block_ranks block_alphas tokens vectors widths channel_order pooled guidance_width "
-    "original_steps steps stage_steps res_blocks grey embedding_dim image_tokens resampler_layers "
-    "resampler_width critic_width critic_layers learn_logvar decoder_only"
+    "original_steps steps stage_steps student_steps res_blocks grey embedding_dim image_tokens "
+    "resampler_layers resampler_width critic_width critic_layers learn_logvar decoder_only"
 ).split()
 # Fields of the configuration that a run cannot change half-way: the saved arrays or the position in
 # the data would no longer mean the same. Shell patterns on dotted names. What else changes the

@@ -147,7 +147,7 @@ def check(schedule: ScheduleConfig, objective: ObjectiveConfig) -> None:
         )
 
 
-def fold_keys(keys: jax.Array, stream: int) -> jax.Array:
+def fold_keys(keys: jax.Array, stream: int | jax.Array) -> jax.Array:
     """Fold the constant `stream` into each of the keys [b]."""
     return jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
 

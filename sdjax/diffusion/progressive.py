@@ -50,9 +50,9 @@ def halving(schedule: Schedule, sampler: SamplerConfig, steps: int) -> Halving:
         make_grid(schedule, dataclasses.replace(sampler, steps=count))
         for count in (steps, 2 * steps)
     )
-    assert np.array_equal(own.timesteps, twice.timesteps[::2])
-    levels = np.stack([twice.alpha, twice.sigma], axis=-1)  # [2 n + 1, 2]
-    return Halving(own.timesteps, twice.timesteps[1::2], levels[:-1:2], levels[1::2], levels[2::2])
+    # Where 2 n does not divide the timesteps, rounding may put the teacher's first points beside.
+    levels, between = (np.stack([grid.alpha, grid.sigma], axis=-1) for grid in (own, twice))
+    return Halving(own.timesteps, twice.timesteps[1::2], levels[:-1], between[1::2], levels[1:])
 
 
 def ddim(

@@ -15,6 +15,8 @@ from sdjax.methods.control import CONTROL
 from sdjax.methods.denoise import DENOISE
 from sdjax.methods.distil.consistency import LCM
 from sdjax.methods.distil.consistency_lora import LCM_LORA
+from sdjax.methods.distil.dmd import DMD
+from sdjax.methods.distil.dmd_lora import DMD_LORA
 from sdjax.methods.distil.progressive import PROGRESSIVE
 from sdjax.methods.dpo import DPO
 from sdjax.methods.edit import EDIT
@@ -36,6 +38,8 @@ METHODS: dict[str, Kind] = {
     "lcm": LCM,
     "lcm_lora": LCM_LORA,
     "progressive": PROGRESSIVE,
+    "dmd": DMD,
+    "dmd_lora": DMD_LORA,
     "control": CONTROL,
     "t2i_adapter": T2I,
     "ip_adapter": IP,

@@ -142,6 +142,12 @@ class Descent(nnx.Module):
         run = rematerialised(self.mid_block, self.remat, level="stage")
         return with_added(run(x, temb, contexts[-1], fold_key(key, levels)), added[-1]), skips
 
+    def middle(self, xt: Array, timesteps: Array, context: Array | Mapping[str, Array]) -> Array:
+        """Return the output of the middle, [B, h, w, C]; see `UNet.__call__` for the arguments."""
+        temb, context = self.conditioning(timesteps, context)
+        x = activation(self.conv_in(xt.astype(self.dtype)))
+        return self.descend(x, temb, [context] * (len(self.down_blocks) + 1), None)[0]
+
     def conditioning(
         self, timesteps: Array, context: Array | Mapping[str, Array]
     ) -> tuple[Array, Array]:

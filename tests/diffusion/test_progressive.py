@@ -149,11 +149,11 @@ def test_the_weights_are_those_of_the_paper():
         return target("v_prediction", x0, (xt - alpha * x0) / sigma, alpha, sigma)
 
     found = progressive.weight("snr_plus_one", alpha, sigma) * error**2
-    np.testing.assert_allclose(found, (v(0.4 + error) - v(0.4)) ** 2, rtol=1e-3)
+    np.testing.assert_allclose(found, (v(0.4 + error) - v(jnp.full(3, 0.4))) ** 2, rtol=1e-3)
 
 
-def test_a_trailing_grid_nests_in_that_of_twice_as_many_steps():
-    """Whatever their number, and whether it divides the timesteps."""
+def test_the_students_points_are_the_samplers_for_any_number_of_steps():
+    """Whether or not it divides the timesteps."""
     schedule, sampler = setting(to_one=True, zero=True)
     for steps in range(1, 60):
         points = progressive.halving(schedule, sampler, steps)

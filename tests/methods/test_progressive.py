@@ -200,6 +200,7 @@ def test_no_gradient_reaches_the_teacher(config):
     assert grown(1.0) != grown(1.1) and jax.grad(grown)(1.1) == 0
 
 
+@pytest.mark.slow
 def test_stages_their_copies_and_a_kill_at_their_boundary(config, tmp_path):
     """Three stages of two steps, on 8 devices; killed after the checkpoint of a boundary."""
     config.train.update(keep_last=9)

@@ -30,6 +30,7 @@ HARMLESS = (
     "method.critic_*loss*", "method.critic_rate", "method.critic_start", "method.equivariance*",
     "method.smaller_pictures",
     "method.guidance", "method.huber_c", "method.weighting",
+    "method.teacher_guidance", "method.fake_*", "method.gan_weight", "method.head_weight",
     "method.whole", "method.boxes", "method.ellipses", "method.polygons", "method.strokes",
     "method.*dropout", "method.max_norm", "method.block_rates", "method.words_end",
     "method.factors_begin", "method.std_power", "method.templates",
