@@ -28,7 +28,7 @@ from read_back import HEADER, drawn, line
 
 from sdjax.checkpoints.reading import read_any
 from sdjax.data.builders import shapes
-from sdjax.evaluation import frechet, similarity
+from sdjax.evaluation.metrics import frechet, similarity
 from sdjax.families.bind import bind
 
 STEPS = (1, 2, 4, 8, 25)

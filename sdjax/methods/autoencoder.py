@@ -25,9 +25,9 @@ from sdjax.methods.method import (
     Phase,
     Setup,
 )
+from sdjax.models.critics.patchgan import PatchGANConfig
 from sdjax.models.lpips.network import LEAST_SIDE, LPIPSConfig
 from sdjax.models.params import Params
-from sdjax.models.patchgan import PatchGANConfig
 from sdjax.models.vae import sample_moments
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.generate import check_finite, to_uint8

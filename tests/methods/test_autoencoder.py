@@ -27,9 +27,9 @@ from sdjax.methods.autoencoding.losses import Losses
 from sdjax.methods.denoise import LATENTS
 from sdjax.methods.method import Draw
 from sdjax.models import weights
+from sdjax.models.critics.patchgan import PatchGANConfig
 from sdjax.models.lpips.network import LPIPS, LPIPSConfig
 from sdjax.models.params import component, prefixed
-from sdjax.models.patchgan import PatchGANConfig
 from sdjax.models.vae import VAEConfig
 from sdjax.models.weights import save_file
 from sdjax.train import loop

@@ -24,7 +24,7 @@ from sdjax.methods.method import Draw, Setup
 from sdjax.models import weights
 from sdjax.models.adapters.networks import MARK
 from sdjax.models.config import ConfigError
-from sdjax.models.head import HeadConfig, MiddleHead
+from sdjax.models.critics.head import HeadConfig, MiddleHead
 from sdjax.models.params import component
 from sdjax.train import loop
 from tests.methods.runs import (

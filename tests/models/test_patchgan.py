@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdjax.models import weights
-from sdjax.models.patchgan import PatchGAN, PatchGANConfig
+from sdjax.models.critics.patchgan import PatchGAN, PatchGANConfig
 
 torch = pytest.importorskip("torch")
 

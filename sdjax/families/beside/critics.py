@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from sdjax.families.family import Model, Part
+from sdjax.models.critics.patchgan import PatchGAN, PatchGANConfig
 from sdjax.models.lpips.network import LPIPS, LPIPSConfig
-from sdjax.models.patchgan import PatchGAN, PatchGANConfig
 
 LPIPS_NETWORK = "lpips"  # names of networks, and the first words of their parameters' paths
 CRITIC = "critic"

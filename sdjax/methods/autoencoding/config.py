@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sdjax.methods.method import MethodConfig
-from sdjax.models.patchgan import PatchGANConfig
+from sdjax.models.critics.patchgan import PatchGANConfig
 
 
 @dataclasses.dataclass(frozen=True)

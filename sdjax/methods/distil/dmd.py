@@ -46,7 +46,7 @@ from sdjax.methods.method import (
     Setup,
 )
 from sdjax.models import weights
-from sdjax.models.head import HeadConfig, MiddleHead
+from sdjax.models.critics.head import HeadConfig, MiddleHead
 from sdjax.models.params import Params, component, prefixed
 
 FAKE, HEAD = "fake", "head"  # names of the networks that are trained beside the student
