@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import jax.numpy as jnp
 import numpy as np
 import uvicorn
 from measure import environment, table, write_json
@@ -90,11 +89,11 @@ def main() -> None:
     generate = make_generator(loaded.model, loaded.own)
     tokens = encode_text(loaded.model.tokenizers, [PROMPT] * args.requests)
     nothing = {field: rows[0] for field, rows in encode_text(loaded.model.tokenizers, [""]).items()}
-    params = {path: jnp.asarray(value) for path, value in loaded.params.items()}
 
     def batches(count: int) -> None:
+        prompts = {field: rows[:count] for field, rows in tokens.items()}
         draw(
-            generate, params, {field: rows[:count] for field, rows in tokens.items()}, nothing,
+            generate, loaded.params, prompts, nothing,
             shape=latent_shape(loaded.model, height, width), seed=0, batch_size=args.batch_size,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the other imports, which take a while
     install("the same command serves again", terminated=0)
 
 import argparse
+import dataclasses
 import ipaddress
 import os
 import socket
@@ -226,14 +227,12 @@ def _listener(host: str, port: int) -> socket.socket:
 
 def _service(args: argparse.Namespace, limits: Limits) -> Service:
     """Return the model, compiled and ready."""
-    from sdjax.checkpoints.references import digest
     from sdjax.web.server.engine import Engine
     from sdjax.web.server.ratings import RatingStore
     from sdjax.web.server.requests import PictureRequest
     from sdjax.web.server.service import Service
 
-    loaded, words = _loaded(args)
-    sha256 = digest(loaded.model.params).partition(":")[2]
+    loaded, words, sha256 = _loaded(args)
     height, width = loaded.model.native_size
     own = loaded.own
     usual = PictureRequest("", "", 0, height, width, own.sampler, own.guidance)
@@ -252,10 +251,13 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     )  # fmt: skip
 
 
-def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...]]:
-    """Return the model of the options, and the words of --embedding."""
+def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str]:
+    """Return the model of the options, the words of --embedding, and the digest of the weights."""
+    import jax.numpy as jnp
+
     from sdjax.checkpoints.adapters import with_loras
     from sdjax.checkpoints.reading import read_any
+    from sdjax.checkpoints.references import digest
     from sdjax.families.conditioning import with_text_length
     from sdjax.families.sampler import choose_sampler, sampler_note
     from sdjax.formats.embeddings import with_files
@@ -277,8 +279,11 @@ def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...]]:
         print(note, file=sys.stderr)
     drawing = drawing_of(settings_of(model), sampler, guidance_changes(args))
     shown = paths.absolute(paths.to_path(args.model)).name or "model"
-    loaded = LoadedModel(model, shown, drawing, dtype=args.dtype, batch_size=args.batch_size)
-    return loaded, tuple(word.token for word in words)
+    params = {path: jnp.asarray(value) for path, value in model.params.items()}
+    bare = dataclasses.replace(model, params={})
+    loaded = LoadedModel(bare, params, shown, drawing, args.dtype, args.batch_size)
+    sha256 = digest(model.params).partition(":")[2]
+    return loaded, tuple(word.token for word in words), sha256
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,12 +45,15 @@ Watch = Callable[[int, np.ndarray], np.ndarray]
 class LoadedModel:
     """A model on its device.
 
+    model: without parameters, which would stay in the host's memory too.
+    params: {path: array} of all networks.
     name: of the folder it was read from.
     own: how it is drawn where a client does not say.
     batch_size: the most pictures drawn at once; smaller batches have a power of two.
     """
 
     model: Model
+    params: Mapping[str, jax.Array]
     name: str
     own: Drawing
     dtype: str = "float32"
@@ -59,11 +62,6 @@ class LoadedModel:
     _programs: collections.OrderedDict[Hashable, Program] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
-
-    @functools.cached_property
-    def params(self) -> dict[str, jax.Array]:
-        """Return the parameters of all networks."""
-        return {path: jnp.asarray(value) for path, value in self.model.params.items()}
 
     def check(self, request: PictureRequest) -> None:
         """Check that the model can draw a picture.
