@@ -65,7 +65,7 @@ def test_networks_and_losses_of_real_sizes(name, trained, frozen):
 
     def losses(trained, frozen, batch):
         keys = jax.random.split(jax.random.key(0), 2)
-        draw = Draw(jax.random.key(0), keys, jnp.arange(2), 2, jnp.int32(1))
+        draw = Draw(jax.random.key(0), keys, jnp.arange(2), 2, copies=jnp.int32(1))
         return [
             phase.loss(trained, frozen, {COPY: trained}, batch, draw)[0] for phase in method.phases
         ]

@@ -112,7 +112,7 @@ def test_the_loss_and_its_gradient_are_those_of_torch(prediction, guided, stage,
     frozen = {p: v for p, v in every.items() if p not in trained}
     batch, positions = batch_of(assembled, rng), jnp.arange(B)
     key = jax.random.key(1)
-    draw = Draw(key, example_keys(key, positions), positions, B, jnp.int32(stage))
+    draw = Draw(key, example_keys(key, positions), positions, B, copies=jnp.int32(stage))
 
     @jax.jit
     def run(trained):
@@ -189,7 +189,7 @@ def test_no_gradient_reaches_the_teacher(config):
     assembled, method, every = bound(config)
     batch, positions = batch_of(assembled, np.random.default_rng(0)), jnp.arange(B)
     key = jax.random.key(1)
-    draw = Draw(key, example_keys(key, positions), positions, B, jnp.int32(1))
+    draw = Draw(key, example_keys(key, positions), positions, B, copies=jnp.int32(1))
     trained = {p: v for p, v in every.items() if p.startswith("unet.")}
 
     @jax.jit

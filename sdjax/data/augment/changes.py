@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from sdjax.data.augment.config import AugmentConfig
+from sdjax.data.image_files import open_image
 
 GREY = 127  # of a cutout
 # The words of a change whose value is below what leaves the picture as it is, and above.
@@ -135,7 +136,7 @@ def _jpeg(image: Image.Image, value: float, corner: tuple[float, float]) -> Imag
     """Write it as JPEG and read it again."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=round(value))
-    return Image.open(buffer).convert("RGB")
+    return open_image(buffer.getvalue()).convert("RGB")
 
 
 def _brightness(image: Image.Image, value: float, corner: tuple[float, float]) -> Image.Image:

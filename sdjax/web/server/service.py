@@ -63,7 +63,7 @@ class Service:
         for request in requests:
             if "<lora:" in request.prompt:
                 raise InvalidRequest(
-                    "the prompt has <lora:...>; this server's adapters are those of its --lora, "
+                    "the prompt has <lora: in it; this server's adapters are those of its --lora, "
                     "leave the words out"
                 )
             self.loaded.check(request)
