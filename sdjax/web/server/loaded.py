@@ -103,13 +103,21 @@ class LoadedModel:
         carry = first_carry(plan, state, begun=begun)
         held = np.zeros(count, bool)
         estimates = np.zeros((count, *shape), np.float32)
-        for i, row in enumerate(zip(*step_rows(plan), strict=True)):
+
+        def stops(i: int, found: jax.Array) -> bool:
+            nonlocal held, estimates
+            estimates = np.where(held[:, None, None, None], estimates, np.asarray(found)[:count])
+            held = held | watch(i, estimates)
+            return bool(held.all())
+
+        rows = list(zip(*step_rows(plan), strict=True))
+        for i, row in enumerate(rows):
+            before = estimate(carry)
             carry = program.step(self._denoiser, contexts, carry, row, scale, keys, picture, noise)
-            found = np.asarray(estimate(carry))[:count]
-            estimates = np.where(held[:, None, None, None], estimates, found)
-            held |= watch(i, estimates)
-            if held.all():
+            if i and stops(i - 1, before):  # while the device takes this step
                 break
+        else:
+            stops(len(rows) - 1, estimate(carry))
         x0 = np.array(carry[0][0])
         x0[:count] = np.where(held[:, None, None, None], estimates, x0[:count])
         images = np.asarray(program.decode(self._vae, x0))[:count]
