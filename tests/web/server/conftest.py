@@ -19,7 +19,9 @@ STEPS = 4
 def service(pipeline_folder):
     """The tiny pipeline, drawn in 4 steps with guidance 3, two at once."""
     options = (f"--model={pipeline_folder}", f"--steps={STEPS}", "--guidance=3", "--batch_size=2")
-    args = serve.parser().parse_args([*options, "--max_side=64", "--max_pictures=4"])
+    args = serve.parser().parse_args(
+        [*options, "--max_side=64", "--max_pictures=4", "--rate=1000000"]
+    )
     return serve._service(args, serve._limits(args))
 
 
