@@ -247,7 +247,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
         store = RatingStore(folder, sha256)
     return Service(
         loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
-        place=args.model, ratings=store,
+        negative=args.negative_prompt or "", place=args.model, ratings=store,
     )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str
     from sdjax.families.conditioning import with_text_length
     from sdjax.families.sampler import choose_sampler, sampler_note
     from sdjax.formats.embeddings import with_files
-    from sdjax.sampling.generate import drawing_of, settings_of
+    from sdjax.sampling.generate import check_guidance, drawing_of, settings_of
     from sdjax.web.server.loaded import LoadedModel
 
     name = f"--model={args.model}"
@@ -274,6 +274,7 @@ def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str
     if args.max_sequence_length is not None:
         model = with_text_length(model, args.max_sequence_length, name)
     model, words = with_files(model, args.embedding)
+    check_guidance(model, guidance_changes(args), name)
     sampler = choose_sampler(model, sampler_changes(args), name)
     if note := sampler_note(model, sampler, name):
         print(note, file=sys.stderr)

@@ -34,7 +34,7 @@ def text_requests(service: Service, fields: Fields) -> list[PictureRequest]:
         seed = secrets.randbelow(2**32 - 2 - limits.pictures)
     one = PictureRequest(
         prompt=fields.text("prompt", most=limits.prompt),
-        negative_prompt=fields.text("negative_prompt", most=limits.prompt),
+        negative_prompt=fields.text("negative_prompt", service.negative, most=limits.prompt),
         seed=seed,
         height=fields.whole("height", height, least=8, most=limits.side),
         width=fields.whole("width", width, least=8, most=limits.side),

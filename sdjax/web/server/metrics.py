@@ -34,6 +34,12 @@ class _Numbers(Collector):
         yield CounterMetricFamily(
             "sdjax_serve_device_seconds", "Time in which the device drew.", value=tally.seconds
         )
+        tokenizers = self._service.loaded.model.tokenizers.values()
+        yield CounterMetricFamily(
+            "sdjax_serve_truncated",
+            "Prompts that were longer than a text encoder reads.",
+            value=max((each.truncated for each in tokenizers), default=0),
+        )
         yield GaugeMetricFamily("sdjax_serve_waiting", "Pictures that wait.", value=len(waiting))
         yield GaugeMetricFamily(
             "sdjax_serve_drawing", "Pictures that are being drawn.", value=len(drawing)

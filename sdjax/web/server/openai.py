@@ -111,7 +111,9 @@ class OpenAI:
         height, width = self._size(fields, own_size)
         one = PictureRequest(
             prompt=prompt,
-            negative_prompt=fields.text("negative_prompt", most=limits.prompt),
+            negative_prompt=fields.text(
+                "negative_prompt", self.service.negative, most=limits.prompt
+            ),
             seed=seed,
             height=height,
             width=width,

@@ -55,6 +55,7 @@ class Page:
             "samplers": [(name, title_of(name)) for name in self.service.samplers],
             "words": list(self.service.words),
             "loras": list(self.service.loras),
+            "negative": self.service.negative,
             "rates": self.service.ratings is not None,
             "place": self.service.place or self.service.loaded.name,
         }

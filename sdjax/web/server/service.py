@@ -38,6 +38,7 @@ class Service:
     """A model that is served.
 
     digest: sha256 of its parameters, in hexadecimal.
+    negative: the negative prompt of requests that name none.
     ratings: where ratings go; None where none are taken.
     place: what --model is to be for the same pictures by `sdjax.sample`.
     loras: the adapters in its weights, as --lora named them; words: those of --embedding.
@@ -49,6 +50,7 @@ class Service:
     digest: str = ""
     loras: Sequence[str] = ()
     words: Sequence[str] = ()
+    negative: str = ""
     place: str = ""
     ratings: RatingStore | None = None
     started: float = dataclasses.field(default_factory=time.time)

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import dataclasses
 import io
 import json
 import re
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
 from sdjax import sample
+from sdjax.web.server.app import make_app
 from sdjax.web.server.requests import PictureRequest
 from tests.web.server.conftest import STEPS
 
@@ -192,3 +195,28 @@ def test_the_metrics_are_read_by_prometheus(client, service):
     assert samples["drawn"] == service.engine.tally.drawn > 0 and samples["failed"] == 0
     (info,) = families["sdjax_serve_info"].samples
     assert info.labels == {"model": "diffusers", "digest": service.digest}
+
+
+def test_the_options_of_the_server_are_for_what_a_client_leaves_out(service, client):
+    given = dataclasses.replace(service, negative=NEGATIVE)
+    own = TestClient(make_app(given, hosts=("testserver",)))
+    asked = {"prompt": PROMPT, "seed": SEED, "steps": 2}
+
+    def drawn(there, path, **more):
+        answer = there.post(path, json={**asked, **more}).json()
+        return decoded(answer["images"][0] if "images" in answer else answer["data"][0]["b64_json"])
+
+    for path in ("/sdapi/v1/txt2img", "/v1/images/generations"):
+        wanted = drawn(client, path, negative_prompt=NEGATIVE)
+        np.testing.assert_array_equal(drawn(own, path), wanted)
+        assert not np.array_equal(drawn(own, path, negative_prompt=""), wanted)
+
+
+def test_a_prompt_that_is_cut_is_counted(client):
+    def cut():
+        text = client.get("/metrics").text
+        return float(re.search(r"^sdjax_serve_truncated_total (\S+)", text, re.M)[1])
+
+    before = cut()
+    client.post("/sdapi/v1/txt2img", json={"prompt": "a circle " * 50, "steps": 1})
+    assert cut() > before
