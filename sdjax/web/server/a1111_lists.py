@@ -155,7 +155,7 @@ class Lists:
         """Say how much memory the process and the device use, in bytes."""
         stats = jax.local_devices()[0].memory_stats() or {}
         used, limit = stats.get("bytes_in_use", 0), stats.get("bytes_limit", 0)
-        ram = {"used": _resident(), "free": 0, "total": 0}
+        ram = {"used": _resident(), "free": _pages("AVPHYS"), "total": _pages("PHYS")}
         system = {"free": max(limit - used, 0), "used": used, "total": limit}
         return JSONResponse({"ram": ram, "cuda": {"system": system, "events": {}}})
 
@@ -177,4 +177,12 @@ def _resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
+        return 0
+
+
+def _pages(kind: str) -> int:
+    """Return the bytes of the machine's memory of a kind; 0 where the system does not say."""
+    try:
+        return os.sysconf(f"SC_{kind}_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
         return 0

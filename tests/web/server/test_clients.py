@@ -160,6 +160,11 @@ def test_fields_that_nobody_knows_are_ignored(client):
     assert client.post("/sdapi/v1/txt2img", json=body).status_code == 200
 
 
+def test_memory_is_that_of_the_machine(client):
+    ram = client.get("/sdapi/v1/memory").json()["ram"]
+    assert 0 < ram["used"] < ram["total"] and 0 < ram["free"] < ram["total"]
+
+
 def test_another_model_is_refused(client):
     answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "other"})
     assert answer.status_code == 422 and "start another" in answer.json()["detail"]
