@@ -223,3 +223,9 @@ def test_every_page_has_its_place_in_the_site_and_every_note_in_the_index():
     linked = set(re.findall(r"\]\(([\w/]+\.md)\)", text_of("docs/notes/index.md")))
     notes = {page.removeprefix("notes/") for page in pages if page.startswith("notes/")}
     assert notes - {"index.md"} <= linked
+
+
+def test_every_recipe_has_a_row():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "recipes.md").read_text(), flags=re.M)
+    named = sorted(itertools.chain(*(re.findall(r"`(\w+)`", row) for row in rows)))
+    assert named == sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
