@@ -238,7 +238,8 @@ def _ratings_folder(args: argparse.Namespace) -> paths.Path | None:
     folder = paths.to_path(args.ratings)
     paths.make_folder(folder)
     with paths.explained_writes(folder), tempfile.TemporaryFile(dir=folder):
-        return folder
+        pass
+    return folder
 
 
 def _service(args: argparse.Namespace, limits: Limits) -> Service:

@@ -111,7 +111,7 @@ def read(folder: paths.Path) -> Ratings:
 def _kept(line: bytes) -> bytes:
     """Return a line; in place of one that is too long, or has no prompt to train on, no rating."""
     try:
-        prompt = json.loads(line)["prompt"] if len(line) <= MOST_ROW_BYTES else None
+        prompt: Any = json.loads(line)["prompt"] if len(line) <= MOST_ROW_BYTES else None
         prompt.encode()  # half of a surrogate pair is no text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return b"null" if line.strip() else line
