@@ -238,7 +238,10 @@ def _rated() -> int:
     with locks.held(output, "--output", "sdjax.prepare"):
         found = ratings.write(folder, output, _RATINGS_AS.value or "", beta=beta, test_share=share)
     print(f"{found['train']} examples to train on, {found['test']} held out, in {output}")
-    for what, why in (("damaged", "lines are no ratings"), ("missing", "pictures are missing")):
+    for what, why in (
+        ("damaged", "lines are no ratings"),
+        ("missing", "pictures are missing or others"),
+    ):
         if found[what]:
             print(f"  {found[what]} {why}")
     return 0

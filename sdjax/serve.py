@@ -23,6 +23,7 @@ import ipaddress
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -225,6 +226,22 @@ def _listener(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _ratings_folder(args: argparse.Namespace) -> paths.Path | None:
+    """Return the folder of --ratings, made if need be. UserError if it cannot be written to."""
+    if not args.ratings:
+        return None
+    if paths.is_remote(args.ratings):
+        raise UserError(
+            f"--ratings={args.ratings} is in a bucket, where nothing can be appended to a file; "
+            "give a local folder, and copy it"
+        )
+    folder = paths.to_path(args.ratings)
+    paths.make_folder(folder)
+    with paths.explained_writes(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+    return folder
+
+
 def _service(args: argparse.Namespace, limits: Limits) -> Service:
     """Return the model, compiled and ready."""
     from sdjax.web.server.engine import Engine
@@ -232,6 +249,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     from sdjax.web.server.requests import PictureRequest
     from sdjax.web.server.service import Service
 
+    folder = _ratings_folder(args)
     loaded, words, sha256 = _loaded(args)
     height, width = loaded.model.native_size
     own = loaded.own
@@ -240,11 +258,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
         with progress.work("compiling"):
             loaded.warm_up(usual)
     engine = Engine(loaded, queue=limits.queue)
-    store = None
-    if args.ratings:
-        folder = paths.to_path(args.ratings)
-        paths.make_folder(folder)
-        store = RatingStore(folder, sha256)
+    store = None if folder is None else RatingStore(folder, sha256)
     return Service(
         loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
         negative=args.negative_prompt or "", place=args.model, ratings=store,

@@ -6,15 +6,15 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from sdjax.models.config import ConfigError
-from sdjax.system.untrusted import brief, plain
+from sdjax.system.untrusted import brief, listed, plain
 
 T = TypeVar("T")
 Variants = Mapping[type, tuple[str, Mapping[str, type]]]
-_MOST_UNKNOWN = 20  # fields that an error shows
+_MOST_UNKNOWN = 20  # fields of a group, or mistakes of a list of groups, that an error shows
 
 
 def to_dict(config: Any) -> Any:
@@ -35,12 +35,12 @@ def build(cls: type[T], values: Any, where: str, variants: Variants) -> T:
             that are one of several dataclasses.
 
     Raises:
-        ConfigError: lists every unknown field, wrong type and value out of range at once.
+        ConfigError: lists unknown fields, wrong types and values out of range at once, up to fifty.
     """
     errors: list[str] = []
     built = _build(cls, values, where, errors, variants)
     if errors:
-        raise ConfigError("the configuration has errors:\n  " + "\n  ".join(errors))
+        raise ConfigError(f"the configuration has errors:\n  {listed(errors)}")
     assert built is not None
     return built
 
@@ -89,10 +89,12 @@ def _note_unknown(
     values: Mapping[str, Any], known: set[str], where: str, errors: list[str]
 ) -> None:
     unknown = [name for name in values if name not in known]
+    listed = f"; known: {sorted(known)}"  # once
     for name in unknown[:_MOST_UNKNOWN]:
         name = plain(name)
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {where}.{close[0]}?" if close else f"; known: {sorted(known)}"
+        hint = f"; did you mean {where}.{close[0]}?" if close else listed
+        listed = listed if close else ""
         errors.append(f"{where}.{name} is not a field{hint}")
     if len(unknown) > _MOST_UNKNOWN:
         errors.append(f"{where} has {len(unknown) - _MOST_UNKNOWN} more fields that it has not")
@@ -107,9 +109,7 @@ def _field(hint: Any, value: Any, where: str, errors: list[str], variants: Varia
     if group is not None:
         return _build(group, value, where, errors, variants)
     if several and isinstance(value, tuple | list):
-        return tuple(
-            _build(several, item, f"{where}[{i}]", errors, variants) for i, item in enumerate(value)
-        )
+        return _groups(several, value, where, errors, variants)
     try:
         return _cast(hint, value)
     except TypeError:
@@ -117,6 +117,20 @@ def _field(hint: Any, value: Any, where: str, errors: list[str], variants: Varia
             f"{where} is {brief(value)} ({type(value).__name__}); expected {_describe(hint)}"
         )
         return None
+
+
+def _groups(
+    cls: type, values: Sequence[Any], where: str, errors: list[str], variants: Variants
+) -> tuple[Any, ...]:
+    """The dataclasses of a list; after `_MOST_UNKNOWN` errors the rest is left."""
+    found: list[Any] = []
+    before = len(errors)
+    for i, item in enumerate(values):
+        if len(errors) - before >= _MOST_UNKNOWN:
+            errors.append(f"{where} has {len(values) - i} more groups that were not looked at")
+            break
+        found.append(_build(cls, item, f"{where}[{i}]", errors, variants))
+    return tuple(found)
 
 
 def _group_in_tuple(hint: Any) -> Any:

@@ -57,6 +57,24 @@ def test_all_errors_are_listed_at_once():
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stages", [1] * 200_000),
+        ("stages", [{str(i): i for i in range(1000)}] * 3000),
+        ("data", {f"{'x' * 50}{i}": i for i in range(1000)}),
+        ("model", {f"{'x' * 50}{i}": {} for i in range(1000)}),
+    ],
+)
+def test_a_message_stays_short_however_many_mistakes_there_are(field, value):
+    values = to_dict(Config())
+    values[field] = value
+    values["objective"] = 7
+    with pytest.raises(ConfigError) as caught:
+        resolve(values)
+    assert len(str(caught.value)) < 12_000
+
+
+@pytest.mark.parametrize(
     ("field", "value", "fine"),
     [
         ("optim.learning_rate", 1, True),  # an int where a float is wanted

@@ -24,7 +24,7 @@ from sdjax.formats.folders import ModelError
 from sdjax.models.adapters.networks import MARK
 from sdjax.optim import ema
 from sdjax.system import paths
-from sdjax.system.untrusted import is_number
+from sdjax.system.untrusted import is_number, listed
 
 _LAST = re.compile(r"last:(\d+)")
 
@@ -137,7 +137,7 @@ def average(
         if problems := differences(first, model):
             raise ModelError(
                 f"{found[0]} and {member} are different models and have no average:\n  "
-                + "\n  ".join(problems)
+                + listed(problems)
             )
         for path, leaf in model.params.items():
             total[path] += share * leaf.astype(np.float64)

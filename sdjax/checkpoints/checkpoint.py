@@ -35,7 +35,7 @@ from sdjax.checkpoints.checkpoint_log import leave_errors_to_callers
 from sdjax.errors import UserError
 from sdjax.system import paths, progress
 from sdjax.system.paths import PathLike
-from sdjax.system.untrusted import is_number
+from sdjax.system.untrusted import is_number, listed
 
 # What a host reads at once while it restores: Orbax's own limit, 96, is room for a whole copy.
 RESTORE_GB = 4
@@ -391,7 +391,7 @@ def check_structure(step_folder: PathLike, abstract_state: Any) -> None:
     if lines:
         raise CheckpointError(
             f"the state in {step_folder} is not that of this configuration:\n  "
-            + "\n  ".join(lines)
+            + listed(lines)
             + "\nUse the configuration it was saved with (model, optimizer, groups, EMA profiles), "
             "or another workdir."
         )

@@ -44,7 +44,7 @@ from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
 from sdjax.models.weights import WeightsError, check_finite, load_file, save_file
 from sdjax.system import paths, progress
-from sdjax.system.untrusted import explained
+from sdjax.system.untrusted import explained, listed
 
 CONFIG_FILE, FROZEN_FILE = "config.json", "frozen.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -288,8 +288,7 @@ def _complete(
             chosen[path] = np.asarray(params[path], np.float32)
     if problems:
         raise ModelError(
-            f"{folder}: the parameters are not those of its {CONFIG_FILE}:\n  "
-            + "\n  ".join(problems)
+            f"{folder}: the parameters are not those of its {CONFIG_FILE}:\n  " + listed(problems)
         )
     try:
         check_finite({path: value for path, value in chosen.items() if path not in trained})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,11 +20,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdjax.data.pictures import METADATA
+from sdjax.data.raw.limits import MOST_CAPTION_CHARS, MOST_PICTURE_BYTES, MOST_ROW_BYTES
 from sdjax.errors import UserError
 from sdjax.system import paths, untrusted
 
 LOG, PICTURES = "ratings.jsonl", "pictures"
 KINDS = ("pairs", "weights", "good")
+MOST_LOG = 64 << 20  # bytes of a log, some 100,000 ratings
 _GOOD, _BAD = 1, -1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -84,7 +87,7 @@ def read(folder: paths.Path) -> Ratings:
         UserError: there is no log.
     """
     try:
-        data = untrusted.read_bytes(folder / LOG, untrusted.MOST_TEXT)
+        data = untrusted.read_bytes(folder / LOG, MOST_LOG)
     except untrusted.damage(UserError) as error:
         why = untrusted.why(error)
         raise UserError(
@@ -93,7 +96,7 @@ def read(folder: paths.Path) -> Ratings:
         ) from error
     found: dict[str, Rating] = {}
     damaged = 0
-    for line in data.split(b"\n"):
+    for line in map(_kept, io.BytesIO(data)):
         if not line.strip():
             continue
         rating = _rating(line)
@@ -103,6 +106,16 @@ def read(folder: paths.Path) -> Ratings:
         found.pop(rating.picture, None)
         found[rating.picture] = rating
     return Ratings(tuple(found.values()), damaged)
+
+
+def _kept(line: bytes) -> bytes:
+    """Return a line; in place of one that is too long, or has no prompt to train on, no rating."""
+    try:
+        prompt: Any = json.loads(line)["prompt"] if len(line) <= MOST_ROW_BYTES else None
+        prompt.encode()  # half of a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return b"null" if line.strip() else line
+    return line if len(prompt) <= MOST_CAPTION_CHARS else b"null"
 
 
 def _rating(line: bytes) -> Rating | None:
@@ -168,7 +181,8 @@ def write(
         test_share: of the prompts, held out with all their pictures.
 
     Returns:
-        {split: examples}, and how many lines were "damaged" and pictures "missing".
+        {split: examples}, and how many lines were "damaged", and examples left out since a picture
+        was "missing", or was not the one that was rated.
 
     Raises:
         UserError: there is no rating, or none that makes an example.
@@ -181,18 +195,18 @@ def write(
     for row in made:
         files = {
             # A picture beside its row's, which data.images finds by its name.
-            f"{sum(map(len, lines.values())):06d}{end}.png": folder / PICTURES / f"{row[field]}.png"
+            f"{sum(map(len, lines.values())):06d}{end}.png": _picture(folder, row[field])
             for field, end in (("picture", ""), ("rejected", ".rejected"))
             if field in row
         }
-        if not all(file.is_file() for file in files.values()):
+        if None in files.values():
             missing += 1
             continue
         split = "test" if is_test(row["text"], test_share) else "train"
         paths.make_folder(output / split)
-        for name, file in files.items():
+        for name, data in files.items():
             with paths.writing(output / split / name) as local:
-                local.write_bytes(untrusted.read_bytes(file, untrusted.MOST_TEXT))
+                local.write_bytes(data or b"")
         content = {"file_name": next(iter(files)), "text": row["text"]}
         if "weight" in row:
             content["weight"] = row["weight"]
@@ -208,3 +222,16 @@ def write(
             paths.write_text(output / split / METADATA, "".join(f"{line}\n" for line in own))
     counts = {split: len(own) for split, own in lines.items()}
     return {**counts, "damaged": ratings.damaged, "missing": missing}
+
+
+def _picture(folder: paths.Path, digest: str) -> bytes | None:
+    """The file of a rated picture; None if it is missing or another.
+
+    A link in a folder of strangers may lead to any file of this machine: the digest tells that it
+    is the picture, which they know.
+    """
+    try:
+        data = untrusted.read_bytes(folder / PICTURES / f"{digest}.png", MOST_PICTURE_BYTES)
+    except untrusted.damage(UserError):
+        return None
+    return data if hashlib.sha256(data).hexdigest() == digest else None

@@ -36,7 +36,7 @@ from sdjax.errors import UserError
 from sdjax.families.registry import FAMILIES
 from sdjax.methods.registry import METHODS
 from sdjax.models.params import component
-from sdjax.system import locks, paths, progress
+from sdjax.system import locks, paths, progress, text_files
 
 DATASET = "encoded"  # the name of the TFDS dataset, and of its files
 # Those of the encoder; the weights tell of the rest.
@@ -161,7 +161,7 @@ def _begin(folder: paths.Path, encoding: Encoding, options: Options) -> None:
     settings = {**dataclasses.asdict(encoding), "shard_examples": options.shard_examples}
     paths.make_folder(folder)
     if paths.exists(file):
-        before = json.loads(file.read_text())
+        before = text_files.read_object(file)
         changed = [k for k, v in settings.items() if before.get(k) != v]
         if changed:
             raise UserError(

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.formats.torch_pickle import Machine, TorchFileError, read_pickle
+from sdjax.formats.torch_pickle import Machine, TorchFileError, read_pickle, shape_of
 from sdjax.system import paths
 from sdjax.system.untrusted import brief, explained
 
 MOST_BYTES = 2**30  # VGG16 has 59 MB
 _MOST_DEPTH = 16
+_MOST_ITEMS = 100_000  # of all dictionaries; one that is in many places counts in each
+_MOST_LETTERS = 1000  # of a path
 _NAMES = {
     ("numpy.core.multiarray", "_reconstruct"): "array",
     ("numpy._core.multiarray", "_reconstruct"): "array",
@@ -82,10 +84,11 @@ class _Machine(Machine):
             self.push(target)
             return
         _, shape, dtype, by_columns, data = state
-        if not isinstance(dtype, _Pending) or not isinstance(data, bytes) or by_columns is True:
+        numbers = isinstance(dtype, _Pending) and dtype.kind == "dtype"
+        if not numbers or not isinstance(data, bytes) or by_columns not in (False, 0):
             raise ValueError(f"an array with the state {brief(state[:4])}")
-        kind = np.dtype("<" + dtype.value)
-        if not isinstance(shape, tuple) or math.prod(shape) * kind.itemsize != len(data):
+        kind, shape = np.dtype("<" + dtype.value), shape_of(shape)
+        if math.prod(shape) * kind.itemsize != len(data):
             raise ValueError(f"an array of shape {brief(shape)} with {len(data):,} bytes")
         target.value = np.frombuffer(data, kind).reshape(shape)
         self.push(target)
@@ -104,19 +107,29 @@ def read_arrays(file: paths.Path) -> dict[str, np.ndarray]:
     ):
         size = os.fstat(opened.fileno()).st_size
         tree = read_pickle(opened, str(file), size, machine=_Machine, most=MOST_BYTES)
-        return _flat(tree, str(file))
+        found: dict[str, np.ndarray] = {}
+        for count, (name, value) in enumerate(_leaves(tree, str(file), "", 0)):
+            if count >= _MOST_ITEMS:
+                raise ValueError(f"it holds more than {_MOST_ITEMS:,} entries")
+            if value is not None:
+                found[name] = value
+        return found
 
 
-def _flat(tree: Any, where: str, depth: int = 0) -> dict[str, np.ndarray]:
+def _leaves(
+    tree: Any, where: str, prefix: str, depth: int
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Yield (path, array) of nested dictionaries; None in place of the array for a dictionary."""
     if not isinstance(tree, Mapping) or depth > _MOST_DEPTH:
         raise TorchFileError(
             f"{where}: holds {brief(tree)}; expected dictionaries of NumPy's arrays"
         )
-    found: dict[str, np.ndarray] = {}
     for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if len(path) > _MOST_LETTERS:
+            raise ValueError(f"it has the name {brief(path)}")
         if isinstance(value, _Pending) and isinstance(value.value, np.ndarray):
-            found[str(name)] = value.value
+            yield path, value.value
         else:
-            inner = _flat(value, where, depth + 1)
-            found |= {f"{name}.{path}": array for path, array in inner.items()}
-    return found
+            yield path, None
+            yield from _leaves(value, where, f"{path}.", depth + 1)

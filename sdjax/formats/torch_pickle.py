@@ -261,7 +261,7 @@ class Machine:
             return _of(Tensor, arguments[0])
         if kind == "size":
             (parts,) = arguments
-            return _numbers(parts)
+            return shape_of(parts)
         if kind == "dict":
             made: dict[Any, Any] = collections.OrderedDict()
             for pairs in arguments[:1]:  # Python 2 wrote a list of pairs
@@ -333,8 +333,8 @@ def _key(key: Any) -> Any:
     return key
 
 
-def _numbers(values: Any) -> tuple[int, ...]:
-    """Return a shape or strides. ValueError if it is none."""
+def shape_of(values: Any) -> tuple[int, ...]:
+    """Return a shape or strides of a pickle as a tuple. ValueError if it is none."""
     if not isinstance(values, list | tuple) or len(values) > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor of shape or strides {brief(values)}")
     if any(not isinstance(n, int) or not 0 <= n < 2**63 for n in values):
@@ -344,8 +344,8 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     """Return a view of a storage. ValueError if its numbers are none of a view."""
-    shape, strides = _numbers(shape), _numbers(strides)
-    (offset,) = _numbers([offset])
+    shape, strides = shape_of(shape), shape_of(strides)
+    (offset,) = shape_of([offset])
     if len(shape) != len(strides):
         raise ValueError(f"a tensor of shape {shape} and strides {strides}")
     return Tensor(_of(Storage, storage), offset, shape, strides)

@@ -35,7 +35,8 @@ from sdjax.sampling.generate import (
 )
 from sdjax.sampling.grids import save_png
 from sdjax.sampling.inputs import write_metadata
-from sdjax.system import paths, progress
+from sdjax.system import paths, progress, text_files
+from sdjax.system.untrusted import brief, listed, plain
 
 SETTINGS = "settings.json"
 
@@ -232,19 +233,18 @@ def _begin(folder: paths.Path, settings: Mapping[str, Any]) -> None:
         paths.write_text(file, json.dumps(wanted, indent=2) + "\n")
         return
     try:
-        noted = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); delete {folder} to begin anew") from error
-    names = sorted({*noted, *wanted})
+        noted = text_files.read_object(file)
+    except text_files.TextError as error:
+        raise UserError(f"{error}; delete {folder} to begin anew") from error
     different = [
-        f"{name}: {noted.get(name)!r} there, {wanted.get(name)!r} here"
-        for name in names
+        f"{plain(name)}: {brief(noted.get(name))} there, {brief(wanted.get(name))} here"
+        for name in sorted({*noted, *wanted})
         if noted.get(name) != wanted.get(name)
     ]
     if different:
         raise UserError(
             f"the pictures in {folder} were begun with other settings:\n  "
-            + "\n  ".join(different)
+            + listed(different)
             + "\ngive the same settings to go on, another --output, or delete the folder"
         )
 

@@ -29,7 +29,7 @@ from optuna.distributions import (
 from sdjax.config import Config, resolve, to_dict
 from sdjax.models.config import ConfigError
 from sdjax.system import paths, text_files, yaml_files
-from sdjax.system.untrusted import brief, explained, plain
+from sdjax.system.untrusted import brief, explained, listed, plain
 
 Value = None | bool | int | float | str
 
@@ -136,7 +136,7 @@ def _space(file: paths.Path, content: Any, base: Config) -> Space:
     if not content["fields"]:
         problems.append("fields is empty; name at least one field of the configuration")
     if problems:
-        raise ConfigError(f"--space={file} has errors:\n  " + "\n  ".join(problems))
+        raise ConfigError(f"--space={file} has errors:\n  {listed(problems)}")
     return Space(fields, choices, metric, mode, parts["pruner"], parts["sampler"])
 
 

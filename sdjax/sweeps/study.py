@@ -173,7 +173,7 @@ def _check_settings(sweep: Sweep) -> None:
     if not file.exists():
         paths.write_text(file, json.dumps(given, indent=2) + "\n")
     elif different := compare_configs(text_files.read_json(file), given):
-        lines = "\n  ".join(str(d) for d in different)
+        lines = untrusted.listed(different)
         raise ConfigError(
             f"{sweep.folder} holds a sweep of something else:\n  {lines}\nuse the same --config, "
             "overrides, --space and --folds, or another --workdir (--trials may change)"

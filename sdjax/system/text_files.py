@@ -126,3 +126,17 @@ def read_json(path: paths.PathLike) -> Any:
     except untrusted.damage() as error:
         raise TextError(f"{paths.to_path(path)}: not JSON ({untrusted.why(error)})") from error
     return value
+
+
+def read_object(path: paths.PathLike) -> dict[str, Any]:
+    """The object in a JSON file, such as the notes that a verb left for the next start.
+
+    Raises:
+        TextError: as `read_json`, or it holds another value.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise TextError(
+            f"{paths.to_path(path)} is {untrusted.brief(value)}; expected a JSON object"
+        )
+    return value

@@ -16,7 +16,7 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,13 @@ def brief(value: Any) -> str:
     """
     text = _brief(value, _LEVELS)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def listed(problems: Iterable[object], most: int = 50) -> str:
+    """Return problems as lines of a message, `most` of them and how many more there are."""
+    lines = [str(problem) for problem in problems]
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  ".join([*lines[:most], *more])
 
 
 def is_number(name: str) -> bool:

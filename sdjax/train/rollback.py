@@ -14,7 +14,8 @@ import jax
 
 from sdjax.errors import UserError
 from sdjax.parallel import hosts
-from sdjax.system import paths
+from sdjax.system import paths, text_files
+from sdjax.system.untrusted import brief
 
 FILE = "rollbacks.json"
 
@@ -42,12 +43,20 @@ def read(folder: paths.Path) -> list[dict[str, Any]]:
     if not paths.exists(file):
         return []
     try:
-        return json.loads(file.read_text())
-    except paths.storage_errors(ValueError) as error:
+        events = text_files.read_json(file)
+        if not isinstance(events, list) or not all(map(_is_event, events)):
+            raise UserError(f"it is {brief(events)}; expected a list of rollbacks")
+    except UserError as error:
         raise UserError(
             f"{file} cannot be read ({error}): it lists the batches that this run passes over. "
             "Restore it from a copy, or start in another --workdir"
         ) from error
+    return events
+
+
+def _is_event(event: Any) -> bool:
+    names = ("step", "first", "batch")
+    return isinstance(event, dict) and all(type(event.get(name)) is int for name in names)
 
 
 def record(folder: paths.Path, spike: Spike) -> str:

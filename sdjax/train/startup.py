@@ -36,7 +36,7 @@ from sdjax.models import int8
 from sdjax.models.config import ConfigError
 from sdjax.models.params import Params, prefixed
 from sdjax.parallel.sharding import param_spec
-from sdjax.system import locks, paths, text_files
+from sdjax.system import locks, paths, text_files, untrusted
 from sdjax.train import frozen
 from sdjax.train.captions import Encode, caption_encoder
 from sdjax.train.program import Program, Split
@@ -119,7 +119,7 @@ def load(config: Config, folder: paths.Path, saved: Config | None) -> Assembled:
         d for d in differences if d.breaks and not (d.field in movable and d.saved and d.current)
     ]
     if breaking:
-        lines = "\n  ".join(str(d) for d in breaking)
+        lines = untrusted.listed(breaking)
         raise ConfigError(
             f"{folder} holds a run with another configuration, which this one cannot continue:\n"
             f"  {lines}\nuse the same values, or another --workdir"

@@ -119,6 +119,46 @@ def test_an_array_that_announces_more_than_it_has_is_refused(tmp_path):
         read_arrays(to_path(file))
 
 
+def many(depth):
+    """Dictionaries of ten names for one and the same: 10^depth entries in a few bytes."""
+    tree = {}
+    for _ in range(depth):
+        tree = dict.fromkeys("abcdefghij", tree)
+    return tree
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (many(12), "it holds more than 100,000 entries"),
+        ({"a" * 990: {"b" * 20: np.ones(1)}}, r"it has the name 'aaaa.*1,011 in all"),
+    ],
+)
+def test_a_small_pickle_that_describes_very_much_is_refused(content, words, tmp_path):
+    file = tmp_path / "x.ckpt"
+    file.write_bytes(pickle.dumps(content, protocol=3))
+    assert file.stat().st_size < 2000
+    with pytest.raises(TorchFileError, match=words):
+        read_arrays(to_path(file))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        b"J\xff\xff\xff\x7fX\x01\x00\x00\x00x\x86",  # 2^31 times a letter
+        b"J\xff\xff\xff\x7fK\x01\x85\x86",  # and a tuple
+        b"X\x03\x00\x00\x00abc",
+        b"J\xfd\xff\xff\xffJ\xff\xff\xff\xff\x86",  # -3 and -1
+    ],
+)
+def test_a_shape_that_is_none_makes_nothing(shape, tmp_path):
+    whole = pickle.dumps({"a": np.ones(3, np.float32)}, protocol=3)
+    file = tmp_path / "x.ckpt"
+    file.write_bytes(whole.replace(b"K\x03\x85", shape))
+    with pytest.raises(TorchFileError, match="shape"):
+        read_arrays(to_path(file))
+
+
 def test_files_that_are_no_vgg16_say_so(params, tmp_path):
     with pytest.raises(
         ModelError, match="nothing.pth: no such file; expected the weights of VGG16"

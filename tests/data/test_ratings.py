@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -53,6 +55,11 @@ def test_half_a_line_of_a_killed_server_costs_that_rating_alone(tmp_path, keep):
     b"[]", b"{}", b'{"picture": "../x", "rating": 1, "prompt": "a"}', b"\xff", b"[" * 10_000,
     b'{"picture": "%s", "rating": true, "prompt": "a"}' % (b"0" * 64),
     b'{"picture": "%s", "rating": 2, "prompt": "a"}' % (b"0" * 64),
+    b'{"picture": "%s", "rating": 1, "prompt": 3}' % (b"0" * 64),
+    b'{"picture": "%s", "rating": 1, "prompt": "\\ud800"}' % (b"0" * 64),
+    b'{"picture": "%s", "rating": 1, "prompt": "%s"}' % (b"0" * 64, b"x" * 200_000),
+    b'{"picture": "%s", "rating": %s, "prompt": "a"}' % (b"0" * 64, b"9" * 5000),
+    b'{"prompt": "a", "more": [%s]}' % (b"[]," * 1_500_000),
 ])  # fmt: skip
 def test_lines_of_strangers_are_counted_and_passed_over(tmp_path, line):
     rate(tmp_path, 1, 1, "a")
@@ -160,7 +167,38 @@ def test_what_makes_no_dataset_is_said(tmp_path, flags, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("put", ["link out", "device", "pipe", "folder", "other"])
+def test_a_file_that_is_not_the_rated_picture_is_not_copied(tmp_path, flags, capsys, put):
+    folder, output = tmp_path / "ratings", tmp_path / "data"
+    folder.mkdir()
+    names = [rate(folder, i, 1, "a") for i in range(2)]
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((folder / "pictures" / f"{names[0]}.png").read_bytes() + b"secret")
+    file = folder / "pictures" / f"{names[1]}.png"
+    file.unlink()
+    act = {
+        "link out": lambda: file.symlink_to(secret), "device": lambda: file.symlink_to("/dev/zero"),
+        "pipe": lambda: os.mkfifo(file), "folder": file.mkdir,
+        "other": lambda: file.write_bytes(secret.read_bytes()),
+    }  # fmt: skip
+    act[put]()
+    assert run(f"--from_ratings={folder}", f"--output={output}", "--test_share=0",
+               "--ratings_as=good") == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "1 examples to train on" in said and "1 pictures are missing or others" in said
+    assert len(list((output / "train").glob("*.png"))) == 1
+
+
 def test_a_log_that_is_no_file_is_refused(tmp_path):
     (tmp_path / "ratings.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         ratings.read(paths.to_path(tmp_path))
+
+
+def test_a_log_of_empty_lines_takes_little_memory(tmp_path):
+    (tmp_path / "ratings.jsonl").write_bytes(b"\n" * (4 << 20))
+    tracemalloc.start()
+    found = ratings.read(paths.to_path(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not found.each and peak < 16 << 20

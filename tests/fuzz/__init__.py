@@ -25,6 +25,7 @@ MODULES = (
     "targets_data",
     "targets_embeddings",
     "targets_models",
+    "targets_pickles",
     "targets_settings",
 )
 

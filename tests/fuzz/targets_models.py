@@ -1,13 +1,11 @@
-"""Hostile models: diffusers folders, workdirs, single files, tokenizers, PyTorch files, arrays."""
+"""Hostile models: diffusers folders, workdirs, single files, tokenizers, safetensors, arrays."""
 
 from __future__ import annotations
 
 import functools
 import io
 import json
-import pickle
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from sdjax.families.sd import SD
 from sdjax.formats.diffusers_folder import write_diffusers
 from sdjax.formats.single_file import Hints
 from sdjax.formats.single_file_writer import write_single_file
-from sdjax.formats.torch_file import read_tensors
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_vision import read_clip_config
 from sdjax.models.unet import UNetConfig
@@ -223,43 +220,6 @@ def t5_tokenizer(rng: np.random.Generator, folder: Path) -> str:
     return _judged(read)
 
 
-def torch_file(rng: np.random.Generator, folder: Path) -> str:
-    """A PyTorch file of either format whose pickle is damaged, or made of random opcodes."""
-    good = b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00"
-    good += b"storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00K\x04"
-    good += b"\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtRs."
-    if rng.random() < 0.4:
-        count = int(rng.integers(1, 60))
-        words = [_OPCODES[i] for i in rng.integers(0, len(_OPCODES), count)]
-        content = b"\x80\x02" + b"".join(words) + b"."
-    else:
-        content = mutation.damaged(rng, good) if rng.random() < 0.9 else good
-    data = io.BytesIO()
-    if rng.random() < 0.5:
-        with zipfile.ZipFile(data, "w") as archive:
-            archive.writestr("a/data.pkl", content)
-            archive.writestr("a/data/0", bytes(16))
-    else:
-        parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
-        data.write(b"".join(pickle.dumps(part, 2) for part in parts) + content)
-        data.write(pickle.dumps(["0"], 2) + (4).to_bytes(8, "little") + bytes(16))
-    whole = data.getvalue()
-    (folder / "a.pth").write_bytes(mutation.damaged(rng, whole) if rng.random() < 0.3 else whole)
-    return _judged(lambda: read_tensors(folder / "a.pth"))
-
-
-_OPCODES = (
-    b"(", b"N", b"\x88", b"}", b"]", b")", b"\x85", b"\x86", b"\x87", b"t", b"l", b"d", b"a", b"e",
-    b"s", b"u", b"R", b"b", b"Q", b"0", b"1", b"2", b"q\x00", b"h\x00", b"\x94", b"\x93", b"\x81",
-    b"K\x04", b"M\xff\xff", b"J\xff\xff\xff\xff", b"\x8a\x09" + b"\xff" * 9, b"r\xff\xff\xff\xff",
-    b"j\x00\x00\x00\x00", b"X\x07\x00\x00\x00storage", b"X\x01\x00\x00\x000", b"\x8c\x02os",
-    b"X\xff\xff\xff\x7f", b"\x8d" + b"\xff" * 8, b"cos\nsystem\n", b"ctorch\nSize\n",
-    b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"(lp0\n", b"I01\n",
-    b"ctorch._utils\n_rebuild_parameter\n", b"ccollections\nOrderedDict\n", b"G" + b"\x7f" * 8,
-    b"Pstorage\n", b"L" + b"9" * 5000 + b"L\n", b"\x82\x01", b"\x8f", b"\x95" + b"\xff" * 8,
-)  # fmt: skip
-
-
 def safetensors(rng: np.random.Generator, folder: Path) -> str:
     """A safetensors file with another header or other bytes, read in all three ways."""
     file = folder / "a.safetensors"
@@ -371,6 +331,6 @@ TARGETS = [
     (function.__name__, function)
     for function in (
         diffusers_settings, diffusers_weights, single_file, workdir, tokenizer, t5_tokenizer,
-        torch_file, safetensors, clip_settings, arrays, yaml,
+        safetensors, clip_settings, arrays, yaml,
     )
 ]  # fmt: skip

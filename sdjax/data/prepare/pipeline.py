@@ -22,7 +22,7 @@ from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import Shard, Survey
 from sdjax.data.tfds.dataset_folder import write_metadata
 from sdjax.errors import UserError
-from sdjax.system import locks, paths, progress
+from sdjax.system import locks, paths, progress, text_files
 
 std_logging.disable(std_logging.WARNING)  # Beam warns that it cannot reach BigQuery
 import apache_beam as beam  # noqa: E402
@@ -129,8 +129,7 @@ def _begin(workspace: Workspace, key: str) -> dict[str, Any] | None:
                 raise UserError(f"--output is {str(workspace.folder)!r}, which holds {others[:5]}; "
                                 "expected a folder that is empty or not there")  # fmt: skip
             workspace.write_json(state, {"identity": key})
-    found = json.loads(state.read_text())["identity"]
-    if found != key:
+    if text_files.read_object(state).get("identity") != key:
         raise UserError(
             f"--output is {str(workspace.folder)!r}, which holds "
             f"{'the dataset' if finished else 'the beginning'} of a run with other options, or of "

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sdjax.errors import UserError
+from sdjax.errors import UserError, WriteError
 from sdjax.web.server.a1111 import A1111
 from sdjax.web.server.a1111_lists import Lists
 from sdjax.web.server.engine import BusyError, StoppedError
@@ -87,6 +87,8 @@ async def _refused(http: Request, error: Exception) -> Response:
         return _answer(http, 504, str(error))
     if isinstance(error, GoneError):
         return _answer(http, 499, str(error))  # nobody reads it
+    if isinstance(error, WriteError):
+        return _answer(http, 507, str(error))  # RFC 4918: Insufficient Storage
     return _answer(http, 400 if http.url.path.startswith("/v1/") else 422, str(error))
 
 

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -102,11 +103,13 @@ class Page:
         async def work() -> None:
             try:
                 pictures = await self.service.draw(requests, look)
-            except (UserError, StoppedError, FloatingPointError) as error:
-                await lines.put({"error": str(error)})
-            else:
                 for request, picture in zip(requests, pictures, strict=True):
                     await lines.put(self._picture(request, picture))
+            except (UserError, StoppedError, FloatingPointError) as error:
+                await lines.put({"error": str(error)})
+            except Exception:
+                logging.exception("a picture of the page failed")
+                await lines.put({"error": "the server failed; its log says why"})
             finally:
                 await lines.put(None)
 

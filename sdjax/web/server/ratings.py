@@ -11,7 +11,8 @@ from sdjax.data import ratings
 from sdjax.system import paths
 from sdjax.web.server.requests import InvalidRequest, PictureRequest
 
-_KEPT = 256  # pictures that can still be rated
+_KEPT = 256  # pictures that can still be rated ...
+_MOST_BYTES = 256 << 20  # ... as long as they take no more memory
 
 
 class RatingStore:
@@ -30,7 +31,10 @@ class RatingStore:
         with self._lock:
             self._shown[name] = request, file
             self._shown.move_to_end(name)
-            while len(self._shown) > _KEPT:
+            while len(self._shown) > _KEPT or (
+                len(self._shown) > 1
+                and sum(_size(*each) for each in self._shown.values()) > _MOST_BYTES
+            ):
                 self._shown.popitem(last=False)
         return name
 
@@ -63,3 +67,9 @@ class RatingStore:
                 "time": time.time(),
             }
             ratings.append(self._folder, row, file)
+
+
+def _size(request: PictureRequest, file: bytes) -> int:
+    """The bytes that a picture takes, and what it was drawn from."""
+    arrays = (request.image, request.mask)
+    return len(file) + sum(array.nbytes for array in arrays if array is not None)

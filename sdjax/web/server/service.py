@@ -101,7 +101,11 @@ class Service:
         """
         body = await http.body()
         try:
-            return Fields(json.loads(body or b"{}"))
+            text = body.decode(json.detect_encoding(body)) or "{}"
+            content = json.loads(text)
+            if "\\u" in text:  # half of a surrogate pair can be in no picture and no answer
+                json.dumps(content, ensure_ascii=False).encode()
+            return Fields(content)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the body is no JSON: {error}; send a JSON object") from error
 

@@ -151,6 +151,22 @@ def test_json_of_strangers_is_an_error_in_words(client, body):
     assert answer.status_code == 422 and "JSON" in json.loads(answer.text)["detail"]
 
 
+@pytest.mark.parametrize("path", ["/draw", "/rate", "/sdapi/v1/txt2img", "/v1/images/generations"])
+@pytest.mark.parametrize("body", [
+    b'{"prompt": "a \\ud800 circle"}', b'{"prompt": "a \xed\xa0\x80 circle"}',
+    b'{"prompt": "a circle", "\\udfff": 1}', '{"prompt": "\\ud800"}'.encode("utf-16"),
+    b'{"prompt": "\xff"}',
+])  # fmt: skip
+def test_half_a_letter_is_refused_wherever_it_stands(client, path, body):
+    answer = client.post(path, content=body)
+    assert answer.status_code in (400, 422) and "the body is no JSON" in answer.text
+
+
+def test_a_letter_of_two_escapes_is_drawn(client):
+    answer = client.post("/draw", content=b'{"prompt": "a \\ud83d\\ude00 circle"}')
+    assert "\U0001f600" in json.loads(answer.text.splitlines()[-1])["prompt"]
+
+
 @pytest.mark.parametrize("options, words", [
     (["--host=0.0.0.0"], "needs a token"),
     (["--host=example.invalid"], "needs a token"),
@@ -160,6 +176,9 @@ def test_json_of_strangers_is_an_error_in_words(client, body):
     (["--host=192.0.2.1", "--token_file=TOKEN"], "cannot be listened at"),
     (["--token_file=SHORT"], "has 5 characters; expected at least 16"),
     (["--token_file=ABSENT"], "cannot be read"),
+    (["--ratings=gs://bucket/ratings"], "nothing can be appended"),
+    (["--ratings=/proc/self/ratings"], "/proc/self/ratings cannot be made"),
+    (["--ratings=/proc/self/fdinfo"], "/proc/self/fdinfo cannot be written"),
 ])  # fmt: skip
 def test_options_that_would_let_strangers_in_are_refused(options, words, tmp_path, capsys):
     (tmp_path / "TOKEN").write_text(TOKEN + "\n")
