@@ -39,6 +39,7 @@ from sdjax.system import paths, progress, untrusted
 from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
+    from sdjax.train.monitoring.data_profile import Distribution
     from sdjax.web.server.loaded import LoadedModel
     from sdjax.web.server.requests import Limits
     from sdjax.web.server.service import Service
@@ -231,6 +232,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     from sdjax.web.server.ratings import RatingStore
     from sdjax.web.server.requests import PictureRequest
     from sdjax.web.server.service import Service
+    from sdjax.web.server.statistics import Statistics
 
     loaded, words, sha256 = _loaded(args)
     height, width = loaded.model.native_size
@@ -239,7 +241,9 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     if args.warm_up:
         with progress.work("compiling"):
             loaded.warm_up(usual)
-    engine = Engine(loaded, queue=limits.queue)
+    tokenizer = next(iter(loaded.model.tokenizers.values()), None)
+    statistics = Statistics(tokenizer, _profile(args.model))
+    engine = Engine(loaded, queue=limits.queue, observe=statistics.observe)
     store = None
     if args.ratings:
         folder = paths.to_path(args.ratings)
@@ -248,7 +252,17 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     return Service(
         loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
         negative=args.negative_prompt or "", place=args.model, ratings=store,
+        statistics=statistics,
     )  # fmt: skip
+
+
+def _profile(model: str) -> dict[str, Distribution]:
+    """Return the profile of the training data: in the workdir, or in that around DIR/diffusers."""
+    from sdjax.train.monitoring.data_profile import read_profile
+
+    folder = paths.absolute(model)
+    own = read_profile(folder)
+    return read_profile(folder.parent) if not own and folder.name == "diffusers" else own
 
 
 def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str]:
