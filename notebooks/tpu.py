@@ -95,7 +95,10 @@ if platform != "tpu" and not ALLOW_CPU:
 
 # %%
 few = (
-    "--config.data.shapes_train=64 --config.data.shapes_test=16 --config.train.steps=4 "
+    "--config.data.shapes_train=64 --config.data.shapes_test=16 --config.data.batch_size=8 "
+    "--config.model.unet.block_out_channels=(16,) --config.model.unet.norm_num_groups=4 "
+    "--config.model.unet.down_block_types=('CrossAttnDownBlock2D',) --config.train.steps=4 "
+    "--config.model.unet.up_block_types=('CrossAttnUpBlock2D',) "
     "--config.train.log_every=1 --config.train.sample_every=0 --config.validation.examples=0 "
     "--config.sample.fidelity=0 --config.sample.count=2 --config.sample.sampler.steps=2"
 ).split()

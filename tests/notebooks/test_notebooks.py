@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -25,10 +26,17 @@ def execute(name, folder, **variables):
     }  # fmt: skip
     root = str(FOLDER.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
+    with subprocess.Popen(
         [sys.executable, FOLDER / f"{name}.py"],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, error = process.communicate(timeout=1800)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the verb that it runs too
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def test_all_notebooks_are_known():

@@ -50,7 +50,7 @@ OF_FIRST = frozenset({
 
 @dataclasses.dataclass
 class Counters:
-    """What only grows, over resumes too: all of it is kept in the workdir as JSON.
+    """Numbers that only grow, over resumes too: they are kept in the workdir as JSON.
 
     buckets: steps by their time, [len(SECONDS) + 1]; `step_seconds` is the sum of these times.
     last_save, last_saved: time and step of the last complete save.

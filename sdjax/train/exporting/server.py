@@ -74,7 +74,7 @@ class MetricsServer:
 
 
 class _Collector:
-    """What a registry of prometheus_client asks for numbers."""
+    """The collector of a registry of prometheus_client."""
 
     def __init__(self, collect: Callable[[], Iterator[Metric]]):
         self.collect = collect

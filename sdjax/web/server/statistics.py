@@ -1,4 +1,4 @@
-"""What was asked of a server and what it drew, in numbers: times, lengths, and drift."""
+"""Numbers of the pictures that a server drew: times, lengths of prompts, and drift."""
 
 from __future__ import annotations
 
