@@ -81,8 +81,8 @@ def counters_from(values: Any) -> Counters:
     for field in dataclasses.fields(Counters):
         value = values.get(field.name)
         if field.name == "buckets":
-            fits = isinstance(value, list) and len(value) == len(fresh.buckets)
-            good = fits and all(type(count) is int for count in value)
+            counts = value if isinstance(value, list) else []
+            good = [type(count) for count in counts] == [int] * len(fresh.buckets)
         else:
             good = type(value) in (int, float)
         if good:

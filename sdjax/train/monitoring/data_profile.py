@@ -97,7 +97,7 @@ def read_profile(folder: paths.Path) -> dict[str, Distribution]:
     try:
         found = json.loads((folder / FILE).read_text())["measures"]
         return {name: _checked(found[name]) for name in MEASURES if name in found}
-    except (*paths.storage_errors(), ValueError, KeyError, TypeError, AttributeError):
+    except paths.storage_errors(ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -120,7 +120,8 @@ class DataProfiler:
 
     def __init__(self, folder: paths.Path, tokenizers: Mapping[str, TextTokenizer]):
         self._folder = folder
-        self._field, self._tokenizer = next(iter(tokenizers.items()), ("", None))
+        self._field = next(iter(tokenizers), "")
+        self._tokenizer = tokenizers.get(self._field)
         self._values: dict[str, list[float]] = {name: [] for name in MEASURES}
         self._done = jax.process_index() != 0 or paths.exists(folder / FILE)
 

@@ -77,7 +77,7 @@ class Statistics:
         self.queued.add((job.began or now) - job.asked)
         found = {
             name: float(values[0])
-            for name, values in picture_measures(np.float32(picture)[None] / 255).items()
+            for name, values in picture_measures(picture[None].astype(np.float32) / 255).items()
         }
         if self.tokenizer is not None:
             tokens = self.tokenizer.encode([job.request.prompt])
