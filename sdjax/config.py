@@ -26,6 +26,7 @@ from sdjax.methods.denoise import DenoiseConfig
 from sdjax.methods.method import MethodConfig
 from sdjax.methods.registry import METHODS
 from sdjax.models.config import ConfigError
+from sdjax.monitor_config import MonitorConfig
 from sdjax.optim.ema import EMAConfig
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.parallel import xla
@@ -124,6 +125,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     validation: ValidationConfig = ValidationConfig()
+    monitor: MonitorConfig = MonitorConfig()
     mesh: MeshConfig = MeshConfig()
     stages: tuple[Stage, ...] = ()  # a curriculum: what changes on the way, in order
     # Folder of XLA's persistent cache; "" is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/sdjax/xla.

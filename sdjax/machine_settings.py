@@ -41,6 +41,7 @@ MACHINE = (
     "data.prefetch",
     "data.max_pixels",
     "train.xla_options",
+    "monitor.*",
     "validation.inception",
     "validation.clip",
     "validation.features",

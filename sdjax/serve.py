@@ -40,6 +40,7 @@ from sdjax.system import paths, progress, untrusted
 from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
+    from sdjax.train.monitoring.data_profile import Distribution
     from sdjax.web.server.loaded import LoadedModel
     from sdjax.web.server.requests import Limits
     from sdjax.web.server.service import Service
@@ -248,6 +249,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     from sdjax.web.server.ratings import RatingStore
     from sdjax.web.server.requests import PictureRequest
     from sdjax.web.server.service import Service
+    from sdjax.web.server.statistics import Statistics
 
     folder = _ratings_folder(args)
     loaded, words, sha256 = _loaded(args)
@@ -257,12 +259,24 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     if args.warm_up:
         with progress.work("compiling"):
             loaded.warm_up(usual)
-    engine = Engine(loaded, queue=limits.queue)
+    tokenizer = next(iter(loaded.model.tokenizers.values()), None)
+    statistics = Statistics(tokenizer, _profile(args.model))
+    engine = Engine(loaded, queue=limits.queue, observe=statistics.observe)
     store = None if folder is None else RatingStore(folder, sha256)
     return Service(
         loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
         negative=args.negative_prompt or "", place=args.model, ratings=store,
+        statistics=statistics,
     )  # fmt: skip
+
+
+def _profile(model: str) -> dict[str, Distribution]:
+    """Return the profile of the training data: in the workdir, or in that around DIR/diffusers."""
+    from sdjax.train.monitoring.data_profile import read_profile
+
+    folder = paths.absolute(model)
+    own = read_profile(folder)
+    return read_profile(folder.parent) if not own and folder.name == "diffusers" else own
 
 
 def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str]:

@@ -25,9 +25,9 @@ VERBS = (
 # A room, or a file beside the rooms, imports only what stands before it.
 ORDER = (
     "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families", "formats",
-    "sampling", "methods", "validation_config", "typed_tree", "config", "config_changes",
-    "config_model", "machine_settings", "recipes", "checkpoints", "encoding", "train", "evaluation",
-    "planning", "sweeps", "web", "verbs", *VERBS, "__main__",
+    "sampling", "methods", "validation_config", "monitor_config", "typed_tree", "config",
+    "config_changes", "config_model", "machine_settings", "recipes", "checkpoints", "encoding",
+    "train", "evaluation", "planning", "sweeps", "web", "verbs", *VERBS, "__main__",
 )  # fmt: skip
 FLAT = 24  # files of a room; nest before it has more
 FILES = {

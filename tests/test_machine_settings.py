@@ -14,6 +14,7 @@ from sdjax.data.config import DataConfig, DataError
 from sdjax.data.mixture import Part
 from sdjax.evaluation.loading import choose_data, load
 from sdjax.machine_settings import MACHINE, asks_for, data_of_model, is_machine, of_model
+from sdjax.monitor_config import MonitorConfig
 from sdjax.parallel.mesh import MeshConfig
 from sdjax.train.agreement import OWN
 
@@ -148,6 +149,10 @@ def test_config_of_a_model_keeps_nothing_of_the_machine():
         mesh=MeshConfig(data=7, fsdp=7, tensor=7, slices=7, shard_optimizer=True),
         stages=(Stage(start=1, mixture=(Part(name="encoded", path="evil"),)),),
         compilation_cache="evil",
+        monitor=MonitorConfig(
+            trackers=("wandb",), project="evil", name="evil", prometheus_port=7,
+            prometheus_host="evil", textfile="evil",
+        ),
     )  # fmt: skip
     before, after = dict(leaves(to_dict(config))), dict(leaves(to_dict(of_model(config))))
     defaults = dict(leaves(to_dict(default)))

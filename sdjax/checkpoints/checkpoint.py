@@ -279,10 +279,12 @@ class Checkpoints:
         """Keep the checkpoint of `step`, as long as no other is pinned in its place."""
         self._pinned.step = step
 
-    def check(self) -> None:
-        """Raise `CheckpointError` if the save in the background has failed. Does not wait."""
-        if not self._manager.is_saving_in_progress():
+    def check(self) -> bool:
+        """Whether no save is under way; `CheckpointError` if the last has failed. Does not wait."""
+        saving = self._manager.is_saving_in_progress()
+        if not saving:
             self.wait()
+        return not saving
 
     def wait(self) -> None:
         """Until the last save is complete. Raises `CheckpointError` if it failed."""

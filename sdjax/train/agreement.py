@@ -20,9 +20,11 @@ from sdjax.errors import UserError
 from sdjax.parallel import hosts
 from sdjax.system import paths
 
-# Where a host reads its data and keeps its cache, and how many threads it has, is its own matter.
+# Where a host reads its data and keeps its cache, how many threads it has and where its numbers are
+# read is its own matter.
 OWN = ("compilation_cache", "data.data_dir", "data.path", "data.threads", "data.workers",
-       "data.prefetch")  # fmt: skip
+       "data.prefetch", "monitor.prometheus_host", "monitor.prometheus_port",
+       "monitor.textfile")  # fmt: skip
 
 _MARK = ".shared"
 _PATIENCE = 10.0  # seconds; a network file system may show a new file late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,11 @@ from sdjax.parallel.batches import global_batch, shares
 from sdjax.parallel.mesh import make_mesh
 from sdjax.system import collector, paths, progress
 from sdjax.train import agreement, announce, prediction_check, rollback, stages, startup
+from sdjax.train.exporting import exporter
+from sdjax.train.exporting.exporter import open_exporter
 from sdjax.train.finish import finish
 from sdjax.train.hooks import Hooks
+from sdjax.train.monitoring.data_profile import DataProfiler
 from sdjax.train.monitoring.health import Diverged
 from sdjax.train.monitoring.model_flops import mfu_flops
 from sdjax.train.monitoring.monitor import Monitor
@@ -32,6 +36,8 @@ from sdjax.train.preemption import StopSignal
 from sdjax.train.program import Steps, build, with_pictures
 from sdjax.train.rollback import Spike
 from sdjax.train.state import State
+from sdjax.train.trackers import registry as trackers
+from sdjax.train.trackers.registry import open_trackers
 
 DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL, "try again later"
 
@@ -50,6 +56,8 @@ def run(config: Config, workdir: str, *, dry_run: bool = False, hooks: Hooks | N
         UserError: configuration or input cannot work; the message says what to change.
     """
     agreement.check_config(config)
+    exporter.check(config.monitor)
+    trackers.check(config.monitor)
     startup.enable_compilation_cache(config.compilation_cache)
     mesh = make_mesh(config.mesh)
     stages.check(config, mesh)
@@ -128,6 +136,8 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
             start_step=done,
             images_seen=functools.partial(stages.images_seen, whole),
             flops_per_image=mfu_flops(config),
+            trackers=open_trackers(whole, folder),
+            exporter=open_exporter(whole, folder, batch_size=config.data.batch_size, start=done),
         )
         announce.announce_data(data.summary, telemetry, done)
         monitor = Monitor(
@@ -152,9 +162,12 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
             telemetry.flush()  # a kill after the save must not lose lines from before it
             position = {"iterator": data.get_state(), "watch": monitor.get_state()}
             checkpoints.pin(observers.selection.step)
-            checkpoints.save(done, state, position | observers.get_state(), to_dict(whole))
+            began, position = time.time(), position | observers.get_state()
+            if checkpoints.save(done, state, position, to_dict(whole)):
+                telemetry.saving(done, began)
 
     # 6. The steps.
+    profiler = DataProfiler(folder, assembled.tokenizers)
     try:
         with StopSignal() as stop, telemetry, checkpoints:
             if done == 0:
@@ -163,7 +176,9 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
                 done += 1
                 shape = data.next_shape
                 with monitor.waiting():
-                    batch = global_batch(next(data), mesh)
+                    own = next(data)
+                    batch = global_batch(own, mesh)
+                profiler.observe(own)
                 if done == 1:
                     every = {**frozen, **state["params"]}
                     with telemetry.pause():
@@ -174,7 +189,8 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
                         announce.announce_shape(shape, train_step.compile(batch), telemetry)
                 state, metrics = train_step(state, frozen, batch)
                 monitor.push(done, batch, metrics)
-                checkpoints.check()
+                if checkpoints.check():
+                    telemetry.saved()
 
                 if observers.due(done):
                     monitor.flush()
@@ -185,6 +201,7 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
                 if stop.requested(done) and done < whole.train.steps:
                     save()
                     checkpoints.wait()
+                    telemetry.saved()
                     telemetry.message(
                         f"stopped by a signal after step {done} and saved; run the same command "
                         "again to go on"
@@ -192,6 +209,7 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
                     return STOPPED
             monitor.flush()
             checkpoints.wait()
+            telemetry.saved()
             if done < whole.train.steps and not observers.selection.stops:
                 return None
 
@@ -201,6 +219,7 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
     except Diverged:
         return DIVERGED
     finally:
+        profiler.close()
         data.close()
 
 

@@ -19,6 +19,7 @@ from sdjax.methods.registry import METHODS
 HARMLESS = (
     "stages",  # those that have begun are checked by themselves
     "validation.*",
+    "monitor.*",
     # The weight of a loss, and what pictures are told: the state means the same.
     "objective.timestep_*", "objective.stratified", "objective.logit_*", "objective.mode_scale",
     "objective.weighting", "objective.min_snr_gamma", "objective.p2_*", "objective.sigma_data",

@@ -92,6 +92,7 @@ class Monitor:
         """Step `done` was dispatched. Observers at earlier ones; raises Diverged and Spike."""
         self._batches[done] = batch
         self._newest = metrics["finite"]
+        self._telemetry.dispatched(self._interval.waited)
         if not self._logs(done):  # most numbers of a step then need not come from the device
             metrics = {name: v for name, v in metrics.items() if name not in _OF_LAST_STEP}
         self._look(self._queue.push(done, metrics))
@@ -105,7 +106,7 @@ class Monitor:
 
     def _look(self, arrived: list[tuple[int, Any]]) -> None:
         for done, metrics in arrived:
-            self._telemetry.done(done)
+            self._telemetry.done(done, bool(metrics["finite"]))
             self._interval.add(metrics)
             self._judge(done, metrics, self._batches.pop(done))
             if self._logs(done):
@@ -142,10 +143,14 @@ class Monitor:
 
 
 class Interval:
-    """Means over the steps since the last line: the loss of one batch is mostly noise."""
+    """Means over the steps since the last line: the loss of one batch is mostly noise.
+
+    waited: seconds in which devices waited for data, since the first interval.
+    """
 
     def __init__(self, num_timesteps: int):
         self._num_timesteps = num_timesteps
+        self.waited = 0.0
         self._start()
 
     def _start(self) -> None:
@@ -160,7 +165,9 @@ class Interval:
         begin = time.monotonic()
         yield
         if not busy():
-            self._waited += time.monotonic() - begin
+            seconds = time.monotonic() - begin
+            self._waited += seconds
+            self.waited += seconds
 
     def add(self, metrics: dict[str, Any]) -> None:
         """The metrics of one step, on the host; norms per module group may be left out."""

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,10 @@ from rich.progress import (
 from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
 from sdjax.system.progress import duration
+from sdjax.train.exporting.exporter import Exporter
 from sdjax.train.monitoring import metrics_log
 from sdjax.train.monitoring.speed import Throughput, device_memory
+from sdjax.train.trackers.tracker import TrackerThread, close_all
 
 # ---- on the device, jittable -----------------------------------------------------------------
 
@@ -146,6 +149,8 @@ class Telemetry:
       flops_per_image: of one training step; None = no MFU.
       terminal: draw a progress bar; by default, if stdout is a terminal.
       images_seen: by steps done; by default `batch_size` a step.
+      trackers: get scalars, images and the end, on process 0.
+      exporter: gets every process's numbers.
     """
 
     def __init__(
@@ -158,7 +163,10 @@ class Telemetry:
         flops_per_image: float | None = None,
         terminal: bool | None = None,
         images_seen: Callable[[int], int] | None = None,
+        trackers: Sequence[TrackerThread] = (),
+        exporter: Exporter | None = None,
     ):
+        self._trackers, self._exporter = list(trackers), exporter
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image = flops_per_image
         self._images_seen = images_seen or (lambda step: step * batch_size)
@@ -189,9 +197,26 @@ class Telemetry:
                 raise
             print(error, flush=True)  # the error under way matters more
 
-    def done(self, step: int) -> None:
+    def dispatched(self, waited: float) -> None:
+        """A step was dispatched; `waited`: seconds so far in which devices waited for data."""
+        if self._exporter is not None:
+            self._exporter.dispatched(waited)
+
+    def saving(self, step: int, began: float) -> None:
+        """The save of a checkpoint began at that Unix time; the one before is complete."""
+        if self._exporter is not None:
+            self._exporter.saving(step, began)
+
+    def saved(self) -> None:
+        """No save is under way."""
+        if self._exporter is not None:
+            self._exporter.saved()
+
+    def done(self, step: int, finite: bool = True) -> None:
         """`step` is complete (its metrics have arrived): moves the bar and the clock."""
         self.throughput.done(step)
+        if self._exporter is not None:
+            self._exporter.done(step, finite)
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
@@ -217,6 +242,10 @@ class Telemetry:
     def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write a nested dict of scalars, names joined by "/"."""
         flat = {name: np.asarray(value).item() for name, value in flatten(metrics).items()}
+        if self._exporter is not None:
+            self._exporter.scalars(flat)
+        for tracker in self._trackers if flat else ():
+            tracker.call("scalars", step, flat)
         if self._writer is not None and flat:
             with self._written():
                 self._writer.scalars(step, flat)
@@ -227,6 +256,8 @@ class Telemetry:
         """Write images [N, H, W, C], uint8 or float in [0, 1], with their captions as text."""
         if self._writer is None:
             return
+        for tracker in self._trackers:
+            tracker.call("images", step, name, _bytes(images), captions)
         lines = [f"{i + 1}. {caption}" for i, caption in enumerate(captions)]
         with self._written():
             self._writer.event("write_images", step, {name: np.asarray(images)})
@@ -260,8 +291,13 @@ class Telemetry:
         Fetch all metrics that are under way first (`DelayedMetrics.flush`), or the device finishes
         its last steps in here, for free.
         """
-        with self.throughput.pause():
-            yield
+        began = time.monotonic()
+        try:
+            with self.throughput.pause():
+                yield
+        finally:
+            if self._exporter is not None:
+                self._exporter.paused(time.monotonic() - began)
 
     def flush(self) -> None:
         """Everything written so far is on disk."""
@@ -274,10 +310,18 @@ class Telemetry:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self._close_outlets()
         if self._writer is not None:
             writer, self._writer = self._writer, None
             with self._written():
                 writer.close()
+
+    def _close_outlets(self) -> None:
+        exporter, self._exporter = self._exporter, None
+        if exporter is not None:
+            exporter.close()
+        trackers, self._trackers = self._trackers, []
+        close_all(trackers)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -308,6 +352,14 @@ class Telemetry:
             left = (self.total_steps - step) * self.batch_size / self._speed
             parts.append(f"{duration(left)} left")
         self.message(f"step {step}/{self.total_steps}  " + "  ".join(parts))
+
+
+def _bytes(images: np.ndarray) -> np.ndarray:
+    """Return images as uint8, from uint8 or floats in [0, 1]."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    return np.round(np.clip(images, 0.0, 1.0) * 255).astype(np.uint8)
 
 
 def _progress_bar() -> Progress:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from sdjax.errors import UserError
 from sdjax.web.server.requests import PictureRequest
@@ -54,7 +55,8 @@ class Job:
 
     done: the picture, uint8 [H, W, 3]; or the error.
     step: evaluations done, of `steps`; estimate: what the last one takes the latents [h, w, C] for.
-    began: time.monotonic() at the beginning of its drawing, or None while it waits.
+    asked: time.monotonic() when it was; began: at the beginning of its drawing, or None while it
+        waits.
     stopped: whether it was asked to stop.
     """
 
@@ -63,6 +65,7 @@ class Job:
     done: Future[np.ndarray] = dataclasses.field(default_factory=Future)
     step: int = 0
     estimate: np.ndarray | None = None
+    asked: float = dataclasses.field(default_factory=time.monotonic)
     began: float | None = None
     stopped: bool = False
 
@@ -83,11 +86,22 @@ class Tally:
     seconds: float = 0.0
 
 
-class Engine:
-    """A queue of jobs, and the thread that draws them."""
+class Observe(Protocol):
+    """Takes note of a picture, uint8 [H, W, 3], that was drawn."""
 
-    def __init__(self, drawer: Drawer, *, queue: int):
+    def __call__(self, job: Job, picture: np.ndarray, /) -> None: ...
+
+
+class Engine:
+    """A queue of jobs, and the thread that draws them.
+
+    Args:
+        observe: called by that thread with every picture that was drawn.
+    """
+
+    def __init__(self, drawer: Drawer, *, queue: int, observe: Observe | None = None):
         self.tally = Tally()
+        self._observe = observe
         self._drawer, self._most = drawer, queue
         self._waiting: collections.deque[Job] = collections.deque()
         self._drawing: list[Job] = []
@@ -196,3 +210,9 @@ class Engine:
         self.tally.drawn += len(jobs)
         for job, picture in zip(jobs, pictures, strict=True):
             job.done.set_result(picture)
+            if self._observe is None or job.stopped:
+                continue
+            try:
+                self._observe(job, picture)
+            except Exception:  # the thread lives on
+                logging.exception("a picture that was drawn is not counted")

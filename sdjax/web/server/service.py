@@ -21,6 +21,7 @@ from sdjax.web.server.engine import Engine, Job
 from sdjax.web.server.loaded import LoadedModel
 from sdjax.web.server.ratings import RatingStore
 from sdjax.web.server.requests import Fields, InvalidRequest, Limits, PictureRequest
+from sdjax.web.server.statistics import Statistics
 
 _LOOK = 0.25  # seconds between looks whether the client is still there
 
@@ -40,6 +41,7 @@ class Service:
     digest: sha256 of its parameters, in hexadecimal.
     negative: the negative prompt of requests that name none.
     ratings: where ratings go; None where none are taken.
+    statistics: of the pictures, which the engine hands it.
     place: what --model is to be for the same pictures by `sdjax.sample`.
     loras: the adapters in its weights, as --lora named them; words: those of --embedding.
     """
@@ -53,6 +55,7 @@ class Service:
     negative: str = ""
     place: str = ""
     ratings: RatingStore | None = None
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
     started: float = dataclasses.field(default_factory=time.time)
 
     @property
