@@ -152,7 +152,7 @@ def _open_folder(folder: paths.Path) -> Opened:
     def size(number: int) -> tuple[int, int]:
         try:
             return transforms.upright_size(encoded(number))
-        except (BadRow, ImageError, *paths.storage_errors()):
+        except paths.storage_errors(BadRow, ImageError):
             return 0, 0
 
     return Opened(items, picture, size, tuple(survey.lines()))

@@ -118,12 +118,11 @@ class Look:
         )
         text = " ".join(fields.text("caption", most=2 * MOST_CAPTION_CHARS).split())
         before = fields.text("before", most=2 * MOST_CAPTION_CHARS)
-        assert self.captions is not None
-        await run_in_threadpool(
-            lambda: self.captions.set(item.name, text, before=before, stored=item.caption)
-        )
-        shown = {"caption": text, "mended": self.captions.is_mended(item.name)}
-        return JSONResponse({**shown, "count": self.captions.count})
+        captions = self.captions
+        assert captions is not None
+        await run_in_threadpool(captions.set, item.name, text, before=before, stored=item.caption)
+        shown = {"caption": text, "mended": captions.is_mended(item.name)}
+        return JSONResponse({**shown, "count": captions.count})
 
     def _why_not(self) -> str:
         """Return why captions cannot be mended, "" if they can."""

@@ -46,7 +46,7 @@ def make_site(
     hosts: Collection[str] = LOOPBACK,
     origins: Collection[str] = (),
     handlers: Mapping[Any, Handler] | None = None,
-    closing: Callable[[], None] | None = None,
+    closing: Callable[[], object] | None = None,
 ) -> Gate:
     """Return an ASGI application behind the gate.
 

@@ -35,7 +35,7 @@ _PICTURE = re.compile(r"0*(\d{1,12})(?:-([\w.-]{1,80}))?\.png")
 class State:
     """The facts of a run at the moment, as the page shows them."""
 
-    tiles: list[tuple[str, str, str]]
+    tiles: list[tuple[str, ...]]
     warnings: list[dict[str, str]]
     pictures: list[dict[str, Any]]
     active: bool
@@ -101,7 +101,7 @@ class LiveRun:
             warnings=[dataclasses.asdict(one) for one in found],
             pictures=[
                 {"kind": kind, "title": contents.title(kind), "steps": steps}
-                for kind, steps in self.pictures().items()
+                for kind, steps in self.grids().items()
             ],
             active=active,
             doing=_doing(active, holder, done, total),
@@ -111,7 +111,7 @@ class LiveRun:
             asked=wishes.pending(self.folder) if active else [],
         )
 
-    def pictures(self) -> dict[str, list[int]]:
+    def grids(self) -> dict[str, list[int]]:
         """Return {kind: steps, rising} of the grids in samples/."""
         folder = self.folder / "samples"
         found: dict[str, list[int]] = {}
@@ -130,12 +130,12 @@ class LiveRun:
         """
         name = f"{step:08d}{f'-{kind}' if kind else ''}.png"
         if not _PICTURE.fullmatch(name):
-            raise UserError(f"kind is {kind[:80]!r}; expected one of {list(self.pictures())}")
+            raise UserError(f"kind is {kind[:80]!r}; expected one of {list(self.grids())}")
         file = self.folder / "samples" / name
         try:
             if paths.resolved(file).is_relative_to(paths.resolved(self.folder)):
                 return pictures.embed(file)
-        except (ValueError, SyntaxError, *paths.storage_errors()) as error:
+        except paths.storage_errors(ValueError, SyntaxError) as error:
             raise UserError(f"samples/{name} cannot be shown: {type(error).__name__}") from error
         raise UserError(f"samples/{name} is a link that leads out of the run's folder")
 

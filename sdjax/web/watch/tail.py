@@ -150,7 +150,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, str) and value in _NOT_FINITE:
             found[name] = None
