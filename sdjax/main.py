@@ -1,16 +1,16 @@
 """Train: `python -m sdjax.main --config=base --workdir=DIR [--config.field=value ...]`.
 
-Resume is the same command again. `--dry_run` prints the resolved configuration, parameter counts,
-memory and shardings, and trains nothing.
+Resume is the same command again. `--serve` watches the run in a browser. `--dry_run` prints the
+resolved configuration, parameter counts, memory and shardings, and trains nothing.
 
 On several hosts (or processes of one) every one runs this same command. Cloud TPU, SLURM and Open
 MPI say by themselves who is who; otherwise `--coordinator`, `--num_processes`, `--process_id` do.
 
-Exit codes: 0 finished; 2 the configuration or the input is wrong, a file cannot be written, another
-run has the workdir, or the other hosts did not come; 3 the run diverged (NaN or Inf), or its last
-pictures are NaN; 75 stopped by SIGTERM or Ctrl-C after saving, or by SIGTERM before the first step;
-76 another host was lost; 130 Ctrl-C before the first step. After 75 and 76 run the same command
-again, on all hosts, to go on.
+Exit codes: 0 finished, or stopped after saving by somebody's wish on the page; 2 the configuration
+or the input is wrong, a file cannot be written, another run has the workdir, or the other hosts did
+not come; 3 the run diverged (NaN or Inf), or its last pictures are NaN; 75 stopped by SIGTERM or
+Ctrl-C after saving, or by SIGTERM before the first step; 76 another host was lost; 130 Ctrl-C
+before the first step. After 75 and 76 run the same command again, on all hosts, to go on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sdjax.errors import UserError, explain
 from sdjax.system import collector, paths
 from sdjax.system.allocator import use_large_pages
 from sdjax.verbs import CONFIG_HELP, parse_or_exit, recipe
+from sdjax.web import beside
 
 if TYPE_CHECKING:
     from sdjax.config import Config
@@ -42,6 +43,25 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print what would be trained, and on what, and stop before training."
 )
+
+
+class _Place(flags.ArgumentParser):
+    """ "", PORT or HOST:PORT; None for --noserve. absl says "true" for a flag without a value."""
+
+    def parse(self, argument: str | None) -> str | None:
+        return {"true": "", "false": None}.get(argument or "true", argument)
+
+
+_SERVE = flags.DEFINE_flag(
+    flags.Flag(
+        _Place(), None, "serve", None,
+        "Watch the run in a browser, at http://127.0.0.1:7860 or --serve=PORT or --serve=HOST:PORT "
+        "(at a free port where that is taken); another host takes a token in $SDJAX_SERVE_TOKEN. A "
+        "process of its own, which neither slows nor stops the training. Of several hosts the "
+        "first serves.",
+        boolean=True,
+    )
+)  # fmt: skip
 
 # How this process finds the others. Not in the configuration, which is the same on all.
 _CLUSTER = flags.DEFINE_enum(
@@ -72,6 +92,9 @@ def main(argv: Sequence[str]) -> int:
         config = recipe(flags.FLAGS, "base")
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise UserError("--workdir is missing; for instance --workdir=runs/base")
+        place = None if _SERVE.value is None or _DRY_RUN.value else beside.parse(_SERVE.value)
+        if place is not None:
+            beside.check()
     except UserError as error:
         return explain(error)
     if not flags.FLAGS["verbosity"].present:
@@ -101,8 +124,14 @@ def main(argv: Sequence[str]) -> int:
             config.data.path = "(not read)"  # a dry run looks at no data
         return train(resolve(config), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
 
+    def resolved_trained_and_served() -> int:
+        if place is None or not hosts.is_first():
+            return resolved_and_trained()
+        with beside.served(_WORKDIR.value or "", *place):
+            return resolved_and_trained()
+
     try:
-        return hosts.together(resolved_and_trained)
+        return hosts.together(resolved_trained_and_served)
     except paths.storage_errors(UserError) as error:
         return explain(error)
 

@@ -39,7 +39,7 @@ from absl import flags, logging
 from sdjax.data import named_images, ratings
 from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.settings import DUPLICATES, Settings, Workspace
-from sdjax.data.raw import formats
+from sdjax.data.raw import formats, mended
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, passed_over
 from sdjax.errors import UserError, explain
@@ -125,6 +125,12 @@ _DUPLICATES = flags.DEFINE_enum(
     "What is dropped: nothing, equal pixels, or also what looks alike.",
     flag_values=FLAGS,
 )  # fmt: skip
+_CAPTIONS_FROM = flags.DEFINE_string(
+    "captions_from", _DEFAULT.captions_from,
+    "File of captions that take the place of those of the input, as `sdjax.serve --captions=FILE` "
+    'writes it: a line {"file_name": a row\'s name, "text": its caption} for each.',
+    flag_values=FLAGS,
+)  # fmt: skip
 _WORKERS = flags.DEFINE_integer(
     "workers", 0, "Processes on this machine; 0 is one for each core.", lower_bound=0,
     flag_values=FLAGS,
@@ -189,6 +195,8 @@ def settings_of_flags() -> Settings:
         fields=Fields(_IMAGE_KEY.value, _TEXT_KEY.value, _CAPTIONS_KEY.value, columns, images),
         rules=rules,
         duplicates=_DUPLICATES.value,
+        captions_from=_CAPTIONS_FROM.value,
+        captions_sha256=mended.digest(_CAPTIONS_FROM.value) if _CAPTIONS_FROM.value else "",
         **others,
     )
 

@@ -1,10 +1,14 @@
-"""Serve a model to the clients there are, and to a browser.
+"""Serve a model to the clients there are, and runs and data to a browser.
 
     python -m sdjax.serve --model=DIR
+    python -m sdjax.serve --workdir=RUNS
+    python -m sdjax.serve --data=PICTURES
 
-DIR is a workdir of sdjax or a diffusers folder. The server speaks the API of AUTOMATIC1111's web UI
-(/sdapi/v1) and the images of OpenAI's (/v1); /metrics is for Prometheus. It listens on this machine
-alone unless --host says otherwise, which needs a token. Equal pictures that wait are drawn
+One of the three, or several. The DIR of --model is a workdir of sdjax or a diffusers folder. The
+server speaks the API of AUTOMATIC1111's web UI (/sdapi/v1) and the images of OpenAI's (/v1);
+/metrics is for Prometheus. --workdir watches runs while they train, --data looks at pictures and
+mends their captions; neither touches a device. It listens on this machine alone unless --host says
+otherwise, which needs a token. Equal pictures that wait are drawn
 together. docs/serving.md has examples. Needs `pip install "sdjax[serve]"`. Exit codes: 0 stopped by
 SIGTERM, which waits for pictures that are being drawn; 2 the input or an option is wrong; 130
 Ctrl-C.
@@ -19,9 +23,7 @@ if __name__ == "__main__":  # before the other imports, which take a while
 
 import argparse
 import dataclasses
-import ipaddress
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -38,11 +40,13 @@ from sdjax.sampling.options import (
 )
 from sdjax.system import paths, progress, untrusted
 from sdjax.system.allocator import use_large_pages
+from sdjax.system.listening import address, handed, is_loopback, listen
+from sdjax.web.view_options import add_view_options, check_views
 
 if TYPE_CHECKING:
     from sdjax.train.monitoring.data_profile import Distribution
+    from sdjax.web.server.fields import Limits
     from sdjax.web.server.loaded import LoadedModel
-    from sdjax.web.server.requests import Limits
     from sdjax.web.server.service import Service
 
 TOKEN_VARIABLE = "SDJAX_SERVE_TOKEN"
@@ -58,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, help="workdir of sdjax, or a diffusers folder")
+    p.add_argument("--model", help="workdir of sdjax, or a diffusers folder, to draw with")
+    add_view_options(p)
     add_lora_option(p)
     p.add_argument(
         "--weights", default="ema",
@@ -119,14 +124,17 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, serve until a signal comes, and give the exit code."""
     args = parser().parse_args(argv)
-    from sdjax.checkpoints.checkpoint import CheckpointError
-    from sdjax.train.startup import enable_compilation_cache
-
-    enable_compilation_cache("")
     logging.set_verbosity(logging.WARNING)
+    wrong: list[type[Exception]] = [UserError]
+    if args.model:
+        from sdjax.checkpoints.checkpoint import CheckpointError
+        from sdjax.train.startup import enable_compilation_cache
+
+        enable_compilation_cache("")
+        wrong += [CheckpointError, ValueError, FloatingPointError]
     try:
         serve(args)
-    except paths.storage_errors(CheckpointError, ValueError, FloatingPointError) as error:
+    except paths.storage_errors(*wrong) as error:
         return explain(error)
     return 0
 
@@ -138,40 +146,49 @@ def serve(args: argparse.Namespace) -> None:
         UserError and its kin: the model or an option is wrong, or the port is taken.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401, or what follows says that another package is missing
 
-        from sdjax.web.server.app import make_app
         from sdjax.web.server.gate import LOOPBACK
+        from sdjax.web.server.running import run_site
+        from sdjax.web.server.site import make_site
+        from sdjax.web.server.views import open_views
     except ModuleNotFoundError as error:
         raise UserError(
             f'sdjax.serve needs {error.name}: install it by `pip install "sdjax[serve]"`'
         ) from error
 
+    check_views(args)
     limits, token = _limits(args), _token(args)
-    loopback = _is_loopback(args.host)
+    loopback = is_loopback(args.host)
     if not token and not loopback:
         raise UserError(
             f"--host={args.host} lets other machines in, which needs a token: put one of at least "
             f"{_SHORTEST_TOKEN} characters into a file and give --token_file=FILE"
         )
-    listener = _listener(args.host, args.port)  # a port that is taken is an error now
-    with progress.shown():
-        service = _service(args, limits)
+    # A port that is taken is an error now.
+    listener = listen(args.host, args.port) if args.handed is None else handed(args.handed)
+    views = open_views(args, trusted=bool(token))
     # Whoever has the token may ask by any name.
     hosts = (*LOOPBACK, args.host, *args.allow_host) if loopback and not token else ()
-    app = make_app(service, token=token, hosts=hosts, origins=args.allow_origin)
-    port = listener.getsockname()[1]
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"{service.title} is served at http://{shown}:{port} (Ctrl-C stops)", flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, lifespan="on",
-        timeout_graceful_shutdown=15, h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+    if args.model:
+        from sdjax.web.server.app import make_app
+
+        with progress.shown():
+            service = _service(args, limits)
+        app = make_app(
+            service, token=token, hosts=hosts, origins=args.allow_origin, others=views.routes,
+            places=views.places,
+        )  # fmt: skip
+    else:
+        app = make_site(views.routes, limits, token=token, hosts=hosts, origins=args.allow_origin)
+    title = service.title if args.model else " and ".join(views.names)
+    if args.handed is None:
+        print(f"{title} is served at {address(listener, args.host)} (Ctrl-C stops)", flush=True)
+    run_site(app, listener, views.ending, until_input_ends=args.handed is not None)
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from sdjax.web.server.requests import Limits
+    from sdjax.web.server.fields import Limits
 
     for name in ("max_side", "max_steps", "max_pictures", "max_megabytes", "queue", "timeout",
                  "rate", "batch_size"):  # fmt: skip
@@ -201,30 +218,6 @@ def _token(args: argparse.Namespace) -> str:
             "as `openssl rand -hex 32` makes them"
         )
     return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name may mean any address
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. UserError if it cannot."""
-    if not 0 <= port < 65536:
-        raise UserError(f"--port={port}; expected 0 to 65535")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"--host={host} --port={port} cannot be listened at: {error.strerror}; choose another "
-            "--port, or 0 for a free one"
-        ) from error
-    return listener
 
 
 def _ratings_folder(args: argparse.Namespace) -> paths.Path | None:

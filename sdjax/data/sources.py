@@ -134,6 +134,10 @@ class Source:
         with self._named(index):
             return as_text(record["file_name"]) if "file_name" in record else str(index)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """The height and width of the picture, from the record or the header; 0 if unreadable."""
+        return self._row(index)[:2]
+
     def text(self, index: int) -> str:
         """The main caption alone, without decoding the image."""
         record = self._record(index)

@@ -7,6 +7,7 @@ They use the key-value store of JAX's coordination service, which lives in proce
     sdjax/end      why the run ends early, {host, code, message, lost}; the first to say it is right
     sdjax/heard/I  host I has read it
     sdjax/stop     the step after which all save and stop
+    sdjax/wish/W   the step after which all do what those who watch have asked for
 
 Without this a failed host leaves the others waiting in a collective until JAX ends them with a C++
 stack trace and exit code 134 (`docs/notes/libraries.md` compares). With one process every function
@@ -38,6 +39,7 @@ FAILED, WRONG_INPUT, INTERRUPTED, LOST_HOST = 1, 2, 130, 76  # exit codes
 # How many steps ahead of the slowest host another can be in `stops_after`, plus one: a host first
 # fetches the metrics of two steps ago (telemetry.DelayedMetrics), in which all took part.
 STOP_AHEAD = 3
+AGREE_EVERY = 8  # steps between two looks for what is not urgent; more than STOP_AHEAD
 
 _GRACE = 10.0  # seconds to clean up, and for the others to hear of the end
 _LONG = 24 * 3600 * 1000  # milliseconds; a dead host ends any wait long before
@@ -84,6 +86,11 @@ def alone() -> bool:
     return _monitor is None
 
 
+def is_first() -> bool:
+    """Whether this is process 0, or the only one; unlike JAX's answer it touches no device."""
+    return _monitor is None or _monitor.index == 0
+
+
 def stops_after(step: int, *, asked: bool) -> bool:
     """Return whether all hosts stop after `step`, because one of them was asked to.
 
@@ -100,6 +107,25 @@ def stops_after(step: int, *, asked: bool) -> bool:
         _monitor.put("stop", str(step + STOP_AHEAD))
     last = _monitor.get("stop")
     return last is not None and step >= int(last)
+
+
+def agreed(name: str, step: int, *, asked: bool) -> bool:
+    """Return whether all hosts do something after `step`, because one of them was asked to.
+
+    As `stops_after`, but it costs a message at every `AGREE_EVERY` steps alone.
+
+    Args:
+        name: of what is done; each is agreed upon once.
+        asked: whether this host was asked for it.
+    """
+    if _monitor is None:
+        return asked
+    if step % AGREE_EVERY:
+        return False
+    if asked:
+        _monitor.put(name, str(step + AGREE_EVERY))
+    agreed_step = _monitor.get(name)
+    return agreed_step is not None and step >= int(agreed_step)
 
 
 def from_first(name: str, value: str) -> str:

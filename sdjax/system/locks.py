@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
 import json
 import os
 import socket
@@ -28,49 +27,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdjax.errors import UserError, write_error
-from sdjax.system import interrupts, paths
+from sdjax.system import interrupts, lock_holder, paths
+from sdjax.system.lock_holder import FILE, SILENT, Holder
 
-FILE = ".lock"  # in a folder that is filled in place
 BEAT = 10.0  # seconds between two touches of a lock
 GRACE = 5.0  # seconds that a process of this machine has to end, as after SIGKILL
-SILENT = 60.0  # seconds without a touch after which a lock of another machine is void
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def is_lock(path: paths.Path) -> bool:
     """Whether a file is a lock of its folder."""
     return path.name.startswith(FILE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """A process that has, or had, a lock.
-
-    machine: differs between machines, and from one start of a machine to the next.
-    began: the process's start in clock ticks, since a number may be used again; "" if not known.
-    shared: whether other sharing processes may hold the lock too.
-    """
-
-    program: str
-    pid: int
-    host: str
-    since: str
-    machine: str
-    began: str
-    shared: bool
-
-    @property
-    def here(self) -> bool:
-        """Whether it is, or was, a process of this machine since its last start."""
-        return self.machine == _machine()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it is known not to run any more."""
-        return self.here and not _is_running(self)
-
-    def __str__(self) -> str:
-        return f"{self.program}, process {self.pid} on {self.host}, since {self.since}"
 
 
 class LockedError(UserError):
@@ -266,17 +233,17 @@ class _StaleCheck:
 
     def is_free(self, handle: int, *, locked: bool) -> bool:
         """Whether a lock may be taken that flock shows as free, or cannot show, on this machine."""
-        holder = _read(handle)
+        holder = lock_holder.read(handle)
         if holder is None:
             return True
         if holder.here:
             # flock is reliable among processes of one machine.
-            return locked or not _is_running(holder) or self._refuse(holder)
+            return locked or not lock_holder.is_running(holder) or self._refuse(holder)
         return self._silent_for(handle, holder, self._silent or 2.5 * BEAT)
 
     def is_dead(self, handle: int) -> bool:
         """Whether a locked file belongs to a machine that is gone."""
-        holder = _read(handle)
+        holder = lock_holder.read(handle)
         if holder is not None and not holder.here:
             return self._silent_for(handle, holder, self._silent or SILENT)
         if time.monotonic() - self._since > (GRACE if self._grace is None else self._grace):
@@ -322,7 +289,7 @@ def _flock(handle: int, kind: int) -> bool | None:
 def _joins(handle: int, alone: bool | None) -> bool:
     """Whether this process may share the lock of others; `alone` is the result of `_flock`."""
     if alone is None:
-        holder = _read(handle)
+        holder = lock_holder.read(handle)
         return holder is not None and holder.shared
     return bool(_flock(handle, fcntl.LOCK_SH))
 
@@ -339,24 +306,13 @@ def _write(handle: int, program: str, shared: bool, *, append: bool) -> None:
     """Write this process as holder into the lock, beside other holders with `append`."""
     pid = os.getpid()
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = Holder(program, pid, socket.gethostname(), since, _machine(), _began(pid), shared)
+    machine, began = lock_holder.machine(), lock_holder.began(pid)
+    holder = Holder(program, pid, socket.gethostname(), since, machine, began, shared)
     if not append:
         os.ftruncate(handle, 0)
     text = json.dumps(dataclasses.asdict(holder)) + "\n"
     os.pwrite(handle, text.encode(), os.fstat(handle).st_size)
     os.fsync(handle)  # for other machines, which see an open file as it was last sent
-
-
-def _read(handle: int) -> Holder | None:
-    """The holder of the lock; of several, the first that runs on this machine, or the last."""
-    holders = []
-    for line in os.pread(handle, 65536, 0).splitlines():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            holder = Holder(**json.loads(line))
-            if type(holder.pid) is int and 0 < holder.pid < 2**31 and str(holder).isprintable():
-                holders.append(holder)
-    running = (holder for holder in holders if holder.here and _is_running(holder))
-    return next(running, holders[-1] if holders else None)
 
 
 def _release(handle: int, file: Path, shared: bool) -> None:
@@ -365,31 +321,3 @@ def _release(handle: int, file: Path, shared: bool) -> None:
         if _is_at(handle, file) and (not shared or _flock(handle, fcntl.LOCK_EX)):
             file.unlink()
     os.close(handle)
-
-
-@functools.cache
-def _machine() -> str:
-    """A name of this machine since its last start."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
-def _began(pid: int) -> str:
-    """The start of a process in clock ticks; "" if it has ended or the system has no /proc."""
-    try:
-        # proc(5): field 22, counted after the name, which is in parentheses.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _is_running(holder: Holder) -> bool:
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return _began(holder.pid) == holder.began

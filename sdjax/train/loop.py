@@ -38,6 +38,7 @@ from sdjax.train.rollback import Spike
 from sdjax.train.state import State
 from sdjax.train.trackers import registry as trackers
 from sdjax.train.trackers.registry import open_trackers
+from sdjax.train.wishes import Wishes
 
 DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL, "try again later"
 
@@ -49,8 +50,9 @@ def run(config: Config, workdir: str, *, dry_run: bool = False, hooks: Hooks | N
         hooks: the judge of pictures and the writer of the report; by default there are none.
 
     Returns:
-        An exit code: 0 finished; 3 diverged, or the last pictures are NaN; 75 stopped by SIGTERM
-        after saving.
+        An exit code: 0 finished, or stopped after saving by the wish of somebody who watches, so
+        that no scheduler starts it again; 3 diverged, or the last pictures are NaN; 75 stopped by
+        SIGTERM after saving.
 
     Raises:
         UserError: configuration or input cannot work; the message says what to change.
@@ -64,17 +66,19 @@ def run(config: Config, workdir: str, *, dry_run: bool = False, hooks: Hooks | N
     if dry_run:
         return announce.describe(config, mesh)
     folder = paths.to_path(workdir)
-    with startup.locked_workdir(folder):
+    with startup.locked_workdir(folder), Wishes(folder) as wishes:
         while True:
             try:
-                code = _train_stage(config, mesh, folder, hooks or Hooks())
+                code = _train_stage(config, mesh, folder, hooks or Hooks(), wishes)
                 if code is not None:
                     return code
             except Spike as spike:
                 announce.announce_line(rollback.record(folder, spike))
 
 
-def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -> int | None:
+def _train_stage(
+    config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks, wishes: Wishes
+) -> int | None:
     """Train one stage of the run, from its newest checkpoint; None if another stage follows.
 
     Raises:
@@ -192,21 +196,23 @@ def _train_stage(config: Config, mesh: Mesh, folder: paths.Path, hooks: Hooks) -
                 if checkpoints.check():
                     telemetry.saved()
 
-                if observers.due(done):
+                if observers.due(done, asked=wishes.draws_after(done)):
                     monitor.flush()
                     with telemetry.pause():
                         observers.observe(done, state, frozen, telemetry)
                 if observers.wants_checkpoint(done, stage.end):
                     save()
-                if stop.requested(done) and done < whole.train.steps:
+                signalled, wished = stop.requested(done), wishes.stops_after(done)
+                if (signalled or wished) and done < whole.train.steps:
                     save()
                     checkpoints.wait()
                     telemetry.saved()
+                    why = "by a signal" if signalled else "as asked on the page"
                     telemetry.message(
-                        f"stopped by a signal after step {done} and saved; run the same command "
-                        "again to go on"
+                        f"stopped {why} after step {done} and saved; run the same command again "
+                        "to go on"
                     )
-                    return STOPPED
+                    return STOPPED if signalled else DONE
             monitor.flush()
             checkpoints.wait()
             telemetry.saved()

@@ -58,6 +58,7 @@ class Observers:
         }
         self._judge = hooks.make_judge(config, tokenizers, folder) if validation.metrics else None
         self._write_report = hooks.write_report if config.train.report else None
+        self._asked = False  # for pictures of the step at hand
         self._check_metric()
 
     def _check_metric(self) -> None:
@@ -92,7 +93,8 @@ class Observers:
         return regular or done == end or self.selection.stops or done == self.selection.step
 
     def _draws(self, done: int) -> bool:
-        return _every(done, self._config.train.sample_every) and done < self._config.train.steps
+        due = self._asked or _every(done, self._config.train.sample_every)
+        return due and done < self._config.train.steps
 
     def _validates(self, done: int) -> bool:
         last = done == self._config.train.steps
@@ -104,8 +106,12 @@ class Observers:
     def _measures(self, done: int) -> bool:
         return _every(done, self._config.validation.maxima_every)
 
-    def due(self, done: int) -> bool:
-        """Whether there is anything to observe after step `done`."""
+    def due(self, done: int, *, asked: bool = False) -> bool:
+        """Whether there is anything to observe after step `done`.
+
+        asked: whether somebody wishes to see pictures of it.
+        """
+        self._asked = asked
         looks = (self._draws, self._validates, self._measures, self._keeps)
         return any(look(done) for look in looks)
 
@@ -117,6 +123,8 @@ class Observers:
         """
         if self._draws(done):
             self.draw(done, state, frozen, telemetry)
+            if self._asked:
+                telemetry.message(f"pictures of step {done}, as asked on the page")
         if self._validates(done):
             self._validate(done, state, frozen, telemetry)
             self.report(telemetry)

@@ -46,3 +46,11 @@ def policy(scripts: Sequence[str]) -> str:
         "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
         f"script-src {allowed}; base-uri 'none'; form-action 'none'"
     )
+
+
+@functools.cache
+def script_of_plots() -> str:
+    """Return Plotly's script, which draws all curves."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.settings import Settings, Workspace, assign_splits
+from sdjax.data.raw import mended
 from sdjax.data.raw.clean import Rules, ScoreRule
 from sdjax.data.raw.rows import Fields, fraction
 from sdjax.data.sources import DataConfig, DataError, open_source
@@ -228,6 +229,30 @@ def test_pictures_without_a_caption_can_stay(tmp_path):
     assert prepare(tmp_path / "in", tmp_path / "all", chosen)["kept"] == 2
     source = open_source(DataConfig(name="prepared", path=str(tmp_path / "all")), "train")
     assert [source[i]["text"] for i in range(2)] == ["", "one"]
+
+
+def test_mended_captions_take_the_place_of_those_of_the_input(tmp_path):
+    members = [("0.png", encoded(picture(0))), ("0.txt", b"zero")]
+    members += [("1.png", encoded(picture(1))), ("1.txt", b"one")]
+    write_tar(tmp_path / "in" / "a.tar", members)
+    first = prepare(tmp_path / "in", tmp_path / "out", settings("webdataset", test_share=0.0))
+    source = open_source(DataConfig(name="prepared", path=str(tmp_path / "out")), "train")
+    names = {source[i]["text"]: source.key(i) for i in range(2)}
+    file = tmp_path / "mended.jsonl"
+    rows = [{"file_name": names["one"], "text": "first"}, {"file_name": names["one"], "text": "1!"}]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    chosen = settings(
+        "webdataset", test_share=0.0, captions_from=str(file), captions_sha256=mended.digest(file)
+    )
+    found = prepare(tmp_path / "in", tmp_path / "again", chosen)
+    source = open_source(DataConfig(name="prepared", path=str(tmp_path / "again")), "train")
+    assert sorted(source.texts()) == ["1!", "zero"]
+    assert first["changed"] == {} and found["changed"] == {"caption_mended": 1}
+    with pytest.raises(DataError, match="has changed"):
+        mended.of_run(str(file), "0" * 64)
+    file.write_text("no JSON\n")
+    with pytest.raises(DataError, match="line 1: expected"):
+        mended.digest(file)
 
 
 def test_named_pictures_are_stored_and_tell_duplicates_apart(tmp_path):

@@ -33,7 +33,7 @@ from sdjax.families.config import ModelConfig
 from sdjax.methods.method import MethodConfig
 from sdjax.sweeps import ranking
 from sdjax.sweeps.study import begin_trial, open_study
-from sdjax.system import locks, text_files
+from sdjax.system import lock_holder, text_files
 from sdjax.system.locks import LockedError
 from sdjax.web.report import page as report_page
 from tests.fuzz import mutation, stored_dataset
@@ -209,8 +209,8 @@ def sweep(rng: np.random.Generator, folder: Path) -> str:
     files = dict(_sweep())
     lock = {
         "program": "sdjax.sweep", "pid": int(rng.choice([os.getpid(), os.getppid(), 2**22])),
-        "host": socket.gethostname(), "since": "", "machine": locks._machine(),
-        "began": locks._began(os.getppid()), "shared": False,
+        "host": socket.gethostname(), "since": "", "machine": lock_holder.machine(),
+        "began": lock_holder.began(os.getppid()), "shared": False,
     }  # fmt: skip
     if rng.random() < 0.7:
         lines = files["journal.log"].splitlines()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from sdjax.system import locks
+from sdjax.system import lock_holder, locks
 from sdjax.system.locks import Lock, LockedError, held, replacing
 
 HOLD = """
@@ -151,10 +151,10 @@ def test_a_folder_that_a_run_writes_is_not_replaced(tmp_path):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A lock in `tmp_path` that a process of another machine has left."""
-    monkeypatch.setattr(locks, "_machine", lambda: "another")
+    monkeypatch.setattr(lock_holder, "machine", lambda: "another")
     handle = os.open(tmp_path / locks.FILE, os.O_RDWR | os.O_CREAT)
     locks._write(handle, "sdjax.main", False, append=False)
-    monkeypatch.setattr(locks, "_machine", lambda: "this")
+    monkeypatch.setattr(lock_holder, "machine", lambda: "this")
     monkeypatch.setattr(locks, "BEAT", 0.1)
     monkeypatch.setattr(locks, "SILENT", 0.3)
     yield handle

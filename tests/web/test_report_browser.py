@@ -6,6 +6,7 @@ import pytest
 
 from sdjax.web.report.page import write_report
 from tests.odd_names import ODD
+from tests.web import accessibility
 from tests.web.report_workdir import NASTY, make_workdir
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -236,3 +237,11 @@ def test_the_page_prints_all_its_plots(open_page):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     drawn = "() => [...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))"
     page.wait_for_function(drawn)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(open_page, scheme):
+    axe = accessibility.script()
+    page = open_page(color_scheme=scheme)
+    draw_all(page)
+    assert accessibility.violations(page, axe) == []

@@ -23,7 +23,7 @@ from sdjax.data.named_images import NamedImage
 from sdjax.data.prepare.duplicates import difference_hash
 from sdjax.data.prepare.index import Index, IndexEntry, counts, read_index
 from sdjax.data.prepare.settings import Settings, Workspace
-from sdjax.data.raw import folder, formats
+from sdjax.data.raw import folder, formats, mended
 from sdjax.data.raw.clean import Example, clean
 from sdjax.data.raw.rows import Row, Shard, Skip
 from sdjax.system import paths
@@ -52,7 +52,7 @@ def clean_shard(
         for item in formats.read(shard, settings.fields, passed_over=passed_over):
             image = item.image if isinstance(item, Row) else None
             note_row(len(image or b""))
-            made = clean(item, settings.rules) if isinstance(item, Row) else item
+            made = _mended(item, settings) if isinstance(item, Row) else item
             if isinstance(made, Skip):
                 _note(index, made, image, settings)
             else:
@@ -63,6 +63,21 @@ def clean_shard(
     index.passed_over.update(passed_over)
     workspace.write_json(workspace.index(number), dataclasses.asdict(index))
     return counts(index)
+
+
+def _mended(row: Row, settings: Settings) -> Example | Skip:
+    """Clean a row with the caption that --captions_from has for it, if it has one."""
+    captions = (
+        mended.of_run(settings.captions_from, settings.captions_sha256)
+        if settings.captions_from
+        else {}
+    )
+    if row.name not in captions:
+        return clean(row, settings.rules)
+    made = clean(dataclasses.replace(row, text=captions[row.name]), settings.rules)
+    if isinstance(made, Skip):
+        return made
+    return dataclasses.replace(made, changed=("caption_mended", *made.changed))
 
 
 def _progress_writer(workspace: Workspace, number: int, shard: Shard) -> Callable[[int], None]:

@@ -42,6 +42,8 @@ class Settings:
     shard_mb: int = 256
     thumbnails: int = 8  # in the report, of each reason
     outside_links: bool = False  # links below the input may lead out of it
+    captions_from: str = ""  # a file of captions that take the place of those of the input
+    captions_sha256: str = ""  # of that file
 
     def __post_init__(self) -> None:
         if self.duplicates not in DUPLICATES:

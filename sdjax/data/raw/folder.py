@@ -282,6 +282,21 @@ def names(shard: Shard, fields: Fields = _PLAIN) -> Iterator[str]:
             yield entry["file_name"]
 
 
+def described(shard: Shard, fields: Fields = _PLAIN) -> Iterator[tuple[str, str, Any]]:
+    """The name, split and unchecked caption of each row, without reading any image."""
+    root, splits = paths.to_path(shard.root), dict(shard.folders)
+    inside = PathGuard(shard.root, outside=shard.outside)
+    captions = dict(zip(shard.names, shard.captions, strict=True))
+    for _, entry in _entries(shard):
+        if isinstance(entry, BadRow):
+            continue
+        name, text = entry["file_name"], fields.caption(entry)
+        if captions.get(name):
+            with contextlib.suppress(BadRow):
+                text = _caption_beside(root, name, captions[name], inside)
+        yield name, splits.get(posixpath.dirname(name), shard.split), text
+
+
 def marks(shard: Shard, fields: Fields) -> Iterator[str]:
     """Texts that change whenever the shard's metadata, or an image or caption of it, changes."""
     base = "" if shard.names else posixpath.dirname(shard.name)

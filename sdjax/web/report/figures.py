@@ -145,34 +145,35 @@ _OTHER = ("Other", r"\1\3", "", "", {r"((?:train/)?([^/]*))|(.*)/([^/]*)": r"\2\
 
 def sections(metrics: Metrics) -> list[Section]:
     """Return all curves of a run, each on one figure or more; none where there are no metrics."""
-    plans = _plans(metrics)
-    count = sum(len(plan.names) for group in plans.values() for plan in group)
+    planned = plan(metrics.curves)
+    count = sum(len(one.names) for group in planned.values() for one in group)
     points = int(np.clip(ALL_POINTS // max(count, 1), LEAST_POINTS, POINTS))
     return [
-        Section(title, tuple(_figure(plan, metrics, points) for plan in group))
-        for title, group in plans.items()
+        Section(title, tuple(_figure(one, metrics, points) for one in group))
+        for title, group in planned.items()
     ]
 
 
-def _plans(metrics: Metrics) -> dict[str, list[Plan]]:
-    """Return the figures to draw under each heading."""
-    names = [name for name in metrics.curves if not _LEFT_OUT.fullmatch(name)]
+def plan(metrics: Iterable[str]) -> dict[str, list[Plan]]:
+    """Return the figures to draw under each heading, of the names of metrics."""
+    every = list(metrics)
+    names = [name for name in every if not _LEFT_OUT.fullmatch(name)]
     found: dict[tuple[str, str], Plan] = {}
     for row in (*_PLANS, _OTHER):
         if row is _OTHER:
-            drawn = {name for plan in found.values() for name in plan.names}
+            drawn = {name for one in found.values() for name in one.names}
             names = [name for name in names if name not in drawn]
         heading, title, unit, note, patterns = row
         for (pattern, label), name in itertools.product(patterns.items(), names):
             if match := re.fullmatch(pattern, name, re.DOTALL):
                 full = match.expand(title)
-                plan = found.setdefault((heading, full), Plan(full, unit, note))
-                plan.names[name] = match.expand(label)
-    if not any(re.fullmatch(f"{_SEEN}/loss", name) for name in metrics.curves):
+                one = found.setdefault((heading, full), Plan(full, unit, note))
+                one.names[name] = match.expand(label)
+    if not any(re.fullmatch(f"{_SEEN}/loss", name) for name in every):
         found.pop(("Loss", _GAP), None)
     by_heading: dict[str, list[Plan]] = {}
-    for (heading, _), plan in found.items():
-        by_heading.setdefault(heading, []).append(plan)
+    for (heading, _), one in found.items():
+        by_heading.setdefault(heading, []).append(one)
     return by_heading
 
 

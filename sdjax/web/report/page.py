@@ -94,6 +94,5 @@ def render(contents: Contents) -> str:
 @functools.cache
 def _scripts() -> tuple[str, str]:
     """Plotly and the page's own script."""
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs(), templating.asset("report.js")
+    own = templating.asset("figures.js") + templating.asset("report.js")
+    return templating.script_of_plots(), own

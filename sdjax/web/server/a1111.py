@@ -18,9 +18,9 @@ from starlette.routing import Route
 
 from sdjax.web.server.a1111_lists import PREFIX, title_of
 from sdjax.web.server.a1111_requests import picture_requests, text_requests
+from sdjax.web.server.fields import Fields
 from sdjax.web.server.infotext import infotext
 from sdjax.web.server.requests import (
-    Fields,
     PictureRequest,
 )
 from sdjax.web.server.service import Service, encode, leaving

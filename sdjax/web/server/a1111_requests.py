@@ -10,9 +10,8 @@ from sdjax.diffusion.grids import SamplerConfig, changed_sampler
 from sdjax.sampling.generate import MOST_SEED
 from sdjax.system.untrusted import brief
 from sdjax.web.server.a1111_lists import SCHEDULERS, sampler_of
+from sdjax.web.server.fields import Fields, InvalidRequest
 from sdjax.web.server.requests import (
-    Fields,
-    InvalidRequest,
     PictureRequest,
     decoded_image,
     mask_array,

@@ -18,10 +18,12 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdjax.web.server.requests import Limits
+from sdjax.web.server.fields import Limits
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OPEN = ("/healthz",)  # answers without a token
+# Small pictures, of which a page shows many, count as a tenth of a request.
+_SMALL = ("/watch/picture", "/look/picture")
 _ADDRESSES = 4096  # whose requests are counted
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -92,7 +94,8 @@ class Gate:
         origin = headers.get("origin", "")
         if origin and origin not in self.origins and not _same(origin, headers.get("host", "")):
             raise RefusedError(403, f"pages of {origin!r} may not use this server (--allow_origin)")
-        self._check_rate((scope.get("client") or ("", 0))[0])
+        cost = 0.1 if scope["path"].startswith(_SMALL) else 1.0
+        self._check_rate((scope.get("client") or ("", 0))[0], cost)
         preflight = scope["method"] == "OPTIONS" and origin in self.origins
         if self.token and scope["path"] not in _OPEN and not preflight:
             if not _knows(headers.get("authorization", ""), self.token):
@@ -104,15 +107,15 @@ class Gate:
         if not length.isdecimal() or int(length) > self.limits.body:
             raise _too_large(self.limits.body)
 
-    def _check_rate(self, address: str) -> None:
-        """Take one from the address's share, which fills up again within a minute."""
+    def _check_rate(self, address: str, cost: float) -> None:
+        """Take a cost from the address's share, which fills up again within a minute."""
         most, now = float(self.limits.rate), time.monotonic()
         left, then = self._asked.pop(address, (most, now))
         left = min(most, left + (now - then) * most / 60)
-        self._asked[address] = (max(left - 1, 0.0), now)
+        self._asked[address] = (max(left - cost, 0.0), now)
         if len(self._asked) > _ADDRESSES:
             self._asked.popitem(last=False)
-        if left < 1:
+        if left < cost:
             raise RefusedError(
                 429, f"more than {self.limits.rate} requests a minute", **{"retry-after": "1"}
             )
@@ -206,6 +209,8 @@ class _Exchange:
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.began = True
-            own = [*message.get("headers", []), *_HEADERS, *self.headers]
+            given = list(message.get("headers", []))
+            names = {name.lower() for name, _ in given}
+            own = [*given, *(pair for pair in _HEADERS if pair[0] not in names), *self.headers]
             message = {**message, "headers": own}
         await self.sending(message)

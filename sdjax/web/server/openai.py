@@ -24,10 +24,9 @@ from sdjax.diffusion.grids import changed_sampler
 from sdjax.sampling.generate import MOST_SEED
 from sdjax.system.untrusted import brief
 from sdjax.web.server.a1111_lists import title_of
+from sdjax.web.server.fields import Fields, InvalidRequest
 from sdjax.web.server.infotext import infotext
 from sdjax.web.server.requests import (
-    Fields,
-    InvalidRequest,
     PictureRequest,
     mask_array,
     picture_array,

@@ -13,17 +13,19 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sdjax.errors import UserError
 from sdjax.web.server.a1111_lists import title_of
 from sdjax.web.server.a1111_requests import picture_requests, text_requests
 from sdjax.web.server.engine import Job, StoppedError
+from sdjax.web.server.fields import InvalidRequest
 from sdjax.web.server.infotext import infotext
-from sdjax.web.server.requests import InvalidRequest, PictureRequest
+from sdjax.web.server.requests import PictureRequest
 from sdjax.web.server.service import Service, encode
-from sdjax.web.templating import asset, environment, policy
+from sdjax.web.server.site import Place, page
+from sdjax.web.templating import asset
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class Page:
     """The routes of one service."""
 
     service: Service
+    places: Sequence[Place] = ()
 
     def routes(self) -> list[Route]:
         """Return the page, and what it draws by."""
@@ -42,7 +45,7 @@ class Page:
 
     async def page(self, http: Request) -> Response:
         """Return the page, which loads nothing besides."""
-        loaded, limits, script = self.service.loaded, self.service.limits, asset("draw.js")
+        loaded, limits = self.service.loaded, self.service.limits
         height, width = loaded.model.native_size
         facts = {
             "title": self.service.title,
@@ -60,13 +63,10 @@ class Page:
             "rates": self.service.ratings is not None,
             "place": self.service.place or self.service.loaded.name,
         }
-        text = (
-            environment()
-            .get_template("draw.html")
-            .render(facts=facts, style=asset("report.css") + asset("draw.css"), script=script)
+        style = asset("report.css") + asset("draw.css")
+        return page(
+            "draw.html", ["draw.js"], facts=facts, style=style, places=self.places, here="/"
         )
-        rules = policy([script]) + "; connect-src 'self'; frame-ancestors 'none'"
-        return HTMLResponse(text, headers={"content-security-policy": rules})
 
     async def draw(self, http: Request) -> Response:
         """Answer with lines of JSON: steps with previews, then the pictures, or an error."""

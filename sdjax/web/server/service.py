@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import functools
 import io
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -18,9 +17,10 @@ from starlette.requests import Request
 from sdjax.diffusion.grids import SAMPLERS, changed_sampler
 from sdjax.errors import UserError
 from sdjax.web.server.engine import Engine, Job
+from sdjax.web.server.fields import Fields, InvalidRequest, Limits, read_fields
 from sdjax.web.server.loaded import LoadedModel
 from sdjax.web.server.ratings import RatingStore
-from sdjax.web.server.requests import Fields, InvalidRequest, Limits, PictureRequest
+from sdjax.web.server.requests import PictureRequest
 from sdjax.web.server.statistics import Statistics
 
 _LOOK = 0.25  # seconds between looks whether the client is still there
@@ -102,15 +102,7 @@ class Service:
         Raises:
             InvalidRequest: it is none.
         """
-        body = await http.body()
-        try:
-            text = body.decode(json.detect_encoding(body)) or "{}"
-            content = json.loads(text)
-            if "\\u" in text:  # half of a surrogate pair can be in no picture and no answer
-                json.dumps(content, ensure_ascii=False).encode()
-            return Fields(content)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"the body is no JSON: {error}; send a JSON object") from error
+        return await read_fields(http)
 
     async def draw(
         self,

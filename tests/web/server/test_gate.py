@@ -12,8 +12,9 @@ from starlette.testclient import TestClient
 
 from sdjax import serve
 from sdjax.errors import UserError
+from sdjax.web.server.fields import InvalidRequest, Limits
 from sdjax.web.server.gate import Gate
-from sdjax.web.server.requests import InvalidRequest, Limits, decoded_image
+from sdjax.web.server.requests import decoded_image
 
 TOKEN = "0123456789abcdef"
 

@@ -12,6 +12,7 @@ import pytest
 from sdjax.system import paths
 from sdjax.web.server.app import make_app
 from sdjax.web.server.ratings import RatingStore
+from tests.web import accessibility
 from tests.web.server.conftest import listening
 from tests.web.test_report_browser import OPTIONS, PHONE, WIDE
 
@@ -209,3 +210,13 @@ def test_with_a_token_the_page_asks_for_it(service):
     with listening(make_app(service, token=token, hosts=())) as url:
         assert httpx.get(url).status_code == 401
         assert httpx.get(url, auth=("anyone", token)).status_code == 200
+
+
+def test_axe_finds_nothing(open_page):
+    axe = accessibility.script()
+    page = open_page(color_scheme="dark")
+    assert accessibility.violations(page, axe) == []
+    page.fill("#prompt", "a circle")
+    page.click("#draw")
+    page.wait_for_selector("#pictures li")
+    assert accessibility.violations(page, axe) == []
