@@ -134,6 +134,12 @@ class Source:
         with self._named(index):
             return as_text(record["file_name"]) if "file_name" in record else str(index)
 
+    def keys(self) -> list[str]:
+        """The names of all examples."""
+        if "file_name" not in self._record(0):
+            return [str(index) for index in range(len(self))]
+        return [self.key(index) for index in range(len(self))]
+
     def text(self, index: int) -> str:
         """The main caption alone, without decoding the image."""
         record = self._record(index)
