@@ -106,4 +106,7 @@ def _packed(place: paths.Path) -> Picture:
     with Image.open(place) as image:
         shown = image.convert("RGB")
     shown.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    if (factor := SIDE // max(shown.size)) > 1:  # whole pixels, which hide nothing
+        size = factor * shown.width, factor * shown.height
+        shown = shown.resize(size, Image.Resampling.NEAREST)
     return packed(place.name, shown)
