@@ -16,6 +16,7 @@ VERBS = {
     "report": "curves, pictures and numbers of a run on one page",
     "serve": "draw for the clients of A1111 and OpenAI, over HTTP",
     "sweep": "search the configuration",
+    "improve": "find what fails, collect, train on, judge again",
     "plan": "does a run fit TPUs or GPUs, and how fast is it",
 }
 

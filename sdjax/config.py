@@ -178,6 +178,13 @@ class Config:
         starts = [0, *(stage.start for stage in self.stages)]
         if sorted(set(starts)) != starts:
             raise ValueError(f"stages start at {starts[1:]}; expected rising steps above 0")
+        moved = any((s.timestep_min, s.timestep_max) != (None, None) for s in self.stages)
+        if self.objective.resampling != "none" and moved:
+            raise ValueError(
+                f"objective.resampling is {self.objective.resampling!r}, and a stage has another "
+                "range of timesteps, of which the history says nothing; set it to 'none', or train "
+                "the stage as a run of its own"
+            )
         for i, stage in enumerate(self.stages):
             try:
                 self.at_step(stage.start)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.config import Config
+from sdjax.errors import UserError
 from sdjax.families.conditioning import Tokenize, blank_tokenizers
 from sdjax.families.family import Model
 from sdjax.families.registry import FAMILIES, model_of
@@ -65,7 +66,14 @@ def method_of_run(
         remat=config.model.remat,
         adopted=bool(config.vae_from or config.init_from),
     )
-    return METHODS[config.method.name].make(setup)
+    method = METHODS[config.method.name].make(setup)
+    if config.objective.resampling != "none" and not any(one.memory for one in method.phases):
+        raise UserError(
+            f"objective.resampling is {config.objective.resampling!r} with method "
+            f"{config.method.name!r}, whose loss is not that of a denoiser at one timestep; set it "
+            "to 'none'"
+        )
+    return method
 
 
 def _kept(config: Config, model: Model) -> Model:

@@ -34,6 +34,7 @@ MACHINE = (
     "data.path",
     "data.data_dir",
     "data.mixture",
+    "data.importance.weights",
     "data.text_embeddings",  # which only some of those datasets have
     "data.outside_links",
     "data.workers",

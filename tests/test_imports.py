@@ -20,6 +20,7 @@ VERBS = (
     "report",
     "plan",
     "sweep",
+    "improve",
     "serve",
 )
 # A room, or a file beside the rooms, imports only what stands before it.
@@ -27,7 +28,7 @@ ORDER = (
     "errors", "system", "diffusion", "models", "data", "parallel", "optim", "families", "formats",
     "sampling", "methods", "validation_config", "monitor_config", "typed_tree", "config",
     "config_changes", "config_model", "machine_settings", "recipes", "checkpoints", "encoding",
-    "train", "evaluation", "planning", "sweeps", "web", "verbs", *VERBS, "__main__",
+    "train", "evaluation", "planning", "sweeps", "improving", "web", "verbs", *VERBS, "__main__",
 )  # fmt: skip
 FLAT = 24  # files of a room; nest before it has more
 FILES = {

@@ -11,6 +11,7 @@ import pytest
 
 from sdjax.config import VARIANTS, Config, Stage, TrainConfig, resolve, to_dict
 from sdjax.data.config import DataConfig, DataError
+from sdjax.data.importance.config import ImportanceConfig
 from sdjax.data.mixture import Part
 from sdjax.evaluation.loading import choose_data, load
 from sdjax.machine_settings import MACHINE, asks_for, data_of_model, is_machine, of_model
@@ -29,6 +30,7 @@ model.frozen_dtype
 schedule.kind schedule.beta_start schedule.beta_end schedule.num_train_timesteps
 schedule.zero_terminal_snr schedule.snr_scale schedule.shift
 objective.prediction_type objective.timestep_sampling objective.stratified objective.timestep_min
+objective.resampling objective.resampling_bins data.importance.cap data.importance.unbiased
 objective.timestep_max objective.logit_mean objective.logit_std objective.mode_scale
 objective.weighting objective.min_snr_gamma objective.p2_k objective.p2_gamma objective.sigma_data
 objective.loss objective.huber_c objective.huber_schedule objective.offset_noise
@@ -44,7 +46,7 @@ data.captions.quality_tags data.captions.quality_first
 data.augment.* data.captions.empty data.resolution data.crop
 data.buckets.step data.buckets.max_aspect data.buckets.max_upscale data.flip data.batch_size
 data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shapes_test
-data.shapes_pairs data.shapes_colours
+data.shapes_pairs data.shapes_colours data.shapes_rare
 optim.name optim.learning_rate optim.b1 optim.b2 optim.eps optim.weight_decay optim.momentum
 optim.schedule optim.warmup_steps optim.end_value optim.power optim.rsqrt_steps optim.boundaries
 optim.scales optim.cycle_steps optim.clip_norm optim.groups optim.moments
@@ -139,7 +141,7 @@ def test_config_of_a_model_keeps_nothing_of_the_machine():
         tokenizer=dataclasses.replace(default.tokenizer, path="evil", path_2="evil"),
         data=DataConfig(
             path="evil", data_dir="evil", workers=7, threads=7, prefetch=7, max_pixels=7,
-            outside_links=True,
+            outside_links=True, importance=ImportanceConfig("evil"),
             name="encoded", text_embeddings=True, mixture=(Part(path="evil"),), resolution=32,
         ),
         train=TrainConfig(xla_options=("xla_dump_to=evil",), steps=7),
@@ -224,4 +226,7 @@ def test_only_recipes_choose_the_cache():
         for given in re.findall(r"(?<!def )enable_compilation_cache\(([^)]*)\)", file.read_text()):
             found.setdefault(given, set()).add(file.stem)
     runs = {"encode", "loop"}
-    assert found == {'""': {"sample", "evaluate", "serve"}, "config.compilation_cache": runs}
+    assert found == {
+        '""': {"sample", "evaluate", "serve", "improve"},
+        "config.compilation_cache": runs,
+    }

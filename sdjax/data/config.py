@@ -8,6 +8,7 @@ from sdjax.data import mixture, named_images
 from sdjax.data.augment.config import AugmentConfig
 from sdjax.data.buckets import BucketConfig
 from sdjax.data.caption_choice import CaptionConfig
+from sdjax.data.importance.config import ImportanceConfig
 from sdjax.data.mixture import Part
 from sdjax.data.named_images import NamedImage
 from sdjax.data.splits import parse_fold
@@ -46,6 +47,7 @@ class DataConfig:
     score_key: str = ""  # a number feature, such as one of quality ...
     min_score: float | None = None  # ... and the least value; other examples are left out
     weight_key: str = ""  # a number feature that multiplies the loss of an example; "" is 1 for all
+    importance: ImportanceConfig = ImportanceConfig()  # which examples come more often
     images: tuple[NamedImage, ...] = ()  # pictures of an example besides the main one
     captions: CaptionConfig = CaptionConfig()
     text_embeddings: bool = False  # encoded: train on stored embeddings in place of the captions
@@ -70,6 +72,8 @@ class DataConfig:
     shapes_test: int = 512  # pictures of the split "test"
     shapes_pairs: float = 0.35  # share of pictures with two objects
     shapes_colours: str = "named"  # or "any", without names in captions, for an autoencoder
+    # Words that are rare in the split "train": ("red=0.02",) keeps 2 % of the pictures with red.
+    shapes_rare: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("resolution", "batch_size", "max_pixels"):
@@ -151,7 +155,9 @@ def is_encoded(config: DataConfig) -> bool:
 
 def is_weighted(config: DataConfig) -> bool:
     """Whether examples have a weight that multiplies their loss."""
-    return bool(config.weight_key) or any(part.loss_weight != 1 for part in config.mixture)
+    corrected = bool(config.importance.weights) and config.importance.unbiased
+    parts_weigh = any(part.loss_weight != 1 for part in config.mixture)
+    return bool(config.weight_key) or corrected or parts_weigh
 
 
 def parts(config: DataConfig) -> list[DataConfig]:

@@ -10,6 +10,7 @@ of hosts, workers or threads. The state of an iterator is its number of steps.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from sdjax.data.buckets import Buckets
 from sdjax.data.caption_choice import CaptionConfig, choose, says_sides, swap_sides
 from sdjax.data.config import DataConfig, DataError, is_weighted, parts
 from sdjax.data.encoded import TEXT_FIELDS
+from sdjax.data.importance import table
 from sdjax.data.sources import Source, captions, open_parts, open_source
 from sdjax.data.stream import make_stream
 from sdjax.data.summary import Summary, summarise
@@ -266,7 +268,10 @@ def make_iterator(
     )
     import grain.python as grain
 
-    stream, depth, shape_at, buckets = _endless(config, sources, seed=seed, shuffle=shuffle)
+    weights = _weights(config, sources) if split == config.split else []
+    stream, depth, shape_at, buckets = _endless(
+        config, sources, weights, seed=seed, shuffle=shuffle
+    )
     batches = Batches(
         stream,
         transform,
@@ -278,7 +283,7 @@ def make_iterator(
     return BatchIterator(
         grain.MapDataset.source(batches),
         config,
-        _identity(config, sources, buckets, split=split, seed=seed, shuffle=shuffle),
+        _identity(config, sources, buckets, weights, split=split, seed=seed, shuffle=shuffle),
         process_index=process_index,
         process_count=process_count,
         shape_at=shape_at,
@@ -305,15 +310,18 @@ def kinds_of(config: DataConfig) -> dict[str, str]:
 
 
 def _endless(
-    config: DataConfig, sources: Sequence[Source], *, seed: int, shuffle: bool
-) -> tuple[ExampleStream, int, Callable[[int], tuple[int, int]], list[Buckets]]:
+    config: DataConfig, sources: Sequence[Source], weights: Sequence[np.ndarray], *, seed: int,
+    shuffle: bool,
+) -> tuple[ExampleStream, int, Callable[[int], tuple[int, int]], list[Buckets]]:  # fmt: skip
     """The endless stream of examples, and three facts about it.
 
     They are the number of Grain's layers that decide its randomness, a function from a step to the
     shape of its pictures, and the buckets ([] without).
     """
-    if config.mixture or config.buckets.step:
-        stream, buckets = make_stream(config, parts(config), sources, seed=seed, shuffle=shuffle)
+    if config.mixture or config.buckets.step or weights:
+        stream, buckets = make_stream(
+            config, parts(config), sources, seed=seed, shuffle=shuffle, weights=weights
+        )
         return stream, 1, lambda step: stream.locate(step * config.batch_size)[2], buckets
     square = config.resolution, config.resolution
     if shuffle:
@@ -322,8 +330,8 @@ def _endless(
 
 
 def _identity(
-    config: DataConfig, sources: Sequence[Source], buckets: Sequence[Buckets], *, split: str,
-    seed: int, shuffle: bool,
+    config: DataConfig, sources: Sequence[Source], buckets: Sequence[Buckets],
+    weights: Sequence[np.ndarray], *, split: str, seed: int, shuffle: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields that identify a stream, in the state of an iterator."""
     counts = [found.images for found in buckets] or [len(source) for source in sources]
@@ -344,7 +352,31 @@ def _identity(
         identity["mixture"] = [[p.weight, p.start, p.end, p.resolution] for p in config.mixture]
     if config.buckets.step:
         identity["buckets"] = dataclasses.asdict(config.buckets)
+    if weights:
+        digest = hashlib.sha256(b"".join(one.tobytes() for one in weights)).hexdigest()[:16]
+        identity["importance"] = [digest, config.importance.unbiased]
     return identity
+
+
+def _weights(config: DataConfig, sources: Sequence[Source]) -> list[np.ndarray]:
+    """The weights of `data.importance` for each source, which gets a note of it; [] without."""
+    if not config.importance.weights:
+        return []
+    given = table.read(config.importance.weights)
+    if strange := sorted(set(given) - set(range(len(sources)))):
+        raise DataError(
+            f"data.importance.weights = {config.importance.weights!r} has examples of part "
+            f"{strange[0]}, and data.mixture has {len(sources)} parts (counted from 0)"
+        )
+    found = []
+    for i, source in enumerate(sources):
+        if i not in given:  # of a part that the file does not mention
+            found.append(np.ones(len(source)))
+            continue
+        weights = table.of_source(config.importance, given[i], source.keys(), source.name)
+        source.notes = (*source.notes, weights.note)
+        found.append(weights.values)
+    return found
 
 
 def _warn(config: DataConfig, sources: Sequence[Source]) -> None:

@@ -138,6 +138,12 @@ class Source:
         """The height and width of the picture, from the record or the header; 0 if unreadable."""
         return self._row(index)[:2]
 
+    def keys(self) -> list[str]:
+        """The names of all examples."""
+        if "file_name" not in self._record(0):
+            return [str(index) for index in range(len(self))]
+        return [self.key(index) for index in range(len(self))]
+
     def text(self, index: int) -> str:
         """The main caption alone, without decoding the image."""
         record = self._record(index)

@@ -20,6 +20,7 @@ from grain.experimental import index_shuffle
 
 from sdjax.data.buckets import Buckets, assign, bucket_shapes
 from sdjax.data.config import DataConfig, DataError
+from sdjax.data.importance.order import Shares
 from sdjax.data.mixture import Part, PartOrder
 from sdjax.data.sources import Source
 
@@ -32,6 +33,11 @@ Words = tuple[int, ...]  # the seed of some randomness: the run's seed, the part
 def shuffled(index: int, count: int, words: Words) -> int:
     """The element `index` of a permutation of range(count) that `words` choose, in closed form."""
     return index_shuffle(index, max_index=count - 1, seed=_seed(words), rounds=4)
+
+
+def _offset(words: Words | None) -> float:
+    """The u in [0, 1) of an epoch that is shared out by weights, see `Shares`."""
+    return 0.5 if words is None else _seed((*words, 2**31)) / 2.0**32
 
 
 @functools.lru_cache(maxsize=1024)
@@ -49,17 +55,24 @@ class ExampleOrder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Squares:
-    """All examples, each epoch in an order of its own; without words in stored order."""
+    """All examples, each epoch in an order of its own; without words in stored order.
+
+    shares: how often each comes in an epoch; None for once.
+    """
 
     count: int
     resolution: int
     words: Words | None
+    shares: Shares | None = None
 
     def locate(self, place: int) -> tuple[int, Shape]:
         """The number of the example at a place, and the (height, width) of its picture."""
         epoch, index = divmod(place, self.count)
         if self.words is not None:
             index = shuffled(index, self.count, (*self.words, epoch))
+        if self.shares is not None:
+            own = None if self.words is None else (*self.words, epoch)
+            index = self.shares.at(index, _offset(own))
         return index, (self.resolution, self.resolution)
 
 
@@ -71,30 +84,43 @@ class Bucketed:
     is dropped, and no picture comes twice before every other of its bucket has come.
     """
 
-    def __init__(self, buckets: Buckets, batch_size: int, words: Words | None):
+    def __init__(
+        self, buckets: Buckets, batch_size: int, words: Words | None,
+        weights: np.ndarray | None = None,
+    ):  # fmt: skip
         self.buckets = buckets
+        # How many places an epoch has for each bucket; with weights, and whose they are.
+        self._sizes = [len(members) for members in buckets.members]
+        self.shares: list[Shares] = []
+        if weights is not None:
+            own = [weights[members] for members in buckets.members]
+            self._sizes = [max(1, round(float(one.sum()))) for one in own]
+            self.shares = [Shares(*pair) for pair in zip(own, self._sizes, strict=True)]
         self._batch_size = batch_size
         self._words = words
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # `_order` of recent epochs
 
     def batches_before(self, epoch: int) -> list[int]:
         """The number of batches of each bucket in all epochs before `epoch`."""
-        return [epoch * len(members) // self._batch_size for members in self.buckets.members]
+        return [epoch * size // self._batch_size for size in self._sizes]
 
     def locate(self, place: int) -> tuple[int, Shape]:
         """The number of the example at a place, and the (height, width) of its picture."""
         number, row = divmod(place, self._batch_size)
         bucket, done = self._batch(number)
         members = self.buckets.members[bucket]
-        epoch, index = divmod(done * self._batch_size + row, len(members))
-        if self._words is not None:
-            index = shuffled(index, len(members), (*self._words, 1 + bucket, epoch))
+        epoch, index = divmod(done * self._batch_size + row, self._sizes[bucket])
+        words = None if self._words is None else (*self._words, 1 + bucket, epoch)
+        if words is not None:
+            index = shuffled(index, self._sizes[bucket], words)
+        if self.shares:
+            index = self.shares[bucket].at(index, _offset(words))
         return int(members[index]), self.buckets.shapes[bucket]
 
     def _batch(self, number: int) -> tuple[int, int]:
         """The bucket of a batch, and how many batches that bucket had before."""
         # Each bucket is behind by less than one batch, so this is a lower bound, and close.
-        epoch = number * self._batch_size // self.buckets.images
+        epoch = number * self._batch_size // sum(self._sizes)
         while sum(self.batches_before(epoch + 1)) <= number:
             epoch += 1
         before = self.batches_before(epoch)
@@ -130,12 +156,13 @@ class Stream:
 
     def __init__(
         self, sources: Sequence[Source], parts: Sequence[Part], epochs: Sequence[ExampleOrder], *,
-        batch_size: int, whole_batches: bool,
+        batch_size: int, whole_batches: bool, corrections: Sequence[np.ndarray] = (),
     ):  # fmt: skip
+        self._corrections = list(corrections)  # float32 [N] of each source, or none
         self._sources = list(sources)
         self._epochs = list(epochs)
         self._loss_weights = [part.loss_weight for part in parts]
-        self._weighs = any(weight != 1 for weight in self._loss_weights)
+        self._weighs = bool(corrections) or any(weight != 1 for weight in self._loss_weights)
         self._unit = batch_size if whole_batches else 1
         self._part_order = PartOrder(parts, batch_size // self._unit)
 
@@ -152,33 +179,59 @@ class Stream:
         part, index, shape = self.locate(place)
         example = {**self._sources[part].example(index), "target": shape}
         if self._weighs:
-            example["weight"] = np.float32(example.get("weight", 1.0) * self._loss_weights[part])
+            weight = example.get("weight", 1.0) * self._loss_weights[part]
+            correction = self._corrections[part][index] if self._corrections else 1.0
+            example["weight"] = np.float32(weight * correction)
         return example
 
 
 def make_stream(
     config: DataConfig, configs: Sequence[DataConfig], sources: Sequence[Source], *,
-    seed: int, shuffle: bool,
+    seed: int, shuffle: bool, weights: Sequence[np.ndarray] = (),
 ) -> tuple[Stream, list[Buckets]]:  # fmt: skip
     """The stream of a mixture or of buckets, and the buckets of each source ([] without).
 
     configs: one for each source, see `config.parts`.
+    weights: float64 [N] of the examples of each source, of mean 1; () for all alike.
     Raises DataError when the buckets refuse every picture of a source.
     """
     buckets = []
     epochs: list[ExampleOrder] = []
     for i, (own, source) in enumerate(zip(configs, sources, strict=True)):
         words = (seed, i) if shuffle else None
+        weight = weights[i] if weights else None
         if own.buckets.step:
             found = bucketed(own, source)
             buckets.append(found)
-            epochs.append(Bucketed(found, config.batch_size, words))
+            epochs.append(Bucketed(found, config.batch_size, words, weight))
         else:
-            epochs.append(Squares(len(source), own.resolution, words))
+            shares = None if weight is None else Shares(weight, len(source))
+            epochs.append(Squares(len(source), own.resolution, words, shares))
     whole = bool(buckets) or len({own.resolution for own in configs}) > 1
     parts = config.mixture or (Part(),)
-    stream = Stream(sources, parts, epochs, batch_size=config.batch_size, whole_batches=whole)
+    unbiased = bool(weights) and config.importance.unbiased
+    corrections = [_corrections(epoch, len(sources[i])) for i, epoch in enumerate(epochs)]
+    stream = Stream(
+        sources, parts, epochs, batch_size=config.batch_size, whole_batches=whole,
+        corrections=corrections if unbiased else (),
+    )  # fmt: skip
     return stream, buckets
+
+
+def _corrections(epochs: ExampleOrder, count: int) -> np.ndarray:
+    """The factors of the examples' losses, float32 [count]: 1 / (N p_i).
+
+    So the expected loss of a place is the mean over the examples that the part has.
+    """
+    found = np.ones(count, np.float64)
+    if isinstance(epochs, Squares) and epochs.shares is not None:
+        found = 1 / epochs.shares.expected
+    elif isinstance(epochs, Bucketed) and epochs.shares:
+        members = epochs.buckets.members
+        places = sum(one.places for one in epochs.shares) / epochs.buckets.images
+        for own, shares in zip(members, epochs.shares, strict=True):
+            found[own] = places / shares.expected
+    return found.astype(np.float32)
 
 
 def bucketed(config: DataConfig, source: Source) -> Buckets:

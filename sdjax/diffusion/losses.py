@@ -14,11 +14,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sdjax.diffusion import prediction, timesteps, weighting
+from sdjax.diffusion import prediction, resampling, timesteps, weighting
 from sdjax.diffusion.schedules import Schedule, ScheduleConfig, schedule_at
 
 LOSSES = ("l2", "huber")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
+
+BINS, BIN_LOSSES = "resampling_bins", "resampling_losses"  # what a resampler remembers
 
 # Constants folded into an example's key, one per draw. Callers take CALLER_STREAM and up.
 NOISE, TIMESTEP, OFFSET, PERTURBATION, CAPTION, UNMASKED = range(6)
@@ -37,6 +39,10 @@ class ObjectiveConfig:
     logit_mean, logit_std: mean and deviation of the timestep's logit in "logit_normal".
     mode_scale: s of "mode" (SD3, arXiv 2403.03206, section 3.1); 0 is uniform.
     stratified: spread the timesteps evenly over the global batch instead of drawing each alone.
+    resampling: "none", or "loss_second_moment": timesteps of large losses more often, weighted so
+      that the loss keeps its expectation (`sdjax.diffusion.resampling`).
+    resampling_bins: parts of the range of timesteps that have a history each; 0 is one for each
+      timestep of a table schedule, and 100 for flow.
     timestep_min, timestep_max: train on t in [min, max) only; a max of 0 is the schedule's end.
     weighting: "uniform", "min_snr" (min_snr_gamma), "p2" (p2_k, p2_gamma), "debiased",
       "edm" (sigma_data), "cosmap" (flow only).
@@ -63,6 +69,8 @@ class ObjectiveConfig:
     prediction_type: str = "epsilon"
     timestep_sampling: str = "uniform"
     stratified: bool = False
+    resampling: str = "none"
+    resampling_bins: int = 0
     timestep_min: int = 0
     timestep_max: int = 0
     logit_mean: float = 0.0
@@ -88,6 +96,7 @@ class ObjectiveConfig:
         for field, allowed in (
             ("prediction_type", prediction.PREDICTIONS),
             ("timestep_sampling", timesteps.TIMESTEP_SAMPLINGS),
+            ("resampling", resampling.RESAMPLINGS),
             ("weighting", weighting.WEIGHTINGS),
             ("loss", LOSSES),
             ("huber_schedule", HUBER_SCHEDULES),
@@ -102,7 +111,9 @@ class ObjectiveConfig:
                 raise ValueError(
                     f"objective.{field} is {getattr(self, field)}; expected more than 0"
                 )
-        for field in ("p2_gamma", "offset_noise", "input_perturbation", "timestep_min"):
+        for field in (
+            "p2_gamma", "offset_noise", "input_perturbation", "timestep_min", "resampling_bins",
+        ):  # fmt: skip
             if not getattr(self, field) >= 0:
                 raise ValueError(f"objective.{field} is {getattr(self, field)}; expected 0 or more")
         for field in (
@@ -199,6 +210,26 @@ def sample_timesteps(
 
     Raises ValueError where the objective is stratified and batch_key is None.
     """
+    u = _uniform(keys, positions, batch_size, objective, batch_key)
+    return _timesteps(u, schedule, objective)
+
+
+def _drawn(
+    u: jax.Array, schedule: Schedule, objective: ObjectiveConfig, memory: resampling.Memory | None
+) -> tuple[jax.Array, jax.Array | float, dict[str, jax.Array]]:
+    """Timesteps [b] of uniform numbers [b], weights [b] or 1, and BINS with a memory."""
+    if memory is None:
+        return _timesteps(u, schedule, objective), 1.0, {}
+    one_each = resampling.is_one_each(objective, schedule.config, len(memory["counts"]))
+    u, bins, weight = resampling.draw(memory, u, centred=one_each)
+    return _timesteps(u, schedule, objective), weight, {BINS: bins}
+
+
+def _uniform(
+    keys: jax.Array, positions: jax.Array, batch_size: int, objective: ObjectiveConfig,
+    batch_key: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """The numbers in [0, 1) of which timesteps are made, float32 [b]."""
     if objective.stratified:
         if batch_key is None:
             raise ValueError(
@@ -206,9 +237,12 @@ def sample_timesteps(
                 "the one given to example_keys"
             )
         shared = jax.random.uniform(jax.random.fold_in(batch_key, _BATCH))
-        u = timesteps.stratified_uniform(shared, positions, batch_size)
-    else:
-        u = jax.vmap(jax.random.uniform)(fold_keys(keys, TIMESTEP))
+        return timesteps.stratified_uniform(shared, positions, batch_size)
+    return jax.vmap(jax.random.uniform)(fold_keys(keys, TIMESTEP))
+
+
+def _timesteps(u: jax.Array, schedule: Schedule, objective: ObjectiveConfig) -> jax.Array:
+    """Map uniform numbers [b] to timesteps."""
     level = timesteps.noise_level(
         objective.timestep_sampling,
         u,
@@ -290,6 +324,15 @@ def _noise(
     return eps, noise
 
 
+def _weight(objective: ObjectiveConfig, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The weight of the loss at each timestep, [b]."""
+    return weighting.loss_weight(
+        objective.weighting, objective.prediction_type, alpha, sigma,
+        min_snr_gamma=objective.min_snr_gamma, p2_k=objective.p2_k, p2_gamma=objective.p2_gamma,
+        sigma_data=objective.sigma_data,
+    )  # fmt: skip
+
+
 def denoising_loss(
     denoise_fn: Callable[[jax.Array, jax.Array], jax.Array],
     x0: jax.Array,
@@ -302,6 +345,7 @@ def denoising_loss(
     batch_key: jax.Array | None = None,
     t: jax.Array | None = None,
     mask: jax.Array | None = None,
+    memory: resampling.Memory | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted loss of each example, float32 [b], and a dict of arrays to log.
 
@@ -318,11 +362,16 @@ def denoising_loss(
     keys: [b], from example_keys; positions: int32 [b], in the global batch of batch_size examples.
     batch_key: the step's key, needed only when the objective is stratified.
     t: timesteps float32 [b] to use; None draws them.
-    The dict: "loss" float32 [b], unweighted; "timesteps" float32 [b].
+    memory: see `sdjax.diffusion.resampling`; None draws as the objective says without it.
+    The dict: "loss" float32 [b], unweighted; "timesteps" float32 [b]; with a memory BINS and
+    BIN_LOSSES, what it is to remember.
     """
     x0 = x0.astype(jnp.float32)
+    seen: dict[str, jax.Array] = {}
+    correction: jax.Array | float = 1.0
     if t is None:
-        t = sample_timesteps(keys, positions, batch_size, schedule, objective, batch_key)
+        u = _uniform(keys, positions, batch_size, objective, batch_key)
+        t, correction, seen = _drawn(u, schedule, objective, memory)
     alpha, sigma = schedule_at(schedule, t)
 
     eps, noise = _noise(keys, x0, objective)
@@ -337,14 +386,7 @@ def denoising_loss(
     if mask is not None:
         errors = errors * loss_mask(keys, mask, objective)
     loss = errors.mean(axis=tuple(range(1, errors.ndim)))  # [b]
-    weight = weighting.loss_weight(
-        objective.weighting,
-        objective.prediction_type,
-        alpha,
-        sigma,
-        min_snr_gamma=objective.min_snr_gamma,
-        p2_k=objective.p2_k,
-        p2_gamma=objective.p2_gamma,
-        sigma_data=objective.sigma_data,
-    )
-    return weight * loss, {"loss": loss, "timesteps": t}
+    weight = _weight(objective, alpha, sigma)
+    if seen:
+        seen = {**seen, BIN_LOSSES: weight * loss}
+    return weight * loss * correction, {"loss": loss, "timesteps": t, **seen}

@@ -27,6 +27,7 @@ from sdjax.families.family import GUIDANCE, Context, Model, Networks
 from sdjax.methods.drawings import caption_pictures
 from sdjax.methods.fields import Fields, number_fields, picture_fields, weight_field
 from sdjax.methods.inputs import Inputs, check_channels
+from sdjax.methods.memory import memory_of
 from sdjax.methods.method import (
     Aux,
     Averages,
@@ -137,6 +138,7 @@ class LatentDiffusion:
             schedule=self.schedule,
             objective=self.setup.objective,
             mask=self._mask(batch),
+            memory=draw.memory or None,
         )
 
     def validate(
@@ -269,6 +271,7 @@ def plain_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
         objective,
         weighting="uniform",
         loss="l2",
+        resampling="none",
         offset_noise=0.0,
         input_perturbation=0.0,
         unmasked_probability=0.0,
@@ -357,12 +360,14 @@ def bound(
         for field, tokens in diffusion.conditioner.null.items():
             example[field] = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
     example |= weight_field(data) | number_fields(model.family.numbers)
+    assert model.schedule is not None
+    memory = memory_of(setup.objective, model.schedule)
     networks_trained = (model.family.denoiser, *model.text_encoders)
     trains = trains or (lambda path: path.split(".")[0] in networks_trained)
     return Method(
         abstract=networks.abstract,
         init=networks.init,
-        phases=(Phase("main", diffusion.loss, trains),),
+        phases=(Phase("main", diffusion.loss, trains, memory=memory),),
         example=example,
         validate=diffusion.validate,
         maxima=diffusion.maxima,

@@ -51,7 +51,6 @@ from sdjax.methods.method import (
     Kind,
     Method,
     MethodConfig,
-    Phase,
     Pictures,
     Setup,
 )
@@ -241,7 +240,7 @@ def make(setup: Setup) -> Method:
 
     return dataclasses.replace(
         method,
-        phases=(Phase("main", _loss(diffusion, seen), trains),),
+        phases=(dataclasses.replace(method.phases[0], loss=_loss(diffusion, seen)),),
         validate=sees(diffusion.validate),
         maxima=sees(diffusion.maxima),
         predictions=method.predictions and sees(diffusion.predictions),

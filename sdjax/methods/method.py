@@ -14,6 +14,7 @@ from sdjax.diffusion.losses import ObjectiveConfig
 from sdjax.families.conditioning import Conditioner
 from sdjax.families.config import ModelConfig
 from sdjax.families.family import Change, Family, Model
+from sdjax.methods.memory import Memory
 from sdjax.models.params import Params, is_buffer
 from sdjax.optim.optimizers import OptimConfig
 from sdjax.sampling.settings import SampleConfig
@@ -46,6 +47,7 @@ class Draw(NamedTuple):
     batch_size: of the global batch.
     step: how many steps were done before this one, int32 scalar.
     copies: int32 [], how often the copy of `Method.copied_at` was taken.
+    memory: {name: array} of `Phase.memory` before this step; empty without one.
     """
 
     key: jax.Array
@@ -54,6 +56,7 @@ class Draw(NamedTuple):
     batch_size: int
     step: jax.Array | int = 0
     copies: jax.Array | int = 0
+    memory: Mapping[str, jax.Array] = {}  # noqa: RUF012, a NamedTuple's default
 
 
 class LossFn(Protocol):
@@ -158,6 +161,7 @@ class Phase:
     project: see `Project`; None for anywhere.
     during: path -> the shares of a run's steps at which its training begins and ends. It does not
         move before and after; its gradients and moments are those of all steps.
+    memory: see `Memory`; the loss finds it in `Draw.memory`. None where nothing is remembered.
     """
 
     name: str
@@ -169,6 +173,7 @@ class Phase:
     rate: Callable[[str], float] = lambda path: 1.0
     project: Project | None = None
     during: Callable[[str], tuple[float, float]] = lambda path: ALWAYS
+    memory: Memory | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -65,6 +65,7 @@ def joined(method: Method, parts: Sequence[Part]) -> Method:
         rate=lambda path: owner(path).rate(path),
         project=_projected(parts),
         during=lambda path: owner(path).during,
+        memory=method.phases[0].memory,
     )
     return dataclasses.replace(method, phases=(phase,), start=start, export=export)
 

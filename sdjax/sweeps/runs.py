@@ -28,8 +28,8 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def start(command: Sequence[str], folder: Path, lock: int) -> subprocess.Popen:
-    """Start a run that prints into `folder`/sweep.log.
+def start(command: Sequence[str], folder: Path, lock: int, *, log: str = LOG) -> subprocess.Popen:
+    """Start a run that prints into the file `log` of a folder.
 
     It has a session of its own, so that Ctrl-C reaches the sweep alone, which passes it on. On
     Linux it is asked to stop when the sweep dies.
@@ -40,9 +40,9 @@ def start(command: Sequence[str], folder: Path, lock: int) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "linux":
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
-    with open(folder / LOG, "ab") as log:
+    with open(folder / log, "ab") as file:
         return subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=[lock],
         )  # fmt: skip
 
@@ -94,10 +94,10 @@ def best(values: Mapping[int, float], mode: str) -> tuple[int, float] | None:
     return step, finite[step]
 
 
-def last_words(folder: Path) -> str:
+def last_words(folder: Path, *, log: str = LOG) -> str:
     """Return the end of a run's output: from its last `error:` on, or its last lines."""
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / log).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     start = max((i for i, line in enumerate(lines) if line.startswith("error:")), default=-8)

@@ -4,6 +4,7 @@
     opt_state  {phase: optax's}
     ema        {profile: {path: array}}, float32
     copy       {path: array}, of methods that take one (`Method.copied_at`); else it is not there
+    memory     {phase: {name: array}}, of phases that have one (`Phase.memory`); else not there
     step       int32 [], optimizer steps done (skipped ones included)
     health     {"skipped": int32 [], "in_a_row": int32 []}, steps with a NaN or Inf
 
@@ -25,6 +26,7 @@ from sdjax.models.params import Params
 from sdjax.optim import ema as ema_lib
 
 State = dict[str, Any]
+MEMORY = "memory"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ def init_state(
     Args:
         copied: whether the method takes copies, see `Method.copied_at`.
     """
+    memories = {o.phase.name: o.phase.memory.begin() for o in optimizations if o.phase.memory}
     copy = {path: jnp.array(value, copy=True) for path, value in params.items()}
     return {
         "params": params,
@@ -62,6 +65,7 @@ def init_state(
         },
         "ema": ema_lib.init(ema, params),
         **({COPY: copy} if copied else {}),
+        **({MEMORY: memories} if memories else {}),
         "step": jnp.zeros((), jnp.int32),
         "health": {"skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }

@@ -26,7 +26,7 @@ from sdjax.train.monitoring.telemetry import (
     squares,
     total_norm,
 )
-from sdjax.train.state import Optimization, State
+from sdjax.train.state import MEMORY, Optimization, State
 
 TrainStep = Callable[[State, Params, Batch], tuple[State, dict[str, Any]]]
 Spread = Callable[[Params], Params]
@@ -74,7 +74,7 @@ def make_train_step(
             copies = jnp.sum(_updates(state) >= jnp.asarray(copied_at)).astype(jnp.int32)
         for i, one in enumerate(optimizations):
             own = jax.random.fold_in(key, i) if i else key
-            draw = functools.partial(_draw, own, state["step"], copies, len(positions))
+            draw = functools.partial(_draw, own, state, one, copies, len(positions))
             gradients = _gradients(one, frozen, averages, draw, positions, accumulation, spread)
             phase_step = functools.partial(
                 _advance, one, gradients, batch, frozen, state["step"], spread=spread
@@ -85,17 +85,46 @@ def make_train_step(
             )
             moved = moved | new
         finite = functools.reduce(jnp.logical_and, [part["finite"] for part in found.values()])
-        new_state = _finish(state, moved, params, opt_state, finite, copied_at)
+        memories = _remembered(state, optimizations, found, positions)
+        new_state = _finish(state, moved, params, opt_state, finite, copied_at, memories)
         return new_state, _metrics(found, new_state, buckets, num_timesteps)
 
     return train_step
 
 
 def _draw(
-    key: jax.Array, step: jax.Array, copies: jax.Array, batch_size: int, positions: jax.Array
-) -> Draw:
+    key: jax.Array, state: State, one: Optimization, copies: jax.Array, batch_size: int,
+    positions: jax.Array,
+) -> Draw:  # fmt: skip
     """The randomness of the examples at hand."""
-    return Draw(key, example_keys(key, positions), positions, batch_size, step, copies)
+    keys, memory = example_keys(key, positions), state.get(MEMORY, {}).get(one.phase.name, {})
+    return Draw(key, keys, positions, batch_size, state["step"], copies, memory)
+
+
+def _either(finite: jax.Array, new: Any, old: Any) -> Any:
+    """The new arrays after a step that was finite, else the old ones."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def _remembered(
+    state: State,
+    optimizations: Sequence[Optimization],
+    found: dict[str, dict[str, Any]],
+    positions: np.ndarray,
+) -> dict[str, Any]:
+    """The memories of the phases after a step; what is remembered leaves the metrics."""
+    memories = {}
+    for one in optimizations:
+        name, memory = one.phase.name, one.phase.memory
+        if memory is None:
+            continue
+        aux, old = found[name]["aux"], state[MEMORY][name]
+        seen = {entry: aux[entry][np.argsort(positions)] for entry in memory.reads}
+        found[name]["aux"] = {k: v for k, v in aux.items() if k not in memory.reads}
+        due = found[name]["finite"] & (state["step"] % one.phase.every == 0)
+        due &= state["step"] >= one.phase.first
+        memories[name] = _either(due, memory.remember(old, seen), old)
+    return memories
 
 
 def _updates(state: State) -> jax.Array:
@@ -164,9 +193,7 @@ def _advance(
     new = one.phase.project(new, frozen) if one.phase.project else new
     new = _within(one, step, new, own)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = jax.tree.map(
-        lambda a, b: jnp.where(finite, a, b), (new, new_opt_state), (own, opt_state)
-    )
+    kept = _either(finite, (new, new_opt_state), (own, opt_state))
     moved = squares(updates)
     metrics = {
         "finite": finite,
@@ -213,6 +240,7 @@ def _finish(
     opt_state: Any,
     finite: jax.Array,
     copied_at: Sequence[int],
+    memories: dict[str, Any],
 ) -> State:
     """The next state; averages follow only steps in which every phase was finite."""
     updates = _updates(state) + 1
@@ -220,13 +248,14 @@ def _finish(
     copied = {}
     if copied_at:
         taken = finite & jnp.any(updates == jnp.asarray(copied_at))
-        copied[COPY] = jax.tree.map(lambda a, b: jnp.where(taken, a, b), params, state[COPY])
+        copied[COPY] = _either(taken, params, state[COPY])
     skipped = 1 - finite.astype(jnp.int32)
     return {
         "params": params,
         "opt_state": opt_state,
-        "ema": jax.tree.map(lambda a, b: jnp.where(finite, a, b), averages, state["ema"]),
+        "ema": _either(finite, averages, state["ema"]),
         **copied,
+        **({MEMORY: memories} if memories else {}),
         "step": state["step"] + 1,
         "health": {
             "skipped": state["health"]["skipped"] + skipped,
@@ -287,5 +316,6 @@ def _accumulate(
 
     zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     (loss, grads), aux = jax.lax.scan(body, zero, jax.tree.map(split, (batch, positions)))
-    aux = {name: value.reshape(-1) for name, value in aux.items()}
+    # [parts, B / parts] -> [B], as the batch has them
+    aux = {name: jnp.swapaxes(value, 0, 1).reshape(-1) for name, value in aux.items()}
     return loss / parts, aux, jax.tree.map(lambda g: g / parts, grads)

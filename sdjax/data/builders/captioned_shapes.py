@@ -18,12 +18,13 @@ from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
 
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """The numbers of examples, the share with two objects, the colours and the seed."""
+    """The numbers of examples, the share with two objects, the colours, what is rare, the seed."""
 
     train_examples: int = 20_000
     test_examples: int = 512
     pair_fraction: float = 0.35
     colours: str = "named"
+    rare: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -70,6 +71,7 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
                 index,
                 pair_fraction=config.pair_fraction,
                 colours=config.colours,
+                rare=shapes.parse_rare(config.rare),
             )
             png = io.BytesIO()
             Image.fromarray(image).save(png, "PNG", compress_level=3)
@@ -85,6 +87,7 @@ def make_builder(
     test_examples: int,
     pair_fraction: float,
     colours: str = "named",
+    rare: tuple[str, ...] = (),
     seed: int = 0,
 ) -> CaptionedShapes:
     """The builder for these sizes; its name has everything that the data depends on.
@@ -98,13 +101,19 @@ def make_builder(
         raise DataError(f"data.shapes_pairs is {pair_fraction}; expected 0 to 1")
     if colours not in shapes.COLOURS:
         raise DataError(f"data.shapes_colours is {colours!r}; expected one of {shapes.COLOURS}")
+    try:
+        shares = shapes.parse_rare(rare)
+    except ValueError as error:
+        raise DataError(f"data.shapes_rare has {error}") from error
     drawn = "" if colours == "named" else f"_{colours}"
+    drawn += "".join(f"_{w.replace(' ', '-')}{share:g}" for w, share in sorted(shares.items()))
     config = ShapesConfig(
         name=f"train{train_examples}_test{test_examples}_pairs{pair_fraction:g}{drawn}_seed{seed}",
         train_examples=train_examples,
         test_examples=test_examples,
         pair_fraction=pair_fraction,
         colours=colours,
+        rare=rare,
         seed=seed,
     )
     with quiet_tfds():

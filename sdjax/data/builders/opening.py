@@ -30,6 +30,7 @@ def prepared_builder(config: DataConfig) -> Any:
             test_examples=config.shapes_test,
             pair_fraction=config.shapes_pairs,
             colours=config.shapes_colours,
+            rare=config.shapes_rare,
         )
         prepare_builder(builder)
         return builder

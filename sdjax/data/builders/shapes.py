@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,6 +61,7 @@ RELATIONS = {
     "above": (1, 1),
     "below": (1, -1),
 }
+WORDS = (*PALETTE, *SHAPES, *WIDTHS, *POSITIONS, *RELATIONS)
 POSITION_JITTER = 4.0  # px of freedom within each of the nine positions
 
 
@@ -117,23 +119,69 @@ def is_held_out(objects: tuple[Placed, ...] | tuple[Wanted, ...]) -> bool:
     return zlib.crc32(key.encode()) % 10 == 0
 
 
+_NONE: Mapping[str, float] = {}
+
+
+def parse_rare(rare: Sequence[str]) -> dict[str, float]:
+    """Parse ("red=0.02", ...) to {"red": 0.02}. Raises ValueError for another word or share."""
+    found = {}
+    for one in rare:
+        word, _, share = one.partition("=")
+        try:
+            found[word] = float(share)
+        except ValueError:
+            found[word] = -1.0
+        if word not in WORDS or not 0 <= found[word] <= 1:
+            raise ValueError(
+                f"{one!r}; expected WORD=SHARE with a share of 0 to 1, such as 'red=0.02', and a "
+                f"word of {', '.join(WORDS)}"
+            )
+    return found
+
+
 def make_example(
-    seed: int, split: str, index: int, *, pair_fraction: float = 0.35, colours: str = "named"
+    seed: int,
+    split: str,
+    index: int,
+    *,
+    pair_fraction: float = 0.35,
+    colours: str = "named",
+    rare: Mapping[str, float] = _NONE,
+    needs: Collection[str] = (),
 ) -> tuple[np.ndarray, str, Scene]:
     """The image [64, 64, 3] uint8, caption and scene number `index` of `split`.
 
     Test captions always name size and position (one object), so that they describe the held-out
     combination. Train captions leave properties out at random. colours is one of `COLOURS`.
+
+    rare: {word: share}; of the scenes of `train` that have a word of `WORDS`, so many are kept.
+    needs: words that the scene must have, and its caption says, all of one object.
     """
     stream = {"train": 0, "test": 1}[split]
     rng = np.random.Generator(np.random.Philox(key=[seed, (stream << 40) | index]))
     while True:
         make = _pair if rng.random() < pair_fraction else _single
         scene = make(rng, colours == "any")
-        if is_held_out(scene.objects) == (split == "test"):
+        if is_held_out(scene.objects) != (split == "test") or not _has(scene, needs):
+            continue
+        own = _words(scene) if split == "train" else ()
+        if all(rng.random() < share for word, share in rare.items() if word in own):
             break
-    caption = _caption(rng, scene, complete=split == "test")
+    caption = _caption(rng, scene, complete=split == "test" or bool(needs))
     return draw(scene), caption, scene
+
+
+def _words(scene: Scene) -> set[str]:
+    """The words of `WORDS` that describe a scene."""
+    own = {word for o in scene.objects for word in (o.colour, o.shape, o.size, o.position)}
+    return own | {scene.relation}
+
+
+def _has(scene: Scene, needs: Collection[str]) -> bool:
+    """Whether one object, with the relation of the scene, has all the words."""
+    return any(
+        set(needs) <= {o.colour, o.shape, o.size, o.position, scene.relation} for o in scene.objects
+    )
 
 
 def _look(rng: np.random.Generator, size: str, any_colour: bool) -> tuple[str, str, float]:

@@ -1,0 +1,1 @@
+"""Examples that are drawn more often than others."""

@@ -1,0 +1,1 @@
+"""A model made better where it fails: find, propose, collect, fine-tune, judge again."""
