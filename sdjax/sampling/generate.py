@@ -23,7 +23,7 @@ from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.control import Control
-from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
+from sdjax.sampling.denoising import Drawing, by_level, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
 from sdjax.sampling.start import Picture, constraint, initial_state, reading_of
 from sdjax.system import progress
@@ -132,6 +132,7 @@ def make_generator(
     dtype: str = "float32",
     callbacks: Sequence[Callback] = (),
     others: Sequence[Model] = (),
+    bounds: Sequence[float] | None = None,
     controls: Sequence[Control] = (),
 ) -> Generate:
     """Return a jitted `Generate`.
@@ -139,13 +140,18 @@ def make_generator(
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
         others: models whose predictions are averaged with the first's; see `of_member`.
+        bounds: the others are experts, which predict in place of the first; see `by_level`.
         controls: ControlNets of all of them; their parameters are among `params`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
     assert model.schedule is not None
-    members = [make_member(each, drawing, dtype, controls) for each in (model, *others)]
+    predicts = (model, *others) if bounds is None else others
+    first = 0 if bounds is None else 1
+    members = {
+        i: make_member(each, drawing, dtype, controls) for i, each in enumerate(predicts, first)
+    }
     autoencoder = bind(model, ("vae",), dtype=dtype)
     drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
@@ -161,15 +167,15 @@ def make_generator(
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         picture = picture or {}
         fields = params, prompts, negative
-        given = [[of_member(i, one) for one in fields] for i in range(len(members))]
         made = [
-            member.denoise(own, positive, away, picture, latents.shape)
-            for member, (own, positive, away) in zip(members, given, strict=True)
+            member.denoise(*(of_member(i, one) for one in fields), picture, latents.shape)
+            for i, member in members.items()
         ]
+        functions = [each.function for each in made]
         state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
         with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
-                mean_of([each.function for each in made]),
+                mean_of(functions) if bounds is None else by_level(functions, bounds),
                 state,
                 schedule=tables,
                 prediction_type=model.prediction_type,
