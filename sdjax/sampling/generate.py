@@ -139,21 +139,18 @@ def make_generator(
 
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
-        others: models whose predictions are averaged with the first's; see `of_member`.
-        bounds: the others are experts, which predict in place of the first; see `by_level`.
+        others, bounds: models that predict with the first, or in its place: `SamplingRequest`.
         controls: ControlNets of all of them; their parameters are among `params`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
     assert model.schedule is not None
-    predicts = (model, *others) if bounds is None else others
-    first = 0 if bounds is None else 1
-    members = {
-        i: make_member(each, drawing, dtype, controls) for i, each in enumerate(predicts, first)
-    }
-    autoencoder = bind(model, ("vae",), dtype=dtype)
+    drawn_by = [*enumerate((model, *others))][bounds is not None :]
+    members = {i: make_member(each, drawing, dtype, controls) for i, each in drawn_by}
+    vae = bind(model, ("vae",), dtype=dtype)
     drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
+    predict = mean_of if bounds is None else partial(by_level, bounds=bounds)
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
 
     @jax.jit
@@ -165,17 +162,15 @@ def make_generator(
         keys: jax.Array,
         picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        picture = picture or {}
-        fields = params, prompts, negative
+        picture, of = picture or {}, of_member
         made = [
-            member.denoise(*(of_member(i, one) for one in fields), picture, latents.shape)
-            for i, member in members.items()
+            m.denoise(of(i, params), of(i, prompts), of(i, negative), picture, latents.shape)
+            for i, m in members.items()
         ]
-        functions = [each.function for each in made]
         state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
         with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
-                mean_of(functions) if bounds is None else by_level(functions, bounds),
+                predict([each.function for each in made]),
                 state,
                 schedule=tables,
                 prediction_type=model.prediction_type,
@@ -187,8 +182,7 @@ def make_generator(
                 begun=begun,
                 constrain=constraint(picture, latents),
             )
-        out = x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
-        return out, seen
+        return x0 if drawing.hands_over else to_images(vae.module("vae", params), x0), seen
 
     return generate
 

@@ -41,7 +41,8 @@ class Service:
     negative: the negative prompt of requests that name none.
     ratings: where ratings go; None where none are taken.
     place: what --model is to be for the same pictures by `sdjax.sample`.
-    loras: the adapters in its weights, as --lora named them; words: those of --embedding.
+    loras: the adapters in its weights, as --lora named them; experts: that predict in its place,
+        as --expert named them; words: those of --embedding.
     """
 
     loaded: LoadedModel
@@ -53,6 +54,7 @@ class Service:
     negative: str = ""
     place: str = ""
     ratings: RatingStore | None = None
+    experts: Sequence[str] = ()
     started: float = dataclasses.field(default_factory=time.time)
 
     @property
