@@ -131,7 +131,7 @@ def _rating(line: bytes) -> Rating | Pair | None:
         row = json.loads(line)
         prompt = row["prompt"]
         named = [row["better"], row["worse"]] if "better" in row else [row["picture"]]
-        rating = None if "better" in row else row["rating"]
+        rating: Any = None if "better" in row else row["rating"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     right = all(isinstance(name, str) and _DIGEST.fullmatch(name) for name in named)

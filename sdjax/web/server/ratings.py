@@ -74,7 +74,7 @@ class RatingStore:
         return self._shown[name]
 
     def _about(self, request: PictureRequest) -> dict[str, Any]:
-        """What a picture was drawn from, and by which model."""
+        """Return what a picture was drawn from, and by which model."""
         return {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
