@@ -35,5 +35,6 @@ def get_config():
     c.validation.examples = 64
     c.validation.train_examples = 0
     c.sample.guidance = 3.0
+    c.sample.sampler.spacing = "trailing"  # as of configs/base.py
     c.sample.sampler.steps = 25
     return c

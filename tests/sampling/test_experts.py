@@ -79,7 +79,7 @@ def test_each_step_is_that_of_its_expert(torch_pipeline, pipeline_folder, other,
     assert f"{folder}:0.4:1" in Image.open(tmp_path / "out" / "00000.png").text["experts"]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", pytest.param("ddim", marks=pytest.mark.slow)])
 def test_experts_equal_to_the_base_draw_its_pictures_to_the_bit(pipeline_folder, tmp_path, sampler):
     """A solver of several steps goes on over the border between two experts."""
     shutil.copytree(pipeline_folder, tmp_path / "copy")
@@ -90,6 +90,7 @@ def test_experts_equal_to_the_base_draw_its_pictures_to_the_bit(pipeline_folder,
     np.testing.assert_array_equal(drawn(pipeline_folder, tmp_path / "out", *options), base)
 
 
+@pytest.mark.slow
 def test_one_expert_draws_its_own_pictures(pipeline_folder, other, tmp_path):
     alone = drawn(other[1], tmp_path / "alone")
     ours = drawn(pipeline_folder, tmp_path / "out", f"--expert={other[1]}:0:1")
