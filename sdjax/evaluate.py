@@ -7,6 +7,7 @@
     python -m sdjax.evaluate --images=FOLDER --dataset=PICTURES --output=out --metrics=fid \\
         --inception=FILE
     python -m sdjax.evaluate --model=VAE --dataset=PICTURES --output=out --lpips=VGG16_FILE
+    python -m sdjax.evaluate --model=NEW --against=OLD --output=out
 
 It draws pictures of the captions of a dataset's held-out split, and compares them with the pictures
 of that split. Stop it at any time: the same command goes on, to the same answer. What it needs and
@@ -42,9 +43,12 @@ An autoencoder makes the pictures of the held-out split again, and has metrics o
 
 and the mean and deviation of each channel of its latents, with the scaling_factor that they imply.
 
+With --against, the same prompts are drawn from the same noise by another model: how often pictures
+win by each of their scores, and how far each metric moved.
+
 In --output: metrics.json, metrics.png (with the 95 % intervals), grid.png, nearest.png (the
 pictures closest to training pictures, beside these), images/ (all pictures, with their prompts),
-example_loss.jsonl and example_loss.html.
+example_loss.jsonl and example_loss.html, comparison.json.
 
 Exit codes: 0 done; 2 the input or an option is wrong, or a file cannot be written; 130 Ctrl-C.
 """
@@ -61,7 +65,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from absl import logging
@@ -72,7 +76,13 @@ from sdjax.evaluation.options import (
     add_picture_options,
     add_reading_options,
 )
-from sdjax.sampling.options import add_lora_option, check_run, guidance_changes, sampler_changes
+from sdjax.sampling.options import (
+    add_expert_option,
+    add_lora_option,
+    check_run,
+    guidance_changes,
+    sampler_changes,
+)
 from sdjax.system import locks, paths, progress
 from sdjax.system.allocator import use_large_pages
 
@@ -80,6 +90,7 @@ if TYPE_CHECKING:
     from sdjax.evaluation.loading import Loaded
     from sdjax.evaluation.losses import ExampleLosses
     from sdjax.evaluation.request import Request
+    from sdjax.families.family import Model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,8 +101,19 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--model", default="", help="workdir of sdjax, or a diffusers folder")
+    p.add_argument(
+        "--model", action="append", default=[],
+        help="workdir of sdjax, or a diffusers folder; given again, the mean of the predictions of "
+        "models, as sdjax.sample has it",
+    )  # fmt: skip
+    add_expert_option(p)
     add_lora_option(p)
+    p.add_argument(
+        "--against", action="append", default=[], metavar="DIR",
+        help="a model to compare with, drawn from the same prompts and noise, or the --output of "
+        "an evaluation that was: how often pictures win by each score, with the interval, and how "
+        "far each metric moved (comparison.json); may be given again",
+    )  # fmt: skip
     p.add_argument(
         "--images", default="", metavar="DIR",
         help="judge the pictures of this folder in place of drawing; captions are those of its "
@@ -125,6 +147,11 @@ def parser() -> argparse.ArgumentParser:
     add_judging_options(p)
     add_picture_options(p)
     add_reading_options(p)
+    _add_hosts_options(p)
+    return p
+
+
+def _add_hosts_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group(
         "several hosts", "every one runs the same command; SLURM, Open MPI and Cloud TPU say by "
         "themselves who is who. They must share --output."
@@ -132,7 +159,6 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--coordinator", default="", help="HOST:PORT of process 0; any free port")
     group.add_argument("--num_processes", type=int, default=0, help="how many run together")
     group.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")
-    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,12 +205,16 @@ def make_request(args: argparse.Namespace) -> Request:
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both, or none")
     names = (
-        "model", "images", "audit", "dataset", "split", "data_dir", "num_samples", "per_prompt",
+        "images", "audit", "dataset", "split", "data_dir", "num_samples", "per_prompt",
         "seed", "weights", "step", "negative_prompt", "batch_size", "dtype",
         "inception", "clip", "download", "features", "lpips", "reference", "reference_samples",
         "train_samples", "validation_examples", "resamples",
     )  # fmt: skip
     return Request(
+        model=args.model[0] if args.model else "",
+        others=tuple(args.model[1:]),
+        experts=tuple(args.expert),
+        against=tuple(args.against),
         metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
         sampler=sampler_changes(args),
         guidance=guidance_changes(args),
@@ -210,32 +240,18 @@ def evaluate(args: argparse.Namespace) -> str:
         FloatingPointError: a picture has NaN pixels.
     """
     from sdjax.errors import UserError
+    from sdjax.evaluation.compare.beside import with_comparisons
     from sdjax.evaluation.evaluation_output import FILE, table
-    from sdjax.evaluation.loading import load
     from sdjax.evaluation.opening import open_session
     from sdjax.evaluation.request import default_output
-    from sdjax.families.conditioning import with_text_length
-    from sdjax.formats.embeddings import with_files
     from sdjax.train.startup import enable_compilation_cache
 
     request = make_request(args)
-    loaded = None
-    if args.model:
-        loaded = load(
-            args.model, weights=args.weights, step=args.step, loras=args.lora,
-            networks=request.networks,
-        )  # fmt: skip
+    loaded = _load(args, request) if request.model else None
     if loaded is not None and loaded.found.is_autoencoder:
         return _autoencoder(args, request, loaded)
-    if loaded is not None and args.max_sequence_length is not None:
-        found = with_text_length(loaded.found, args.max_sequence_length, f"--model={args.model}")
-        loaded = dataclasses.replace(loaded, found=found)
-    if args.embedding:
-        if loaded is None or args.ema_lengths:
-            other = "--ema_lengths" if args.ema_lengths else "--images"
-            raise UserError(f"--embedding is for a model that draws, not for {other}")
-        found, _ = with_files(loaded.found, args.embedding)
-        loaded = dataclasses.replace(loaded, found=found)
+    if args.embedding and loaded is None:
+        raise UserError("--embedding is for a model that draws, not for --images")
     enable_compilation_cache("")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
     if args.ema_lengths:
@@ -249,9 +265,45 @@ def evaluate(args: argparse.Namespace) -> str:
             tell(session.note)
         results = session.run(output)
         if results.examples is not None:
-            _write_examples(output, results.examples, f"{args.model}, {session.dataset}")
-    title = f"{args.model or args.images}, {session.dataset} {session.split}"
+            _write_examples(output, results.examples, f"{request.model}, {session.dataset}")
+        if request.against:
+            results = with_comparisons(session, results, output, change=_change(args))
+    title = f"{request.model or args.images}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
+
+
+def _load(args: argparse.Namespace, request: Request) -> Loaded:
+    """Return the model of the options, with those that draw beside it."""
+    from sdjax.evaluation.compare.members import with_members
+    from sdjax.evaluation.loading import load
+
+    loaded = load(
+        request.model, weights=args.weights, step=args.step, loras=args.lora,
+        networks=request.networks,
+    )  # fmt: skip
+    if loaded.found.is_autoencoder:
+        return loaded
+    change = _change(args)
+    loaded = dataclasses.replace(loaded, found=change(loaded.found, f"--model={request.model}"))
+    if not (request.others or request.experts):
+        return loaded
+    return with_members(
+        loaded, request.others, request.experts, weights=args.weights, loras=args.lora,
+        change=change,
+    )  # fmt: skip
+
+
+def _change(args: argparse.Namespace) -> Callable[[Model, str], Model]:
+    """Return what makes of a model and its name the model as the options have it."""
+    from sdjax.families.conditioning import with_text_length
+    from sdjax.formats.embeddings import with_files
+
+    def change(model: Model, name: str) -> Model:
+        if args.max_sequence_length is not None:
+            model = with_text_length(model, args.max_sequence_length, name)
+        return with_files(model, args.embedding)[0] if args.embedding else model
+
+    return change
 
 
 def _autoencoder(args: argparse.Namespace, request: Request, loaded: Loaded) -> str:
@@ -263,13 +315,17 @@ def _autoencoder(args: argparse.Namespace, request: Request, loaded: Loaded) -> 
     from sdjax.train.startup import enable_compilation_cache
 
     if args.ema_lengths:
-        raise UserError(f"--ema_lengths is for a model that draws; --model={args.model} is none")
+        raise UserError(f"--ema_lengths is for a model that draws; --model={request.model} is none")
+    if other := next((name for name in ("others", "experts", "against") if getattr(request, name)),
+                     ""):  # fmt: skip
+        shown = {"others": "a second --model"}.get(other, f"--{other.removesuffix('s')}")
+        raise UserError(f"{shown} is for models that draw; --model={request.model} does not")
     enable_compilation_cache("")
     output = paths.to_path(args.output) if args.output else default_output(request, loaded)
     with _locked(output):
         session = open_autoencoder(request, loaded)
         results = session.run(output)
-    title = f"{args.model}, {session.dataset} {session.split}"
+    title = f"{request.model}, {session.dataset} {session.split}"
     return f"{table(title, results)}\n\n{output / FILE}, with the plots and pictures beside it"
 
 
@@ -302,10 +358,12 @@ def _search(
     from sdjax.evaluation.evaluation_output import FILE, number
     from sdjax.evaluation.opening import open_session
 
-    if args.lora or (loaded is not None and loaded.controls):
+    members = (*args.lora, *args.embedding, *request.others, *request.experts, *request.against)
+    if members or (loaded is not None and loaded.controls):
         raise UserError(
-            "--ema_lengths takes averages of a model alone; leave out --lora, --controlnet and "
-            "--ip_adapter, and give the run of no network that steers"
+            "--ema_lengths takes averages of a model alone; leave out a second --model, --expert, "
+            "--against, --lora, --embedding, --controlnet and --ip_adapter, and give the run of no "
+            "network that steers"
         )
     if asked := [name for name in request.metrics[:1] if name in ON_REQUEST]:
         raise UserError(f"--ema_lengths is not judged by {asked[0]}; name another of --metrics")

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from sdjax.diffusion.samplers import SamplerConfig
     from sdjax.families.embeddings import Embedding
     from sdjax.families.family import Model
+    from sdjax.sampling.ensemble import Expert
     from sdjax.sampling.request import SamplingRequest
 
 
@@ -184,7 +185,7 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     from sdjax.checkpoints.controls import read_control
     from sdjax.sampling.about import refining
     from sdjax.sampling.control_options import with_controls
-    from sdjax.sampling.ensemble import with_others, with_refiner
+    from sdjax.sampling.ensemble import with_experts, with_others, with_refiner
     from sdjax.sampling.ip_options import with_ip_adapters
     from sdjax.sampling.pictures import with_pictures
 
@@ -195,6 +196,8 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
         names = [(f"--model={folder}", folder) for folder in args.model[1:]]
         others = [(n, _request_of(args, prompts, folder, n, size)) for n, folder in names]
         request = with_others(request, others)
+    if args.expert:
+        request = with_experts(request, [_expert(args, prompts, one, size) for one in args.expert])
     request = with_pictures(request, args.init_image, args.mask_image, args.strength)
     read = partial(read_control, weights=args.weights)
     request = with_controls(request, args.controlnet, args.control_image, args.guess_mode, read)
@@ -204,6 +207,19 @@ def _request(args: argparse.Namespace, prompts: list[str]) -> SamplingRequest:
     name, start = f"--refiner={args.refiner}", refining(args)["refiner_start"]
     refiner = _request_of(args, prompts, args.refiner, name, size)
     return with_refiner(request, refiner, start, name=name)
+
+
+def _expert(
+    args: argparse.Namespace, prompts: list[str], option: str, size: tuple[int, ...]
+) -> tuple[Expert, SamplingRequest]:
+    """Return an expert that --expert names, and the pictures as it draws them."""
+    from sdjax.checkpoints.experts import read_expert_option
+    from sdjax.sampling.ensemble import Expert
+
+    folder, levels = read_expert_option(option)
+    name = f"--expert={option}"
+    request = _request_of(args, prompts, folder, name, size, args.lora)
+    return Expert(name, request.model, levels), request
 
 
 def _request_of(

@@ -27,13 +27,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
 from sdjax.errors import UserError, explain
 from sdjax.sampling.options import (
     add_drawing_options,
+    add_expert_option,
     add_lora_option,
     guidance_changes,
     sampler_changes,
@@ -44,6 +45,8 @@ from sdjax.system.listening import address, handed, is_loopback, listen
 from sdjax.web.view_options import add_view_options, check_views
 
 if TYPE_CHECKING:
+    from sdjax.families.embeddings import Embedding
+    from sdjax.families.family import Model
     from sdjax.train.monitoring.data_profile import Distribution
     from sdjax.web.server.fields import Limits
     from sdjax.web.server.loaded import LoadedModel
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", help="workdir of sdjax, or a diffusers folder, to draw with")
     add_view_options(p)
+    add_expert_option(p)
     add_lora_option(p)
     p.add_argument(
         "--weights", default="ema",
@@ -259,7 +263,7 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     return Service(
         loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
         negative=args.negative_prompt or "", place=args.model, ratings=store,
-        statistics=statistics,
+        statistics=statistics, experts=tuple(args.expert),
     )  # fmt: skip
 
 
@@ -276,36 +280,69 @@ def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str
     """Return the model of the options, the words of --embedding, and the digest of the weights."""
     import jax.numpy as jnp
 
-    from sdjax.checkpoints.adapters import with_loras
-    from sdjax.checkpoints.reading import read_any
     from sdjax.checkpoints.references import digest
-    from sdjax.families.conditioning import with_text_length
     from sdjax.families.sampler import choose_sampler, sampler_note
-    from sdjax.formats.embeddings import with_files
     from sdjax.sampling.generate import check_guidance, drawing_of, settings_of
     from sdjax.web.server.loaded import LoadedModel
 
     name = f"--model={args.model}"
-    model = with_loras(read_any(args.model, weights=args.weights), args.lora)
+    model, words = _read(args, args.model, name)
     if model.missing():
         raise UserError(
             f"{name} has {', '.join(model.networks) or 'no network'} only; drawing takes "
             f"{model.family.denoiser}, vae, and a text encoder with its tokenizer"
         )
-    if args.max_sequence_length is not None:
-        model = with_text_length(model, args.max_sequence_length, name)
-    model, words = with_files(model, args.embedding)
     check_guidance(model, guidance_changes(args), name)
     sampler = choose_sampler(model, sampler_changes(args), name)
     if note := sampler_note(model, sampler, name):
         print(note, file=sys.stderr)
     drawing = drawing_of(settings_of(model), sampler, guidance_changes(args))
     shown = paths.absolute(paths.to_path(args.model)).name or "model"
-    params = {path: jnp.asarray(value) for path, value in model.params.items()}
+    values, bounds = _with_experts(args, model) if args.expert else (model.params, None)
+    params = {path: jnp.asarray(value) for path, value in values.items()}
     bare = dataclasses.replace(model, params={})
-    loaded = LoadedModel(bare, params, shown, drawing, args.dtype, args.batch_size)
-    sha256 = digest(model.params).partition(":")[2]
+    loaded = LoadedModel(
+        bare, params, shown, drawing, args.dtype, args.batch_size, bounds=bounds
+    )  # fmt: skip
+    sha256 = digest(values).partition(":")[2]
     return loaded, tuple(word.token for word in words), sha256
+
+
+def _read(args: argparse.Namespace, place: str, name: str) -> tuple[Model, list[Embedding]]:
+    """Return a model as the options have it, and the words of --embedding."""
+    from sdjax.checkpoints.adapters import with_loras
+    from sdjax.checkpoints.reading import read_any
+    from sdjax.families.conditioning import with_text_length
+    from sdjax.formats.embeddings import with_files
+
+    model = with_loras(read_any(place, weights=args.weights), args.lora)
+    if args.max_sequence_length is not None and not model.missing():
+        model = with_text_length(model, args.max_sequence_length, name)
+    return with_files(model, args.embedding)
+
+
+def _with_experts(
+    args: argparse.Namespace, model: Model
+) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """Return the parameters of a model with experts, and the timesteps between these."""
+    from sdjax.checkpoints.experts import read_expert_option
+    from sdjax.sampling.ensemble import Expert, check_experts, ordered, params_of_experts
+
+    read = []
+    for option in args.expert:
+        (place, levels), name = read_expert_option(option), f"--expert={option}"
+        read.append(Expert(name, _read(args, place, name)[0], levels))
+    order = ordered(read)
+    bounds = check_experts(model, order)
+    tokenizers = {field: own.identity for field, own in model.tokenizers.items()}
+    for expert in order:
+        theirs = {field: own.identity for field, own in expert.model.tokenizers.items()}
+        if dict(expert.model.networks) != dict(model.networks) or theirs != tokenizers:
+            raise UserError(
+                f"{expert.name} has other networks or tokenizers than --model, and is not served; "
+                "sdjax.sample draws with it"
+            )
+    return params_of_experts(model.params, [each.model.params for each in order]), tuple(bounds)
 
 
 if __name__ == "__main__":

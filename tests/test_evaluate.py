@@ -480,3 +480,41 @@ def test_killed_on_four_devices_it_goes_on(run, whole, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         ours, alone = (np.asarray(Image.open(p / name), int) for p in (tmp_path / "a", whole))
         assert np.abs(ours - alone).max() <= 1
+
+
+def test_a_model_is_compared_with_others_on_the_same_pictures(run, pipeline_folder, tmp_path):
+    """Against itself nothing wins and nothing moves; experts equal to it are it."""
+    few = ("--num_samples=5", "--batch_size=5", "--features=pixels", "--resamples=20")
+    few += ("--metrics=fidelity,memorised",)
+    experts = (f"--expert={run}:0:0.5", f"--expert={run}:0.5:1")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert verb(run, first, *few, f"--model={run}") == 0  # the mean of a model and itself
+    assert metrics(first)["averaged_with"] == [str(run)]
+    assert verb(run, second, *few, *experts, f"--against={run}", f"--against={first}") == 0
+    assert metrics(second)["experts"] == [f"{run}:0:0.5", f"{run}:0.5:1"]
+    found = json.loads((second / "comparison.json").read_text())
+    assert found.keys() == {str(run), str(first)}
+    alone = found[str(run)]
+    assert {"fidelity_exact", "object_width", "contrast"} & alone["win_rate"].keys()
+    for rate in alone["win_rate"].values():
+        assert rate["value"] == 0.5 and rate["wins"] == rate["losses"] == 0
+    assert {drift["difference"]["value"] for drift in alone["drift"].values()} == {0.0}
+    assert alone["notes"] == []
+    assert "memorised" in alone["drift"]
+    files = sorted((second / "images").glob("*.png"))
+    (other,) = (second / "against").iterdir()
+    for file in files:
+        same = other / "images" / file.name
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(same)))
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--expert=RUN:0:0.5"], "no expert is for the noise levels 0.5 to 1"),
+    (["--expert=RUN:0:1", "--model=RUN"], "--expert does not go with a second --model"),
+    (["--expert=RUN:0:1", "--metrics=validation_loss"], "alone, for its objective"),
+    (["--against=RUN", "--metrics=validation_loss"], "compares pictures, and none are drawn"),
+])  # fmt: skip
+def test_members_that_do_not_go_together_are_refused(run, tmp_path, capsys, options, words):
+    given = [option.replace("RUN", str(run)) for option in options]
+    assert verb(run, tmp_path / "out", *given, "--num_samples=4") == 2
+    assert words in capsys.readouterr().err

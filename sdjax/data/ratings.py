@@ -1,9 +1,10 @@
 """Ratings of pictures: a log that survives kills, and the datasets that follow from it.
 
 A folder of ratings has `ratings.jsonl`, a line for each rating in its order, and `pictures/`, the
-rated pictures by their sha256. A line is appended by one write: whoever is killed leaves at most
-half a line at the end, which readers pass over. A later rating of a picture takes the place of an
-earlier one.
+rated pictures by their sha256. A line rates a picture, "picture" and "rating", or says which of two
+is better, "better" and "worse". It is appended by one write: whoever is killed leaves at most half
+a line at the end, which readers pass over. A later rating of a picture, or of the same two, takes
+the place of an earlier one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sdjax.data.pictures import METADATA
@@ -45,27 +46,42 @@ class Rating:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two pictures of a prompt, by the sha256 of their files, one better than the other."""
+
+    better: str
+    worse: str
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Ratings:
-    """The ratings of a folder, each picture's last one; damaged: lines that are none."""
+    """The ratings of a folder, each picture's last one; damaged: lines that are none.
+
+    pairs: of the same two pictures the last one.
+    """
 
     each: tuple[Rating, ...]
     damaged: int
+    pairs: tuple[Pair, ...] = ()
 
 
-def append(folder: paths.Path, row: Mapping[str, Any], picture: bytes) -> None:
-    """Add a rating, and the picture it is of if that is not there.
+def append(folder: paths.Path, row: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+    """Add a rating, and the pictures it is of if they are not there.
 
     Args:
-        row: with the fields of `Rating` at least.
+        row: with the fields of `Rating`, or of `Pair`, at least.
+        pictures: {sha256: PNG file} of those that it names.
 
     Raises:
         WriteError: of the disk.
     """
-    file = folder / PICTURES / f"{row['picture']}.png"
-    if not file.exists():
-        paths.make_folder(file.parent)
-        with paths.writing(file) as local:
-            local.write_bytes(picture)
+    for name, picture in pictures.items():
+        file = folder / PICTURES / f"{name}.png"
+        if not file.exists():
+            paths.make_folder(file.parent)
+            with paths.writing(file) as local:
+                local.write_bytes(picture)
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     with paths.explained_writes(folder / LOG), open(folder / LOG, "ab+") as log:
         if log.tell() and _last(log) != b"\n":
@@ -81,7 +97,7 @@ def _last(log: Any) -> bytes:
 
 
 def read(folder: paths.Path) -> Ratings:
-    """Return the last rating of each picture, in the order of the log.
+    """Return the last rating of each picture and of each two, in the order of the log.
 
     Raises:
         UserError: there is no log.
@@ -95,6 +111,7 @@ def read(folder: paths.Path) -> Ratings:
             "sdjax.serve"
         ) from error
     found: dict[str, Rating] = {}
+    pairs: dict[frozenset[str], Pair] = {}
     damaged = 0
     for line in map(_kept, io.BytesIO(data)):
         if not line.strip():
@@ -102,10 +119,14 @@ def read(folder: paths.Path) -> Ratings:
         rating = _rating(line)
         if rating is None:
             damaged += 1
-            continue
-        found.pop(rating.picture, None)
-        found[rating.picture] = rating
-    return Ratings(tuple(found.values()), damaged)
+        elif isinstance(rating, Pair):
+            both = frozenset((rating.better, rating.worse))
+            pairs.pop(both, None)
+            pairs[both] = rating
+        else:
+            found.pop(rating.picture, None)
+            found[rating.picture] = rating
+    return Ratings(tuple(found.values()), damaged, tuple(pairs.values()))
 
 
 def _kept(line: bytes) -> bytes:
@@ -118,34 +139,67 @@ def _kept(line: bytes) -> bytes:
     return line if len(prompt) <= MOST_CAPTION_CHARS else b"null"
 
 
-def _rating(line: bytes) -> Rating | None:
+def _rating(line: bytes) -> Rating | Pair | None:
     try:
         row = json.loads(line)
-        made = Rating(row["picture"], row["rating"], row["prompt"])
+        prompt = row["prompt"]
+        named = [row["better"], row["worse"]] if "better" in row else [row["picture"]]
+        rating: Any = None if "better" in row else row["rating"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    right = isinstance(made.picture, str) and _DIGEST.fullmatch(made.picture)
-    rated = made.rating in (_GOOD, _BAD) and not isinstance(made.rating, bool)
-    return made if right and rated and isinstance(made.prompt, str) else None
+    right = all(isinstance(name, str) and _DIGEST.fullmatch(name) for name in named)
+    if not right or not isinstance(prompt, str):
+        return None
+    if "better" in row:
+        return Pair(named[0], named[1], prompt) if named[0] != named[1] else None
+    rated = rating in (_GOOD, _BAD) and not isinstance(rating, bool)
+    return Rating(named[0], rating, prompt) if rated else None
 
 
-def rows(ratings: Sequence[Rating], kind: str, *, beta: float) -> list[dict[str, Any]]:
+def graded(ratings: Ratings) -> list[tuple[str, str, float]]:
+    """Return (picture, prompt, grade) of all that were rated, from -1 (bad) to 1 (good).
+
+    The grade of a picture without a rating of its own is the mean over its pairs, 1 where it is
+    the better and -1 where it is the worse.
+    """
+    grades: dict[str, tuple[str, list[float]]] = {
+        each.picture: (each.prompt, [float(each.rating)]) for each in ratings.each
+    }
+    own = set(grades)
+    for pair in ratings.pairs:
+        for picture, grade in ((pair.better, _GOOD), (pair.worse, _BAD)):
+            if picture not in own:
+                grades.setdefault(picture, (pair.prompt, []))[1].append(float(grade))
+    return [(name, prompt, sum(g) / len(g)) for name, (prompt, g) in grades.items()]
+
+
+def rows(ratings: Ratings, kind: str, *, beta: float) -> list[dict[str, Any]]:
     """Return the examples of a dataset: "picture", "text" and what the kind adds.
 
     Args:
-        kind: "pairs", of each prompt a good and a bad picture, "picture" and "rejected", as many
-            as it has of the more frequent kind; "weights", all pictures with the "weight" of
-            reward-weighted regression, n * softmax(rating / beta) over the n pictures of a prompt,
-            whose mean is 1; "good", the good pictures alone.
+        kind: "pairs", "picture" and "rejected": those that were given as pairs, and of each prompt
+            a good and a bad picture, as many as it has of the more frequent kind; "weights", all
+            pictures with the "weight" of reward-weighted regression, n * softmax(grade / beta)
+            over the n pictures of a prompt, whose mean is 1; "good", the pictures of grade 1 alone.
+            See `graded`.
         beta: see "weights"; small ones leave the bad pictures out.
     """
-    of_prompt: dict[str, list[Rating]] = collections.defaultdict(list)
-    for rating in ratings:
-        of_prompt[rating.prompt].append(rating)
+    of_prompt: dict[str, list[tuple[str, float]]] = collections.defaultdict(list)
+    if kind == "pairs":
+        for each in ratings.each:
+            of_prompt[each.prompt].append((each.picture, each.rating))
+    else:
+        for picture, prompt, grade in graded(ratings):
+            of_prompt[prompt].append((picture, grade))
     found: list[dict[str, Any]] = []
+    if kind == "pairs":
+        found += [
+            {"picture": pair.better, "rejected": pair.worse, "text": pair.prompt}
+            for pair in ratings.pairs
+        ]
     for prompt, own in of_prompt.items():
-        good = [each.picture for each in own if each.rating == _GOOD]
-        bad = [each.picture for each in own if each.rating == _BAD]
+        good = [picture for picture, grade in own if grade == _GOOD]
+        bad = [picture for picture, grade in own if grade == _BAD]
         if kind == "pairs" and good and bad:
             for i in range(max(len(good), len(bad))):
                 pair = {"picture": good[i % len(good)], "rejected": bad[i % len(bad)]}
@@ -153,14 +207,14 @@ def rows(ratings: Sequence[Rating], kind: str, *, beta: float) -> list[dict[str,
         elif kind == "good":
             found += [{"picture": picture, "text": prompt} for picture in good]
         elif kind == "weights":
-            # From the highest rating, so that no exponential overflows.
-            shares = [math.exp((each.rating - _GOOD) / beta) for each in own]
+            # From the highest grade, so that no exponential overflows.
+            shares = [math.exp((grade - _GOOD) / beta) for _, grade in own]
             mean = sum(shares) / len(shares)
             if mean == 0.0:  # bad pictures alone
                 shares, mean = [1.0] * len(own), 1.0
             found += [
-                {"picture": each.picture, "text": prompt, "weight": share / mean}
-                for each, share in zip(own, shares, strict=True)
+                {"picture": picture, "text": prompt, "weight": share / mean}
+                for (picture, _), share in zip(own, shares, strict=True)
             ]
     return found
 
@@ -189,7 +243,7 @@ def write(
         WriteError: of the disk.
     """
     ratings = read(folder)
-    made = rows(ratings.each, kind, beta=beta)
+    made = rows(ratings, kind, beta=beta)
     lines: dict[str, list[str]] = {"train": [], "test": []}
     missing = 0
     for row in made:
@@ -212,9 +266,12 @@ def write(
             content["weight"] = row["weight"]
         lines[split].append(json.dumps(content, ensure_ascii=False))
     if not any(lines.values()):
-        needed = {"pairs": "a good and a bad picture of one prompt", "good": "a good picture"}
+        needed = {
+            "pairs": "a pair, or a good and a bad picture of one prompt", "good": "a good picture",
+        }  # fmt: skip
+        count = len(ratings.each) + len(ratings.pairs)
         raise UserError(
-            f"{folder / LOG} has {len(ratings.each)} ratings, and {missing} of their pictures are "
+            f"{folder / LOG} has {count} ratings, and the pictures of {missing} examples are "
             f"missing; {kind} take {needed.get(kind, 'a rating')}"
         )
     for split, own in lines.items():

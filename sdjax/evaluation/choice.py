@@ -29,8 +29,8 @@ NEEDS = {
     "several": "several pictures of a prompt: draw with --per_prompt=4",
     "shapes": "captions of captioned_shapes, the only ones that the reader understands",
     "masked": "a model for inpainting, which draws parts of the pictures of --dataset",
-    "validate": "the workdir of a run as --model, for its objective",
-    "example_losses": "the workdir of a run as --model, for its objective",
+    "validate": "the workdir of a run as --model, alone, for its objective",
+    "example_losses": "the workdir of a run as --model, alone, for its objective",
     "model": "a model that draws again: give --model, without --images",
 }
 METRICS: dict[str, tuple[str, ...]] = {

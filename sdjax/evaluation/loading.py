@@ -66,6 +66,8 @@ class Loaded:
     data: that the run was trained on, with folders and names as they were there.
     controls: networks that steer it, whose parameters are among those of `found`.
     sights: {name of an IP-Adapter among these: what it sees}.
+    others, bounds: models that draw with it, see `SamplingRequest`; their parameters are among
+        those of `found`.
     """
 
     found: Model
@@ -75,6 +77,8 @@ class Loaded:
     data: DataConfig | None = None
     controls: tuple[Control, ...] = ()
     sights: Mapping[str, Sight] = dataclasses.field(default_factory=dict)
+    others: tuple[Model, ...] = ()
+    bounds: tuple[float, ...] | None = None
 
 
 def load(

@@ -146,7 +146,7 @@ def _conditions(
 def _validate(
     request: Request, loaded: Loaded | None, data: DataConfig | None, split: str, mesh: Mesh
 ) -> Validate | None:
-    if loaded is None or loaded.config is None or data is None:
+    if loaded is None or loaded.config is None or loaded.others or data is None:
         return None
     config = loaded.config
     count = request.validation_examples
@@ -162,7 +162,7 @@ def _example_losses(
     request: Request, loaded: Loaded | None, data: DataConfig | None, split: str, mesh: Mesh
 ) -> FindExampleLosses | None:
     """The losses of all examples of the split, unless the user says of how many."""
-    if loaded is None or loaded.config is None or data is None:
+    if loaded is None or loaded.config is None or loaded.others or data is None:
         return None
     count = request.validation_examples
     count = sys.maxsize if count is None else count

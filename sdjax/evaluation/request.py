@@ -29,6 +29,9 @@ class Request:
     """The options of `sdjax.evaluate`, which explains them."""
 
     model: str = ""
+    others: tuple[str, ...] = ()  # models whose predictions are averaged with its own
+    experts: tuple[str, ...] = ()  # as --expert names them
+    against: tuple[str, ...] = ()  # models, or folders of evaluations, to compare with
     images: str = ""
     dataset: str = ""
     split: str = ""
@@ -77,6 +80,8 @@ class Request:
             raise UserError(f"--lora={self.lora[0]} is for a model; give --model=DIR")
         if not self.model and (said := [name for name, value in self.steering().items() if value]):
             raise UserError(f"--{said[0]} is for a model; give --model=DIR")
+        if self.against and not self.model:
+            raise UserError(f"--against={self.against[0]} is for a model; give --model=DIR")
         if self.audit and not self.model:
             raise UserError(f"--audit={self.audit} draws its own pictures; give --model=DIR")
 
@@ -242,7 +247,13 @@ def default_output(request: Request, loaded: Loaded | None) -> paths.Path:
     dataset = given.rstrip("/").rpartition("/")[2] or dataset_name(loaded.data)
     if request.audit:
         dataset = paths.to_path(request.audit).stem
-    beside = (*request.lora, *request.networks.controlnet, *request.networks.ip_adapter)
+    beside = (
+        *request.others,
+        *request.experts,
+        *request.lora,
+        *request.networks.controlnet,
+        *request.networks.ip_adapter,
+    )
     names = [paths.to_path(option).name for option in beside]
     parts = (f"{loaded.step or 0:08d}", request.weights, *names, dataset)
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)

@@ -120,6 +120,8 @@ class Session:
             size=self.size,
             dtype=self.request.dtype,
             controls=controls,
+            others=self.loaded.others,
+            bounds=self.loaded.bounds,
         )
 
     def _settings(self, params: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
@@ -139,7 +141,8 @@ class Session:
         }
 
     def _look(self) -> dict[str, Any]:
-        drawing = dataclasses.asdict(self.drawing)
+        assert self.loaded is not None
+        drawing, bounds = dataclasses.asdict(self.drawing), self.loaded.bounds
         return {
             "sampler": drawing.pop("sampler"),
             **drawing,
@@ -149,6 +152,7 @@ class Session:
             "size": list(self.artist.size),
             "dtype": self.request.dtype,
             **({"conditions": self.conditions.about()} if self.conditions else {}),
+            **({"experts_meet_at": list(bounds)} if bounds is not None else {}),
         }
 
     def draw(
@@ -301,6 +305,8 @@ class Session:
             "step": self.loaded.step if self.loaded else None,
             "weights": request.weights if request.model else None,
             "lora": list(request.lora),
+            **({"averaged_with": list(request.others)} if request.others else {}),
+            **({"experts": list(request.experts)} if request.experts else {}),
             **request.steering(),
             "dataset": self.dataset,
             "split": self.split,

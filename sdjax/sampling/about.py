@@ -24,6 +24,7 @@ def settings_of_request(args: argparse.Namespace, request: SamplingRequest) -> d
         "same_noise": args.same_noise,
         "model": args.model[0],
         **({"averaged_with": args.model[1:]} if args.model[1:] else {}),
+        **({"experts": args.expert} if args.expert else {}),
         **({"lora": args.lora} if args.lora else {}),
         **refining(args),
         "weights": args.weights,

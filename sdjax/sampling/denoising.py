@@ -1,4 +1,4 @@
-"""The guided prediction of one model, and the mean of several models' predictions."""
+"""The guided prediction of one model, the mean of several models', and that of experts in turn."""
 
 from __future__ import annotations
 
@@ -190,6 +190,22 @@ def mean_of(functions: Sequence[Denoise]) -> Denoise:
         return sum(outputs[1:], outputs[0]) / len(outputs)
 
     return mean
+
+
+def by_level(functions: Sequence[Denoise], bounds: Sequence[float]) -> Denoise:
+    """Return the prediction of the one model that a timestep is for; only that one is evaluated.
+
+    Args:
+        functions: from the least noise to the most.
+        bounds: the timesteps between them, rising; function i is for bounds[i - 1] <= t and
+            t < bounds[i].
+    """
+
+    def expert(xt: jax.Array, t: jax.Array) -> jax.Array:
+        which = sum((t[0] >= jnp.float32(bound)).astype(jnp.int32) for bound in bounds)
+        return jax.lax.switch(which, functions, xt, t)
+
+    return expert if bounds else functions[0]
 
 
 def _check_skip(drawing: Drawing, family: Family) -> None:

@@ -25,6 +25,7 @@ from sdjax.families.conditioning import encode_text
 from sdjax.families.family import Model
 from sdjax.parallel.sharding import placed, state_shardings
 from sdjax.sampling.control import Control
+from sdjax.sampling.denoising import named_of_member
 from sdjax.sampling.generate import (
     Drawing,
     Generate,
@@ -75,6 +76,7 @@ class Artist:
     negative: {field: tokens [L]}.
     size: (height, width) in pixels; shape: (h, w, C) of the latents.
     turn: radians on the sphere of noise from a picture's own towards another, pi / 2 away.
+    others: models that draw with it; see `SamplingRequest`.
     """
 
     model: Model
@@ -86,6 +88,7 @@ class Artist:
     shape: tuple[int, int, int]
     reads: Reads | None = None
     turn: float = 0.0
+    others: Sequence[Model] = ()
 
     def draw(self, texts: Sequence[str], numbers: np.ndarray, *, seed: int) -> np.ndarray:
         """Draw pictures with these prompts and numbers [B], B a multiple of the devices.
@@ -98,7 +101,7 @@ class Artist:
         Raises:
             FloatingPointError: a picture has NaN pixels.
         """
-        batch = encode_text(self.model.tokenizers, texts)
+        batch = _tokens(self.model, self.others, texts)
         for field, value in of_geometry(self.model.family.numbers, self.size).items():
             batch[field] = np.tile(value, (len(texts), 1))
         images, _ = draw(
@@ -135,12 +138,15 @@ def make_artist(
     size: tuple[int, int] | None = None,
     dtype: str = "float32",
     controls: Sequence[Control] = (),
+    others: Sequence[Model] = (),
+    bounds: Sequence[float] | None = None,
 ) -> Artist:
     """Return the artist that a model is; what it reads besides prompts is still to be given.
 
     Args:
         size: (height, width); by default what the denoiser was made for.
         controls: networks that steer it, whose parameters are among the model's.
+        others, bounds: models that draw with it, likewise; see `SamplingRequest`.
 
     Raises:
         UserError: networks are missing, or sampler or size do not fit.
@@ -151,16 +157,28 @@ def make_artist(
             f"{', '.join(missing)} too"
         )
     size = size or model.native_size
-    negative = encode_text(model.tokenizers, [negative_prompt])
+    negative = _tokens(model, others, [negative_prompt])
+    generate = make_generator(
+        model, drawing, dtype=dtype, controls=controls, others=others, bounds=bounds
+    )
     return Artist(
         model=model,
-        generate=make_generator(model, drawing, dtype=dtype, controls=controls),
+        generate=generate,
         params=on_mesh(model.params, mesh),
         mesh=mesh,
         negative={field: rows[0] for field, rows in negative.items()},
         size=size,
         shape=latent_shape(model, *size),
+        others=others,
     )
+
+
+def _tokens(model: Model, others: Sequence[Model], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The tokens of texts for each model, {field: [B, L]}."""
+    batch = encode_text(model.tokenizers, texts)
+    for i, other in enumerate(others, 1):
+        batch |= named_of_member(i, encode_text(other.tokenizers, texts))
+    return batch
 
 
 def on_mesh(params: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ from sdjax.models.vae import VAE, unscale_latents
 from sdjax.parallel.batches import batch_sharding
 from sdjax.parallel.sharding import to_host
 from sdjax.sampling.control import Control
-from sdjax.sampling.denoising import Drawing, make_member, mean_of, of_member
+from sdjax.sampling.denoising import Drawing, by_level, make_member, mean_of, of_member
 from sdjax.sampling.settings import SampleConfig
 from sdjax.sampling.start import Picture, constraint, initial_state, reading_of
 from sdjax.system import progress
@@ -132,22 +132,25 @@ def make_generator(
     dtype: str = "float32",
     callbacks: Sequence[Callback] = (),
     others: Sequence[Model] = (),
+    bounds: Sequence[float] | None = None,
     controls: Sequence[Control] = (),
 ) -> Generate:
     """Return a jitted `Generate`.
 
     Args:
         model: with schedule, prediction type and tokenizers; dtype: of products and convolutions.
-        others: models whose predictions are averaged with the first's; see `of_member`.
+        others, bounds: models that predict with the first, or in its place: `SamplingRequest`.
         controls: ControlNets of all of them; their parameters are among `params`.
 
     Raises:
         UserError: the sampler does not fit the schedule, or the networks one another.
     """
     assert model.schedule is not None
-    members = [make_member(each, drawing, dtype, controls) for each in (model, *others)]
-    autoencoder = bind(model, ("vae",), dtype=dtype)
+    drawn_by = [*enumerate((model, *others))][bounds is not None :]
+    members = {i: make_member(each, drawing, dtype, controls) for i, each in drawn_by}
+    vae = bind(model, ("vae",), dtype=dtype)
     drawing.plan(tables := make_schedule(model.schedule))  # what does not fit is an error now
+    predict = mean_of if bounds is None else partial(by_level, bounds=bounds)
     wanted = lambda path: any(each.wants(path) for each in callbacks)  # noqa: E731
 
     @jax.jit
@@ -159,17 +162,15 @@ def make_generator(
         keys: jax.Array,
         picture: Picture | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        picture = picture or {}
-        fields = params, prompts, negative
-        given = [[of_member(i, one) for one in fields] for i in range(len(members))]
+        picture, of = picture or {}, of_member
         made = [
-            member.denoise(own, positive, away, picture, latents.shape)
-            for member, (own, positive, away) in zip(members, given, strict=True)
+            m.denoise(of(i, params), of(i, prompts), of(i, negative), picture, latents.shape)
+            for i, m in members.items()
         ]
         state, begun = initial_state(picture, latents, drawing.plan(tables, latents.shape[1:3]))
         with capture.capturing(made[0].network, probabilities=wanted) as found:
             x0, seen = sample(
-                mean_of([each.function for each in made]),
+                predict([each.function for each in made]),
                 state,
                 schedule=tables,
                 prediction_type=model.prediction_type,
@@ -181,8 +182,7 @@ def make_generator(
                 begun=begun,
                 constrain=constraint(picture, latents),
             )
-        out = x0 if drawing.hands_over else to_images(autoencoder.module("vae", params), x0)
-        return out, seen
+        return x0 if drawing.hands_over else to_images(vae.module("vae", params), x0), seen
 
     return generate
 

@@ -110,6 +110,7 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
         "models of one family, schedule, prediction type and latent space",
     )  # fmt: skip
     add_lora_option(p)
+    add_expert_option(p)
     p.add_argument(
         "--refiner", metavar="DIR",
         help="SDXL: the model that takes the last steps, as SDXL's refiner",
@@ -117,6 +118,17 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--refiner_start", type=float,
         help="share of the way from noise to picture after which it does (0.8)",
+    )  # fmt: skip
+
+
+def add_expert_option(p: argparse.ArgumentParser) -> None:
+    """Add the option of experts by noise level."""
+    p.add_argument(
+        "--expert", action="append", default=[], metavar="DIR[:FROM:TO]",
+        help="an expert for some noise levels, which predicts there in place of --model: a workdir "
+        "that was trained on an interval of the timesteps (objective.timestep_min and "
+        "timestep_max), or any model with its interval from 0 (a picture) to 1 (noise); given "
+        "again until the intervals cover 0 to 1, without a gap and without a level that two have",
     )  # fmt: skip
 
 
@@ -263,6 +275,7 @@ def check_together(args: argparse.Namespace) -> None:
     options = {
         "--init_image": args.init_image,
         "--refiner": args.refiner,
+        "--expert": args.expert,
         "a second --model": args.model[1:],
         "--controlnet": args.controlnet,
         "--control_image": args.control_image,
@@ -271,8 +284,13 @@ def check_together(args: argparse.Namespace) -> None:
     for option, given in options.items():
         if given and interpolates:
             raise UserError(f"--interpolate does not go with {option}; leave out one of them")
-    if args.explain and args.model[1:]:
-        raise UserError("--explain shows the attention of one model; give one --model")
+    if args.explain and (args.model[1:] or args.expert):
+        raise UserError(
+            "--explain shows the attention of one model; give one --model, and no --expert"
+        )
+    if args.expert and (args.model[1:] or args.refiner):
+        other = "--refiner" if args.refiner else "a second --model"
+        raise UserError(f"--expert does not go with {other}; leave out one of them")
     if args.refiner_start is not None and args.refiner is None:
         raise UserError("--refiner_start is for --refiner=DIR; give that too, or leave it out")
     if args.same_noise and args.latents:

@@ -27,6 +27,7 @@ class SamplingRequest:
     picture: {field: [N, ...]}, what to begin with and to keep; see `sampling.start`.
     others: models whose predictions are averaged with those of `model`; their parameters and tokens
         are among its own, see `sampling.denoising.of_member`.
+    bounds: the others are experts, which predict in place of `model`; see `denoising.by_level`.
     controls: ControlNets, with their parameters among those of `model` and their conditions in
         `picture`.
     refiner: takes over the latents where `drawing` ends, of the same prompts; or None.
@@ -46,6 +47,7 @@ class SamplingRequest:
     positions: np.ndarray
     picture: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     others: Sequence[Model] = ()
+    bounds: Sequence[float] | None = None
     controls: Sequence[Control] = ()
     refiner: SamplingRequest | None = None
 
@@ -64,6 +66,7 @@ class SamplingRequest:
                 dtype=self.dtype,
                 callbacks=callbacks,
                 others=self.others,
+                bounds=self.bounds,
                 controls=self.controls,
             ),
             self.params,

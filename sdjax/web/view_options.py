@@ -35,7 +35,7 @@ def check_views(args: argparse.Namespace) -> None:
         )
     if args.captions and not args.data:
         raise UserError("--captions=FILE is for the captions of --data=DIR, which is missing")
-    for option in ("lora", "embedding"):
+    for option in ("lora", "embedding", "expert"):
         if getattr(args, option, None) and not args.model:
             raise UserError(f"--{option} is for --model=DIR, which is missing")
     if args.ratings and not args.model:

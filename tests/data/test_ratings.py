@@ -14,21 +14,60 @@ from sdjax.data import ratings
 from sdjax.data.config import DataConfig
 from sdjax.data.named_images import NamedImage
 from sdjax.data.pipeline import make_iterator
-from sdjax.data.ratings import Rating
+from sdjax.data.ratings import Pair, Rating, Ratings
 from sdjax.errors import UserError
 from sdjax.families.conditioning import BlankTokenizer
 from sdjax.system import paths
 
 
-def rate(folder, number, rating, prompt):
-    """Rate a picture of one grey; return its name."""
+def picture(folder, number):
+    """The name and the file of a picture of one grey."""
     file = folder / "a.png"
     Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(file)
     data = file.read_bytes()
-    name = hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data).hexdigest(), data
+
+
+def rate(folder, number, rating, prompt):
+    """Rate a picture of one grey; return its name."""
+    name, data = picture(folder, number)
     row = {"picture": name, "rating": rating, "prompt": prompt}
-    ratings.append(paths.to_path(folder), row, data)
+    ratings.append(paths.to_path(folder), row, {name: data})
     return name
+
+
+def prefer(folder, better, worse, prompt):
+    """Say that one picture of one grey is better than another."""
+    both = [picture(folder, number) for number in (better, worse)]
+    row = {"better": both[0][0], "worse": both[1][0], "prompt": prompt}
+    ratings.append(paths.to_path(folder), row, dict(both))
+    return Pair(both[0][0], both[1][0], prompt)
+
+
+def test_the_last_word_about_two_pictures_counts(tmp_path):
+    prefer(tmp_path, 1, 2, "a")
+    second = prefer(tmp_path, 3, 2, "a")
+    first = prefer(tmp_path, 2, 1, "a")  # the other way round, and later
+    found = ratings.read(paths.to_path(tmp_path))
+    assert found == Ratings((), 0, (second, first))
+    assert len(list((tmp_path / "pictures").iterdir())) == 3
+
+
+def test_pairs_become_pairs_and_grades():
+    found = Ratings(
+        (Rating("9", -1, "a"),), 0, (Pair("1", "2", "a"), Pair("1", "3", "a"), Pair("3", "2", "a"),
+                                     Pair("9", "2", "a")),
+    )  # fmt: skip
+    pairs = ratings.rows(found, "pairs", beta=1)
+    assert [(row["picture"], row["rejected"]) for row in pairs] == [
+        ("1", "2"), ("1", "3"), ("3", "2"), ("9", "2"),
+    ]  # fmt: skip
+    grades = {name: grade for name, _, grade in ratings.graded(found)}
+    assert grades == {"9": -1.0, "1": 1.0, "2": -1.0, "3": 0.0}  # a rating of its own counts first
+    assert [row["picture"] for row in ratings.rows(found, "good", beta=1)] == ["1"]
+    weights = {row["picture"]: row["weight"] for row in ratings.rows(found, "weights", beta=1)}
+    shares = np.exp([-1.0, 1.0, -1.0, 0.0])
+    np.testing.assert_allclose([weights[name] for name in "9123"], 4 * shares / shares.sum())
 
 
 def test_the_last_rating_of_a_picture_counts(tmp_path):
@@ -60,6 +99,9 @@ def test_half_a_line_of_a_killed_server_costs_that_rating_alone(tmp_path, keep):
     b'{"picture": "%s", "rating": 1, "prompt": "%s"}' % (b"0" * 64, b"x" * 200_000),
     b'{"picture": "%s", "rating": %s, "prompt": "a"}' % (b"0" * 64, b"9" * 5000),
     b'{"prompt": "a", "more": [%s]}' % (b"[]," * 1_500_000),
+    b'{"better": "%s", "worse": "../x", "prompt": "a"}' % (b"0" * 64),
+    b'{"better": "%s", "worse": "%s", "prompt": "a"}' % (b"0" * 64, b"0" * 64),
+    b'{"better": "%s", "prompt": "a"}' % (b"0" * 64),
 ])  # fmt: skip
 def test_lines_of_strangers_are_counted_and_passed_over(tmp_path, line):
     rate(tmp_path, 1, 1, "a")
@@ -70,7 +112,8 @@ def test_lines_of_strangers_are_counted_and_passed_over(tmp_path, line):
 
 
 def made(*given):
-    return [Rating(str(i), rating, prompt) for i, (rating, prompt) in enumerate(given)]
+    each = [Rating(str(i), rating, prompt) for i, (rating, prompt) in enumerate(given)]
+    return Ratings(tuple(each), 0)
 
 
 def test_pairs_are_of_one_prompt_and_use_every_picture():
@@ -149,7 +192,7 @@ def test_weights_stand_in_the_metadata(tmp_path, flags):
 
 @pytest.mark.parametrize("options, words", [
     (["--from_ratings=NOWHERE", "--output=OUT"], "cannot be read"),
-    (["--from_ratings=HERE", "--output=OUT"], "pairs take a good and a bad picture of one prompt"),
+    (["--from_ratings=HERE", "--output=OUT"], "pairs take a pair, or a good and a bad picture"),
     (["--from_ratings=HERE"], "takes --output=DIR"),
     (["--from_ratings=HERE", "--output=HERE"], "is not empty"),
     (["--from_ratings=HERE", "--output=OUT", "--beta=0"], "--beta=0"),

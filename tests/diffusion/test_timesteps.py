@@ -43,6 +43,18 @@ def test_timestep_range_is_kept(kind, schedule):
     assert t.min() < 205 or kind == "logit_normal"
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("schedule", [SD, FLOW], ids=["table", "flow"])
+def test_the_timesteps_of_an_expert_are_uniform_within_its_interval(schedule, stratified):
+    objective = ObjectiveConfig(stratified=stratified, timestep_min=500, timestep_max=750)
+    t = draw(objective, schedule, count=4000)
+    assert t.min() >= 500 and t.max() < 750
+    inside = (t + 0.5 * (schedule is SD) - 500) / 250
+    assert scipy.stats.kstest(inside, "uniform").pvalue > 0.001
+    if stratified:
+        assert np.abs(np.sort(inside) - (np.arange(4000) + 0.5) / 4000).max() < 0.003
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_stratified_timesteps_cover_the_table_evenly(seed):
     t = draw(ObjectiveConfig(stratified=True), count=500, seed=seed)

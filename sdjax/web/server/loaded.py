@@ -25,8 +25,8 @@ from sdjax.diffusion.samplers import (
     step_rows,
 )
 from sdjax.families.conditioning import encode_text
-from sdjax.families.family import EDITS, FILLS, FOLLOWS, Model
-from sdjax.sampling.denoising import Drawing
+from sdjax.families.family import AUTOENCODER, EDITS, FILLS, FOLLOWS, Model
+from sdjax.sampling.denoising import Drawing, of_member
 from sdjax.sampling.generate import check_finite, latent_shape, randomness_of, to_uint8
 from sdjax.sampling.pictures import PictureEncoder, begun_at, picture_of, vae_noise
 from sdjax.sampling.start import initial_state, reading_of, reads_picture
@@ -50,6 +50,8 @@ class LoadedModel:
     name: of the folder it was read from.
     own: how it is drawn where a client does not say.
     batch_size: the most pictures drawn at once; smaller batches have a power of two.
+    bounds: the timesteps between experts, which predict in place of the model, and whose parameters
+        are among `params`; see `sampling.ensemble`. None without experts.
     """
 
     model: Model
@@ -58,7 +60,11 @@ class LoadedModel:
     own: Drawing
     dtype: str = "float32"
     batch_size: int = 4
+    bounds: tuple[float, ...] | None = None
     preview: Preview = dataclasses.field(default_factory=Preview)
+    _parts: dict[int, tuple[dict[str, jax.Array], dict[str, jax.Array]]] = dataclasses.field(
+        default_factory=dict
+    )
     _programs: collections.OrderedDict[Hashable, Program] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
@@ -97,7 +103,11 @@ class LoadedModel:
         plan, program = drawing.plan(self._tables, shape[:2]), self._program(requests[0], padded)
         picture = self._picture(padded)
         noise, keys = randomness_of(np.array([r.seed for r in padded], np.uint32), shape)
-        contexts = program.contexts(self._encoders, *self._words(padded), picture)
+        words = self._words(padded)
+        which = [self._expert(t) for t in plan.timesteps]
+        contexts = {
+            each: program.contexts(self._networks(each)[0], *words, picture) for each in set(which)
+        }
         scale = np.array([each.guidance for each in padded], np.float32).reshape(-1, 1, 1, 1)
         state, begun = initial_state(picture, noise, plan)
         carry = first_carry(plan, state, begun=begun)
@@ -112,8 +122,10 @@ class LoadedModel:
 
         rows = list(zip(*step_rows(plan), strict=True))
         for i, row in enumerate(rows):
-            before = estimate(carry)
-            carry = program.step(self._denoiser, contexts, carry, row, scale, keys, picture, noise)
+            before, denoiser = estimate(carry), self._networks(which[i])[1]
+            carry = program.step(
+                denoiser, contexts[which[i]], carry, row, scale, keys, picture, noise
+            )
             if i and stops(i - 1, before):  # while the device takes this step
                 break
         else:
@@ -160,21 +172,29 @@ class LoadedModel:
         reading = reading_of(self.model)
         return reading is not None and not reading.setting
 
-    # What a program does not read only takes time to hand over.
-    @functools.cached_property
-    def _encoders(self) -> dict[str, jax.Array]:
-        return self._of(*self.model.text_encoders)
+    def _expert(self, timestep: float) -> int:
+        """Return the number of the model that predicts at a timestep, 0 for this one itself."""
+        if self.bounds is None:
+            return 0
+        return 1 + sum(bool(np.float32(timestep) >= np.float32(b)) for b in self.bounds)
 
-    @functools.cached_property
-    def _denoiser(self) -> dict[str, jax.Array]:
-        return self._of(self.model.family.denoiser)
+    def _networks(self, number: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Return the text encoders and the denoiser of a model, see `_expert`.
+
+        What a program does not read only takes time to hand over.
+        """
+        if number not in self._parts:
+            own = of_member(number, self.params)
+            encoders, denoiser = self.model.text_encoders, self.model.family.denoiser
+            self._parts[number] = (
+                {k: v for k, v in own.items() if k.partition(".")[0] in encoders},
+                {k: v for k, v in own.items() if k.partition(".")[0] == denoiser},
+            )
+        return self._parts[number]
 
     @functools.cached_property
     def _vae(self) -> dict[str, jax.Array]:
-        return self._of("vae")
-
-    def _of(self, *networks: str) -> dict[str, jax.Array]:
-        return {k: v for k, v in self.params.items() if k.partition(".")[0] in networks}
+        return {k: v for k, v in self.params.items() if k.partition(".")[0] == AUTOENCODER}
 
     @functools.cached_property
     def _tables(self) -> Any:

@@ -59,6 +59,7 @@ class Page:
             "samplers": [(name, title_of(name)) for name in self.service.samplers],
             "words": list(self.service.words),
             "loras": list(self.service.loras),
+            "experts": list(self.service.experts),
             "negative": self.service.negative,
             "rates": self.service.ratings is not None,
             "place": self.service.place or self.service.loaded.name,
@@ -78,12 +79,19 @@ class Page:
 
     async def rate(self, http: Request) -> Response:
         """Keep what somebody said of a picture."""
-        fields = await self.service.fields(http)
+        fields, store = await self.service.fields(http), self.service.ratings
         rating = fields.whole("rating", 0, least=-1, most=1)
-        if self.service.ratings is None or rating == 0:
-            raise InvalidRequest("expected a rating of 1 or -1, and a server with --ratings=DIR")
-        picture = fields.text("picture", most=64)
-        await run_in_threadpool(self.service.ratings.rate, picture, rating)
+        pair = [fields.text(name, most=64) for name in ("better", "worse")]
+        if store is None or (rating == 0) != all(pair):
+            raise InvalidRequest(
+                "expected a picture and a rating of 1 or -1, or two pictures, better and worse; "
+                "and a server with --ratings=DIR"
+            )
+        if all(pair):
+            await run_in_threadpool(store.prefer, *pair)
+        else:
+            picture = fields.text("picture", most=64)
+            await run_in_threadpool(store.rate, picture, rating)
         return JSONResponse(None)
 
     async def _lines(self, requests: Sequence[PictureRequest]) -> AsyncIterator[str]:

@@ -6,6 +6,7 @@ import collections
 import hashlib
 import threading
 import time
+from typing import Any
 
 from sdjax.data import ratings
 from sdjax.system import paths
@@ -46,27 +47,51 @@ class RatingStore:
             WriteError: of the disk.
         """
         with self._lock:
-            if name not in self._shown:
-                raise InvalidRequest(
-                    f"picture is {name[:80]!r}; expected one of the last {_KEPT} that were drawn"
-                )
-            request, file = self._shown[name]
-            row = {
-                "picture": name,
-                "rating": rating,
-                "prompt": request.prompt,
-                "negative_prompt": request.negative_prompt,
-                "seed": request.seed,
-                "steps": request.sampler.steps,
-                "sampler": request.sampler.name,
-                "guidance": request.guidance,
-                "width": request.width,
-                "height": request.height,
-                "begun": request.image is not None,
-                "model": self._digest,
-                "time": time.time(),
-            }
-            ratings.append(self._folder, row, file)
+            request, file = self._find("picture", name)
+            row = {"picture": name, "rating": rating, **self._about(request)}
+            ratings.append(self._folder, row, {name: file})
+
+    def prefer(self, better: str, worse: str) -> None:
+        """Write down that one picture is better than another of the same prompt.
+
+        Raises:
+            InvalidRequest: one is not among the last ones, or they are no two of one prompt.
+            WriteError: of the disk.
+        """
+        with self._lock:
+            (first, file), (second, other) = (
+                self._find("better", better), self._find("worse", worse)
+            )  # fmt: skip
+            if first.prompt != second.prompt or better == worse:
+                raise InvalidRequest("better and worse are to be two pictures of one prompt")
+            # What the worse was drawn from, where that is not the same.
+            own, theirs = self._about(first), self._about(second)
+            differs = {f"worse_{k}": v for k, v in theirs.items() if k != "time" and own[k] != v}
+            row = {"better": better, "worse": worse, **own, **differs}
+            ratings.append(self._folder, row, {better: file, worse: other})
+
+    def _find(self, field: str, name: str) -> tuple[PictureRequest, bytes]:
+        if name not in self._shown:
+            raise InvalidRequest(
+                f"{field} is {name[:80]!r}; expected one of the last {_KEPT} that were drawn"
+            )
+        return self._shown[name]
+
+    def _about(self, request: PictureRequest) -> dict[str, Any]:
+        """Return what a picture was drawn from, and by which model."""
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "steps": request.sampler.steps,
+            "sampler": request.sampler.name,
+            "guidance": request.guidance,
+            "width": request.width,
+            "height": request.height,
+            "begun": request.image is not None,
+            "model": self._digest,
+            "time": time.time(),
+        }
 
 
 def _size(request: PictureRequest, file: bytes) -> int:

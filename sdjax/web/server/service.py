@@ -43,7 +43,8 @@ class Service:
     ratings: where ratings go; None where none are taken.
     statistics: of the pictures, which the engine hands it.
     place: what --model is to be for the same pictures by `sdjax.sample`.
-    loras: the adapters in its weights, as --lora named them; words: those of --embedding.
+    loras: the adapters in its weights, as --lora named them; experts: that predict in its place,
+        as --expert named them; words: those of --embedding.
     """
 
     loaded: LoadedModel
@@ -56,6 +57,7 @@ class Service:
     place: str = ""
     ratings: RatingStore | None = None
     statistics: Statistics = dataclasses.field(default_factory=Statistics)
+    experts: Sequence[str] = ()
     started: float = dataclasses.field(default_factory=time.time)
 
     @property

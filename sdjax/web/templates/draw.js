@@ -59,6 +59,7 @@ const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 function command(made) {
   const words = ["python -m sdjax.sample", `--model=${quoted(facts.place)}`, `--prompts=${quoted(made.prompt)}`];
   if (made.negative_prompt) words.push(`--negative_prompt=${quoted(made.negative_prompt)}`);
+  for (const expert of facts.experts) words.push(`--expert=${quoted(expert)}`);
   for (const lora of facts.loras) words.push(`--lora=${quoted(lora)}`);
   words.push(`--seed=${made.seed}`, `--steps=${made.steps}`, `--sampler=${made.sampler}`,
     `--guidance=${made.guidance}`, `--width=${made.width}`, `--height=${made.height}`);
@@ -126,20 +127,53 @@ function thumbs(made) {
   const row = document.createElement("div");
   row.className = "buttons";
   const both = [["Good", 1], ["Bad", -1]].map(([text, rating]) => button(text, async () => {
-    try {
-      const response = await fetch("rate", {
-        method: "POST", headers: { "content-type": "application/json" },
-        body: JSON.stringify({ picture: made.name, rating }),
-      });
-      if (!response.ok) throw new Error(await words(response));
+    if (await rate({ picture: made.name, rating })) {
       for (const each of both) each.setAttribute("aria-pressed", String(each.textContent === text));
-    } catch (error) {
-      get("error").textContent = error.message;
     }
   }));
   for (const each of both) each.setAttribute("aria-pressed", "false");
-  row.append(...both);
+  row.append(...both, comparing(made));
   return row;
+}
+
+async function rate(said) {
+  try {
+    const response = await fetch("rate", {
+      method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(said),
+    });
+    if (!response.ok) throw new Error(await words(response));
+    return true;
+  } catch (error) {
+    get("error").textContent = error.message;
+    return false;
+  }
+}
+
+// "Better than ..." on one picture, then "... this" on another of the same prompt.
+const compared = [];
+let better = null;
+
+function comparing(made) {
+  const own = { made, button: button("", async () => {
+    const first = better;
+    better = first ? null : made;
+    showComparing();
+    if (first && first !== made && await rate({ better: first.name, worse: made.name })) {
+      own.button.textContent = "Worse: noted";
+    }
+  }) };
+  compared.push(own);
+  showComparing();
+  return own.button;
+}
+
+function showComparing() {
+  for (const { made, button } of compared) {
+    const other = better && better !== made;
+    button.textContent = !better ? "Better than …" : other ? "… this one" : "Better than … (cancel)";
+    button.disabled = Boolean(other && (made.prompt !== better.prompt || made.name === better.name));
+    button.setAttribute("aria-pressed", String(better === made));
+  }
 }
 
 async function words(response) {

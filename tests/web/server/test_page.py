@@ -188,6 +188,42 @@ def test_what_people_say_is_kept_with_the_picture(browser, service, tmp_path):
     assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem == rows[0]["picture"]
 
 
+def test_which_of_two_pictures_is_better_is_kept_with_both(browser, service, tmp_path):
+    store = RatingStore(paths.to_path(tmp_path), service.digest)
+    with listening(make_app(dataclasses.replace(service, ratings=store))) as url:
+        page = browser.new_page()
+        page.goto(url)
+        for prompt, seed in (("a square", "3"), ("a circle", "3"), ("a circle", "4")):
+            page.fill("#prompt", prompt)
+            page.fill("#seed", seed)
+            page.click("#draw")
+            page.wait_for_selector(f"#pictures li:has-text('{prompt}'):has-text('Seed {seed}')")
+        cards = page.locator("#pictures li").all()
+        newest, older, other = (card.get_by_role("button").last for card in cards)
+        older.click()
+        assert other.is_disabled() and not newest.is_disabled()
+        with page.expect_response("**/rate") as answer:
+            newest.click()
+        assert answer.value.status == 200
+        page.wait_for_selector("button:text('Worse: noted')")
+        names = [json.loads(line) for line in (tmp_path / "ratings.jsonl").open()]
+        pair = {"better": names[0]["worse"], "worse": names[0]["better"]}
+        assert httpx.post(f"{url}/rate", json=pair).status_code == 200
+        for wrong, words in (
+            ({**pair, "worse": pair["better"]}, "two pictures of one prompt"),
+            ({"better": pair["better"]}, "expected a picture and a rating"),
+            ({**pair, "rating": 1, "picture": pair["better"]}, "expected a picture and a rating"),
+            ({**pair, "worse": "0" * 64}, "worse is '000"),
+        ):
+            refused = httpx.post(f"{url}/rate", json=wrong)
+            assert refused.status_code == 422 and words in refused.text, words
+    first, second = map(json.loads, (tmp_path / "ratings.jsonl").read_text().splitlines())
+    assert (first["better"], first["worse"]) == (second["worse"], second["better"])
+    assert first["prompt"] == "a circle" and {first["seed"], first["worse_seed"]} == {3, 4}
+    files = {file.stem for file in (tmp_path / "pictures").iterdir()}
+    assert files == {first["better"], first["worse"]}
+
+
 def test_without_a_folder_there_is_nothing_to_rate(open_page, address):
     page = open_page()
     page.fill("#prompt", "a circle")
