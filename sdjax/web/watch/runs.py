@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import threading
 import time
@@ -163,21 +164,12 @@ class LiveRun:
     def stamp(self) -> tuple[Any, ...]:
         """Return what changes when anything that `state` shows does."""
         holder = lock_holder.holder(self.folder)
-        samples = self.folder / "samples"
-        try:
-            of_samples = epath.Path(samples).stat().mtime if samples.exists() else 0.0
-        except paths.storage_errors():
-            of_samples = 0.0
+        of_samples = _size_and_time(self.folder / "samples")
         asked = wishes.pending(self.folder) if holder else []
         return self._stamp(), holder and (holder.pid, holder.began), of_samples, tuple(asked)
 
     def _stamp(self) -> tuple[int, float]:
-        file = self.folder / METRICS_FILE
-        try:
-            stat = epath.Path(file).stat() if file.exists() else None
-        except paths.storage_errors():
-            stat = None
-        return (stat.length, float(stat.mtime)) if stat else (0, 0.0)
+        return _size_and_time(self.folder / METRICS_FILE)
 
     def _age(self) -> float | None:
         mtime = self._stamp()[1]
@@ -290,6 +282,18 @@ def _packed(name: str, curve: Curve, points: int) -> dict[str, Any]:
         front = thin(smoothed[0], points)
         found |= {"sx": figures.encode(front.steps), "sy": figures.encode(front.values)}
     return found
+
+
+def _size_and_time(path: paths.Path) -> tuple[int, float]:
+    """Return bytes, and the time of the last change; zeros where there is nothing."""
+    try:
+        if not paths.is_remote(path):
+            found = os.stat(path)
+            return found.st_size, found.st_mtime  # epath's has whole seconds
+        stat = epath.Path(path).stat() if path.exists() else None
+    except paths.storage_errors():
+        return 0, 0.0
+    return (stat.length, float(stat.mtime)) if stat else (0, 0.0)
 
 
 def _whole(value: Any) -> int:

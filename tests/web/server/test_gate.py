@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from sdjax import serve
 from sdjax.errors import UserError
+from sdjax.system.listening import listen
 from sdjax.web.server.fields import InvalidRequest, Limits
 from sdjax.web.server.gate import Gate
 from sdjax.web.server.requests import decoded_image
@@ -201,7 +202,7 @@ def test_a_token_of_the_environment_is_taken(monkeypatch):
 
 
 def test_a_port_that_is_taken_is_named(tmp_path, capsys):
-    taken = serve._listener("127.0.0.1", 0)
+    taken = listen("127.0.0.1", 0)
     taken.listen()
     port = taken.getsockname()[1]
     began = time.monotonic()
