@@ -9,10 +9,10 @@ from collections.abc import Callable
 from sdjax.checkpoints import adapters as named
 from sdjax.checkpoints.reading import read_any
 from sdjax.errors import UserError
-from sdjax.families.family import Model
+from sdjax.families.family import Model, with_task
 from sdjax.formats.adapters.extraction import DYNAMIC, Ranks, extract, resize
 from sdjax.formats.adapters.layers import Adapter
-from sdjax.formats.adapters.reading import adapter_file, read_adapter
+from sdjax.formats.adapters.reading import adapter_file, adapter_task, read_adapter
 from sdjax.formats.adapters.recognition import release_of
 from sdjax.formats.adapters.writing import write_diffusers_adapter, write_kohya_adapter
 from sdjax.formats.folders import ModelError
@@ -163,6 +163,7 @@ def _read_file(
     """(model without parameters, adapter, its metadata of kohya) of a file."""
     file = adapter_file(source)
     model = read_any(base, with_weights=False, hints=hints) if base else release_of(file)
+    model = with_task(model, adapter_task(file, model))
     said = read_header(file)[1]
     kept = {key: value for key, value in said.items() if key.startswith(_OF_KOHYA)}
     # Those would no longer be true, or are told anew.

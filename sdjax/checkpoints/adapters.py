@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from absl import logging
+
 from sdjax.checkpoints import workdir as runs
 from sdjax.checkpoints.widening import widened
 from sdjax.errors import UserError
 from sdjax.families.adapter_names import OUTSIDE, TEXT, by_block
-from sdjax.families.family import AUTOENCODER, FOLLOWS, Model
+from sdjax.families.family import AUTOENCODER, FOLLOWS, Model, said_task
 from sdjax.formats.adapters.layers import Adapter
 from sdjax.formats.adapters.merging import merged
-from sdjax.formats.adapters.reading import entrance_inputs, read_adapter
+from sdjax.formats.adapters.reading import adapter_task, entrance_inputs, read_adapter
 from sdjax.formats.folders import folder_kind
 from sdjax.sampling.start import counts
 from sdjax.system import paths
@@ -28,8 +30,8 @@ _BLOCKS = ":lbw="
 def with_loras(model: Model, options: Sequence[str]) -> Model:
     """Return a model with the adapters of --lora in its weights, in their order.
 
-    One that reads a picture beside the noisy latents, as the LoRAs of FLUX.1-Canny do, has a model
-    that reads noisy latents alone read it too.
+    One that reads a picture beside the noisy latents, as the LoRAs of FLUX.1-Canny and -Kontext do,
+    has a model that reads noisy latents alone read it too.
 
     Raises:
         UserError: an option is wrong, or an adapter does not fit the model.
@@ -45,19 +47,29 @@ def with_loras(model: Model, options: Sequence[str]) -> Model:
 
 
 def _reading_a_picture(model: Model, option: str) -> Model:
-    """The model, whose denoiser is given the inputs that an adapter's has, if it is to follow.
+    """The model, which reads a picture if an adapter was trained with one that reads it.
 
-    Adapters of models that fill or edit are made for these, and fit them alone.
+    One for FLUX.1-Kontext says so. The inputs of one that is to follow say it. Other adapters of
+    models that fill or edit are made for these, and fit them alone.
     """
     place, family = parse_lora(option)[0], model.family
     own = model.networks.get(family.denoiser)
     if own is None or AUTOENCODER not in model.networks or not paths.exists(place):
         return model
     if is_run(place):
-        found = read_run(place)[0].networks.get(family.denoiser)
-        wanted = getattr(found, "in_channels", 0)
+        trained = read_run(place)[0]
+        task = said_task(trained)
+        wanted = getattr(trained.networks.get(family.denoiser), "in_channels", 0)
     else:
-        wanted = entrance_inputs(place, model)
+        task, wanted = adapter_task(place, model), entrance_inputs(place, model)
+    if task:
+        model, note = widened(model, task, name=f"--lora={option}")
+        if note:
+            logging.warning(
+                "%s, as the LoRA was trained. It fits the weights that it was trained on: if those "
+                "were FLUX.1-Kontext's, give that as the model", note
+            )  # fmt: skip
+        return model
     count = next((count for count, task in counts(model).items() if task == FOLLOWS), 0)
     reads = family.latent_channels(own) > model.vae.latent_channels
     if not count or reads or wanted != family.widened(own, count).in_channels:

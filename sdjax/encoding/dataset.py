@@ -241,19 +241,19 @@ def fingerprint(assembled: Assembled, name: str) -> str:
     """Return a digest of all that decides how a network encodes a picture or a caption.
 
     The weights as float32 (of a VAE those of the encoder), the settings, for a text encoder its
-    tokenizer; the same wherever they come from.
+    tokenizer and the settings of its family that change features; the same wherever they come from.
     """
     model, params = assembled.config.model, component(assembled.params, name)
     if name == "vae":
         params = {p: v for p, v in params.items() if not p.startswith(("decoder", "post_quant"))}
         settings = {k: v for k, v in to_dict(model.vae).items() if k in VAE_SETTINGS}
     else:
+        encoder, family = model.networks[name], FAMILIES[model.family]
         settings = {
-            **to_dict(model.networks[name]),
-            **model.settings,
+            **{k: v for k, v in to_dict(encoder).items() if k not in encoder.inert},
+            **{k: model.settings[k] for k in family.encodes},
             "tokenizer": assembled.tokenizers[model.parts[name].tokens].identity,
         }
-        settings.pop("attention_dropout", None)  # of training alone
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, value in sorted(params.items()):
         array = np.ascontiguousarray(np.asarray(value, np.float32))

@@ -42,8 +42,9 @@ class Part:
 
     network: the nnx module.
     config: the dataclass of its config, with `from_json` and `to_json`; of a text encoder with
-        `architecture`, `vocab_size`, `max_position_embeddings` (but see `length_setting`) and the
-        ids of special tokens that its kind has.
+        `architecture`, `vocab_size`, `max_position_embeddings` (but see `length_setting`), the ids
+        of special tokens that its kind has, and `inert`, fields that change nothing of what is
+        encoded, outside of training.
     kind: the `_class_name` or `model_type` in its config.json.
     owns: whether a config.json of this kind is this part's, and not another family's.
     tokens, tokenizer: of a text encoder, the field of a batch that it reads and the folder of its
@@ -172,6 +173,7 @@ class Family:
     parts: its networks, in the order in which they are initialised.
     denoiser: the name of the one that predicts.
     fixed: the settings that a run cannot change half-way.
+    encodes: those of the settings that change what `embed` makes.
     halvings: how often the denoiser halves latents, from the configs of the networks.
     check: raises a UserError, naming the fields, if the networks do not belong together.
     embed, context: see `Embed` and `MakeContext`.
@@ -225,6 +227,7 @@ class Family:
     widened: Callable[[Any, int], Any] = lambda denoiser, count: dataclasses.replace(
         denoiser, in_channels=denoiser.in_channels + count
     )
+    encodes: tuple[str, ...] = ()
     adapters: AdapterNames | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -332,6 +335,20 @@ class Model:
         for part in encoders.values() or [next(iter(every.values()))]:
             absent += [part.tokenizer] if part.tokens not in self.tokenizers else []
         return absent
+
+
+def said_task(model: Model) -> str:
+    """Return what a model's settings say that its denoiser does with a picture, or ""."""
+    readings = model.family.readings
+    return next((task for task, r in readings.items() if model.settings.get(r.setting)), "")
+
+
+def with_task(model: Model, task: str) -> Model:
+    """Return a model whose settings say a task; "" says none."""
+    setting = model.family.readings[task].setting if task else ""
+    return (
+        dataclasses.replace(model, settings={**model.settings, setting: True}) if setting else model
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

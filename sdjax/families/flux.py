@@ -205,6 +205,7 @@ FLUX = Family(
     parts=PARTS,
     denoiser="transformer",
     fixed=("max_sequence_length", "kontext"),
+    encodes=("max_sequence_length",),
     halvings=lambda networks: 1,
     check=check_model,
     embed=embed,

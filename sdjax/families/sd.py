@@ -334,6 +334,7 @@ SD = Family(
     parts=PARTS,
     denoiser="unet",
     fixed=("clip_skip",),
+    encodes=("clip_skip",),
     halvings=halvings,
     check=check,
     embed=embed,

@@ -211,6 +211,7 @@ SD3 = Family(
     parts=PARTS,
     denoiser="transformer",
     fixed=("max_sequence_length",),
+    encodes=("max_sequence_length",),
     halvings=lambda networks: networks["transformer"].patch_size.bit_length() - 1,
     check=check_model,
     embed=embed,

@@ -301,6 +301,7 @@ SDXL = Family(
     parts=PARTS,
     denoiser="unet",
     fixed=("zero_empty_prompt",),
+    encodes=("zero_empty_prompt",),
     halvings=sd.halvings,
     check=check,
     embed=embed,

@@ -96,6 +96,10 @@ class CLIPTextConfig:
     pad_token_id: int = 1
     projection_dim: int | None = None
     causal: ClassVar[bool] = True
+    # Fields that change nothing of what is encoded, outside of training.
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"attention_dropout", "bos_token_id", "pad_token_id"}
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self, _TEXT_BOUNDS)

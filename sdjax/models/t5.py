@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,7 @@ class T5Config:
     feed_forward_proj: str = GATED
     pad_token_id: int = 0
     eos_token_id: int = 1
+    inert: ClassVar[frozenset[str]] = frozenset({"pad_token_id", "eos_token_id"})
 
     def __post_init__(self) -> None:
         check_bounds(self, _BOUNDS)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from sdjax.diffusion.samplers import leave
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.errors import UserError
-from sdjax.families.family import Context, Model, Reading
+from sdjax.families.family import Context, Model, Reading, said_task
 
 Picture = Mapping[str, jax.Array]
 
@@ -56,8 +56,7 @@ def reads_picture(model: Model) -> str:
     latent, family = model.vae.latent_channels, model.family
     added = family.latent_channels(model.denoiser) - latent
     if not added:
-        said = (task for task, r in family.readings.items() if model.settings.get(r.setting))
-        return next(said, "")
+        return said_task(model)
     known = counts(model)
     if added not in known:
         takes = " or ".join(f"{number} to {task}" for number, task in known.items())

@@ -29,6 +29,7 @@ class Config:
 
     kind = ""
     architecture = ""
+    inert = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
     @classmethod
     def from_json(cls, data, where="config.json"):
@@ -198,6 +199,7 @@ TOY = Family(
     parts=PARTS,
     denoiser="dots",
     fixed=("light", "mood_length"),
+    encodes=("mood_length",),
     halvings=lambda networks: 0,
     check=lambda model: None,
     embed=embed,

@@ -18,6 +18,7 @@ from sdjax.config import default, resolve
 from sdjax.config_model import blank_method, method_of_run
 from sdjax.diffusion.losses import NOISE, example_keys, fold_keys, normal_like
 from sdjax.errors import UserError
+from sdjax.families.family import said_task
 from sdjax.formats.diffusers_folder import write_diffusers
 from sdjax.methods import condition, denoise, inpaint
 from sdjax.models.weights import to_diffusers
@@ -276,12 +277,12 @@ def test_a_lora_is_that_of_diffusers(kind, tiny_config, dev, copies, tmp_path):
                                     else {}))  # fmt: skip
     theirs = {n: p.detach().numpy() for n, p in pipeline.transformer.named_parameters()}
     base = read_any(dev)
-    if kind == "condition":  # FLUX.1-dev is given the inputs, from each of the files and the run
-        for place in (whole, whole / "adapter", whole / "adapter" / "whole.safetensors"):
-            merged = with_loras(base, [str(place)])
-            assert merged.denoiser == folded.denoiser
-            for path, value in folded.params.items():
-                np.testing.assert_allclose(merged.params[path], value, atol=1e-6, err_msg=path)
+    # FLUX.1-dev is given the inputs, or reads the tokens, from each of the files and the run.
+    for place in (whole, whole / "adapter", whole / "adapter" / "whole.safetensors"):
+        merged = with_loras(base, [str(place)])
+        assert merged.denoiser == folded.denoiser and said_task(merged) == said_task(folded)
+        for path, value in folded.params.items():
+            np.testing.assert_allclose(merged.params[path], value, atol=1e-6, err_msg=path)
     for name, value in theirs.items():
         np.testing.assert_allclose(
             ours[name.replace(".base_layer", "")], value, atol=1e-5, err_msg=name

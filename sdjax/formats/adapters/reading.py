@@ -36,6 +36,9 @@ from sdjax.system import paths
 from sdjax.system.untrusted import explained, plain
 
 DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+# The entry of a file's metadata with the task of models whose shape does not say it: "edit" of
+# FLUX.1-Kontext, whose adapters other trainers do not tell from those of FLUX.1-dev.
+TASK = "sdjax.task"
 _NO_ADAPTERS = ("scheduler", "optimizer", "checkpoint")  # in names of other files of a folder
 _MOST_SHOWN = 12  # lines of an error
 # Parts that make a change, and without which it is half of one.
@@ -105,6 +108,21 @@ def entrance_inputs(path: paths.PathLike, model: Model) -> int:
         if found and found[1] == "lora_down" and target and target.parts == layer:
             return shape[1] if len(shape) > 1 else 0
     return 0
+
+
+def adapter_task(path: paths.PathLike, model: Model) -> str:
+    """Return what the model that a file's adapter was trained with does with a picture, as `EDITS`.
+
+    It is "" where that model reads none, or files do not need to say it: see `TASK`.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    file = adapter_file(path)
+    with explained(file, "an adapter", error=ModelError):
+        task = read_header(file)[1].get(TASK, "")
+    reading = model.family.readings.get(task)
+    return task if reading is not None and reading.setting else ""
 
 
 def _adapter(

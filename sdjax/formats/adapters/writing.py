@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.families.family import Model
+from sdjax.families.family import Model, said_task
 from sdjax.formats.adapters import peft_metadata
 from sdjax.formats.adapters.fused import join_layers
 from sdjax.formats.adapters.layers import BIAS, DORA, Adapter, AdapterLayer, per_input
-from sdjax.formats.adapters.reading import DIFFUSERS_FILE
+from sdjax.formats.adapters.reading import DIFFUSERS_FILE, TASK
 from sdjax.formats.adapters.spellings import (
     Module,
     in_transformers,
@@ -78,7 +78,7 @@ def write_diffusers_adapter(
             tensors[f"{stem}.lora_magnitude_vector{end}"] = magnitude.reshape(conv)
     encoders = model.text_encoders
     entry = peft_metadata.written(ranks, encoders=encoders, dora=dora, bias=biased)
-    _save(file, tensors, {"format": "pt", peft_metadata.ENTRY: entry}, dtype)
+    _save(file, tensors, {"format": "pt", peft_metadata.ENTRY: entry, **_task(model)}, dtype)
     return _encoder_notes(model, adapter)
 
 
@@ -114,7 +114,7 @@ def write_kohya_adapter(
     for stem, layer in layers.items():
         own = _kohya_tensors(_with_alpha(layer, alpha))
         tensors |= {f"{stem}.{key}": value for key, value in own.items()}
-    said = {**_kohya_metadata(model, adapter, alpha), **(metadata or {})}
+    said = {**_kohya_metadata(model, adapter, alpha), **_task(model), **(metadata or {})}
     _save(file, tensors, {key: _text(value) for key, value in said.items()}, dtype)
     return _encoder_notes(model, adapter) + _dora_notes(adapter)
 
@@ -251,6 +251,12 @@ def _kohya_metadata(model: Model, adapter: Adapter, alpha: float) -> dict[str, A
         "ss_network_alpha": alpha,
         "ss_network_args": {} if plain else {"algo": _algorithm(kinds)},
     }
+
+
+def _task(model: Model) -> dict[str, str]:
+    """Return the entry of metadata with the model's task, where its shape does not say it."""
+    task = said_task(model)
+    return {TASK: task} if task else {}
 
 
 def _common(values: list[float]) -> float:
