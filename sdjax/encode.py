@@ -1,7 +1,7 @@
 """`python -m sdjax.prepare --encode`: what a configuration would encode, encoded ahead.
 
     python -m sdjax.prepare --encode --config=RECIPE --output=DIR
-        [--config.field=value ...] [--encode_text] [--encode_flipped]
+        [--config.field=value ...] [--encode_text] [--encode_flipped] [--max_sequence_length=N]
 
 Pictures of config.data become VAE moments, cropped (and sorted into buckets) as the configuration
 says; with --encode_text captions become embeddings too. Training takes them with
@@ -38,6 +38,11 @@ _SPLITS = flags.DEFINE_list(
 )
 _TEXT = flags.DEFINE_bool(
     "encode_text", False, "Keep embeddings of the captions, for frozen text encoders.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_LENGTH = flags.DEFINE_integer(
+    "max_sequence_length", None,
+    "Tokens of T5, for SD3 and FLUX.1: config.model.max_sequence_length, which the run takes too.",
     flag_values=FLAGS,
 )  # fmt: skip
 _FLIPPED = flags.DEFINE_bool(
@@ -84,6 +89,13 @@ def _run() -> int:
         batch=_BATCH.value,
         shard_examples=_SHARD.value,
     )
+    if _LENGTH.value is not None:
+        if "max_sequence_length" not in recipe.model:
+            raise UserError(
+                "--max_sequence_length is for SD3 and FLUX.1; the recipe's model.family is "
+                f"{recipe.model.family!r}, whose text encoders say how many tokens they read"
+            )
+        recipe.model.max_sequence_length = _LENGTH.value
     config = resolve(recipe)
     enable_compilation_cache(config.compilation_cache)
     host, hosts = _HOST.value, _HOSTS.value
@@ -102,6 +114,8 @@ def _run() -> int:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             print(f"  {len(names)} left out, {reason}: {shown}")
     text = " --config.data.text_embeddings=True" if options.text else ""
+    if _LENGTH.value is not None:
+        text += f" --config.model.max_sequence_length={_LENGTH.value}"
     path = shlex.quote(f"--config.data.path={_OUTPUT.value}")
     print(f"to train on them: --config.data.name=encoded {path}{text}")
     return 0

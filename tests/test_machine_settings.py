@@ -39,6 +39,7 @@ data.captions.others_key
 data.captions.main_share data.captions.templates data.captions.texts data.captions.separator
 data.captions.shuffle_tags
 data.captions.keep_tags data.captions.tag_dropout data.captions.swap_sides
+data.captions.quality_tags data.captions.quality_first
 data.augment.* data.captions.empty data.resolution data.crop
 data.buckets.step data.buckets.max_aspect data.buckets.max_upscale data.flip data.batch_size
 data.min_side data.max_aspect data.max_bad_examples data.shapes_train data.shapes_test

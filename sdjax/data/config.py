@@ -101,6 +101,9 @@ class DataConfig:
         if self.min_score is not None and not self.score_key:
             raise UserError(f"data.min_score is {self.min_score}, but data.score_key is empty; "
                             "expected the name of a number feature")  # fmt: skip
+        if self.captions.quality_tags and not self.score_key and not self.mixture:
+            raise UserError("data.captions.quality_tags is set, but data.score_key is empty; "
+                            "expected the name of a number feature")  # fmt: skip
         named_images.check(self.images)
         if self.mixture:
             mixture.check(self.mixture)

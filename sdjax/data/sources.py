@@ -16,7 +16,7 @@ from absl import logging
 
 from sdjax.data import encoded, named_images, splits, transforms
 from sdjax.data.builders.opening import prepared_builder
-from sdjax.data.caption_choice import Caption, replaced
+from sdjax.data.caption_choice import Caption, graded, replaced
 from sdjax.data.columns import Columns
 from sdjax.data.columns import Row as ColumnsRow
 from sdjax.data.columns import load as load_columns
@@ -156,8 +156,12 @@ class Source:
 
     def _caption(self, record: dict[str, Any]) -> Caption:
         """The captions of an example."""
-        caption, texts = self._stored(record), self._config.captions.texts
-        return replaced(caption, texts) if texts else caption
+        caption, choice = self._stored(record), self._config.captions
+        if choice.texts:
+            caption = replaced(caption, choice.texts)
+        if choice.quality_tags and self.encoding is None:  # encoded captions have them
+            caption = graded(caption, float(record[self._config.score_key]), choice)
+        return caption
 
     def _stored(self, record: dict[str, Any]) -> Caption:
         """The captions of a record."""

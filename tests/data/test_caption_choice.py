@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from sdjax.data.caption_choice import Caption, CaptionConfig, choose, replaced, vary_tags
+from sdjax.data.caption_choice import Caption, CaptionConfig, choose, graded, replaced, vary_tags
 from sdjax.errors import UserError
 
 
@@ -62,10 +62,46 @@ def test_all_tags_may_drop():
     assert vary_tags("a, b", CaptionConfig(tag_dropout=1.0), np.random.default_rng(0)) == ""
 
 
+QUALITY = ((7.0, "masterpiece, best quality"), (0.0, "low quality"))
+
+
+@pytest.mark.parametrize(
+    "score, first, expected",
+    [
+        (8, True, "masterpiece, best quality, 1girl, hat, sky"),
+        (7, True, "masterpiece, best quality, 1girl, hat, sky"),
+        (6.9, False, "1girl, low quality, hat, sky"),
+        (-1, True, "1girl,hat ,sky"),
+        (float("nan"), True, "1girl,hat ,sky"),
+    ],
+)
+def test_quality_tags_follow_the_score(score, first, expected):
+    config = CaptionConfig(quality_tags=QUALITY[::-1], quality_first=first, keep_tags=1)
+    caption = graded(Caption("1girl,hat ,sky", ("", "hat"), 0.5), score, config)
+    assert caption.main == expected and caption.main_share == 0.5
+    assert caption.others[0] == ""
+    assert choose(Caption(caption.main), config, NoChance()) == expected
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_quality_tags_are_neither_shuffled_nor_dropped(first):
+    rng = np.random.default_rng(0)
+    varied = {"shuffle_tags": True, "tag_dropout": 0.5, "keep_tags": 1, "quality_first": first}
+    config = CaptionConfig(quality_tags=QUALITY, **varied)
+    caption = graded(Caption("1girl, a, b, c"), 9, config)
+    made = [choose(caption, config, rng).split(", ") for _ in range(200)]
+    front = ["masterpiece", "best quality", "1girl"]
+    assert all(tags[:3] == (front if first else [front[2], *front[:2]]) for tags in made)
+    assert {tuple(sorted(tags[3:])) for tags in made} == {
+        (), ("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b", "c"), ("a", "b", "c")
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"main_share": 1.5}, {"tag_dropout": -0.1}, {"keep_tags": -1}, {"separator": " "},
-     {"empty": "drop"}, {"templates": ("a photo",)}],
+     {"empty": "drop"}, {"templates": ("a photo",)}, {"quality_tags": ((float("nan"), "a"),)},
+     {"quality_tags": ((1.0, " , "),)}],
 )  # fmt: skip
 def test_wrong_fields_are_named(fields):
     with pytest.raises(UserError, match=f"data.captions.{next(iter(fields))}"):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sdjax.data import sources
+from sdjax.data.caption_choice import CaptionConfig
 from sdjax.data.config import DataConfig, DataError
 from sdjax.data.fixed import FixedExamples
 from sdjax.data.mixture import Part
@@ -295,6 +296,17 @@ def test_examples_with_a_low_score_are_left_out_and_counted(config, caplog):
             open_source(dataclasses.replace(good, score_key=key), "train")
     with pytest.raises(ValueError, match="data.min_score is 0.5, but data.score_key is empty"):
         DataConfig(min_score=0.5)
+
+
+def test_quality_tags_are_those_of_the_score(config):
+    captions = CaptionConfig(quality_tags=((0.75, "best"), (0.0, "worst")))
+    told = open_source(dataclasses.replace(config, score_key="score", captions=captions), "train")
+    for i in range(len(told)):
+        if i != 50 and i % 10 != 9:  # one has no score, some have no caption
+            assert told.text(i) == f"{'best' if i >= 45 else 'worst'}, {i} main"
+    assert told.text(50) == "50 main" and not told.text(49)
+    with pytest.raises(ValueError, match="quality_tags is set, but data.score_key is empty"):
+        DataConfig(captions=captions)
 
 
 # ---- buckets ---------------------------------------------------------------------------------

@@ -171,8 +171,9 @@ def test_zero_terminal_snr_of_sdxl():
     places = [0, 250, 500, 750, 900, 998, 999]
     before = [0.9991500, 0.6737923, 0.2763325, 0.0561698, 0.0141511, 0.0047167, 0.0046601]
     after = [0.9991500, 0.6524567, 0.2410185, 0.0327991, 0.0029604, 1.96796e-7, 0]
-    np.testing.assert_allclose(plain.alphas_cumprod[places], before, atol=5e-8)
-    np.testing.assert_allclose(zero.alphas_cumprod[places], after, atol=5e-8)
+    # Those are float32's of torch.
+    np.testing.assert_allclose(plain.alphas_cumprod[places], before, rtol=1e-5)
+    np.testing.assert_allclose(zero.alphas_cumprod[places], after, rtol=5e-5)
     sampler = SamplerConfig(name="euler", steps=28, spacing="trailing")
     points = make_grid(zero, sampler)
     assert points.timesteps[:3].tolist() == [999, 963, 928] and points.timesteps[-1] == 35

@@ -512,6 +512,14 @@ def run_verb(capsys, monkeypatch):
         (["--config=configs/base.py", "--output=OUT", "--splits=train[:5]"], "train[:5]"),
         (["--config=configs/base.py", "--output=OUT", "--encode_text"], "text_encoder_from"),
         (["--config=configs/base.py", "--output=OUT", "stray"], "stray"),
+        (
+            ["--config=configs/base.py", "--output=OUT", "--max_sequence_length=9"],
+            "model.family is 'sd', whose text encoders say",
+        ),
+        (
+            ["--config=configs/flux_tiny.py", "--output=OUT", "--max_sequence_length=1"],
+            "model.max_sequence_length = 1: expected 2 to 4096",
+        ),
     ],
 )
 def test_mistakes_of_the_command_line(args, words, run_verb, tmp_path):
@@ -537,6 +545,22 @@ def test_the_verb(snaps, tmp_path, run_verb):
     words = shlex.split(line)
     assert words[-2:] == [f"--config.data.path={folder}", "--config.data.text_embeddings=True"]
     assert encoded.read(folder).dtype == "bfloat16"
+
+
+def test_length_of_text_is_that_of_the_run_to_come(run_verb, monkeypatch, tmp_path):
+    seen = []
+
+    def encode_dataset(config, *args, **options):
+        seen.append(config.model.max_sequence_length)
+        return verb.Report({}, {})
+
+    monkeypatch.setattr(verb, "encode_dataset", encode_dataset)
+    code, out = run_verb(
+        "--config=configs/flux_tiny.py", f"--output={tmp_path / 'out'}", "--encode_text",
+        "--max_sequence_length=33",
+    )  # fmt: skip
+    assert code == 0 and seen == [33]
+    assert "--config.model.max_sequence_length=33" in out
 
 
 def test_bfloat16_halves_the_file_and_rounds_once():

@@ -44,7 +44,8 @@ HARMLESS = (
     # How an example is shown, not which one stands where.
     "data.crop", "data.flip", "data.captions.main_share", "data.captions.templates",
     "data.captions.separator", "data.captions.shuffle_tags", "data.captions.keep_tags",
-    "data.captions.tag_dropout", "data.captions.swap_sides", "data.augment.*",
+    "data.captions.tag_dropout", "data.captions.quality_*", "data.captions.swap_sides",
+    "data.augment.*",
     # Other rules for raw data import it anew, under a name that the state of the data refuses.
     "data.max_pixels", "data.min_side", "data.max_aspect", "data.max_bad_examples",
     "data.outside_links",
