@@ -137,7 +137,7 @@ def main(words: list[str]) -> int:
     for case in chosen if "--table" not in words else ():
         file = PLANS / f"{case.name}.json"
         before = json.loads(file.read_text()) if file.is_file() else None
-        quick = ["--quick"] if "--quick" in words and not case.is_gpu else []
+        quick = ["--quick"] if "--quick" in words else []
         command = [sys.executable, "-m", "sdjax.plan", *case.flags, *quick, f"--output={file}"]
         print(f"== {case.name}: python -m sdjax.plan {' '.join(command[3:-1])}", flush=True)
         if subprocess.run(command, check=False).returncode not in (0, 1):

@@ -159,7 +159,7 @@ def make_plan(config: Config, program: Program, topology: Topology, outcome: Out
         plan["memory"] = {"limit": limit, "classes": known, "total": None, "needed": needed}
         plan["error"] = outcome.error.splitlines()[0]
     else:
-        plan["memory"] = _memory(known, outcome, limit)
+        plan["memory"] = _memory(known, outcome, limit, chip)
         plan["fits"] = plan["memory"]["total"] <= limit
         plan |= _performance(config, program, topology, outcome)
     plan["advice"] = [] if plan["fits"] else advice(config, plan, known)
@@ -180,7 +180,7 @@ def _basis(program: Program, chip: Chip, outcome: Outcome) -> str:
     return f"{how} for {chip.name} by {'libtpu' if platform == 'tpu' else 'XLA for CUDA'}"
 
 
-def _memory(known: dict[str, int], outcome: Outcome, limit: int) -> dict[str, Any]:
+def _memory(known: dict[str, int], outcome: Outcome, limit: int, chip: Chip) -> dict[str, Any]:
     """The memory of a device in bytes: the limit, the classes and their total."""
     sizes = outcome.memory
     classes = {
@@ -188,7 +188,7 @@ def _memory(known: dict[str, int], outcome: Outcome, limit: int) -> dict[str, An
         "padding of arguments": max(0, sizes["argument"] - sum(known.values())),
         "outputs not in place of arguments": max(0, sizes["output"] - sizes["alias"]),
         "temporaries": sizes["temp"],
-        "program": CODE_BYTES if outcome.quick else sizes["generated_code"],
+        "program": CODE_BYTES if outcome.quick and chip.is_tpu else sizes.get("generated_code", 0),
     }
     return {"limit": limit, "classes": classes, "total": sum(classes.values()), "needed": None}
 
@@ -251,7 +251,7 @@ def warnings(
 ) -> list[str]:
     """Sentences about the gaps and the assumptions of the estimate."""
     found = []
-    if quick:
+    if quick and platform == "tpu":
         found.append(
             "--quick: no machine code was made. Matrix products are taken to reach "
             f"{topology.chip.products:.0%} of the chip's FLOP/s, as in Stable Diffusion (those of "

@@ -1,4 +1,4 @@
-"""Plans from schedules, without machine code: a tenth of the compiler's time.
+"""Plans from schedules, without machine code: for TPUs a tenth of the compiler's time.
 
 A compilation cannot be interrupted. So a process of its own makes each plan, and ends as soon as
 the compiler has printed the schedule.
@@ -18,7 +18,7 @@ from typing import Any
 
 from sdjax.config import Config
 from sdjax.errors import UserError
-from sdjax.planning import topologies
+from sdjax.planning import gpus, topologies
 from sdjax.planning.planner import Plan, Planner
 from sdjax.planning.topologies import Topology
 from sdjax.system.interrupts import at_end, ignored_by_children
@@ -26,16 +26,16 @@ from sdjax.train.compilation import Outcome, schedule_lowered
 
 
 class QuickPlanner(Planner):
-    """A `Planner` of TPU slices that asks for schedules alone.
+    """A `Planner` that asks for schedules alone.
 
-    Raises UserError for GPUs.
+    Raises UserError for GPUs without a compiler for them.
     """
 
     def __init__(self, topology: Topology, devices: Sequence[Any], cache: Path):
-        if not topology.chip.is_tpu:
+        if not topology.chip.is_tpu and not gpus.compiler():
             raise UserError(
-                f"--quick with --topology={topology.name}: it shortens the compilation for TPUs; "
-                "for GPUs, which takes minutes, there is nothing to leave out"
+                f"--quick with --topology={topology.name}: without JAX's plugin for CUDA the plan "
+                "is an estimate, of which there is nothing to leave out"
             )
         super().__init__(topology, devices, cache)
 

@@ -1,9 +1,10 @@
 """Asking a compiler what it makes of a program: all of it, or its schedule alone.
 
-A TPU's compiler first settles what runs in which order, fused how, in which memory, with which
-collectives; then it makes machine code of it, which takes it nine tenths of the time, and of whose
-length in cycles it takes a note for each operation. libtpu has no option to stop between the two.
-But XLA prints the scheduled program and its buffers between them when `xla_dump_to` names a folder.
+The compiler first settles what runs in which order, fused how, in which memory, with which
+collectives; then it makes machine code of it. That takes nine tenths of the time for a TPU, where
+it notes for each operation how many cycles it takes, and most of it for a GPU, where each fusion
+goes through LLVM and ptxas. No option stops it between the two. But XLA prints the scheduled
+program and its buffers between them when `xla_dump_to` names a folder.
 """
 
 from __future__ import annotations
@@ -23,9 +24,31 @@ from sdjax.errors import UserError
 # "in memory space hbm", "on HBM"; on CPU no space is named.
 _OUT_OF_HBM = re.compile(r"out of memory(?! (?:in memory space|on) (?!hbm))", re.IGNORECASE)
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (?:color (\d+), )?(.*)$", re.MULTILINE)
-# Printed last, and first, of what there is before machine code.
-_SCHEDULE = "*.after_optimizations_after_buffer_assignment.txt"
-_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prints:
+    """The files that a compiler prints before machine code: patterns of their names.
+
+    after: printed after the buffers; "" where the schedule is.
+    """
+
+    schedule: str
+    buffers: str
+    after: str = ""
+
+
+_PRINTS = (
+    _Prints(  # libtpu
+        "*.after_optimizations_after_buffer_assignment.txt",
+        "*.after_optimizations-buffer-assignment.txt",
+    ),
+    _Prints(  # XLA for CUDA
+        "*_gpu_after_optimizations.txt",
+        "*_gpu_after_optimizations-buffer-assignment.txt",
+        "*_gpu_after_optimizations-buffer-assignment-values.txt",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +103,7 @@ def schedule_lowered(
     The compilation goes on in a thread that cannot be stopped: end the process afterwards.
 
     Args:
-        lowered, options: as for `compile_lowered`, for a TPU.
+        lowered, options: as for `compile_lowered`, for a TPU or a GPU.
         folder: empty; the compiler prints into it, also after the answer.
         wanted: asked while waiting; to give up it ends the process.
 
@@ -99,45 +122,47 @@ def schedule_lowered(
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    text = ""
-    while thread.is_alive() and not text and wanted():
-        text = _schedule(folder)
-        thread.join(0.0 if text else 0.5)
-    if not text:
+    found = None
+    while thread.is_alive() and not found and wanted():
+        found = _schedule(folder)
+        thread.join(0.0 if found else 0.5)
+    if not found:
         thread.join()
         (answer,) = answers
         if isinstance(answer, BaseException):
             raise answer
         if answer.error:
             return answer
-        text = _schedule(folder)
-    if not text:
+        found = _schedule(folder)
+    if not found:
         raise UserError(
             "the compiler prints no schedule before machine code (that of libtpu 0.0.42 does); "
             "plan without --quick"
         )
-    sizes = read_buffers(next(folder.glob(_BUFFERS)).read_text())
-    return Outcome(time.monotonic() - begin, text, sizes, quick=True)
+    text, buffers = found
+    return Outcome(time.monotonic() - begin, text, read_buffers(buffers), quick=True)
 
 
-def _schedule(folder: Path) -> str:
-    """Return the scheduled program that the compiler prints into `folder`; "" if not yet whole."""
-    for file in folder.glob(_SCHEDULE):
-        text = file.read_text()
-        if text.endswith("\n}\n\n"):  # of the last computation, the program itself
-            header = re.search(r"^ENTRY ", text, re.MULTILINE)
-            return text if header else ""
-    return ""
+def _schedule(folder: Path) -> tuple[str, str] | None:
+    """Return the scheduled program and its buffers, as printed into `folder`; None if not whole."""
+    for prints in _PRINTS:
+        for file in folder.glob(prints.schedule):
+            text = file.read_text()
+            # It ends with the last computation, the program itself.
+            whole = text.endswith("\n}\n\n") and re.search(r"^ENTRY ", text, re.MULTILINE)
+            if whole and (not prints.after or any(folder.glob(prints.after))):
+                return text, next(folder.glob(prints.buffers)).read_text()
+    return None
 
 
 def read_buffers(text: str) -> dict[str, int]:
     """Bytes of HBM by class, from XLA's print of its buffer assignment; see `Outcome.memory`.
 
-    Color 0 is HBM, others are memory on the chip.
+    Color 0 is HBM, others are memory on the chip; so is what a GPU's fusions have for themselves.
     """
     sizes = dict.fromkeys(("argument", "output", "alias", "temp"), 0)
     for size, color, kind in _ALLOCATION.findall(text):
-        if color not in ("", "0"):
+        if color not in ("", "0") or kind.startswith("thread-local"):
             continue
         given, kept = "parameter " in kind, "maybe-live-out" in kind
         sizes["argument"] += int(size) * given

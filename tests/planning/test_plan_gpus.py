@@ -154,8 +154,15 @@ def test_another_version_of_jax_may_plan_dense_attention(tmp_path):
 @needs_compiler
 def test_a_small_step_compiled_for_gpus(tmp_path):
     """For two hosts of four H100; beside the estimate without their compiler."""
+    quick = make(tmp_path, "--config.mesh.fsdp=4", "--quick", topology="gpu:h100:2x4")
+    assert quick["basis"] == "scheduled, without machine code, for h100 by XLA for CUDA"
     plan = make(tmp_path, "--config.mesh.fsdp=4", topology="gpu:h100:2x4")
     assert plan["basis"] == "compiled for h100 by XLA for CUDA" and plan["fits"]
+    # Nothing of machine code is in it, but it says of some collectives that they hide.
+    for field in ("fits", "flops", "hbm_bytes", "kernels", "temporaries", "warnings"):
+        assert quick[field] == plan[field], field
+    assert quick["memory"]["total"] == pytest.approx(plan["memory"]["total"], abs=2**16)
+    assert 1 <= quick["time"]["step"] / plan["time"]["step"] < 1.1
     assert plan["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert any(name.startswith("jax-cuda") for name in plan["versions"])
     calls = [kernel["name"] for kernel in plan["kernels"]]

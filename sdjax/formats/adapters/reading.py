@@ -38,7 +38,7 @@ from sdjax.system.untrusted import explained, plain
 DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 # The entry of a file's metadata with the task of models whose shape does not say it: "edit" of
 # FLUX.1-Kontext, whose adapters other trainers do not tell from those of FLUX.1-dev.
-TASK = "sdjax.task"
+TASK = "sdjax_task"
 _NO_ADAPTERS = ("scheduler", "optimizer", "checkpoint")  # in names of other files of a folder
 _MOST_SHOWN = 12  # lines of an error
 # Parts that make a change, and without which it is half of one.
