@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -30,6 +29,8 @@ KINDS = ("pairs", "weights", "good")
 MOST_LOG = 64 << 20  # bytes of a log, some 100,000 ratings
 _GOOD, _BAD = 1, -1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LINE = re.compile(rb"\S[^\n]*")  # one that is not blank, of which there may be millions
+_MOST_DAMAGED = 100_000  # lines, beyond which a file is no log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read(folder: paths.Path) -> Ratings:
     """Return the last rating of each picture and of each two, in the order of the log.
 
     Raises:
-        UserError: there is no log.
+        UserError: there is no log, or most of it is none.
     """
     try:
         data = untrusted.read_bytes(folder / LOG, MOST_LOG)
@@ -113,12 +114,14 @@ def read(folder: paths.Path) -> Ratings:
     found: dict[str, Rating] = {}
     pairs: dict[frozenset[str], Pair] = {}
     damaged = 0
-    for line in map(_kept, io.BytesIO(data)):
+    for line in (_kept(match[0]) for match in _LINE.finditer(data)):
         if not line.strip():
             continue
         rating = _rating(line)
         if rating is None:
             damaged += 1
+            if damaged > _MOST_DAMAGED:
+                raise UserError(f"{folder / LOG} has over {_MOST_DAMAGED:,} lines that are none")
         elif isinstance(rating, Pair):
             both = frozenset((rating.better, rating.worse))
             pairs.pop(both, None)
@@ -135,7 +138,7 @@ def _kept(line: bytes) -> bytes:
         prompt: Any = json.loads(line)["prompt"] if len(line) <= MOST_ROW_BYTES else None
         prompt.encode()  # half of a surrogate pair is no text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return b"null" if line.strip() else line
+        return b"null"
     return line if len(prompt) <= MOST_CAPTION_CHARS else b"null"
 
 

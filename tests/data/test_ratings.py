@@ -245,3 +245,9 @@ def test_a_log_of_empty_lines_takes_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert not found.each and peak < 16 << 20
+
+
+def test_a_file_of_other_lines_is_no_log(tmp_path):
+    (tmp_path / "ratings.jsonl").write_bytes(b"{}\n" * 200_000)
+    with pytest.raises(UserError, match="over 100,000 lines that are none"):
+        ratings.read(paths.to_path(tmp_path))
