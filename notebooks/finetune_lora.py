@@ -16,7 +16,7 @@
 #
 # This notebook teaches Stable Diffusion 1.5 a subject or a style from some 20 pictures, draws with it, and leaves two files: one for diffusers, one for A1111, Forge and ComfyUI.
 # It takes a GPU of 16 GB or a TPU.
-# It has been run in small, on a tiny model, and not with SD 1.5 itself.
+# It has not been run with SD 1.5 itself; a slow test runs it in small, on a tiny model.
 
 # %% [markdown]
 # ## Install, and say what to train on

@@ -16,7 +16,7 @@
 #
 # Choose a TPU runtime first: on Colab, Runtime > Change runtime type; on Kaggle, Settings > Accelerator.
 # This notebook checks that JAX really sees it, trains the small model of `base` on all chips, and shows how fast that was.
-# It has been run in small on CPUs, and not on a TPU.
+# It has not been run on a TPU; a slow test runs it in small on CPUs.
 
 # %% [markdown]
 # ## Install
