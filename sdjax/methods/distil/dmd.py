@@ -11,6 +11,7 @@ drawing: it draws some steps by itself before the one that is trained.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -153,7 +154,7 @@ class Matching:
         """See `LossFn`: denoising of what the student draws, and telling it from real latents."""
         every = {**frozen, **trained}
         batch, context, x0, like = self._given(every, batch, draw)
-        x = jax.lax.stop_gradient(self.drawn(every, context, like, draw))
+        x = self.drawn(every, context, like, draw, trained=False)
         seen, t, eps = self._noised(x, draw, LEVEL)
         levels = schedule_at(self.diffusion.schedule, t)
         wanted = target(self._kind, x, eps, *levels)
@@ -170,28 +171,37 @@ class Matching:
             loss = loss + self.config.head_weight * aux["head"]
         return loss, {"loss": loss, "timesteps": t, **aux}
 
-    def drawn(self, every: Params, context: Context, like: jax.Array, draw: Draw) -> jax.Array:
+    def drawn(
+        self, every: Params, context: Context, like: jax.Array, draw: Draw, *, trained: bool = True
+    ) -> jax.Array:
         """The x0 of one step of the student; the steps before it are as in drawing.
 
         How many there are is drawn for the whole batch, and no gradient passes through them.
+
+        Args:
+            trained: whether gradients pass through the last step. Without, it is one more turn of
+                the loop of the others, and the program has one student less to compile.
         """
         still, count = jax.lax.stop_gradient(every), len(self.grid)
         t = jnp.asarray(self.grid, jnp.float32)
         last = jax.random.randint(jax.random.fold_in(draw.key, COUNT), (), 0, count)
 
-        def noise(i: jax.Array) -> jax.Array:
-            return normal_like(fold_keys(draw.keys, STATES + i), like)
+        def state(i: jax.Array, x0: jax.Array) -> jax.Array:
+            """Where step i begins, [B, ...]: in noise, or in the x0 of the one before with some."""
+            noise = normal_like(fold_keys(draw.keys, STATES + i), like)
+            later = add_noise(x0, noise, *schedule_at(self.diffusion.schedule, at(i)))
+            return jnp.where(i > 0, later, noise)
 
         def at(i: jax.Array) -> jax.Array:
             return jnp.full(len(like), t[i])
 
-        def step(i: jax.Array, xt: jax.Array) -> jax.Array:
-            x0 = self._x0(self.student(still, xt, at(i), context), xt, at(i))
-            levels = schedule_at(self.diffusion.schedule, at(i + 1))
-            return add_noise(x0, noise(i + 1), *levels)
+        def step(params: Params, i: jax.Array, x0: jax.Array) -> jax.Array:
+            xt = jax.lax.stop_gradient(state(i, x0))
+            return self._x0(self.student(params, xt, at(i), context), xt, at(i))
 
-        xt = jax.lax.stop_gradient(jax.lax.fori_loop(0, last, step, noise(jnp.int32(0))))
-        return self._x0(self.student(every, xt, at(last), context), xt, at(last))
+        before = last if trained else last + 1
+        x0 = jax.lax.fori_loop(0, before, functools.partial(step, still), like)
+        return step(every, last, jax.lax.stop_gradient(x0)) if trained else x0
 
     @property
     def _kind(self) -> str:
