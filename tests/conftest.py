@@ -90,9 +90,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave the libraries' millions of objects out of every later search for garbage."""
+    """Leave the libraries' millions of objects out of every later search for garbage.
+
+    And search more seldom: 8 % of a tiny run's processor time went into it (`perf record`).
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 10)
 
 
 @pytest.fixture(autouse=True)

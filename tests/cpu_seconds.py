@@ -1,4 +1,6 @@
-"""Processor seconds of each test file, those of processes that it starts too, as a plugin.
+"""Processor seconds of each test file and of the costliest tests, as a plugin.
+
+Those of processes that a test starts are counted, once it has waited for them.
 
 SDJAX_TEST_CACHE= python -m pytest -p tests.cpu_seconds tests/train
 """
@@ -9,6 +11,8 @@ import os
 import pytest
 
 SECONDS = collections.Counter()
+TESTS = collections.Counter()  # fixtures are the first test's that asks for them
+SHOWN = 20
 _last = 0.0
 
 
@@ -33,7 +37,9 @@ def pytest_runtest_makereport():
 
 
 def pytest_runtest_logreport(report):
-    SECONDS[report.nodeid.split("::")[0]] += getattr(report, "cpu_seconds", 0.0)
+    seconds = getattr(report, "cpu_seconds", 0.0)
+    SECONDS[report.nodeid.split("::")[0]] += seconds
+    TESTS[report.nodeid] += seconds
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -41,3 +47,6 @@ def pytest_terminal_summary(terminalreporter):
     for file, seconds in SECONDS.most_common():
         terminalreporter.write_line(f"{seconds:8.1f} {file}")
     terminalreporter.write_line(f"{sum(SECONDS.values()):8.1f} in all")
+    terminalreporter.section("of the costliest tests")
+    for test, seconds in TESTS.most_common(SHOWN):
+        terminalreporter.write_line(f"{seconds:8.1f} {test}")

@@ -1,7 +1,7 @@
 """TensorFlow as every package imports it: quiet, without an accelerator, and only when needed.
 
 It takes two seconds to load. Readers of prepared datasets do without it. TFDS needs it for most
-datasets of others, clu for the event files of TensorBoard, and etils for `gs://`.
+datasets of others, etils for `gs://`, and clu for TensorBoard's event files there.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def enable_compilation_cache(folder: str) -> None:
     if paths.is_remote(path):
         paths.make_folder(path)  # JAX makes local ones
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # Programs of a tenth of a second too: a start has several.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 
 from sdjax.errors import UserError
 from sdjax.parallel.chips import peak_flops
-from sdjax.train.monitoring import metrics_log, telemetry
+from sdjax.train.monitoring import event_files, metrics_log, telemetry
 from sdjax.train.monitoring.health import Diverged, NonFiniteCounter, SpikeDetector
 from sdjax.train.monitoring.monitor import Interval
 from sdjax.train.monitoring.speed import Throughput, device_memory
@@ -325,6 +325,49 @@ def read_events(workdir) -> dict:
     return found
 
 
+def test_event_files_are_those_of_clu(tmp_path):
+    """clu writes through `tf.summary`: the same tags, steps, plugins and values."""
+    import tensorflow as tf
+    from clu import metric_writers
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.util.tensor_util import make_ndarray
+
+    rng = np.random.default_rng(0)
+    pictures = rng.uniform(-0.1, 1.1, (2, 5, 4, 3)).astype(np.float32)
+    found = []
+    writers = event_files.open_writer, metric_writers.SummaryWriter
+    for folder, make in zip(("ours", "theirs"), writers, strict=True):
+        writer = make(str(tmp_path / folder))
+        writer.write_hparams({"rate": 1e-4, "name": "x", "flag": True})
+        writer.write_scalars(3, {"a": 0.1, "b": 7})
+        writer.write_images(4, {"float": pictures, "whole": (pictures * 99).astype(np.uint8)})
+        writer.write_texts(5, {"text": "*words* \u00e9\x00"})
+        writer.close()
+        (file,) = (tmp_path / folder).iterdir()
+        values = {}
+        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                plugin = value.metadata.plugin_data
+                if value.HasField("tensor") and plugin.plugin_name != "hparams":
+                    held = make_ndarray(value.tensor)
+                    if plugin.plugin_name == "images":
+                        assert held[:2].tolist() == [b"4", b"5"]  # width, height
+                        held = np.stack([tf.io.decode_png(png) for png in held[2:]])
+                else:
+                    held = None
+                values[value.tag] = (event.step, plugin.plugin_name, plugin.content, held)
+        found.append(values)
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() and len(ours) == 6
+    for tag, (step, plugin, content, value) in theirs.items():
+        assert ours[tag][:2] == (step, plugin)
+        if plugin != "hparams":  # which hold the time
+            assert ours[tag][2] == content
+            np.testing.assert_array_equal(ours[tag][3], value, err_msg=tag)
+            assert ours[tag][3].dtype == value.dtype
+
+
 def test_a_run_is_written_to_both(tmp_path, capsys):
     with Telemetry(tmp_path, total_steps=4, batch_size=8, terminal=False) as log:
         log.hparams({"optim": {"learning_rate": 1e-4, "groups": (("a", 0.5),)}, "name": "x"})
@@ -434,8 +477,14 @@ def test_the_bar_of_a_terminal(tmp_path, monkeypatch, capsys):
 
 
 def test_tensorflow_is_quiet_and_sees_no_accelerator():
+    """And it is not loaded to write TensorBoard's files."""
     code = (
-        "from sdjax.train.monitoring import event_files; import tensorflow as tf; "
+        "import sys, tempfile; from sdjax.train.monitoring.telemetry import Telemetry\n"
+        "with Telemetry(tempfile.mkdtemp(), total_steps=2, batch_size=2, terminal=False) as log:\n"
+        "    log.hparams({'a': 1}); log.images(1, 'b', __import__('numpy').zeros((1, 4, 4, 3)))\n"
+        "    log.scalars(1, {'loss': 1.0}); log.flush()\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "import tensorflow as tf; "
         "print(tf.config.get_visible_devices('GPU'), tf.config.get_visible_devices('TPU'))"
     )
     done = subprocess.run(

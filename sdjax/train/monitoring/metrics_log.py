@@ -1,7 +1,7 @@
-"""Where metrics go: `metrics.jsonl`, and TensorBoard's event files through clu.
+"""Where metrics go: `metrics.jsonl`, and TensorBoard's event files.
 
-Each is written by a thread of its own. That of TensorBoard begins with the first scalars: it
-imports TensorFlow, which takes seconds that no step waits for.
+Each is written by a thread of its own. That of TensorBoard begins with the first scalars: in a
+bucket it imports TensorFlow, which takes seconds that no step waits for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdjax.system import paths
 
 METRICS_FILE = "metrics.jsonl"
 COPY_SECONDS = 300.0  # how far metrics.jsonl in a bucket may lag behind between checkpoints
-_EVENT_FILES = "sdjax.train.monitoring.event_files"  # the module that imports TensorFlow
+_EVENT_FILES = "sdjax.train.monitoring.event_files"  # imported by its thread
 
 
 class MetricsLog:
@@ -40,8 +40,8 @@ class MetricsLog:
     def __init__(self, workdir: paths.PathLike, *, start_step: int):
         if importlib.util.find_spec("tensorboard") is None:
             raise ModuleNotFoundError(
-                "clu writes TensorBoard logs with the package tensorboard, which is not installed: "
-                "pip install tensorboard",
+                "TensorBoard's logs are written with the package tensorboard, which is not "
+                "installed: pip install tensorboard",
                 name="tensorboard",
             )
         workdir = paths.to_path(workdir)
@@ -59,7 +59,7 @@ class MetricsLog:
         self._begin().call("write_scalars", step, values)
 
     def event(self, method: str, *args: Any) -> None:
-        """Call a method of `clu.metric_writers.MetricWriter`: what only TensorBoard can show."""
+        """Call a method of `event_files.Writer`: what only TensorBoard can show."""
         if self._events is None:
             self._early.append((method, *args))
         else:
@@ -83,7 +83,7 @@ class MetricsLog:
         """The thread of TensorBoard's files."""
         if self._events is None:
             self._events = _Thread(
-                lambda: importlib.import_module(_EVENT_FILES).EventFiles(self._folder)
+                lambda: importlib.import_module(_EVENT_FILES).open_writer(self._folder)
             )
             for call in self._early:
                 self._events.call(*call)
