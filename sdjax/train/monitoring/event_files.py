@@ -34,7 +34,7 @@ _COUNT: Iterator[int] = itertools.count()  # files of one second in one process
 
 
 class Writer(Protocol):
-    """What is called of `clu.metric_writers.MetricWriter`."""
+    """The part of `clu.metric_writers.MetricWriter` that is called."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None: ...
