@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from sdjax.data.image_files import read_image
 from sdjax.improving.groups import choose
 from sdjax.system import paths, text_files
 from sdjax.web import templating
@@ -103,8 +104,7 @@ def _groups(caption: str, kind: str) -> frozenset[Any]:
 
 
 def _packed(place: paths.Path) -> Picture:
-    with Image.open(place) as image:
-        shown = image.convert("RGB")
+    shown = read_image(place).convert("RGB")
     shown.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     if (factor := SIDE // max(shown.size)) > 1:  # whole pixels, which hide nothing
         size = factor * shown.width, factor * shown.height

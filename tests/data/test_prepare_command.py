@@ -147,7 +147,17 @@ def test_without_beam_it_says_what_to_install(tmp_path, capsys, monkeypatch):
 
 def test_every_option_reaches_the_settings(tmp_path):
     """The flags that are fields cover them all."""
-    special = {"background", "images", "scores"}, {"format", "fields", "rules", "duplicates"}
+    special = (
+        {"background", "images", "scores"},
+        {
+            "format",
+            "fields",
+            "rules",
+            "duplicates",
+            "captions_from",
+            "captions_sha256",
+        },
+    )
     for fields, options, other in zip(
         (Rules, Settings), (verb._OF_RULES, verb._OF_SETTINGS), special, strict=True
     ):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 BASH = shutil.which("bash")
+MANIFESTS = [file for file in LAUNCH.rglob("*.yaml") if file.parent.name != "monitoring"]
 
 # Says how it was called, then does what the test wants ($BEHAVE), and 75 on SIGTERM as sdjax does.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -103,7 +104,7 @@ def test_scripts_are_clean_and_say_how_to_use_them(script):
 
 @pytest.mark.parametrize(
     "file",
-    [*SCRIPTS, *LAUNCH.rglob("*.yaml"), LAUNCH / "Dockerfile"],
+    [*SCRIPTS, *MANIFESTS, LAUNCH / "Dockerfile"],
     ids=lambda path: path.name,
 )
 def test_headers(file):
@@ -121,7 +122,7 @@ def test_flags_of_the_launchers_exist():
     import sdjax.main  # noqa: F401  # defines them
 
     known = set(flags.FLAGS)
-    for file in (*SCRIPTS, *LAUNCH.rglob("*.yaml")):
+    for file in (*SCRIPTS, *MANIFESTS):
         code = re.sub(r"^\s*#.*$", "", file.read_text(), flags=re.M)
         ours = re.findall(
             r"--(coordinator|num_processes|process_id|cluster|config|workdir)\b", code
@@ -279,7 +280,7 @@ def test_gpu_host_without_gpus_says_so(stubs, record):
 
 def test_launchers_leave_xla_to_the_trainer():
     """A flag of theirs would take the place of one of sdjax/parallel/xla.py unseen."""
-    for file in (*SCRIPTS, *LAUNCH.rglob("*.yaml")):
+    for file in (*SCRIPTS, *MANIFESTS):
         assert not re.search(r"--xla_\w+=", file.read_text()), file
 
 

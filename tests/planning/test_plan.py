@@ -492,8 +492,10 @@ def test_a_small_step_compiled_for_a_slice(tmp_path):
 def same_but_for_machine_code(quick, plan):
     assert quick["basis"] == "scheduled, without machine code, for v5e by libtpu"
     assert "75% of the chip's FLOP/s" in quick["warnings"][0]
-    for key in ("fits", "mesh", "batch", "collectives", "temporaries", "kernels"):
+    for key in ("fits", "mesh", "batch", "collectives", "kernels"):
         assert quick[key] == plan[key], key
+    large = [[row for row in p["temporaries"] if row["bytes"] > 4096] for p in (quick, plan)]
+    assert large[0] == large[1] and large[0]  # of the small ones machine code has others
     known, classes = quick["memory"]["classes"], plan["memory"]["classes"]
     assert known["program"] == planner.CODE_BYTES
     for name in classes.keys() - {"program", "temporaries"}:
