@@ -10,6 +10,7 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -494,8 +495,12 @@ def same_but_for_machine_code(quick, plan):
     assert "75% of the chip's FLOP/s" in quick["warnings"][0]
     for key in ("fits", "mesh", "batch", "collectives", "kernels"):
         assert quick[key] == plan[key], key
-    large = [[row for row in p["temporaries"] if row["bytes"] > 4096] for p in (quick, plan)]
-    assert large[0] == large[1] and large[0]  # of the small ones machine code has others
+    # Of buffers of a tile, machine code of jax 0.12 has others.
+    least = 0 if jax.__version_info__ < (0, 12) else 512
+    ours, theirs = (
+        [row for row in p["temporaries"] if row["bytes"] > least] for p in (quick, plan)
+    )
+    assert ours == theirs
     known, classes = quick["memory"]["classes"], plan["memory"]["classes"]
     assert known["program"] == planner.CODE_BYTES
     for name in classes.keys() - {"program", "temporaries"}:
