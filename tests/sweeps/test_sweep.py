@@ -26,7 +26,7 @@ from sdjax.sweeps import ranking, runs
 from sdjax.sweeps.space import changed
 from sdjax.sweeps.study import begin_trial, open_study
 from sdjax.sweeps.worker import Stopped, work
-from sdjax.system import locks
+from sdjax.system import lock_holder, locks
 from tests.odd_names import ODD
 from tests.sweeps.fake_sweep import COMMAND, ROOT, SPACE, base, make
 
@@ -239,7 +239,7 @@ def lock_of_another_machine(monkeypatch):
         (folder / "trials").mkdir(exist_ok=True)
         handle = os.open(folder / "trials/0000.lock", os.O_RDWR | os.O_CREAT)
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(locks, "_machine", lambda: "another")
+            elsewhere.setattr(lock_holder, "machine", lambda: "another")
             locks._write(handle, "sdjax.sweep", False, append=False)
         os.close(handle)
 
@@ -312,8 +312,9 @@ def test_a_process_that_a_lock_names_gets_no_signal(tmp_path, monkeypatch):
     monkeypatch.setattr("sdjax.sweeps.study.SILENT", 0.01)
     sweep = make(tmp_path)
     good = {"program": "sdjax.sweep", "pid": victim.pid, "host": socket.gethostname(),
-            "since": "", "machine": locks._machine(), "began": "1", "shared": False}  # fmt: skip
-    hostile = [{}, {"began": locks._began(victim.pid)}, {"pid": -1}, {"pid": 0}, {"pid": 1},
+            "since": "",
+            "machine": lock_holder.machine(), "began": "1", "shared": False}  # fmt: skip
+    hostile = [{}, {"began": lock_holder.began(victim.pid)}, {"pid": -1}, {"pid": 0}, {"pid": 1},
                {"pid": -victim.pid}, {"pid": 10**30}, {"pid": str(victim.pid)}, {"pid": True},
                {"pid": [1]}, {"pid": None}, {"pid": 2**31}, {"pid": "x"}, {"machine": "another"},
                {"machine": 5}, {"host": 5}, {"host": "\x1b[2J"}, {"began": 1}, {"program": "\x1b"},
