@@ -223,8 +223,9 @@ def test_a_run_keeps_no_copy_and_resumes_to_the_bit(config, tmp_path, tiny_model
     assert_same_run(whole, broken)
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train/loss" in row]
-    # Both passes are the base; their rounding is told apart times beta / 2 (5e-5 with jax 0.12).
-    np.testing.assert_allclose(rows[0]["train/loss"], np.log(2), rtol=2e-4)
+    # Both passes are the base; jax 0.12 rounds them differently, which counts times beta / 2.
+    rtol = 1e-5 if jax.__version_info__ < (0, 12) else 2e-4
+    np.testing.assert_allclose(rows[0]["train/loss"], np.log(2), rtol=rtol)
     assert abs(rows[-1]["train/loss"] - np.log(2)) > 1e-4
     base, read = read_any(tiny_model), read_any(whole)
     merged = with_loras(base, [str(whole / "adapter")])
