@@ -113,7 +113,9 @@ def test_latents_and_missing_tokens_are_left_out(tokenizer, tmp_path):
     "text",
     ["", "[]", "{}", '{"measures": 3}', '{"measures": {"brightness": {"mean": "x"}}}',
      '{"measures": {"brightness": {"mean": 1, "edges": [1, 2], "shares": [1]}}}',
-     '{"measures": {"brightness": {"mean": NaN, "edges": [], "shares": [1]}}}'],
+     '{"measures": {"brightness": {"mean": NaN, "edges": [], "shares": [1]}}}',
+     "[" * 100_000, '{"measures": {}, "more": "%s"}' % ("x" * (9 << 20))],
+    ids=range(9),
 )  # fmt: skip
 def test_profile_that_is_none_is_no_profile(tmp_path, text):
     (tmp_path / FILE).write_text(text)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from sdjax.data.text.text_tokenizer import TextTokenizer
-from sdjax.system import paths
+from sdjax.system import paths, text_files, untrusted
 
 FILE = "data_profile.json"
 EXAMPLES = 1024  # of one process; with 10 bins that leaves a PSI of some 0.01 to chance
@@ -95,9 +95,9 @@ def read_profile(folder: paths.Path) -> dict[str, Distribution]:
     The workdir may be a stranger's.
     """
     try:
-        found = json.loads((folder / FILE).read_text())["measures"]
+        found = text_files.read_object(folder / FILE)["measures"]
         return {name: _checked(found[name]) for name in MEASURES if name in found}
-    except paths.storage_errors(ValueError, KeyError, TypeError, AttributeError):
+    except untrusted.damage(text_files.TextError):
         return {}
 
 

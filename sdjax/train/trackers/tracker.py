@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdjax.system import paths
+from sdjax.system import paths, text_files
 
 QUEUE = 1000  # calls that may wait; what comes then is dropped
 CLOSE_SECONDS = (
@@ -57,7 +57,7 @@ class TrackedRun:
         """Return the id that the tracker knows the run by; None before there is one."""
         if not self._file.exists():
             return None
-        found = json.loads(self._file.read_text()).get("id")
+        found = text_files.read_object(self._file).get("id")
         # A workdir may be a stranger's; ids become parts of paths and of addresses.
         return found if isinstance(found, str) and re.fullmatch(r"[\w-]{1,64}", found) else None
 
