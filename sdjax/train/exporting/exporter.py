@@ -28,7 +28,7 @@ from sdjax.config import Config, to_dict
 from sdjax.errors import UserError
 from sdjax.machine_settings import of_model
 from sdjax.monitor_config import MonitorConfig
-from sdjax.system import paths
+from sdjax.system import paths, text_files
 from sdjax.system.source import commit
 from sdjax.train.exporting.numbers import Counters, Numbers, counters_from, families
 from sdjax.train.exporting.server import MetricsServer
@@ -150,9 +150,13 @@ class Exporter:
 
     def _kept(self) -> Counters:
         """The counters of this process in the workdir, from 0 where there are none."""
-        with contextlib.suppress(ValueError, *paths.storage_errors()):
-            return counters_from(json.loads(self._file.read_text()))
-        return Counters()
+        if not paths.exists(self._file):
+            return Counters()
+        try:
+            return counters_from(text_files.read_json(self._file))
+        except text_files.TextError as error:
+            self._say(f"warning: {error}; the counters for Prometheus begin at 0")
+            return Counters()
 
     def _serve(self, monitor: MonitorConfig) -> None:
         host, port = monitor.prometheus_host, monitor.prometheus_port
