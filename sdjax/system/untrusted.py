@@ -5,6 +5,7 @@ Every reader of such a file reads it within `explained`, and keeps no list of er
 
 from __future__ import annotations
 
+import collections
 import csv
 import lzma
 import os
@@ -118,10 +119,20 @@ def brief(value: Any) -> str:
 
 
 def listed(problems: Iterable[object], most: int = 50) -> str:
-    """Return problems as lines of a message, `most` of them and how many more there are."""
+    """Return problems as lines of a message, `most` of them and how many more there are.
+
+    Of every kind, which is what a line says before its first dot ("missing: unet"), some are shown.
+    """
     lines = [str(problem) for problem in problems]
+    seen: collections.Counter[str] = collections.Counter()
+    rank = []  # of each line among those of its kind
+    for line in lines:
+        kind = line.partition(".")[0]
+        rank.append(seen[kind])
+        seen[kind] += 1
+    shown = sorted(sorted(range(len(lines)), key=rank.__getitem__)[:most])
     more = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n  ".join([*lines[:most], *more])
+    return "\n  ".join([*(lines[i] for i in shown), *more])
 
 
 def is_number(name: str) -> bool:

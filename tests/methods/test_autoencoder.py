@@ -39,8 +39,8 @@ from tests.models.conftest import _error, _from_torch, _jit, _randomised, _tenso
 
 torch = pytest.importorskip("torch")
 
-VAE = VAEConfig(
-    block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+VAE = VAEConfig(  # with groups of two channels the bias before a norm has a difference of two sums
+    block_out_channels=(16, 16), norm_num_groups=4, layers_per_block=1,
     down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
 )  # fmt: skip
 TRUNK, CRITIC = LPIPSConfig(widths=(4, 4, 6, 6, 6)), PatchGANConfig(width=4, layers=1)
@@ -138,11 +138,8 @@ def theirs_main(nets, images, weight, config):
     return (w * plain).mean(), verdict, adaptive, logvar
 
 
-def check_gradients(ours, theirs, atol=5e-5):
-    """Check that they are equal, each in units of its largest number.
-
-    Each of the three networks is within 2e-5 of torch by itself.
-    """
+def check_gradients(ours, theirs, atol=2e-5):
+    """Check that they are equal, each in units of its largest number, as of each network alone."""
     assert ours.keys() == theirs.keys()
     for path, value in theirs.items():
         if path.endswith("to_k.bias"):  # softmax does not see it

@@ -135,3 +135,11 @@ def test_devices_pipes_and_folders_are_no_files(tmp_path):
             read_text(tmp_path / name)
     with pytest.raises(UserError, match="more bytes; expected at most 1,000"):
         read_bytes("/dev/zero", 1000, pipes=True)
+
+
+def test_a_list_of_problems_is_bounded_and_shows_every_kind():
+    many = [f"mis-shaped: unet.{i}" for i in range(100)] + ["missing: unet.a", "missing: vae.b"]
+    lines = untrusted.listed(many).split("\n  ")
+    assert lines == [*many[:48], "missing: unet.a", "missing: vae.b", "and 52 more"]
+    assert untrusted.listed(many[:50]) == "\n  ".join(many[:50])
+    assert untrusted.listed([]) == ""
