@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from sdjax.system import locks, paths, progress
+from sdjax.system import locks, paths, progress, text_files
 from sdjax.system.allocator import use_large_pages
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def improve(options: Options, *, propose_only: bool = False) -> None:
         )
         rounds.judged(one, options.workdir, one.step, rounds.BEFORE, (rounds.FIND, rounds.JUDGE))
         findings, proposals = rounds.proposed(one)
-        tell((one.folder / rounds.PROPOSAL).read_text(encoding="utf-8"))
+        tell(text_files.read_text(one.folder / rounds.PROPOSAL))
         if propose_only or not proposals:
             if not proposals:
                 rounds.write_result(one, findings, proposals, "", None)

@@ -14,7 +14,6 @@ The functions on a workdir only read, and may be used while a run is writing to 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +32,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from sdjax.checkpoints import saved_state
 from sdjax.checkpoints.checkpoint_log import leave_errors_to_callers
 from sdjax.errors import UserError
-from sdjax.system import paths, progress
+from sdjax.system import paths, progress, text_files, untrusted
 from sdjax.system.paths import PathLike
 from sdjax.system.untrusted import is_number, listed
 
@@ -71,8 +70,8 @@ def read_config(workdir: PathLike, step: int | None = None) -> dict[str, Any]:
     """The configuration saved with a checkpoint, the newest by default."""
     step = _existing(workdir, step)
     with _explained(workdir, step):
-        return json.loads(
-            (checkpoint_folder(workdir) / str(step) / "config" / "metadata").read_text()
+        return text_files.read_object(
+            checkpoint_folder(workdir) / str(step) / "config" / "metadata"
         )
 
 
@@ -314,7 +313,7 @@ class Checkpoints:
             found = len(saved_state.stored(folder))
             problem = f"it has {found} of {arrays} arrays" if found != arrays else ""
             for item in ("data", "config"):
-                json.loads((folder / item / "metadata").read_text())
+                text_files.read_json(folder / item / "metadata", most=untrusted.MOST_TEXT)
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
         if problem:

@@ -36,7 +36,7 @@ from sdjax.errors import UserError
 from sdjax.families.registry import FAMILIES
 from sdjax.methods.registry import METHODS
 from sdjax.models.params import component
-from sdjax.system import locks, paths, progress, text_files
+from sdjax.system import locks, paths, progress, text_files, untrusted
 
 DATASET = "encoded"  # the name of the TFDS dataset, and of its files
 # Those of the encoder; the weights tell of the rest.
@@ -262,6 +262,15 @@ def fingerprint(assembled: Assembled, name: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def _noted(file: paths.Path) -> dict[str, Any]:
+    """The note beside a shard."""
+    with untrusted.explained(file, "the note of a shard", remedy="delete it and its shard"):
+        note = text_files.read_object(file, most=untrusted.MOST_TEXT)
+        examples, size, dropped = (note[name] for name in ("examples", "bytes", "dropped"))
+        names = {reason: [str(name) for name in found] for reason, found in dropped.items()}
+        return {"examples": int(examples), "bytes": int(size), "dropped": names}
+
+
 class Shards:
     """The files of one split: which records each has, and which of them this host writes."""
 
@@ -297,7 +306,7 @@ class Shards:
         while True:
             found = [s for s in range(self.count) if paths.exists(self.note(s))]
             if len(found) == self.count:
-                return [json.loads(self.note(s).read_text()) for s in range(self.count)]
+                return [_noted(self.note(s)) for s in range(self.count)]
             if len(found) > seen:
                 last, seen = time.monotonic(), len(found)
             if time.monotonic() - last > timeout:

@@ -112,14 +112,17 @@ def lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def read_json(path: paths.PathLike) -> Any:
+def read_json(path: paths.PathLike, *, most: int = untrusted.MOST_JSON) -> Any:
     """The value in a JSON file.
 
+    Args:
+        most: the largest size in bytes.
+
     Raises:
-        TextError: it cannot be read, is larger than 8 MiB, is not JSON, or is nested more than 100
+        TextError: it cannot be read, is larger than `most`, is not JSON, or is nested more than 100
             deep.
     """
-    text = read_text(path, most=untrusted.MOST_JSON)
+    text = read_text(path, most=most)
     try:
         value = json.loads(text)
         untrusted.check_depth(value)
@@ -128,13 +131,13 @@ def read_json(path: paths.PathLike) -> Any:
     return value
 
 
-def read_object(path: paths.PathLike) -> dict[str, Any]:
+def read_object(path: paths.PathLike, *, most: int = untrusted.MOST_JSON) -> dict[str, Any]:
     """The object in a JSON file, such as the notes that a verb left for the next start.
 
     Raises:
         TextError: as `read_json`, or it holds another value.
     """
-    value = read_json(path)
+    value = read_json(path, most=most)
     if not isinstance(value, dict):
         raise TextError(
             f"{paths.to_path(path)} is {untrusted.brief(value)}; expected a JSON object"

@@ -31,6 +31,7 @@ from sdjax.data.raw.rows import SPLITS, Chosen, Fields, Row, Shard, Skip, fracti
 from sdjax.data.tfds.features import FORMAT
 from sdjax.data.tfds.stored import prepare_builder
 from sdjax.data.tfds.tfds_on_cpu import quiet_tfds, tfds
+from sdjax.system import text_files, untrusted
 
 SKIP_REPORT = "skipped.json"
 PASSED_OVER = "passed_over.json"  # members of tars without a row, by ending
@@ -286,10 +287,14 @@ def _warn_once(message: str) -> None:
     logging.warning(message)
 
 
+_REMEDY = "delete the folder: it is imported again"
+
+
 def read_skipped(builder: Any) -> list[Skip]:
     """The rows that the import left out, from its report."""
-    report = json.loads((builder.data_path / SKIP_REPORT).read_text())
-    return [Skip(**entry) for entry in report]
+    file = builder.data_path / SKIP_REPORT
+    with untrusted.explained(file, "an import's report", remedy=_REMEDY):
+        return [Skip(**entry) for entry in text_files.read_json(file, most=untrusted.MOST_TEXT)]
 
 
 def prepare(config: DataConfig) -> Any:
@@ -320,9 +325,10 @@ def prepare(config: DataConfig) -> Any:
         )
     prepare_builder(builder)
     builder.notes = builder.builder_config.notes
-    others = json.loads((builder.data_path / PASSED_OVER).read_text())
-    if others:
-        builder.notes = [*builder.notes, f"in tars, {passed_over(others)}"]
+    others_file = builder.data_path / PASSED_OVER
+    with untrusted.explained(others_file, "an import's report", remedy=_REMEDY):
+        if others := text_files.read_object(others_file):
+            builder.notes = [*builder.notes, f"in tars, {passed_over(others)}"]
     skipped = read_skipped(builder)
     report = Path(builder.data_path) / SKIP_REPORT
     if skipped:

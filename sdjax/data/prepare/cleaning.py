@@ -26,7 +26,8 @@ from sdjax.data.prepare.settings import Settings, Workspace
 from sdjax.data.raw import folder, formats, mended
 from sdjax.data.raw.clean import Example, clean
 from sdjax.data.raw.rows import Row, Shard, Skip
-from sdjax.system import paths
+from sdjax.errors import UserError
+from sdjax.system import paths, text_files
 
 THUMBNAIL = 96  # pixels
 
@@ -105,11 +106,17 @@ def _progress_writer(workspace: Workspace, number: int, shard: Shard) -> Callabl
 def how_far(workspace: Workspace, numbers: list[int]) -> Callable[[], float]:
     """A function that returns how many of these shards are clean, parts of them counted."""
 
+    def share(part: paths.Path) -> float:
+        try:
+            return float(text_files.read_text(part, most=100) or 0)
+        except (UserError, ValueError):  # it is told, and no more
+            return 0.0
+
     def count() -> float:
         names = {path.name for path in workspace.work.iterdir()}
         left = [number for number in numbers if workspace.index(number).name not in names]
         begun = [workspace.part(number) for number in left if workspace.part(number).name in names]
-        return len(numbers) - len(left) + sum(float(part.read_text() or 0) for part in begun)
+        return len(numbers) - len(left) + sum(share(part) for part in begun)
 
     return count
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from sdjax.data.prepare.settings import Workspace
 from sdjax.data.raw.rows import Skip
+from sdjax.system import text_files, untrusted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)  # there is one for each example
@@ -46,10 +46,12 @@ def counts(index: Index) -> dict[str, int]:
 
 def read_index(workspace: Workspace, number: int) -> Index:
     """The index that `clean_shard` wrote."""
-    stored = json.loads(workspace.index(number).read_text())
-    return Index(
-        [IndexEntry(**entry) for entry in stored["entries"]],
-        [Skip(**skip) for skip in stored["skips"]],
-        stored["thumbnails"],
-        stored["passed_over"],
-    )
+    file = workspace.index(number)
+    with untrusted.explained(file, "the index of a shard", remedy="delete its folder"):
+        stored = text_files.read_object(file, most=untrusted.MOST_TEXT)
+        return Index(
+            [IndexEntry(**entry) for entry in stored["entries"]],
+            [Skip(**skip) for skip in stored["skips"]],
+            stored["thumbnails"],
+            stored["passed_over"],
+        )

@@ -22,7 +22,7 @@ from sdjax.data.raw.remedies import unusable
 from sdjax.data.raw.rows import Shard, Survey
 from sdjax.data.tfds.dataset_folder import write_metadata
 from sdjax.errors import UserError
-from sdjax.system import locks, paths, progress, text_files
+from sdjax.system import locks, paths, progress, text_files, untrusted
 
 std_logging.disable(std_logging.WARNING)  # Beam warns that it cannot reach BigQuery
 import apache_beam as beam  # noqa: E402
@@ -139,7 +139,7 @@ def _begin(workspace: Workspace, key: str) -> dict[str, Any] | None:
         return None
     if workspace.work.exists():  # the run was killed at the very end
         writing.remove_work(workspace)
-    return json.loads((workspace.folder / report.JSON).read_text())
+    return text_files.read_object(workspace.folder / report.JSON, most=untrusted.MOST_TEXT)
 
 
 def _clean(make: Any, shards: list[Shard], settings: Settings, workspace: Workspace) -> None:
@@ -174,9 +174,15 @@ def _find_duplicates(
                 | "write pairs" >> beam.Map(duplicates.write_pairs, workspace=workspace)
             )
         # Pairs of a killed run may be among them: they are the same.
-        pairs = {tuple(p) for file in folder.iterdir() for p in json.loads(file.read_text())}
+        pairs = {tuple(pair) for file in folder.iterdir() for pair in _read(file)}
         workspace.write_json(target, sorted(duplicates.resolve(pairs).items()))
-    return {later: (reason, kept) for later, (reason, kept) in json.loads(target.read_text())}
+    with untrusted.explained(target, "the duplicates of a run", remedy="delete it"):
+        return {later: (reason, kept) for later, (reason, kept) in _read(target)}
+
+
+def _read(file: paths.Path) -> Any:
+    """A value that a part of the run has left, as large as the dataset asks for."""
+    return text_files.read_json(file, most=untrusted.MOST_TEXT)
 
 
 def _split(
