@@ -77,7 +77,7 @@ def recipe(base, folder, copies, method, **fields):
     c = default(family="flux", method=method)
     for group in ("data", "optim", "train", "validation"):
         c[group] = base[group]
-    c.update(init_from=str(folder), compilation_cache=base.compilation_cache)
+    c.update(init_from=str(folder))
     c.method.update(fields)
     images = IMAGES[method.removesuffix("_adapters")]
     c.data.update(

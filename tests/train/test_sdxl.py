@@ -53,7 +53,6 @@ def make_config(tiny_vae, shapes_dir):
     c.train.update(steps=4, log_every=1, checkpoint_every=2, sample_every=0)
     c.sample.update(count=2)
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 
