@@ -1,11 +1,14 @@
 """What several rooms' tests need: a tiny Stable Diffusion of torch, with random weights."""
 
+import atexit
 import functools
 import gc
 import os
 import platform
 import re
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import jax
@@ -27,12 +30,17 @@ if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it no 
         XLA_FLAGS += " --xla_cpu_max_isa=AVX"
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 
-# What was compiled for a run of the tests is read back by the next one. Programs are compiled anew
-# where this is "", as in .ci/run, and where their text or the flags have changed.
-if cache := os.environ.get("SDJAX_TEST_CACHE"):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)  # of processes that tests start
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# A program is compiled once in a run of the tests, by whichever of its processes needs it first.
+# The next run reads it back from SDJAX_TEST_CACHE. Where that is "", as in .ci/run, the folder is
+# made for this run and goes with it: all is compiled anew. (xdist's workers inherit its name.)
+if not os.environ.get("SDJAX_TEST_CACHE"):
+    os.environ["SDJAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="sdjax_xla_")
+    atexit.register(shutil.rmtree, os.environ["SDJAX_TEST_CACHE"], ignore_errors=True)
+CACHE = os.environ["SDJAX_TEST_CACHE"]
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # of processes that tests start
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # as a run has it
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # A shell ignores Ctrl-C in what it starts in the background, and whoever that starts does too: the
 # tests that send it need the usual answer.
@@ -348,7 +356,6 @@ def make_tiny_config(tiny_vae, shapes_dir):
     c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 

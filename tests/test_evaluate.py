@@ -36,7 +36,6 @@ def run(pipeline_folder, shapes_dir, tmp_path_factory):
         threads=1,
     )  # fmt: skip
     config["validation"].update(examples=8)
-    config["compilation_cache"] = str(shapes_dir / "xla")
     config["sample"].update(guidance=3.0)
     config["sample"]["sampler"].update(name="euler_ancestral", steps=2, set_alpha_to_one=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -45,18 +44,6 @@ def run(pipeline_folder, shapes_dir, tmp_path_factory):
 
 def verb(folder, output, *options):
     return evaluate.main([f"--model={folder}", f"--output={output}", "--dataset=own", *options])
-
-
-@pytest.fixture(autouse=True)
-def own_cache():
-    """The verb sets a cache for compiled programs; other tests shall have their own, or none."""
-    import jax
-
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def metrics(output):

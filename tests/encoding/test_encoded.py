@@ -534,7 +534,7 @@ def test_the_verb(snaps, tmp_path, run_verb):
         "from sdjax.config import default\n\n\ndef get_config():\n    c = default()\n"
         f"    c.data.name, c.data.data_dir = 'snaps', {snaps.data.data_dir!r}\n"
         f"    c.init_from, c.vae_from = {snaps.init_from!r}, ''\n"
-        f"    c.compilation_cache = {snaps.compilation_cache!r}\n    return c\n"
+        "    return c\n"
     )
     code, out = run_verb(
         f"--config={recipe}", f"--output={folder}", "--config.data.resolution=16",

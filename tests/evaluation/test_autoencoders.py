@@ -23,16 +23,6 @@ from sdjax.models.vae import VAEConfig
 OPTIONS = ("--dataset=captioned_shapes", "--num_samples=6", "--batch_size=4", "--resamples=50")
 
 
-@pytest.fixture(autouse=True)
-def own_cache():
-    """The verb sets a cache for compiled programs; other tests shall have their own, or none."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def pair(seed=0):
     """A picture and a like one, uint8 values in float32 [2, 24, 32, 3]."""
     rng = np.random.default_rng(seed)

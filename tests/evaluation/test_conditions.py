@@ -21,7 +21,6 @@ from tests.families import torch_transformers
 from tests.sampling.test_control import control_of
 from tests.sampling.test_ip_adapter import DIM, adapter_for
 from tests.sampling.test_pictures import remade
-from tests.test_evaluate import own_cache  # noqa: F401
 
 # One of four rows always becomes the split "test".
 WORDS = ["a red circle", "a blue square", "a green star", "a black cross"]

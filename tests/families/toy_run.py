@@ -42,7 +42,6 @@ def recipe(vae: str, data: str):
     c.validation.examples = 8
     c.sample.count = 2
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(Path(data) / "xla")
     return c, resolve
 
 

@@ -38,7 +38,6 @@ def main(folder: Path, name: str, kill: int, mesh: tuple[int, ...]) -> int:
     c.validation.examples = 0
     c.sample.count = 2
     c.mesh.update(data=mesh[0], fsdp=mesh[1])
-    c.compilation_cache = str(folder / "xla")
     step = program.Steps.__call__
 
     def counted(self, state, frozen, batch):

@@ -33,7 +33,7 @@ def begun_from(config, folder, method):
     c = default(method=method)
     for group in ("data", "model", "optim", "train", "validation", "sample", "tokenizer"):
         c[group] = config[group]
-    c.update(init_from=str(folder), compilation_cache=config.compilation_cache)
+    c.update(init_from=str(folder))
     c.data.batch_size = 4
     c.optim.groups = ((r"^text_encoder", 0.0),)
     c.train.update(steps=2, checkpoint_every=1)

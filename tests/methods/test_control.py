@@ -1,7 +1,6 @@
 """The method control: its start, a whole run killed and resumed, and the folder that it writes."""
 
 import json
-import os
 import shutil
 import signal
 
@@ -30,7 +29,6 @@ from sdjax.train.finish import last_screen
 from sdjax.train.gallery import beside_conditions, read_examples
 from sdjax.train.selection import Selection
 from tests.methods.runs import assert_is_what_it_exported, begun, read
-from tests.test_evaluate import own_cache  # noqa: F401
 from tests.train.test_loop import assert_same_run, start, wait_for_step
 
 ZERO = ("controlnet.controlnet_down_blocks", "controlnet.controlnet_mid_block")
@@ -71,7 +69,6 @@ def recipe(base, pictures, folder):
     c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2
-    c.compilation_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
     return c
 
 

@@ -45,7 +45,6 @@ def recipe(folder, shapes_dir):
     c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 
@@ -286,7 +285,6 @@ def test_the_tiny_recipe_learns_a_word_from_five_pictures_without_captions(tiny_
         "init_from": str(base), "data.path": str(folder), "data.data_dir": str(tmp_path / "tfds"),
         "data.resolution": 16, "data.batch_size": 4, "train.steps": 2, "train.sample_every": 0,
         "train.log_every": 1, "train.report": False, "sample.sampler.steps": 2,
-        "compilation_cache": tiny_config.compilation_cache,
     }  # fmt: skip
     workdir = tmp_path / "word"
     assert train(config, workdir, **changes) == loop.DONE

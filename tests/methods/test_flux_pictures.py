@@ -29,7 +29,7 @@ from tests.families import torch_transformers
 from tests.methods.runs import broken_off, to_torch
 from tests.methods.test_encoded_inputs import loss_and_fields
 from tests.train.test_loop import assert_same_run
-from tests.train.test_mesh import on_meshes
+from tests.train.test_mesh import on_meshes, read
 
 IMAGES = {
     "inpaint": ({"name": "mask", "key": "matte", "kind": "mask"},),
@@ -77,7 +77,7 @@ def recipe(base, folder, copies, method, **fields):
     c = default(family="flux", method=method)
     for group in ("data", "optim", "train", "validation"):
         c[group] = base[group]
-    c.update(init_from=str(folder), compilation_cache=base.compilation_cache)
+    c.update(init_from=str(folder))
     c.method.update(fields)
     images = IMAGES[method.removesuffix("_adapters")]
     c.data.update(
@@ -306,7 +306,8 @@ def test_losses_do_not_depend_on_the_mesh(kind, tiny_config, dev, copies, tmp_pa
     c = recipe(tiny_config, dev, copies, kind)
     c.data.batch_size = 8
     c.optim.learning_rate = 2e-4
-    output, _ = on_meshes(c, tmp_path, (1, 1, 1), (8, 1, 1), (2, 4, 1))
+    on_meshes(tmp_path, {kind: (c, [(1, 1, 1), (8, 1, 1), (2, 4, 1)])})
+    output, _ = read(tmp_path, kind)
     one, *others = output["runs"]
     for result in others:
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)

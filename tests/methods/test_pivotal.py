@@ -49,7 +49,6 @@ def recipe(folder, shapes_dir):
     c.validation.examples = 0
     c.sample.count = 2
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 

@@ -50,7 +50,6 @@ def main(folder: Path, name: str, steps: int, kill: int, mesh: tuple, accumulati
     c.validation.examples = 0
     c.sample.count = 2
     c.mesh.update(data=mesh[0], fsdp=mesh[1])
-    c.compilation_cache = str(folder / "xla")
     taken, step = [], program.Steps.__call__
 
     def counted(self, state, frozen, batch):

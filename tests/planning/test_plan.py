@@ -433,8 +433,8 @@ from sdjax.config import default
 def get_config():
     c = default()
     c.model.unet.update(
-        sample_size=8, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1, cross_attention_dim=8,
+        sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), layers_per_block=1, cross_attention_dim=8,
         attention_head_dim=1, norm_num_groups=4)
     c.model.vae.update(
         sample_size=8, block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),

@@ -3,10 +3,8 @@
 import dataclasses
 import types
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image, ImageSequence
 
 from sdjax import sample
@@ -18,7 +16,6 @@ from sdjax.families.sd import SD
 from sdjax.sampling.generate import Drawing, initial_latents
 from sdjax.sampling.interpolate import Between, plan_ways, slerp
 from sdjax.sampling.request import SamplingRequest
-from sdjax.train.startup import enable_compilation_cache
 
 PROMPTS = ["a red circle", "a green star and a small red circle"]
 SETTINGS = ["--prompts", *PROMPTS, "--negative_prompt=a blue square", "--guidance=4", "--steps=3",
@@ -31,16 +28,6 @@ def draw(folder, output, *options):
 
 def picture(path):
     return np.asarray(Image.open(path), np.float32) / 255
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Each call of the verb compiles anew; here most compile the same program."""
-    before = jax.config.jax_compilation_cache_dir
-    enable_compilation_cache(str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Run by test_mesh.py in a process with 8 virtual devices: 5 steps on each mesh, as JSON.
 
-    python eight_devices.py CONFIG.json OUT.npz [MESHES, JSON]
+    python eight_devices.py FOLDER
+
+FOLDER has runs.json, {name: {"config": ..., "meshes": ...}}, and is given NAME.npz and NAME.json of
+each: one process for all. That called "whole" is validated, and what else has to hold is tried.
 
 What is compared is the step as the loop runs it: compiled ahead of time from abstract arrays, with
 batches from the pipeline, and the state placed by the rules.
@@ -10,6 +13,7 @@ import functools
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +39,6 @@ from sdjax.train import program
 from sdjax.train.validation import Validator
 
 STEPS = 5
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
 VALIDATED = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 sharding.MIN_FSDP_SIZE = 64  # the model is tiny
 
@@ -65,7 +68,7 @@ def left_whole(tree, ways: int) -> list[str]:
     ]
 
 
-def run(config, assembled, sizes):
+def run(config, assembled, sizes, validated):
     count = int(np.prod(sizes))
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
     method = method_of_run(config, assembled.tokenizers)
@@ -81,7 +84,7 @@ def run(config, assembled, sizes):
     )
     frozen = {p: place(np.asarray(every[p], np.float32), built.frozen[p]) for p in built.frozen}
     valid = None
-    if sizes in VALIDATED:
+    if sizes in validated:
         params = {**state["params"], **frozen}
         validator = Validator(config, method, assembled.tokenizers, mesh, split="train", count=7)
         valid = validator.losses(params).tolist()
@@ -158,32 +161,35 @@ def exchanges_for_one_caption(config, tokenizers) -> list[str]:
     return [one.kind for one in hlo.read(compiled.as_text(), 8).collectives]
 
 
-def main():
-    jax.monitoring.register_event_duration_secs_listener(count_compilations)
-    config = resolve(json.loads(open(sys.argv[1]).read()))
-    assembled = assemble(config)
+def compare(folder, name, config, meshes):
+    """Run a configuration on each mesh, and write what came of it."""
+    assembled = assemble(resolve(config))
     config = assembled.config
     method = method_of_run(config, assembled.tokenizers)
     run.drawn = {p: np.asarray(v) for p, v in jax.jit(method.init)(jax.random.key(0)).items()}
     results, params = [], {}
-    meshes = [tuple(sizes) for sizes in json.loads(sys.argv[3])] if sys.argv[3:] else MESHES
-    for sizes in meshes:
+    for sizes in map(tuple, meshes):
         begin = time.monotonic()
-        result, flat = run(config, assembled, sizes)
+        result, flat = run(config, assembled, sizes, VALIDATED if name == "whole" else ())
         results.append({"mesh": sizes, **result})
         params |= {f"{sizes}:{path}": value for path, value in flat.items()}
-        print(f"{sizes}: {time.monotonic() - begin:.1f} s", file=sys.stderr)
-    np.savez(sys.argv[2], **params)
-    of_all = (
-        {}
-        if sys.argv[3:]
-        else {
+        print(f"{name} {sizes}: {time.monotonic() - begin:.1f} s", file=sys.stderr)
+    np.savez(folder / f"{name}.npz", **params)
+    output = {"runs": results}
+    if name == "whole":
+        output |= {
             "kernel_error": kernel_error(),
             "summed_error": summed_error(),
             "exchanges": exchanges_for_one_caption(config, assembled.tokenizers),
         }
-    )
-    print(json.dumps({"runs": results, **of_all}))
+    (folder / f"{name}.json").write_text(json.dumps(output))
+
+
+def main():
+    jax.monitoring.register_event_duration_secs_listener(count_compilations)
+    folder = Path(sys.argv[1])
+    for name, given in json.loads((folder / "runs.json").read_text()).items():
+        compare(folder, name, **given)
 
 
 if __name__ == "__main__":

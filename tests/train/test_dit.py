@@ -62,7 +62,6 @@ def config(name, tiny_vae, shapes_dir):
     c.validation.update(examples=0, train_examples=0)
     c.sample.update(count=2, fidelity=0)
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 

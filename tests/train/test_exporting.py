@@ -21,6 +21,7 @@ from sdjax.train import loop
 from sdjax.train.exporting import exporter, server
 from sdjax.train.exporting.exporter import Exporter
 from sdjax.train.exporting.numbers import METRICS, OF_FIRST, Counters, counters_from
+from tests.conftest import small_autoencoder
 
 INFO = {"run": "shapes", "config": "0123456789ab", "git": "", "sdjax": "0", "family": "sd",
         "method": "denoise"}  # fmt: skip
@@ -274,6 +275,7 @@ def test_run_that_is_killed_and_resumed_counts_on(tiny_config, tmp_path, monkeyp
     texts = []
     monkeypatch.setattr(exporter, "PUBLISH_SECONDS", 0.0)
     port = free_port()
+    small_autoencoder(tiny_config)
     tiny_config.monitor.update(prometheus_port=port, name="shapes", textfile=str(tmp_path))
     tiny_config.validation.examples = 4
     make_iterator = loop.make_iterator

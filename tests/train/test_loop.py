@@ -214,6 +214,7 @@ def poison(monkeypatch, bad):
 
 
 def test_a_batch_with_nan_is_skipped_and_counted(tiny_config, tmp_path, monkeypatch):
+    small_autoencoder(tiny_config)
     poison(monkeypatch, {2, 4})
     assert run(tiny_config, tmp_path) == loop.DONE
     found = rows(tmp_path)

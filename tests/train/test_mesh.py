@@ -17,52 +17,71 @@ from sdjax.models import weights
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.parallel import sharding as sharding_lib
 from sdjax.parallel.mesh import AXES
-from tests.conftest import XLA_FLAGS
+from tests.conftest import XLA_FLAGS, make_tiny_config
 
 SCRIPT = Path(__file__).with_name("eight_devices.py")
 FLAGS = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
 
 
-def on_meshes(config, tmp_path, *meshes):
-    """(what `eight_devices.py` prints, the parameters that it writes)."""
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(resolve(config))))
-    files = [str(tmp_path / "config.json"), str(tmp_path / "out.npz")]
+ADAPTERS = {"lora": [(1, 1, 1), (2, 4, 1), (2, 2, 2)], "lokr": [(1, 1, 1), (2, 2, 2)]}
+WHOLE = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
+
+
+def whole_run(config):
+    # Adam makes a step of up to the learning rate from a gradient that is zero but for rounding.
+    config.optim.learning_rate = 2e-4
+    # More to split over `tensor` than the middle of the UNet has.
+    config.model.text_encoder.intermediate_size = 128
+    config.validation.rows = 2
+    config.optim.clip_norm = 1.0  # the norm is over all shards
+
+
+def adapter_run(config, kind):
+    config.method = {
+        "name": "adapters", "kind": kind, "targets": ("all",), "text_targets": ("linear",),
+    }  # fmt: skip
+    config.optim.learning_rate = 2e-4
+
+
+def on_meshes(folder, every):
+    """Run {name: (config, meshes)} in one process of eight devices, for `read`."""
+    given = {n: {"config": to_dict(resolve(c)), "meshes": m} for n, (c, m) in every.items()}
+    (folder / "runs.json").write_text(json.dumps(given))
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), *files, *([json.dumps(meshes)] if meshes else [])],
+        [sys.executable, str(SCRIPT), str(folder)],
         env=os.environ | {"XLA_FLAGS": FLAGS},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert run.returncode == 0, run.stderr
     print(run.stderr)
-    with np.load(tmp_path / "out.npz") as file:
+
+
+def read(folder, name):
+    """(a configuration's results, the parameters after its steps)."""
+    with np.load(folder / f"{name}.npz") as file:
         params = dict(file)
-    return json.loads(run.stdout.splitlines()[-1]), params
+    return json.loads((folder / f"{name}.json").read_text()), params
 
 
-@pytest.fixture
-def eight(tiny_config, tmp_path):
-    # Adam makes a step of up to the learning rate from a gradient that is zero but for rounding.
-    tiny_config.optim.learning_rate = 2e-4
-    # More to split over `tensor` than the middle of the UNet has.
-    tiny_config.model.text_encoder.intermediate_size = 128
-    tiny_config.validation.rows = 2
-    tiny_config.optim.clip_norm = 1.0  # the norm is over all shards
-    return on_meshes(tiny_config, tmp_path)
+@pytest.fixture(scope="module")
+def eight(tiny_vae, shapes_dir, tmp_path_factory):
+    """The folder with what came of all runs."""
+    folder, every = tmp_path_factory.mktemp("eight"), {}
+    for name, meshes in (("whole", WHOLE), *ADAPTERS.items()):
+        config = make_tiny_config(tiny_vae, shapes_dir)
+        whole_run(config) if name == "whole" else adapter_run(config, name)
+        every[name] = (config, meshes)
+    on_meshes(folder, every)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "meshes"), [("lora", [(2, 4, 1), (2, 2, 2)]), ("lokr", [(2, 2, 2)])]
-)
-def test_adapters_do_not_depend_on_the_mesh(kind, meshes, tiny_config, tmp_path):
-    tiny_config.method = {
-        "name": "adapters", "kind": kind, "targets": ("all",), "text_targets": ("linear",),
-    }  # fmt: skip
-    tiny_config.optim.learning_rate = 2e-4
-    output, params = on_meshes(tiny_config, tmp_path, (1, 1, 1), *meshes)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_do_not_depend_on_the_mesh(kind, eight):
+    output, params = read(eight, kind)
     one, *others = output["runs"]
-    assert len(others) == len(meshes)
+    assert [tuple(result["mesh"]) for result in output["runs"]] == ADAPTERS[kind]
     for result in others:
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
         np.testing.assert_allclose(result["grad_norm"], one["grad_norm"], rtol=1e-4)
@@ -75,13 +94,11 @@ def test_adapters_do_not_depend_on_the_mesh(kind, meshes, tiny_config, tmp_path)
 
 
 def test_nothing_depends_on_the_mesh(eight):
-    output, params = eight
+    output, params = read(eight, "whole")
     results = output["runs"]
     assert output["kernel_error"] < 1e-5
     assert output["summed_error"] == 0.0 and output["exchanges"] == []
-    assert [tuple(r["mesh"]) for r in results] == [
-        (1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)
-    ]  # fmt: skip
+    assert [tuple(r["mesh"]) for r in results] == WHOLE
     one = results[0]
     validated = [r["validation"] for r in results if r["validation"]]
     assert len(validated) == 3 and np.asarray(validated[0]).shape == (7, 8)

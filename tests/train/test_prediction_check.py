@@ -141,7 +141,6 @@ def xl_recipe(shapes_dir):
     c.sample.update(count=1)
     c.sample.sampler.steps = 2
     c.train.xla_options = FAST
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 

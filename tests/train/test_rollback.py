@@ -13,6 +13,7 @@ from sdjax.errors import UserError
 from sdjax.train import loop, rollback
 from sdjax.train.monitoring import monitor
 from sdjax.train.monitoring.health import SpikeDetector
+from tests.conftest import small_autoencoder
 from tests.train.test_loop import rows
 
 WARMUP = 5
@@ -52,6 +53,7 @@ def spiking(tiny_config, monkeypatch):
 
     monkeypatch.setattr(loop, "make_iterator", spoiled)
     monkeypatch.setattr(monitor, "SpikeDetector", lambda f: SpikeDetector(f, warmup=WARMUP))
+    small_autoencoder(tiny_config)
     tiny_config.train.update(steps=10, checkpoint_every=3, rollbacks=2, spike_factor=8.0)
     tiny_config.optim.learning_rate = 1e-4
     return resolve(tiny_config)

@@ -49,11 +49,18 @@ def make_config(tiny_vae, shapes_dir):
     )
     for encoder in (c.model.text_encoder, c.model.text_encoder_2):
         encoder.update(hidden_size=16, intermediate_size=16, num_hidden_layers=2)
-    c.model.unet.update(block_out_channels=(8, 16), cross_attention_dim=32, norm_num_groups=4)
+    c.model.unet.update(  # attention in the middle alone, two blocks deep
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        transformer_layers_per_block=(2,),
+        attention_head_dim=(2,),
+        cross_attention_dim=32,
+        norm_num_groups=4,
+    )
     c.train.update(steps=4, log_every=1, checkpoint_every=2, sample_every=0)
     c.sample.update(count=2)
     c.sample.sampler.steps = 2
-    c.compilation_cache = str(shapes_dir / "xla")
     return c
 
 

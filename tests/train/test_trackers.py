@@ -16,6 +16,7 @@ from sdjax.system import paths
 from sdjax.train import loop
 from sdjax.train.trackers import registry, tracker
 from sdjax.train.trackers.tracker import TrackedRun, TrackerThread, close_all
+from tests.conftest import small_autoencoder
 from tests.train import fake_trackers
 from tests.train.fake_trackers import STORE
 
@@ -262,6 +263,7 @@ def test_run_outlives_its_trackers_and_keeps_all_points_over_a_kill(
     fakes["trackio"].init = lambda **options: hanging
     monkeypatch.setattr(fake_trackers.MlflowClient, "log_batch", Raising().log_batch)
     monkeypatch.setattr(tracker, "CLOSE_SECONDS", 1.0)
+    small_autoencoder(tiny_config)
     tiny_config.monitor.trackers = ("wandb", "mlflow", "trackio")
     tiny_config.train.update(steps=6, checkpoint_every=3, sample_every=3)
     make = loop.make_iterator

@@ -19,7 +19,7 @@ from sdjax.train import loop
 from sdjax.train.selection import Selection
 from sdjax.train.validation import Validator, summary
 from sdjax.validation_config import ValidationConfig
-from tests.conftest import make_tiny_config
+from tests.conftest import make_tiny_config, small_autoencoder
 
 
 @pytest.fixture
@@ -183,6 +183,7 @@ def test_a_run_validates_and_keeps_the_best(validating, tmp_path, capsys):
 
 def test_it_stops_when_patience_ends_and_the_same_command_does_not_go_on(validating, tmp_path):
     """A high learning rate breaks the model: the best is an early step."""
+    small_autoencoder(validating)
     validating.optim.learning_rate = 0.3
     validating.validation.metric = "validation/raw/loss"
     changes = {"train.steps": 40, "validation.patience": 2, "train.checkpoint_every": 100}

@@ -14,6 +14,7 @@ from sdjax.system.wishes import SAMPLE, STOP
 from sdjax.train import loop
 from sdjax.train import wishes as listening
 from sdjax.train.wishes import Wishes
+from tests.conftest import small_autoencoder
 from tests.parallel.test_hosts import monitor  # noqa: F401, a fixture
 
 
@@ -74,6 +75,7 @@ def test_a_run_draws_and_stops_as_it_is_asked_and_goes_on(
 ):
     """The same command goes on afterwards, to the steps that the recipe says."""
     monkeypatch.setattr(listening, "EVERY", 0.02)
+    small_autoencoder(tiny_config)
     tiny_config.train.update(steps=4000, log_every=10, checkpoint_every=4000)
     tiny_config.train.sample_every = 0
     folder = paths.to_path(tmp_path / "run")
