@@ -28,6 +28,7 @@ Weights = tuple[float, ...]  # of all adapters, in their order
 MOST_WEIGHT = 10.0
 # As A1111's extra_networks.re_extra_net; "lyco" is another name of "lora" there.
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^>]+)>")
+_KIND = "lora"
 _NO_NAME = re.compile(r'[:<>,"\n]')
 # Names that files and folders have whatever is in them; the folder around them tells more.
 _COMMON = ("pytorch_lora_weights", "adapter", "adapter_model", "lora", "diffusers")
@@ -121,7 +122,7 @@ class Adapters:
         words = [prompt] if prompt else []
         for name, weight, start in zip(self.names, weights or self.start, self.start, strict=True):
             if weight or start:
-                words.append(f"<lora:{name}:{weight!r}>")
+                words.append(f"<{_KIND}:{name}:{weight!r}>")
         return " ".join(words)
 
     def listed(self, weights: Weights | None) -> dict[str, float]:
@@ -145,7 +146,7 @@ class Adapters:
             )
 
     def _read(self, match: re.Match[str]) -> tuple[str, float]:
-        """Return name and weight of <lora:NAME>, <lora:NAME:WEIGHT>, <lora:NAME:TE:UNET>."""
+        """Return name and weight of lora:NAME, lora:NAME:WEIGHT or lora:NAME:TE:UNET, in <>."""
         found = f"the prompt has {brief(match[0])}"
         if match[1] == "hypernet":
             raise InvalidRequest(f"{found}; this server has no hypernetworks, leave it out")
@@ -160,7 +161,7 @@ class Adapters:
         if len(set(numbers)) > 1:
             raise InvalidRequest(
                 f"{found}, with two weights; the text encoders and the denoiser have the same one "
-                "here, as <lora:NAME:0.8>"
+                "here: give one"
             )
         return name, numbers[0] if numbers else 1.0
 
