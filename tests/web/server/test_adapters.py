@@ -19,7 +19,7 @@ from sdjax.web.server.adapters import Adapters, make_member, names_of
 from sdjax.web.server.app import make_app
 from sdjax.web.server.fields import Fields, InvalidRequest
 from tests.checkpoints.adapters import samples
-from tests.web.server.conftest import STEPS
+from tests.web.server.conftest import STEPS, listening
 from tests.web.server.test_clients import assert_same_picture, decoded
 
 PROMPT, SEED = "a red circle", 7
@@ -185,3 +185,30 @@ def test_prompts_with_weights_draw_what_sample_draws(pipeline_folder, by_command
     for prompt, words in (("a (b:1.2.3)", "is no number"), ("a BREAK " * 40, "has 40 chunks")):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": prompt})
         assert answer.status_code == 422 and words in answer.json()["detail"]
+
+
+def test_the_page_has_a_field_for_each_adapter(visit, service, client, files):
+    with listening(make_app(service)) as url:
+        page = visit(url)
+        page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+        assert [page.get_by_label(name).input_value() for name in ("style", "shape")] == [
+            "0.8",
+            "0",
+        ]
+        page.fill("#prompt", PROMPT)
+        page.fill("#seed", str(SEED))
+        page.get_by_label("style").fill("0.25")
+        page.click("#draw")
+        made = page.locator("#pictures li").first
+        source = made.locator("img").get_attribute("src")
+        np.testing.assert_array_equal(
+            decoded(source.partition(",")[2]), drawn(client, loras={"style": 0.25})
+        )
+        assert "style 0.25" in made.inner_text() and "shape" not in made.inner_text()
+        page.get_by_role("button", name="Copy command").click()
+        assert f"--lora='{files['style']}:0.25' --seed" in page.evaluate("window.copied")
+        page.get_by_label("style").fill("1")
+        page.get_by_role("button", name="Use settings").click()
+        assert page.get_by_label("style").input_value() == "0.25"
+        page.reload()
+        assert page.get_by_label("style").input_value() == "0.25"
