@@ -212,3 +212,18 @@ def test_the_page_has_a_field_for_each_adapter(visit, service, client, files):
         assert page.get_by_label("style").input_value() == "0.25"
         page.reload()
         assert page.get_by_label("style").input_value() == "0.25"
+
+
+def test_webuiapi_lists_and_weighs_adapters(service, client):
+    webuiapi = pytest.importorskip("webuiapi")
+    with listening(make_app(service)) as url:
+        api = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1")
+        names = [each["name"] for each in api.get_loras()]
+        height, width = service.loaded.model.native_size
+        result = api.txt2img(
+            prompt=f"{PROMPT} <lora:{names[0]}:0.25>", seed=SEED, steps=STEPS, cfg_scale=3,
+            width=width, height=height, sampler_name="",
+        )  # fmt: skip
+    wanted = drawn(client, loras={"style": 0.25})
+    np.testing.assert_array_equal(np.asarray(result.image), wanted)
+    assert "<lora:style:0.25>" in result.info["prompt"]
