@@ -19,6 +19,8 @@ from sdjax.web.server.adapters import Adapters, make_member, names_of
 from sdjax.web.server.app import make_app
 from sdjax.web.server.fields import Fields, InvalidRequest
 from tests.checkpoints.adapters import samples
+from tests.web import accessibility
+from tests.web.conftest import PHONE, WIDE
 from tests.web.server.conftest import STEPS, listening
 from tests.web.server.test_clients import assert_same_picture, decoded
 
@@ -227,3 +229,12 @@ def test_webuiapi_lists_and_weighs_adapters(service, client):
     wanted = drawn(client, loras={"style": 0.25})
     np.testing.assert_array_equal(np.asarray(result.image), wanted)
     assert "<lora:style:0.25>" in result.info["prompt"]
+
+
+def test_axe_finds_nothing_in_the_fields_of_adapters(visit, service):
+    axe = accessibility.script()
+    with listening(make_app(service)) as url:
+        for size, scheme in ((WIDE, "light"), (PHONE, "dark")):
+            page = visit(url, viewport=size, color_scheme=scheme)
+            assert accessibility.violations(page, axe) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
