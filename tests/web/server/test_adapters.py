@@ -224,9 +224,9 @@ def test_webuiapi_lists_and_weighs_adapters(service, client):
         height, width = service.loaded.model.native_size
         result = api.txt2img(
             prompt=f"{PROMPT} <lora:{names[0]}:0.25>", seed=SEED, steps=STEPS, cfg_scale=3,
-            width=width, height=height, sampler_name="",
+            width=width, height=height, sampler_name="Euler",
         )  # fmt: skip
-    wanted = drawn(client, loras={"style": 0.25})
+    wanted = drawn(client, loras={"style": 0.25}, sampler_name="Euler")
     np.testing.assert_array_equal(np.asarray(result.image), wanted)
     assert "<lora:style:0.25>" in result.info["prompt"]
 
