@@ -30,6 +30,7 @@ from measure import environment, table, write_json
 from sdjax import serve
 from sdjax.families.conditioning import encode_text
 from sdjax.sampling.generate import draw, latent_shape, make_generator
+from sdjax.system.listening import listen
 from sdjax.web.server.app import make_app
 from sdjax.web.server.service import Service
 
@@ -39,7 +40,7 @@ PROMPT = "a red circle"
 @contextmanager
 def listening(service: Service) -> Iterator[str]:
     """A context with the address of the server."""
-    listener = serve._listener("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(make_app(service), log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -36,6 +36,7 @@ from sdjax.sampling.options import (
     add_drawing_options,
     add_expert_option,
     add_lora_option,
+    add_syntax_option,
     guidance_changes,
     sampler_changes,
 )
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sdjax.families.embeddings import Embedding
     from sdjax.families.family import Model
     from sdjax.train.monitoring.data_profile import Distribution
+    from sdjax.web.server.adapters import Member
     from sdjax.web.server.fields import Limits
     from sdjax.web.server.loaded import LoadedModel
     from sdjax.web.server.service import Service
@@ -68,7 +70,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="workdir of sdjax, or a diffusers folder, to draw with")
     add_view_options(p)
     add_expert_option(p)
-    add_lora_option(p)
+    add_lora_option(p, "for --model, whose weight requests may change")
+    p.add_argument(
+        "--lora_sets", type=int, default=2,
+        help="sets of weights of adapters whose parameters stay on the device; those of another "
+        "are merged at its first request (%(default)s)",
+    )  # fmt: skip
+    add_syntax_option(p)
     p.add_argument(
         "--weights", default="ema",
         help="of a workdir: 'ema', 'raw', or the name of an average, as '0.9999' (%(default)s)",
@@ -195,7 +203,7 @@ def _limits(args: argparse.Namespace) -> Limits:
     from sdjax.web.server.fields import Limits
 
     for name in ("max_side", "max_steps", "max_pictures", "max_megabytes", "queue", "timeout",
-                 "rate", "batch_size"):  # fmt: skip
+                 "rate", "batch_size", "lora_sets"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}; expected at least 1")
     return Limits(
@@ -259,9 +267,9 @@ def _service(args: argparse.Namespace, limits: Limits) -> Service:
     tokenizer = next(iter(loaded.model.tokenizers.values()), None)
     statistics = Statistics(tokenizer, _profile(args.model))
     engine = Engine(loaded, queue=limits.queue, observe=statistics.observe)
-    store = None if folder is None else RatingStore(folder, sha256)
+    store = None if folder is None else RatingStore(folder, sha256, loaded.adapters)
     return Service(
-        loaded, engine, limits, digest=sha256, loras=tuple(args.lora), words=words,
+        loaded, engine, limits, digest=sha256, words=words,
         negative=args.negative_prompt or "", place=args.model, ratings=store,
         statistics=statistics, experts=tuple(args.expert),
     )  # fmt: skip
@@ -282,11 +290,13 @@ def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str
 
     from sdjax.checkpoints.references import digest
     from sdjax.families.sampler import choose_sampler, sampler_note
+    from sdjax.sampling.a1111 import PromptEmbedder
     from sdjax.sampling.generate import check_guidance, drawing_of, settings_of
+    from sdjax.web.server.adapters import Adapters
     from sdjax.web.server.loaded import LoadedModel
 
     name = f"--model={args.model}"
-    model, words = _read(args, args.model, name)
+    model, words, member = _read(args, args.model, name)
     if model.missing():
         raise UserError(
             f"{name} has {', '.join(model.networks) or 'no network'} only; drawing takes "
@@ -298,40 +308,53 @@ def _loaded(args: argparse.Namespace) -> tuple[LoadedModel, tuple[str, ...], str
         print(note, file=sys.stderr)
     drawing = drawing_of(settings_of(model), sampler, guidance_changes(args))
     shown = paths.absolute(paths.to_path(args.model)).name or "model"
-    values, bounds = _with_experts(args, model) if args.expert else (model.params, None)
-    params = {path: jnp.asarray(value) for path, value in values.items()}
+    values, bounds, members = model.params, None, [member]
+    if args.expert:
+        values, bounds, members = _with_experts(args, model)
+    adapters = Adapters(members if args.lora else (), kept=args.lora_sets)
+    started = adapters.params(adapters.start)
+    params = {path: jnp.asarray(own) for path, own in values.items() if path not in started}
     bare = dataclasses.replace(model, params={})
+    weighed = args.prompt_syntax == "a1111"
     loaded = LoadedModel(
-        bare, params, shown, drawing, args.dtype, args.batch_size, bounds=bounds
+        bare, params, shown, drawing, args.dtype, args.batch_size, bounds=bounds,
+        adapters=adapters,
+        embedder=PromptEmbedder(bare, dtype=args.dtype) if weighed else None,
     )  # fmt: skip
     sha256 = digest(values).partition(":")[2]
     return loaded, tuple(word.token for word in words), sha256
 
 
-def _read(args: argparse.Namespace, place: str, name: str) -> tuple[Model, list[Embedding]]:
-    """Return a model as the options have it, and the words of --embedding."""
-    from sdjax.checkpoints.adapters import with_loras
+def _read(args: argparse.Namespace, place: str, name: str) -> tuple[Model, list[Embedding], Member]:
+    """Return a model as the options have it, the words of --embedding, and what --lora changes."""
+    from sdjax.checkpoints.adapters import merged_loras, read_loras
     from sdjax.checkpoints.reading import read_any
     from sdjax.families.conditioning import with_text_length
     from sdjax.formats.embeddings import with_files
+    from sdjax.web.server.adapters import make_member
 
-    model = with_loras(read_any(place, weights=args.weights), args.lora)
+    bare, loras = read_loras(read_any(place, weights=args.weights), args.lora)
+    model = merged_loras(bare, loras, [lora.weight for lora in loras])
     if args.max_sequence_length is not None and not model.missing():
         model = with_text_length(model, args.max_sequence_length, name)
-    return with_files(model, args.embedding)
+    model, words = with_files(model, args.embedding)
+    return model, words, make_member(bare, loras, model)
 
 
 def _with_experts(
     args: argparse.Namespace, model: Model
-) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """Return the parameters of a model with experts, and the timesteps between these."""
+) -> tuple[dict[str, Any], tuple[float, ...], list[Member]]:
+    """Return the parameters of a model with experts, the timesteps between these, and what --lora
+    changes of each."""
     from sdjax.checkpoints.experts import read_expert_option
     from sdjax.sampling.ensemble import Expert, check_experts, ordered, params_of_experts
 
-    read = []
+    read: list[Expert] = []
+    members: dict[str, Member] = {}
     for option in args.expert:
         (place, levels), name = read_expert_option(option), f"--expert={option}"
-        read.append(Expert(name, _read(args, place, name)[0], levels))
+        own, _, members[name] = _read(args, place, name)
+        read.append(Expert(name, own, levels))
     order = ordered(read)
     bounds = check_experts(model, order)
     tokenizers = {field: own.identity for field, own in model.tokenizers.items()}
@@ -342,7 +365,11 @@ def _with_experts(
                 f"{expert.name} has other networks or tokenizers than --model, and is not served; "
                 "sdjax.sample draws with it"
             )
-    return params_of_experts(model.params, [each.model.params for each in order]), tuple(bounds)
+    numbered = [
+        dataclasses.replace(members[each.name], number=i) for i, each in enumerate(order, 1)
+    ]
+    values = params_of_experts(model.params, [each.model.params for each in order])
+    return values, tuple(bounds), numbered
 
 
 if __name__ == "__main__":

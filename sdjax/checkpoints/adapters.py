@@ -6,6 +6,7 @@ encoders and each block of a denoiser, in the order of sd-webui-lora-block-weigh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -36,14 +37,50 @@ def with_loras(model: Model, options: Sequence[str]) -> Model:
     Raises:
         UserError: an option is wrong, or an adapter does not fit the model.
     """
-    adapters = []
+    model, loras = read_loras(model, options)
+    return merged_loras(model, loras, [lora.weight for lora in loras])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lora:
+    """An adapter that --lora names.
+
+    option: as it was given; place: the file or folder; weight: of all of it.
+    numbers: that multiply the weight in blocks; () for none.
+    """
+
+    option: str
+    place: paths.Path
+    weight: float
+    numbers: tuple[float, ...]
+    adapter: Adapter
+
+
+def read_loras(model: Model, options: Sequence[str]) -> tuple[Model, list[Lora]]:
+    """Return a model that the adapters of --lora fit, without them in its weights, and these.
+
+    Raises:
+        UserError: an option is wrong, or an adapter does not fit the model.
+    """
     for option in options:
         model = _reading_a_picture(model, option)
-    for option in options:
-        place, weight, numbers = parse_lora(option)
-        own = _weights(option, model, weight, numbers) if numbers else weight
-        adapters.append((load_adapter(place, model), own))
-    return merged(model, adapters) if adapters else model
+    parsed = [(option, *parse_lora(option)) for option in options]
+    return model, [Lora(*one, load_adapter(one[1], model)) for one in parsed]
+
+
+def merged_loras(model: Model, loras: Sequence[Lora], weights: Sequence[float]) -> Model:
+    """Return a model with adapters in its weights, in their order, each with a weight.
+
+    Raises:
+        UserError: an adapter does not fit the model.
+    """
+    if not loras:
+        return model
+    given = [
+        (lora.adapter, _weights(lora.option, model, w, lora.numbers) if lora.numbers else w)
+        for lora, w in zip(loras, weights, strict=True)
+    ]
+    return merged(model, given)
 
 
 def _reading_a_picture(model: Model, option: str) -> Model:

@@ -167,6 +167,62 @@ def chunk_rows(
     return tokens, weights
 
 
+class PromptEmbedder:
+    """Makes of prompts what the denoiser reads; compiled once for each number of chunks.
+
+    Raises:
+        UserError: a text encoder of the family is not CLIP's.
+    """
+
+    def __init__(self, model: Model, *, dtype: str = "float32"):
+        check_syntax(model)
+        self._tokenizers = {f: t for f, t in model.tokenizers.items() if isinstance(t, Tokenizer)}
+        conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
+        null = {field: jnp.asarray(row)[None] for field, row in conditioner.null.items()}
+        self._encode = jax.jit(lambda *given: _weighted(conditioner, *given))
+        self._empty = jax.jit(
+            lambda params, count: _repeated(conditioner.embed(params, null), count),
+            static_argnums=1,
+        )
+
+    def chunks(self, prompts: Sequence[str]) -> int:
+        """Return how many chunks the longest of the prompts has. UserError: a weight is none."""
+        return max(len(chunks) for rows in self._split(prompts).values() for chunks in rows)
+
+    def embed(
+        self, params: Mapping[str, jax.Array], prompts: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Return "context" [N, chunks * L, D], and SDXL's "pooled" [N, P], of the first chunk.
+
+        All have as many chunks as the longest.
+
+        Raises:
+            UserError: a weight is no number.
+        """
+        split = self._split(prompts)
+        count = max(len(chunks) for rows in split.values() for chunks in rows)
+        tokens, weights = {}, {}
+        for field, rows in split.items():
+            made = [chunk_rows(chunks, self._tokenizers[field], count) for chunks in rows]
+            tokens[field], weights[field] = (np.stack(arrays) for arrays in zip(*made, strict=True))
+        parts = [
+            self._encode(
+                params, {f: x[i] for f, x in tokens.items()}, {f: x[i] for f, x in weights.items()}
+            )
+            if prompt
+            else self._empty(params, count)
+            for i, prompt in enumerate(prompts)
+        ]
+        return {
+            name: np.stack([np.asarray(p[name], np.float32) for p in parts]) for name in parts[0]
+        }
+
+    def _split(self, prompts: Sequence[str]) -> dict[str, list[list[Chunk]]]:
+        """The chunks of prompts, for each tokenizer."""
+        pieces = [parse_weights(prompt) for prompt in prompts]
+        return {f: [split_chunks(p, t) for p in pieces] for f, t in self._tokenizers.items()}
+
+
 def embed_prompts(
     model: Model,
     params: Mapping[str, jax.Array],
@@ -174,33 +230,8 @@ def embed_prompts(
     *,
     dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
-    """Return what the denoiser reads of prompts: "context" [N, chunks * L, D], and SDXL's "pooled".
-
-    All have as many chunks as the longest. "pooled" is that of the first chunk.
-
-    Raises:
-        UserError: a text encoder of the family is not CLIP's, or a weight is no number.
-    """
-    check_syntax(model)
-    pieces = [parse_weights(prompt) for prompt in prompts]
-    tokenizers = {f: t for f, t in model.tokenizers.items() if isinstance(t, Tokenizer)}
-    split = {f: [split_chunks(p, t) for p in pieces] for f, t in tokenizers.items()}
-    count = max(len(chunks) for rows in split.values() for chunks in rows)
-    tokens, weights = {}, {}
-    for field, rows in split.items():
-        made = [chunk_rows(chunks, tokenizers[field], count) for chunks in rows]
-        tokens[field], weights[field] = (np.stack(arrays) for arrays in zip(*made, strict=True))
-    conditioner = make_conditioner(model, model.tokenizers, dtype=dtype)
-    encode = jax.jit(lambda *given: _weighted(conditioner, *given))
-    null = {field: jnp.asarray(row)[None] for field, row in conditioner.null.items()}
-    empty = jax.jit(lambda params: _repeated(conditioner.embed(params, null), count))
-    parts = [
-        encode(params, {f: x[i] for f, x in tokens.items()}, {f: x[i] for f, x in weights.items()})
-        if prompt
-        else empty(params)
-        for i, prompt in enumerate(prompts)
-    ]
-    return {name: np.stack([np.asarray(p[name], np.float32) for p in parts]) for name in parts[0]}
+    """Return what `PromptEmbedder` makes of prompts. UserError: as there."""
+    return PromptEmbedder(model, dtype=dtype).embed(params, prompts)
 
 
 def _repeated(features: Mapping[str, jax.Array], count: int) -> dict[str, jax.Array]:

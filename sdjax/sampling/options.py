@@ -156,6 +156,11 @@ def add_prompt_options(p: argparse.ArgumentParser) -> None:
         help="a prompt, or several; may be given again",
     )  # fmt: skip
     p.add_argument("--prompts_file", metavar="FILE", help="text file with one prompt a line")
+    add_syntax_option(p)
+
+
+def add_syntax_option(p: argparse.ArgumentParser) -> None:
+    """Add the option of how prompts are read."""
     p.add_argument(
         "--prompt_syntax", choices=("plain", "a1111"), default="plain",
         help="a1111: (word:1.3), ((word)) and [word] are weights, BREAK ends a chunk, and prompts "

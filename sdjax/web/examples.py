@@ -67,7 +67,7 @@ def render(found: ExampleLosses, title: str) -> str:
         threshold=OUTLIER,
         table=EXAMPLES_FILE,
         sections=[(name, _shown(found, chosen, made)) for name, chosen in sections if chosen],
-        css=templating.asset("report.css"),
+        style=templating.asset("report.css"),
         policy=templating.policy(()),
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ def render(content: Mapping[str, Any], shown: Sequence[tuple[str, Picture, Pictu
         findings=[_finding(one) for one in content["findings"]],
         changes=[_change(one) for one in _changes(compared)],
         shown=shown,
-        css=templating.asset("report.css"),
+        style=templating.asset("report.css"),
         policy=templating.policy(()),
     )  # fmt: skip
 

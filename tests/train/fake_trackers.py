@@ -64,7 +64,7 @@ class WandbRun:
         self.kept["rows"].append(dict(data))
         self.kept["row"] = step + 1
 
-    def finish(self, exit_code=None, quiet=None):
+    def finish(self, exit_code=None):
         """As of the real one."""
         self.kept["finished"] = True
 

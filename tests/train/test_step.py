@@ -146,6 +146,15 @@ def test_an_examples_weight_multiplies_its_loss_and_gradient():
     np.testing.assert_allclose(other["loss"], loss, rtol=1e-5)
 
 
+def test_weights_of_one_train_as_none_to_the_bit():
+    """So ratings that are all the same do, whose weights are ones."""
+    step, state, frozen, batch = setup()
+    plain, _ = step(state, frozen, batch)
+    weighed, _ = step(state, frozen, batch | {"weight": jnp.ones(8)})
+    for path, value in plain["params"].items():
+        np.testing.assert_array_equal(weighed["params"][path], value)
+
+
 def test_noise_depends_on_seed_and_step_alone():
     step, state, frozen, batch = setup()
     _, first = step(state, frozen, batch)

@@ -1,27 +1,12 @@
 """The report in a real browser without a network: it opens, draws, zooms, and fits a phone."""
 
-import shutil
-
 import pytest
 
 from sdjax.web.report.page import write_report
 from tests.odd_names import ODD
 from tests.web import accessibility
+from tests.web.conftest import PHONE
 from tests.web.report_workdir import NASTY, make_workdir
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
 
 @pytest.fixture(scope="module")
@@ -30,41 +15,10 @@ def report(tmp_path_factory):
     return write_report(make_workdir(folder, count=3000))  # 3,000 points: thinned
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=list(OPTIONS))
-        yield launched
-        launched.close()
-
-
 @pytest.fixture
-def open_page(browser, report):
-    """Opens the report, in a context of its own; in the end nothing may have gone wrong in any."""
-    contexts, complaints = [], []
-
-    def start(**options):
-        context = browser.new_context(offline=True, **({"viewport": WIDE} | options))
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)  # the machine may be busy
-        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-
-        def asked(request):
-            local = request.url.startswith(("data:", "blob:"))
-            if not local and request.url != report.as_uri():
-                complaints.append(f"request: {request.url}")
-
-        page.on("request", asked)
-        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
-        page.goto(report.as_uri())
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    assert complaints == []
+def open_page(visit, report):
+    """Opens the report, without a network."""
+    return lambda **options: visit(report.as_uri(), offline=True, **options)
 
 
 def draw_all(page):

@@ -85,7 +85,7 @@ def render(contents: Contents) -> str:
         numbers=written["numbers"],
         chapters={name: written[name] for name in CHAPTERS if written[name].strip()},
         now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        css=templating.asset("report.css"),
+        style=templating.asset("report.css"),
         scripts=_scripts(),
         policy=templating.policy(_scripts()),
     )

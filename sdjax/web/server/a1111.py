@@ -64,9 +64,10 @@ class A1111:
             encode(picture, "png", {"parameters": text})
             for picture, text in zip(pictures, texts, strict=True)
         ]
+        prompts = [service.loaded.adapters.written(r.prompt, r.adapters) for r in requests]
         info = {
-            "prompt": first.prompt,
-            "all_prompts": [each.prompt for each in requests],
+            "prompt": prompts[0],
+            "all_prompts": prompts,
             "negative_prompt": first.negative_prompt,
             "all_negative_prompts": [each.negative_prompt for each in requests],
             "seed": first.seed,

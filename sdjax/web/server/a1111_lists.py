@@ -89,12 +89,7 @@ class Lists:
     async def set_options(self, http: Request) -> Response:
         """Take the options there are, and refuse another model in words."""
         wanted = (await self.service.fields(http)).text("sd_model_checkpoint", most=1000)
-        known = (self.service.title, self.service.loaded.name, self.service.digest)
-        if wanted and wanted not in known:
-            raise InvalidRequest(
-                f"sd_model_checkpoint is {brief(wanted)}; this server has {self.service.title} "
-                "alone: start another for another model"
-            )
+        self.service.check_model("sd_model_checkpoint", wanted)
         return JSONResponse(None)
 
     async def flags(self, http: Request) -> Response:
@@ -128,10 +123,11 @@ class Lists:
         ])  # fmt: skip
 
     async def loras(self, http: Request) -> Response:
-        """List the adapters in the model's weights."""
+        """List the adapters."""
+        own = self.service.loaded.adapters
         return JSONResponse([
-            {"name": name, "alias": name, "path": name, "metadata": {}}
-            for name in self.service.loras
+            {"name": name, "alias": name, "path": lora.option, "metadata": {}}
+            for name, lora in zip(own.names, own.loras, strict=True)
         ])  # fmt: skip
 
     async def embeddings(self, http: Request) -> Response:

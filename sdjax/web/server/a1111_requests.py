@@ -24,6 +24,8 @@ def text_requests(service: Service, fields: Fields) -> list[PictureRequest]:
     """Return the pictures that txt2img asks for; picture i has the seed + i."""
     limits, own = service.limits, service.loaded
     height, width = own.model.native_size
+    wanted = fields.group("override_settings").text("sd_model_checkpoint", most=1000)
+    service.check_model("override_settings.sd_model_checkpoint", wanted)
     count = fields.whole("batch_size", 1, least=1, most=limits.pictures)
     count *= fields.whole("n_iter", 1, least=1, most=limits.pictures)
     if count > limits.pictures:
@@ -32,8 +34,7 @@ def text_requests(service: Service, fields: Fields) -> list[PictureRequest]:
     if seed == -1:
         seed = secrets.randbelow(2**32 - 2 - limits.pictures)
     one = PictureRequest(
-        prompt=fields.text("prompt", most=limits.prompt),
-        negative_prompt=fields.text("negative_prompt", service.negative, most=limits.prompt),
+        **service.wording(fields),
         seed=seed,
         height=fields.whole("height", height, least=8, most=limits.side),
         width=fields.whole("width", width, least=8, most=limits.side),

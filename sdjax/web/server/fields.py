@@ -22,7 +22,7 @@ class Limits:
     """The bounds of requests; a request beyond them is refused in words.
 
     side: of a picture, in pixels; steps: of the sampler; pictures: of one request.
-    prompt: characters of a prompt.
+    prompt: characters of a prompt; chunks: that a prompt with weights has.
     body: bytes of a request; image: pixels of a picture that a client sends.
     queue: pictures that wait; seconds: of one request, in which it waits and is drawn.
     rate: requests a minute of one address.
@@ -32,6 +32,7 @@ class Limits:
     steps: int = 150
     pictures: int = 16
     prompt: int = 10_000
+    chunks: int = 16
     body: int = 32 << 20
     image: int = 16_000_000
     queue: int = 64
@@ -88,6 +89,10 @@ class Fields:
         if not isinstance(value, Mapping):
             raise InvalidRequest(f"{name} is {brief(value)}; expected an object")
         return Fields(value)
+
+    def keys(self) -> list[str]:
+        """Return the names of all fields that are there."""
+        return [str(name) for name in self._body]
 
     def _get(self, name: str, default: Any) -> Any:
         value = self._body.get(name)

@@ -30,7 +30,7 @@ def infotext(request: PictureRequest, service: Service, sampler: str) -> str:
     if request.image is not None:
         settings["Denoising strength"] = f"{request.strength:g}"
     settings["Version"] = "sdjax"
-    lines = [request.prompt]
+    lines = [service.loaded.adapters.written(request.prompt, request.adapters)]
     if request.negative_prompt:
         lines.append(f"{_NEGATIVE}{request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))

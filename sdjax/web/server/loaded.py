@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +26,12 @@ from sdjax.diffusion.samplers import (
 )
 from sdjax.families.conditioning import encode_text
 from sdjax.families.family import AUTOENCODER, EDITS, FILLS, FOLLOWS, Model
+from sdjax.sampling.a1111 import PromptEmbedder
 from sdjax.sampling.denoising import Drawing, of_member
 from sdjax.sampling.generate import check_finite, latent_shape, randomness_of, to_uint8
 from sdjax.sampling.pictures import PictureEncoder, begun_at, picture_of, vae_noise
 from sdjax.sampling.start import initial_state, reading_of, reads_picture
+from sdjax.web.server.adapters import Adapters, Weights
 from sdjax.web.server.preview import Preview
 from sdjax.web.server.program import Program, make_program
 from sdjax.web.server.requests import InvalidRequest, PictureRequest
@@ -52,6 +54,8 @@ class LoadedModel:
     batch_size: the most pictures drawn at once; smaller batches have a power of two.
     bounds: the timesteps between experts, which predict in place of the model, and whose parameters
         are among `params`; see `sampling.ensemble`. None without experts.
+    adapters: what they change is not among `params`.
+    embedder: of prompts with weights; None where prompts are read as they stand.
     """
 
     model: Model
@@ -61,10 +65,9 @@ class LoadedModel:
     dtype: str = "float32"
     batch_size: int = 4
     bounds: tuple[float, ...] | None = None
+    adapters: Adapters = dataclasses.field(default_factory=Adapters)
+    embedder: PromptEmbedder | None = None
     preview: Preview = dataclasses.field(default_factory=Preview)
-    _parts: dict[int, tuple[dict[str, jax.Array], dict[str, jax.Array]]] = dataclasses.field(
-        default_factory=dict
-    )
     _programs: collections.OrderedDict[Hashable, Program] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
@@ -103,10 +106,12 @@ class LoadedModel:
         plan, program = drawing.plan(self._tables, shape[:2]), self._program(requests[0], padded)
         picture = self._picture(padded)
         noise, keys = randomness_of(np.array([r.seed for r in padded], np.uint32), shape)
-        words = self._words(padded)
         which = [self._expert(t) for t in plan.timesteps]
+        networks = self._networks(set(which), requests[0].adapters)
+        features = self._features(padded, {each: own[0] for each, own in networks.items()})
         contexts = {
-            each: program.contexts(self._networks(each)[0], *words, picture) for each in set(which)
+            each: program.contexts(own[0], *self._words(padded, features[each]), picture)
+            for each, own in networks.items()
         }
         scale = np.array([each.guidance for each in padded], np.float32).reshape(-1, 1, 1, 1)
         state, begun = initial_state(picture, noise, plan)
@@ -122,7 +127,7 @@ class LoadedModel:
 
         rows = list(zip(*step_rows(plan), strict=True))
         for i, row in enumerate(rows):
-            before, denoiser = estimate(carry), self._networks(which[i])[1]
+            before, denoiser = estimate(carry), networks[which[i]][1]
             carry = program.step(
                 denoiser, contexts[which[i]], carry, row, scale, keys, picture, noise
             )
@@ -178,19 +183,24 @@ class LoadedModel:
             return 0
         return 1 + sum(bool(np.float32(timestep) >= np.float32(b)) for b in self.bounds)
 
-    def _networks(self, number: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Return the text encoders and the denoiser of a model, see `_expert`.
+    def _networks(
+        self, numbers: Collection[int], weights: Weights | None
+    ) -> dict[int, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+        """Return text encoders and denoiser of models, see `_expert`, with adapters of weights.
 
         What a program does not read only takes time to hand over.
         """
-        if number not in self._parts:
-            own = of_member(number, self.params)
-            encoders, denoiser = self.model.text_encoders, self.model.family.denoiser
-            self._parts[number] = (
+        given = self.adapters.start if weights is None else weights
+        params = {**self.params, **self.adapters.params(given)}
+        encoders, denoiser = self.model.text_encoders, self.model.family.denoiser
+        found = {}
+        for number in numbers:
+            own = of_member(number, params)
+            found[number] = (
                 {k: v for k, v in own.items() if k.partition(".")[0] in encoders},
                 {k: v for k, v in own.items() if k.partition(".")[0] == denoiser},
             )
-        return self._parts[number]
+        return found
 
     @functools.cached_property
     def _vae(self) -> dict[str, jax.Array]:
@@ -213,13 +223,21 @@ class LoadedModel:
     def _shape(self, request: PictureRequest) -> tuple[int, int, int]:
         return latent_shape(self.model, request.height, request.width)
 
+    def _features(
+        self, requests: Sequence[PictureRequest], encoders: Mapping[int, dict[str, jax.Array]]
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """Return tokens of the prompts and of the negative ones, or what text encoders make of
+        them, of each model whose text encoders' parameters are given."""
+        texts = [each.prompt for each in requests] + [each.negative_prompt for each in requests]
+        if self.embedder is None:
+            return dict.fromkeys(encoders, encode_text(self.model.tokenizers, texts))
+        return {each: self.embedder.embed(own, texts) for each, own in encoders.items()}
+
     def _words(
-        self, requests: Sequence[PictureRequest]
+        self, requests: Sequence[PictureRequest], tokens: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Return what `Member.contexts` takes of prompts, and of the negative ones."""
         count, first = len(requests), requests[0]
-        texts = [each.prompt for each in requests] + [each.negative_prompt for each in requests]
-        tokens = encode_text(self.model.tokenizers, texts)
         size = of_geometry(self.model.family.numbers, (first.height, first.width))
         prompts = {field: rows[:count] for field, rows in tokens.items()}
         prompts |= {field: np.tile(value, (count, 1)) for field, value in size.items()}

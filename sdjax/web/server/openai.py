@@ -91,15 +91,10 @@ class OpenAI:
             own_size: (height, width) of the picture to be edited, for the size "auto".
         """
         limits, loaded = self.service.limits, self.service.loaded
-        model = fields.text("model", most=1000)
-        if model and model not in (loaded.name, self.service.title):
-            raise InvalidRequest(
-                f"model is {brief(model)}; this server has {loaded.name!r} alone (GET /v1/models)"
-            )
+        self.service.check_model("model", fields.text("model", most=1000))
         if fields.text("response_format", "b64_json", most=100) == "url":
             raise InvalidRequest("response_format is 'url'; this server answers with 'b64_json'")
-        prompt = fields.text("prompt", most=limits.prompt)
-        if not prompt:
+        if not fields.text("prompt", most=limits.prompt):
             raise InvalidRequest("prompt is missing; expected a text")
         count = fields.whole("n", 1, least=1, most=min(_MOST, limits.pictures))
         seed = fields.whole("seed", -1, least=-1, most=MOST_SEED - count + 1)
@@ -109,10 +104,7 @@ class OpenAI:
         steps = fields.whole("steps", own.sampler.steps, least=1, most=limits.steps)
         height, width = self._size(fields, own_size)
         one = PictureRequest(
-            prompt=prompt,
-            negative_prompt=fields.text(
-                "negative_prompt", self.service.negative, most=limits.prompt
-            ),
+            **self.service.wording(fields),
             seed=seed,
             height=height,
             width=width,

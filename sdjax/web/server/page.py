@@ -58,7 +58,8 @@ class Page:
             "most": dataclasses.asdict(limits),
             "samplers": [(name, title_of(name)) for name in self.service.samplers],
             "words": list(self.service.words),
-            "loras": list(self.service.loras),
+            "loras": list(zip(loaded.adapters.names, loaded.adapters.start, strict=True)),
+            "weighed": loaded.embedder is not None,
             "experts": list(self.service.experts),
             "negative": self.service.negative,
             "rates": self.service.ratings is not None,
@@ -142,7 +143,7 @@ class Page:
         title = title_of(request.sampler.name)
         text = infotext(request, self.service, title)
         file = encode(picture, "png", {"parameters": text})
-        store = self.service.ratings
+        store, adapters = self.service.ratings, self.service.loaded.adapters
         return {
             "picture": _data_url(file, "png"),
             "name": store.show(request, file) if store else "",
@@ -151,6 +152,8 @@ class Page:
             "guidance": request.guidance, "width": request.width, "height": request.height,
             "karras": request.sampler.karras, "begun": request.image is not None,
             "strength": request.strength, "masked": request.mask is not None,
+            "loras": adapters.listed(request.adapters),
+            "lora_options": adapters.options(request.adapters),
         }  # fmt: skip
 
 

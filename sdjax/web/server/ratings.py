@@ -10,6 +10,7 @@ from typing import Any
 
 from sdjax.data import ratings
 from sdjax.system import paths
+from sdjax.web.server.adapters import Adapters
 from sdjax.web.server.requests import InvalidRequest, PictureRequest
 
 _KEPT = 256  # pictures that can still be rated ...
@@ -17,10 +18,14 @@ _MOST_BYTES = 256 << 20  # ... as long as they take no more memory
 
 
 class RatingStore:
-    """The pictures that were shown last, and the folder of their ratings."""
+    """The pictures that were shown last, and the folder of their ratings.
 
-    def __init__(self, folder: paths.Path, digest: str):
-        self._folder, self._digest = folder, digest
+    Args:
+        digest: of the model; adapters: that requests switch.
+    """
+
+    def __init__(self, folder: paths.Path, digest: str, adapters: Adapters | None = None):
+        self._folder, self._digest, self._adapters = folder, digest, adapters or Adapters()
         self._lock = threading.Lock()
         self._shown: collections.OrderedDict[str, tuple[PictureRequest, bytes]] = (
             collections.OrderedDict()
@@ -79,6 +84,7 @@ class RatingStore:
 
     def _about(self, request: PictureRequest) -> dict[str, Any]:
         """Return what a picture was drawn from, and by which model."""
+        loras = self._adapters.listed(request.adapters)
         return {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -89,6 +95,7 @@ class RatingStore:
             "width": request.width,
             "height": request.height,
             "begun": request.image is not None,
+            **({"loras": loras} if loras else {}),
             "model": self._digest,
             "time": time.time(),
         }

@@ -24,6 +24,8 @@ class PictureRequest:
     image: uint8 [H, W, 3] to begin with, of the size that is drawn, or None.
     mask: float32 [H, W, 1], 1 where the picture is drawn anew, or None.
     strength: share of the steps that are taken from `image`.
+    adapters: the weight of each of the server's adapters, in their order; None as at the start.
+    chunks: that the text encoders read, of prompts with weights.
     """
 
     prompt: str
@@ -36,13 +38,16 @@ class PictureRequest:
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     strength: float = 1.0
+    adapters: tuple[float, ...] | None = None
+    chunks: int = 1
 
     @property
     def alike(self) -> Hashable:
         """Return what pictures have in common that are drawn by one program."""
         begins = self.strength if self.image is not None else None
         masked = self.mask is not None
-        return self.height, self.width, self.sampler, self.guidance == 1.0, begins, masked
+        drawn = self.height, self.width, self.sampler, self.guidance == 1.0, begins, masked
+        return *drawn, self.adapters, self.chunks
 
 
 def decoded_image(name: str, text: str, most_pixels: int) -> Image.Image:

@@ -8,6 +8,7 @@ import functools
 import io
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from starlette.requests import Request
 
 from sdjax.diffusion.grids import SAMPLERS, changed_sampler
 from sdjax.errors import UserError
+from sdjax.system.untrusted import brief
 from sdjax.web.server.engine import Engine, Job
 from sdjax.web.server.fields import Fields, InvalidRequest, Limits, read_fields
 from sdjax.web.server.loaded import LoadedModel
@@ -43,15 +45,13 @@ class Service:
     ratings: where ratings go; None where none are taken.
     statistics: of the pictures, which the engine hands it.
     place: what --model is to be for the same pictures by `sdjax.sample`.
-    loras: the adapters in its weights, as --lora named them; experts: that predict in its place,
-        as --expert named them; words: those of --embedding.
+    experts: that predict in its place, as --expert named them; words: those of --embedding.
     """
 
     loaded: LoadedModel
     engine: Engine
     limits: Limits
     digest: str = ""
-    loras: Sequence[str] = ()
     words: Sequence[str] = ()
     negative: str = ""
     place: str = ""
@@ -65,15 +65,38 @@ class Service:
         """Return the name of the model with the beginning of its digest, as A1111 titles are."""
         return f"{self.loaded.name} [{self.digest[:10]}]" if self.digest else self.loaded.name
 
+    def check_model(self, field: str, name: str) -> None:
+        """Raise InvalidRequest if a client names another model than this one; "" names none."""
+        if name not in ("", self.title, self.loaded.name, self.digest, self.digest[:10]):
+            raise InvalidRequest(
+                f"{field} is {brief(name)}; this server has {self.title} alone: start another for "
+                "another model"
+            )
+
     def check(self, requests: Sequence[PictureRequest]) -> None:
         """Raise UserError if a picture is not for this model."""
         for request in requests:
-            if "<lora:" in request.prompt:
-                raise InvalidRequest(
-                    "the prompt has <lora: in it; this server's adapters are those of its --lora, "
-                    "leave the words out"
-                )
             self.loaded.check(request)
+
+    def wording(self, fields: Fields) -> dict[str, Any]:
+        """Return fields of `PictureRequest`: both prompts, and what the first says of adapters.
+
+        Raises:
+            InvalidRequest: an adapter is not known, or a prompt is too long.
+            UserError: a weight in a prompt is none.
+        """
+        most, loaded = self.limits.prompt, self.loaded
+        given = fields.text("prompt", most=most)
+        prompt, adapters = loaded.adapters.asked(given, fields.group("loras"))
+        negative = fields.text("negative_prompt", self.negative, most=most)
+        chunks = 1 if loaded.embedder is None else loaded.embedder.chunks([prompt, negative])
+        if chunks > self.limits.chunks:
+            raise InvalidRequest(
+                f"the prompt has {chunks} chunks of tokens; expected at most {self.limits.chunks}"
+            )
+        return {
+            "prompt": prompt, "negative_prompt": negative, "adapters": adapters, "chunks": chunks,
+        }  # fmt: skip
 
     @functools.cached_property
     def samplers(self) -> tuple[str, ...]:

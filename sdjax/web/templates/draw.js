@@ -3,6 +3,7 @@
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const get = (id) => document.getElementById(id);
 const SETTINGS = ["prompt", "negative", "steps", "guidance", "sampler", "width", "height", "count", "seed"];
+const weights = facts.loras.map(([name], i) => ({ name, input: get(`lora-${i}`) }));
 let running = null;
 
 const read = (file) => new Promise((done, failed) => {
@@ -19,6 +20,7 @@ async function request() {
     sampler_name: get("sampler").value, width: Number(get("width").value),
     height: Number(get("height").value), batch_size: Number(get("count").value),
     seed: get("seed").value === "" ? -1 : Number(get("seed").value),
+    loras: Object.fromEntries(weights.map(({ name, input }) => [name, Number(input.value)])),
   };
   const [image] = get("image").files, [mask] = get("mask").files;
   if (mask && !image) throw new Error("A mask is for a picture: choose that too.");
@@ -60,7 +62,8 @@ function command(made) {
   const words = ["python -m sdjax.sample", `--model=${quoted(facts.place)}`, `--prompts=${quoted(made.prompt)}`];
   if (made.negative_prompt) words.push(`--negative_prompt=${quoted(made.negative_prompt)}`);
   for (const expert of facts.experts) words.push(`--expert=${quoted(expert)}`);
-  for (const lora of facts.loras) words.push(`--lora=${quoted(lora)}`);
+  for (const lora of made.lora_options) words.push(`--lora=${quoted(lora)}`);
+  if (facts.weighed) words.push("--prompt_syntax=a1111");
   words.push(`--seed=${made.seed}`, `--steps=${made.steps}`, `--sampler=${made.sampler}`,
     `--guidance=${made.guidance}`, `--width=${made.width}`, `--height=${made.height}`);
   if (made.karras) words.push("--karras");
@@ -91,6 +94,7 @@ function take(made) {
   const values = { prompt: made.prompt, negative: made.negative_prompt, steps: made.steps, guidance: made.guidance,
     sampler: made.sampler, width: made.width, height: made.height, seed: made.seed };
   for (const [id, value] of Object.entries(values)) get(id).value = value;
+  for (const { name, input } of weights) input.value = made.loras[name] ?? 0;
   keep();
   get("prompt").focus();
 }
@@ -108,7 +112,8 @@ function showPicture(made) {
   prompt.textContent = made.prompt;
   about.className = "soft";
   const label = facts.samplers.find(([name]) => name === made.sampler)?.[1] ?? made.sampler;
-  about.textContent = `Seed ${made.seed} · ${made.steps} steps · ${label} · guidance ${made.guidance} · ${made.width} × ${made.height}`;
+  const loras = Object.entries(made.loras).map(([name, weight]) => ` · ${name} ${weight}`).join("");
+  about.textContent = `Seed ${made.seed} · ${made.steps} steps · ${label} · guidance ${made.guidance} · ${made.width} × ${made.height}${loras}`;
   row.className = "buttons";
   const save = document.createElement("a");
   save.className = "button";
@@ -213,6 +218,7 @@ async function draw() {
 // What was typed is there after a reload; pictures are the browser's to save.
 function keep() {
   const values = Object.fromEntries(SETTINGS.map((id) => [id, get(id).value]));
+  for (const { name, input } of weights) values[`lora ${name}`] = input.value;
   try { localStorage.setItem("sdjax.draw", JSON.stringify(values)); } catch { /* private windows */ }
 }
 
@@ -220,6 +226,7 @@ function restore() {
   try {
     const values = JSON.parse(localStorage.getItem("sdjax.draw") ?? "{}");
     for (const id of SETTINGS) if (typeof values[id] === "string" && values[id]) get(id).value = values[id];
+    for (const { name, input } of weights) input.value = values[`lora ${name}`] || input.value;
     if (!get("sampler").value) get("sampler").value = facts.sampler;
   } catch { /* of another version */ }
 }

@@ -146,6 +146,7 @@
     parts.badge.textContent = state.active ? "training" : state.total && state.done >= state.total ? "finished" : "not running";
     parts.badge.className = state.active ? "badge active" : "badge";
     parts.doing.textContent = run.trouble ? `${state.doing}. Its files cannot be read: ${run.trouble}` : state.doing;
+    parts.doing.hidden = parts.doing.textContent.toLowerCase() === parts.badge.textContent;
     run.trouble = "";
     parts.bar.hidden = !state.total;
     parts.bar.value = state.total ? Math.min(1, state.done / state.total) : 0;

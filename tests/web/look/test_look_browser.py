@@ -1,64 +1,34 @@
 """The page that looks at data, in a real browser."""
 
+import contextlib
 import json
-import shutil
 
 import pytest
 
 from tests.web import accessibility
+from tests.web.conftest import PHONE, WIDE
 from tests.web.look.test_look import CAPTIONS, TOKEN, data, make_look  # noqa: F401, a fixture
 from tests.web.server.conftest import listening
-from tests.web.test_report_browser import OPTIONS, PHONE, WIDE
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=list(OPTIONS))
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
-def open_page(browser, data, tmp_path):  # noqa: F811
+def open_page(visit, data, tmp_path):  # noqa: F811
+    """Opens the view of the pictures that can be read."""
     (data / "broken.png").unlink()
     rows = (data / "metadata.jsonl").read_text().splitlines()[:-1]
     (data / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     drop = {"name": "1.png", "reason": "near_duplicate", "detail": "of 0.png"}
     (data / "dropped.jsonl").write_text(json.dumps(drop) + "\n")
-    complaints, contexts, servers = [], [], []
+    with contextlib.ExitStack() as servers:
 
-    def start(*, mends=True, **options):
-        token = TOKEN if mends else ""
-        serving = listening(make_look(data, tmp_path / "c.jsonl" if mends else None, token=token))
-        url = serving.__enter__()
-        servers.append(serving)
-        known = {"http_credentials": {"username": "me", "password": TOKEN}} if mends else {}
-        context = browser.new_context(**({"viewport": WIDE} | known | options))
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        def start(*, mends=True, **options):
+            token, captions = (TOKEN, tmp_path / "c.jsonl") if mends else ("", None)
+            url = servers.enter_context(listening(make_look(data, captions, token=token)))
+            page = visit(f"{url}/look", token=token, **options)
+            page.wait_for_selector("#items li")
+            return page
 
-        def said(message):
-            if message.type in ("error", "warning"):
-                complaints.append(message.text)
-
-        page.on("console", said)
-        page.goto(f"{url}/look")
-        page.wait_for_selector("#items li")
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    for serving in servers:
-        serving.__exit__(None, None, None)
-    assert not complaints
+        yield start
 
 
 def test_pictures_are_filtered_sorted_and_compared(open_page):

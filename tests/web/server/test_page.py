@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 
 import httpx
 import pytest
@@ -13,54 +12,14 @@ from sdjax.system import paths
 from sdjax.web.server.app import make_app
 from sdjax.web.server.ratings import RatingStore
 from tests.web import accessibility
+from tests.web.conftest import PHONE
 from tests.web.server.conftest import listening
-from tests.web.test_report_browser import OPTIONS, PHONE, WIDE
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=list(OPTIONS))
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
-def open_page(browser, address):
-    """Opens the page in a context of its own; in the end nothing may have gone wrong."""
-    contexts, complaints = [], []
-
-    def start(expected=(), **options):
-        context = browser.new_context(**({"viewport": WIDE} | options))
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-
-        def told(message):
-            if message.type in ("error", "warning") and not any(
-                each in message.text for each in expected
-            ):
-                complaints.append(message.text)
-
-        page.on("console", told)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-
-        def asked(request):
-            if not request.url.startswith((address, "data:", "blob:")):
-                complaints.append(f"request: {request.url}")
-
-        page.on("request", asked)
-        page.goto(address)
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    assert not complaints
+def open_page(visit, address):
+    """Opens the page."""
+    return lambda **options: visit(address, **options)
 
 
 def drawn(page):
@@ -164,11 +123,10 @@ def test_every_field_has_a_name_and_every_picture_words(open_page):
     assert page.locator("html").get_attribute("lang") == "en"
 
 
-def test_what_people_say_is_kept_with_the_picture(browser, service, tmp_path):
+def test_what_people_say_is_kept_with_the_picture(visit, service, tmp_path):
     store = RatingStore(paths.to_path(tmp_path), service.digest)
     with listening(make_app(dataclasses.replace(service, ratings=store))) as url:
-        page = browser.new_page()
-        page.goto(url)
+        page = visit(url)
         page.fill("#prompt", "a circle")
         page.fill("#seed", "3")
         page.click("#draw")
@@ -188,11 +146,10 @@ def test_what_people_say_is_kept_with_the_picture(browser, service, tmp_path):
     assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem == rows[0]["picture"]
 
 
-def test_which_of_two_pictures_is_better_is_kept_with_both(browser, service, tmp_path):
+def test_which_of_two_pictures_is_better_is_kept_with_both(visit, service, tmp_path):
     store = RatingStore(paths.to_path(tmp_path), service.digest)
     with listening(make_app(dataclasses.replace(service, ratings=store))) as url:
-        page = browser.new_page()
-        page.goto(url)
+        page = visit(url)
         for prompt, seed in (("a square", "3"), ("a circle", "3"), ("a circle", "4")):
             page.fill("#prompt", prompt)
             page.fill("#seed", seed)

@@ -1,7 +1,7 @@
 """The page that watches, in a real browser: live curves, a run that goes back, runs compared."""
 
+import contextlib
 import re
-import shutil
 
 import pytest
 
@@ -9,22 +9,10 @@ from sdjax.system import locks, paths, wishes
 from sdjax.train.monitoring.metrics_log import JsonLines, trim_metrics
 from sdjax.web.watch import runs, stream
 from tests.web import accessibility
+from tests.web.conftest import PHONE, WIDE
 from tests.web.report_workdir import write_pictures
 from tests.web.server.conftest import listening
-from tests.web.test_report_browser import OPTIONS, PHONE, WIDE
 from tests.web.watch.conftest import TOKEN, make_run, make_watch
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=list(OPTIONS))
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(autouse=True)
@@ -35,45 +23,19 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def open_page(browser, folder):
-    """Opens the page of the two runs; in the end nothing may have gone wrong."""
-    contexts, complaints, watches = [], [], []
+def open_page(visit, folder):
+    """Opens the page of the two runs."""
+    with contextlib.ExitStack() as servers:
 
-    def start(*, token="", **options):
-        application, watch = make_watch(folder, token=token)
-        serving = listening(application)
-        url = serving.__enter__()
-        watches.append((serving, watch))
-        credentials = {"http_credentials": {"username": "me", "password": token}} if token else {}
-        context = browser.new_context(**({"viewport": WIDE} | credentials | options))
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        def start(*, token="", **options):
+            application, watch = make_watch(folder, token=token)
+            url = servers.enter_context(listening(application))
+            servers.callback(watch.ending.set)
+            page = visit(f"{url}/watch", token=token, **options)
+            page.wait_for_selector("#now .tile")
+            return page
 
-        def said(message):
-            if message.type in ("error", "warning"):
-                complaints.append(message.text)
-
-        page.on("console", said)
-
-        def asked(request):
-            if not request.url.startswith((url, "data:", "blob:")):
-                complaints.append(f"request: {request.url}")
-
-        page.on("request", asked)
-        page.goto(f"{url}/watch")
-        page.wait_for_selector("#now .tile")
-        return page
-
-    yield start
-    for _, watch in watches:
-        watch.ending.set()
-    for context in contexts:
-        context.close()
-    for serving, _ in watches:
-        serving.__exit__(None, None, None)
-    assert not complaints
+        yield start
 
 
 def last_step(page, title="Loss"):
