@@ -129,7 +129,10 @@ CASES += [Case(name, *slice_, cached=True) for name, rows in FINE_TUNES.items() 
 
 
 def main(words: list[str]) -> int:
-    """Exit code 1 if a plan could not be made; what does not fit is a result."""
+    """Exit code 1 if a plan could not be made, 2 for an unknown option; `not fits` is a result."""
+    if options := {word for word in words if word.startswith("-")} - {"--quick", "--table"}:
+        print(__doc__)
+        return 0 if options <= {"-h", "--help"} else 2
     wanted = [word for word in words if not word.startswith("--")]
     chosen = [case for case in CASES if all(word in case.name for word in wanted)]
     failed = 0
