@@ -101,6 +101,7 @@ FINE_TUNES = {
         ("gpu:h100", "8", 8, 8, 2),
         ("gpu:h100", "32x8", 256, 8, 2),
         ("gpu:h200", "8", 8, 8, 8),
+        ("gpu:h200", "32x8", 256, 8, 8),
     ),
     "sd35_large_finetune": (
         ("v5e", "2x4", 8, 8, 1),
@@ -112,6 +113,7 @@ FINE_TUNES = {
         ("gpu:h100", "8", 8, 8, 4),
         ("gpu:h100", "32x8", 256, 8, 4),
         ("gpu:h200", "8", 8, 8, 8),
+        ("gpu:h200", "32x8", 256, 8, 8),
     ),
     "sd35_medium_finetune": (
         ("v5e", "2x4", 8, 8, 1),
@@ -123,6 +125,7 @@ FINE_TUNES = {
         ("gpu:h100", "8", 8, 8, 4),
         ("gpu:h100", "32x8", 256, 8, 4),
         ("gpu:h200", "8", 8, 8, 8),
+        ("gpu:h200", "32x8", 256, 8, 8),
     ),
 }
 CASES += [Case(name, *slice_, cached=True) for name, rows in FINE_TUNES.items() for slice_ in rows]
