@@ -101,6 +101,7 @@ FINE_TUNES = {
         ("gpu:h100", "8", 8, 8, 2),
         ("gpu:h100", "32x8", 256, 8, 2),
         ("gpu:h200", "8", 8, 8, 8),
+        ("gpu:h200", "32x8", 256, 8, 8),
     ),
     "sd35_large_finetune": (
         ("v5e", "2x4", 8, 8, 1),
@@ -112,6 +113,7 @@ FINE_TUNES = {
         ("gpu:h100", "8", 8, 8, 4),
         ("gpu:h100", "32x8", 256, 8, 4),
         ("gpu:h200", "8", 8, 8, 8),
+        ("gpu:h200", "32x8", 256, 8, 8),
     ),
     "sd35_medium_finetune": (
         ("v5e", "2x4", 8, 8, 1),
@@ -123,13 +125,17 @@ FINE_TUNES = {
         ("gpu:h100", "8", 8, 8, 4),
         ("gpu:h100", "32x8", 256, 8, 4),
         ("gpu:h200", "8", 8, 8, 8),
+        ("gpu:h200", "32x8", 256, 8, 8),
     ),
 }
 CASES += [Case(name, *slice_, cached=True) for name, rows in FINE_TUNES.items() for slice_ in rows]
 
 
 def main(words: list[str]) -> int:
-    """Exit code 1 if a plan could not be made; what does not fit is a result."""
+    """Exit code 1 if a plan could not be made, 2 for an unknown option; `not fits` is a result."""
+    if options := {word for word in words if word.startswith("-")} - {"--quick", "--table"}:
+        print(__doc__)
+        return 0 if options <= {"-h", "--help"} else 2
     wanted = [word for word in words if not word.startswith("--")]
     chosen = [case for case in CASES if all(word in case.name for word in wanted)]
     failed = 0

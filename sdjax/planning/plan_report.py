@@ -46,7 +46,7 @@ def show_search(tried: Sequence[Plan], best: Plan | None, console: Console) -> N
         start = (mesh, str(plan["batch"]["global"]), f"{plan['batch']['per_chip']:g}")
         if plan["fits"]:
             rest = (f"{plan['memory']['total'] / GIB:.1f}", f"{plan['time']['step'] * 1e3:.0f}",
-                    f"{plan['images_per_second_per_chip']:.1f}", f"{plan['mfu']:.1%}")  # fmt: skip
+                    f"{plan['images_per_second_per_chip']:.2f}", f"{plan['mfu']:.1%}")  # fmt: skip
         else:
             rest = ("over", "", "", "")
         table.add_row(*start, *rest, style="bold" if plan is best else "")

@@ -170,5 +170,5 @@ def _line(plan: Plan) -> str:
     gib = plan["memory"]["total"] / 2**30
     return (
         f"{gib:.1f} GiB of {plan['memory']['limit'] / 2**30:.1f}, "
-        f"{plan['images_per_second_per_chip']:.1f} images/s/chip, MFU {plan['mfu']:.1%}"
+        f"{plan['images_per_second_per_chip']:.2f} images/s/chip, MFU {plan['mfu']:.1%}"
     )

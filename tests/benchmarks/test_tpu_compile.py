@@ -49,3 +49,10 @@ def test_a_new_plan_is_kept_with_its_flags_beside_the_last(code, tmp_path, monke
     else:
         assert json.loads(file.read_text()) == after | {"flags": case.flags}
         assert "| step, ms |" in printed and "| 0.500 |" in printed
+
+
+@pytest.mark.parametrize("option, code", [("--help", 0), ("-h", 0), ("--quik", 2)])
+def test_help_and_a_misspelt_option_compile_nothing(option, code, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", None)
+    assert tpu_compile.main(["sd15", option]) == code
+    assert "--quick" in capsys.readouterr().out

@@ -98,6 +98,16 @@ def test_mu_of_pictures(side, mu, wider):
     np.testing.assert_allclose(token_shift(tokens, max_shift=1.16), wider, atol=5e-7)
 
 
+def test_dynamic_shifts_of_pictures():
+    """exp(mu), also for a picture that is no square and for two beyond the range."""
+    np.testing.assert_allclose(token_shift(3952), 1.125625, atol=5e-7)  # 832 x 1216 px
+    flow = FlowConfig(dynamic="exponential")
+    for side, shift in ((256, 1.648721), (512, 1.877611), (768, 2.331861), (1024, 3.158193),
+                        (1536, 7.513239), (2048, 25.279657)):  # fmt: skip
+        tokens = flow.tokens(side // 8, side // 8)
+        np.testing.assert_allclose(flow.shift(tokens), shift, rtol=5e-7)
+
+
 @pytest.mark.parametrize("dynamic, end", [("", 0.6024811), ("exponential", 0.6024143)])
 def test_euler_on_a_known_flow(dynamic, end):
     """v = x / 2 from x = 1, whose exact end is exp(-1/2): SD3's levels, and FLUX.1's at 1024 px."""
@@ -147,6 +157,11 @@ def test_logit_normal_levels(mean, std, own, shifted, variance):
     if (mean, std) == (0.0, 1.0):
         quantiles = level("logit_normal", [0.1, 0.5, 0.9])
         np.testing.assert_allclose(quantiles, [0.217286, 0.5, 0.782714], atol=1e-6)
+        # The density is one over the slope of the quantiles.
+        coarse, even = levels[::200], EVEN[::200]  # the levels are float32: no slope of neighbours
+        found = np.interp(U, coarse, 1 / np.gradient(coarse, even))
+        density = [0.3965747, 1.1636521, 1.5957691, 1.1636521, 0.3965747]
+        np.testing.assert_allclose(found, density, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
