@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdjax.errors import UserError
-from sdjax.families import sd, sdxl
+from sdjax.families import flux, sd, sdxl
 from sdjax.families.conditioning import blank_tokenizers, encode_text, make_conditioner
 from sdjax.families.registry import model_of
 from sdjax.families.sd import SDConfig
@@ -184,3 +184,18 @@ def test_networks_of_sd_that_do_not_fit_are_refused(changes, words):
     model = model_of(dataclasses.replace(SDConfig(), **changes))
     with pytest.raises(UserError, match=words):
         model.family.check(model)
+
+
+def test_flux_dev_is_trained_at_a_guidance_of_one():
+    """At 3.5 it would unlearn what the number means (huggingface/diffusers#11181)."""
+
+    def told(embeds, batch):
+        networks = types.SimpleNamespace(denoiser=types.SimpleNamespace(guidance_embeds=embeds))
+        features = {"context": jnp.zeros((3, 5, 4)), "pooled": jnp.zeros((3, 4))}
+        return flux.context(networks, features, batch, target=(8, 8), negative=False)
+
+    trained = told(True, {})["guidance"]
+    assert trained.dtype == jnp.float32 and trained.tolist() == [1.0] * 3
+    drawn = jnp.asarray([3.5, 1.0, 30.0])
+    assert told(True, {"guidance": drawn})["guidance"] is drawn
+    assert "guidance" not in told(False, {"guidance": drawn})
