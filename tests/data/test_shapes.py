@@ -1,5 +1,6 @@
 """captioned_shapes: what is drawn, what is said of it, and that the reader reads it back."""
 
+import functools
 import io
 import json
 import re
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sdjax.data.builders import shapes
+from sdjax.data.builders import captioned_shapes, shapes
 from sdjax.data.builders.shape_reader import judge, read_shapes, score
 from sdjax.data.builders.shapes import Wanted, is_held_out, make_example, parse_caption
 from sdjax.data.sources import DataConfig, DataError, captions, open_source
+from sdjax.data.tfds.stored import prepare_builder
 
 COUNT = 200
 
@@ -213,3 +215,29 @@ def test_any_colour_stands_out_from_the_background_and_is_not_named(tmp_path):
 def test_builder_refuses_impossible_sizes(tmp_path, wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         open_source(DataConfig(data_dir=str(tmp_path), **wrong), "train")
+
+
+@pytest.mark.parametrize("moment", ["before it looks", "before TFDS looks", "before it renames"])
+def test_another_host_may_prepare_the_data_at_any_moment(moment, tmp_path, monkeypatch):
+    """A builder that was made before there were files knows the splits that another wrote."""
+    make = functools.partial(
+        captioned_shapes.make_builder,
+        data_dir=str(tmp_path),
+        train_examples=3,
+        test_examples=2,
+        pair_fraction=0.0,
+    )
+    late, other = make(), make()
+    if moment == "before it looks":
+        prepare_builder(other)
+    else:
+        name = {"before TFDS looks": "download_and_prepare", "before it renames": "_generate_splits"}
+        own = getattr(late, name[moment])
+
+        def after_the_other(*args, **kwargs):
+            prepare_builder(other)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(late, name[moment], after_the_other)
+    prepare_builder(late)
+    assert {k: s.num_examples for k, s in late.info.splits.items()} == {"train": 3, "test": 2}

@@ -152,6 +152,8 @@ def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
     from sdjax.data.tfds.tfds_on_cpu import quiet_tfds
 
     if builder.data_path.exists():
+        if not builder.info.splits:  # another process has written them since the builder was made
+            _read_info(builder)
         return
     logging.info("preparing %s in %s, once", builder.info.full_name, builder.data_dir)
     try:
@@ -167,4 +169,12 @@ def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
                 f"{'; '.join(cause_of(error))}; data.data_dir (or $TFDS_DATA_DIR) must be a "
                 "writable folder with room, and a dataset that TFDS downloads needs the network"
             ) from error
+        _read_info(builder)
+    if not builder.info.splits:  # TFDS found a finished dataset, and left it at that
+        _read_info(builder)
+
+
+def _read_info(builder: Any) -> None:
+    """Have a builder know the splits that another process wrote."""
+    with untrusted.explained(builder.data_path, "a dataset of TFDS", error=DataError):
         builder.info.read_from_directory(builder.data_path)
