@@ -231,13 +231,14 @@ def test_another_host_may_prepare_the_data_at_any_moment(moment, tmp_path, monke
     if moment == "before it looks":
         prepare_builder(other)
     else:
-        name = {"before TFDS looks": "download_and_prepare", "before it renames": "_generate_splits"}
-        own = getattr(late, name[moment])
+        looks = moment == "before TFDS looks"
+        name = "download_and_prepare" if looks else "_generate_splits"
+        own = getattr(late, name)
 
         def after_the_other(*args, **kwargs):
             prepare_builder(other)
             return own(*args, **kwargs)
 
-        monkeypatch.setattr(late, name[moment], after_the_other)
+        monkeypatch.setattr(late, name, after_the_other)
     prepare_builder(late)
     assert {k: s.num_examples for k, s in late.info.splits.items()} == {"train": 3, "test": 2}

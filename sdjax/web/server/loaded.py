@@ -1,7 +1,7 @@
 """A model that is ready to draw pictures of any settings, in batches.
 
-`sdjax.sample` compiles the whole way to a picture as one program. Here a step is one: it serves any
-number of steps, and between two of them the host sees the pictures and may stop some.
+`sdjax.sample` compiles the whole way to a picture as one program. Here a program takes a few steps:
+it serves any number of them, and after every call the host sees the pictures and may stop some.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ from sdjax.diffusion.samplers import (
     estimate,
     first_carry,
     kind_of_step,
-    step_rows,
 )
 from sdjax.families.conditioning import encode_text
 from sdjax.families.family import AUTOENCODER, EDITS, FILLS, FOLLOWS, Model
@@ -33,7 +33,7 @@ from sdjax.sampling.pictures import PictureEncoder, begun_at, picture_of, vae_no
 from sdjax.sampling.start import initial_state, reading_of, reads_picture
 from sdjax.web.server.adapters import Adapters, Weights
 from sdjax.web.server.preview import Preview
-from sdjax.web.server.program import Program, make_program
+from sdjax.web.server.program import MOST_STEPS, Program, make_program, rows_from
 from sdjax.web.server.requests import InvalidRequest, PictureRequest
 
 _DOES = {EDITS: "edits", FILLS: "fills in", FOLLOWS: "follows"}
@@ -41,6 +41,33 @@ PROGRAMS = 16  # kept compiled; each is of one size of pictures, size of a batch
 
 # (evaluation, estimates of x0 [B, h, w, C]) -> bool [B], the pictures that need no further step.
 Watch = Callable[[int, np.ndarray], np.ndarray]
+
+
+class _Calls:
+    """How many steps of a picture are one call of its program.
+
+    Args:
+        which: the network of each step; a call has one.
+        seconds: that a call may take, or one step, if that is more.
+    """
+
+    def __init__(self, which: Sequence[int], seconds: float):
+        self._which, self._seconds = which, seconds
+        self._seen, self._when = 0, time.monotonic()
+        self._pace = float("inf")  # seconds a step
+
+    def seen(self, done: int) -> None:
+        """Take note that the result of so many steps is there."""
+        now = time.monotonic()
+        if done > self._seen:
+            self._pace = (now - self._when) / (done - self._seen)
+        self._seen, self._when = done, now
+
+    def steps(self, done: int) -> int:
+        """Return the number of steps to take after the first `done`."""
+        most = min(MOST_STEPS, max(1, int(self._seconds / max(self._pace, 1e-6))))
+        after = self._which[done : done + most]
+        return next((i for i, each in enumerate(after) if each != after[0]), len(after))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +83,8 @@ class LoadedModel:
         are among `params`; see `sampling.ensemble`. None without experts.
     adapters: what they change is not among `params`.
     embedder: of prompts with weights; None where prompts are read as they stand.
+    look_every: seconds after which the host wants to see the pictures; as many steps as take no
+        longer are one call.
     """
 
     model: Model
@@ -68,6 +97,7 @@ class LoadedModel:
     adapters: Adapters = dataclasses.field(default_factory=Adapters)
     embedder: PromptEmbedder | None = None
     preview: Preview = dataclasses.field(default_factory=Preview)
+    look_every: float = 0.1
     _programs: collections.OrderedDict[Hashable, Program] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
@@ -95,7 +125,7 @@ class LoadedModel:
 
         Args:
             requests: at most `batch_size`, all `alike`.
-            watch: called after every step.
+            watch: called after every call of the program, which is one step or a few.
 
         Raises:
             FloatingPointError: a picture has NaN pixels.
@@ -125,16 +155,19 @@ class LoadedModel:
             held = held | watch(i, estimates)
             return bool(held.all())
 
-        rows = list(zip(*step_rows(plan), strict=True))
-        for i, row in enumerate(rows):
-            before, denoiser = estimate(carry), networks[which[i]][1]
-            carry = program.step(
-                denoiser, contexts[which[i]], carry, row, scale, keys, picture, noise
-            )
-            if i and stops(i - 1, before):  # while the device takes this step
+        done, calls = 0, _Calls(which, self.look_every)
+        while done < len(which):
+            before, steps = estimate(carry), calls.steps(done)
+            carry = program.steps(
+                networks[which[done]][1], contexts[which[done]], carry, rows_from(plan, done),
+                steps, scale, keys, picture, noise,
+            )  # fmt: skip
+            if done and stops(done - 1, before):  # while the device takes these steps
                 break
+            calls.seen(done)
+            done += steps
         else:
-            stops(len(rows) - 1, estimate(carry))
+            stops(done - 1, estimate(carry))
         x0 = np.array(carry[0][0])
         x0[:count] = np.where(held[:, None, None, None], estimates, x0[:count])
         images = np.asarray(program.decode(self._vae, x0))[:count]

@@ -1,4 +1,4 @@
-"""The programs that draw a batch: contexts of the prompts, one step, and the VAE's decoder."""
+"""The programs that draw a batch: contexts of the prompts, a few steps, and the VAE's decoder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from sdjax.diffusion.samplers import Carry, Row, make_step, noise_of
+from sdjax.diffusion.samplers import Carry, Row, make_step, noise_of, step_rows
 from sdjax.diffusion.solvers import SolverPlan
 from sdjax.families.bind import bind
 from sdjax.families.family import Model
@@ -16,19 +17,21 @@ from sdjax.sampling.generate import to_images
 from sdjax.sampling.start import Picture, constraint
 
 Params = Mapping[str, jax.Array]
+MOST_STEPS = 16  # of one call
 
 
 class Program(NamedTuple):
     """Compiled functions of a batch.
 
     contexts: (params, prompts, negative, picture) -> what the denoiser reads besides latents.
-    step: (params, contexts, carry, row, scale [B, 1, 1, 1], keys [B], picture, noise [B, h, w, C])
-        -> carry; see `samplers.make_step`.
+    steps: (params, contexts, carry, rows [MOST_STEPS, ...], count, scale [B, 1, 1, 1], keys [B],
+        picture, noise [B, h, w, C]) -> carry after the steps of the first `count` rows; see
+        `samplers.make_step`.
     decode: (params, x0 [B, h, w, C]) -> images [B, H, W, 3] in [0, 1].
     """
 
     contexts: Callable[..., list[Any]]
-    step: Callable[..., Carry]
+    steps: Callable[..., Carry]
     decode: Callable[[Params, Any], jax.Array]
 
 
@@ -51,11 +54,12 @@ def make_program(
         return member.beside(member.contexts(params, prompts, negative, size), picture)
 
     @jax.jit
-    def step(
+    def steps(
         params: Params,
         contexts: list[Any],
         carry: Carry,
-        row: Row,
+        rows: Row,
+        count: jax.Array,
         scale: jax.Array,
         keys: jax.Array,
         picture: Picture,
@@ -72,10 +76,24 @@ def make_program(
             noise=lambda i: noise_of(keys, i, noise.shape[1:]),
             constrain=constraint(picture, noise),
         )
-        return take(carry, row)
+        row = lambda i: jax.tree.map(lambda table: table[i], rows)  # noqa: E731
+        return jax.lax.fori_loop(0, count, lambda i, carry: take(carry, row(i)), carry)
 
     @jax.jit
     def decode(params: Params, x0: jax.Array) -> jax.Array:
         return to_images(autoencoder.module("vae", params), x0)
 
-    return Program(contexts, step, decode)
+    return Program(contexts, steps, decode)
+
+
+def rows_from(plan: SolverPlan, first: int) -> Row:
+    """Return the rows of a plan's evaluations from number `first` on, [MOST_STEPS, ...].
+
+    Zeros follow the last one.
+    """
+    found = []
+    for table in step_rows(plan):
+        rows = table[first : first + MOST_STEPS]
+        rest = np.zeros((MOST_STEPS - len(rows), *table.shape[1:]), table.dtype)
+        found.append(np.concatenate([rows, rest]))
+    return tuple(found)

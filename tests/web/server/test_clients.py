@@ -7,6 +7,7 @@ import io
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from sdjax import sample
+from sdjax.web.server import loaded
 from sdjax.web.server.app import make_app
 from sdjax.web.server.requests import PictureRequest
 from tests.web.server.conftest import STEPS
@@ -196,6 +198,37 @@ def test_a_hundred_requests_at_once_are_neither_lost_nor_mixed(address, service)
         request = PictureRequest(PROMPT, "", seed, height, width, sampler, 1.0 + seed % 5)
         alone = service.loaded.draw([request], lambda i, x0: np.zeros(len(x0), bool))[0]
         assert_same_picture(found[seed], alone)
+
+
+@pytest.mark.parametrize("seconds, looks", [(0.0, [0, 1, 2, 3, 4, 5]), (1e9, [0, 1, 5])])
+def test_how_often_the_host_looks_changes_no_bit(service, seconds, looks):
+    """The pace is known after the first step, when the second is under way."""
+    model = dataclasses.replace(service.loaded, look_every=seconds)
+    height, width = model.model.native_size
+    sampler = dataclasses.replace(model.own.sampler, steps=6)
+    seen = []
+
+    def watch(i, estimates):
+        seen.append(i)
+        return np.zeros(len(estimates), bool)
+
+    request = PictureRequest(PROMPT, "", SEED, height, width, sampler, 3.0)
+    found = model.draw([request], watch)[0]
+    assert seen == looks
+    wanted = service.loaded.draw([request], lambda i, x0: np.zeros(len(x0), bool))[0]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_call_takes_what_steps_there_is_time_for_of_one_network(monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 1.4])
+    monkeypatch.setattr(loaded, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    calls = loaded._Calls([1] * 30 + [0] * 10, 1.0)
+    calls.seen(0)
+    assert calls.steps(0) == 1  # of unknown length
+    calls.seen(1)
+    assert calls.steps(2) == 1  # of a second
+    calls.seen(3)
+    assert (calls.steps(4), calls.steps(28), calls.steps(30), calls.steps(38)) == (5, 2, 5, 2)
 
 
 def test_the_metrics_are_read_by_prometheus(client, service):
