@@ -17,7 +17,7 @@ from sdjax.evaluation.metrics.fidelity import is_of_shapes, verdicts
 from sdjax.evaluation.session import Session
 from sdjax.improving.proposal import Verdict
 from sdjax.sampling.drawing import Prompts
-from sdjax.system import paths, text_files
+from sdjax.system import paths, text_files, untrusted
 
 JUDGES = ("auto", "fidelity", "clip", "loss")
 METRIC = {"fidelity": "fidelity", "clip": "clip_score", "loss": "example_loss"}
@@ -152,9 +152,15 @@ def remembered(file: paths.Path, make: Callable[[], list[Verdict]]) -> list[Verd
         paths.make_folder(file.parent)
         paths.write_text(file, "\n".join(lines) + "\n")
     rows = (line for line in text_files.lines(text_files.read_text(file)) if line)
-    try:
-        return [Verdict(**json.loads(row)) for row in rows]
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} is no table of verdicts ({error}); delete it, and it is made again"
-        ) from error
+    with untrusted.explained(file, "verdicts", remedy="delete it, and it is made again"):
+        return [_verdict(row) for row in rows]
+
+
+def _verdict(row: str) -> Verdict:
+    """A verdict of its line of JSON; raises an error of damage."""
+    found = Verdict(**json.loads(row))
+    for field in dataclasses.fields(found):
+        kind, value = {"passed": bool}.get(field.name, str), getattr(found, field.name)
+        if not isinstance(value, kind):
+            raise TypeError(f"{field.name} is {untrusted.brief(value)}")
+    return found

@@ -31,11 +31,12 @@ from sdjax.improving.comparison import Comparison
 from sdjax.improving.groups import Group, GroupsOf
 from sdjax.improving.judging import FIND, JUDGE
 from sdjax.improving.proposal import Finding, Proposal, Verdict
-from sdjax.system import paths, text_files
+from sdjax.system import paths, text_files, untrusted
 
 SETTINGS, RESULT = "settings.json", "improve.json"
 PROPOSAL, COLLECT, FINDINGS = "proposal.md", "collect.jsonl", "proposal.json"
 BEFORE, AFTER = "before", "after"
+_REMEDY = "delete it, and it is made again"
 Tell = Callable[[str], None]
 
 
@@ -190,7 +191,7 @@ def _by_loss(one: Round, request: Request, loaded: Loaded, folder: Path, name: s
     session = open_session(request, loaded, folder)
     assert session.example_losses is not None
     limit_file = one.stored(f"{BEFORE}/limit.json")
-    limit = None if name == BEFORE else float(text_files.read_json(limit_file))
+    limit = None if name == BEFORE else _limit(limit_file)
     params: Any = dict(loaded.found.params)
     examples = session.example_losses(params).examples
     verdicts, limit = judging.by_loss(examples, limit)
@@ -200,6 +201,15 @@ def _by_loss(one: Round, request: Request, loaded: Loaded, folder: Path, name: s
     for half in (FIND, JUDGE):
         own = [v for v in verdicts if judging.half_of(v.caption) == half]
         judging.remembered(paths.to_path(folder / f"{half}.jsonl"), functools.partial(list, own))
+
+
+def _limit(file: paths.Path) -> float:
+    """The loss beyond which an example fails, as it was before."""
+    with untrusted.explained(file, "a limit of the loss", remedy=_REMEDY):
+        limit = text_files.read_json(file)
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
+            raise TypeError(f"it is {untrusted.brief(limit)}")
+        return float(limit)
 
 
 def verdicts_of(one: Round, name: str, half: str) -> list[Verdict]:
@@ -229,11 +239,20 @@ def proposed(one: Round) -> tuple[list[Finding], list[Proposal]]:
     return findings, proposals
 
 
+def _said(file: paths.Path) -> str:
+    """What was built, in words."""
+    with untrusted.explained(file, "a note of what was built", remedy=_REMEDY):
+        note = text_files.read_json(file)["note"]
+        if not isinstance(note, str):
+            raise TypeError(f"its note is {untrusted.brief(note)}")
+    return note
+
+
 def built(one: Round, proposals: list[Proposal], tell: Tell) -> str:
     """Make the data and the recipe of the next run; return what was done, in words."""
     options, file = one.options, one.stored("material.json")
     if file.exists() and one.stored(training.RECIPE).exists():
-        return str(text_files.read_json(file)["note"])
+        return _said(file)
     how = material.choose_how(options.how, one.data, options.more)
     made = material.build(
         how, one.data, proposals, one.of, paths.to_path(one.folder), more=options.more,

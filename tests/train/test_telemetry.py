@@ -305,8 +305,8 @@ def test_resuming_drops_later_and_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert metrics_log.trim_metrics(path, 5) == 0
     lines = [json.dumps({"step": s, "train/loss": s / 10}) + "\n" for s in range(1, 9)]
-    path.write_text("".join(lines) + '{"step": 4, "train/lo')
-    assert metrics_log.trim_metrics(path, 5) == 4
+    path.write_text("".join(lines) + "[" * 100_000 + '\n{"step": 4, "train/lo')
+    assert metrics_log.trim_metrics(path, 5) == 5
     assert path.read_text() == "".join(lines[:5])
     assert metrics_log.trim_metrics(path, 5) == 0
 

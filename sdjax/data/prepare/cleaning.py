@@ -108,9 +108,10 @@ def how_far(workspace: Workspace, numbers: list[int]) -> Callable[[], float]:
 
     def share(part: paths.Path) -> float:
         try:
-            return float(text_files.read_text(part, most=100) or 0)
+            found = float(text_files.read_text(part, most=100) or 0)
         except (UserError, ValueError):  # it is told, and no more
             return 0.0
+        return found if 0 <= found <= 1 else 0.0
 
     def count() -> float:
         names = {path.name for path in workspace.work.iterdir()}

@@ -174,10 +174,16 @@ def _find_duplicates(
                 | "write pairs" >> beam.Map(duplicates.write_pairs, workspace=workspace)
             )
         # Pairs of a killed run may be among them: they are the same.
-        pairs = {tuple(pair) for file in folder.iterdir() for pair in _read(file)}
+        pairs = {pair for file in folder.iterdir() for pair in _pairs(file)}
         workspace.write_json(target, sorted(duplicates.resolve(pairs).items()))
     with untrusted.explained(target, "the duplicates of a run", remedy="delete it"):
         return {later: (reason, kept) for later, (reason, kept) in _read(target)}
+
+
+def _pairs(file: paths.Path) -> set[duplicates.Pair]:
+    """The pairs of duplicates that a part of the run has found."""
+    with untrusted.explained(file, "pairs of duplicates", remedy="delete its folder"):
+        return {(int(first), int(later), str(kind)) for first, later, kind in _read(file)}
 
 
 def _read(file: paths.Path) -> Any:
