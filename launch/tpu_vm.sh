@@ -2,7 +2,8 @@
 # Cloud TPU slices by queued resources: ask for one, install, run, and go on after preemption.
 #
 # Needs   the Google Cloud CLI, logged in (gcloud auth login), a project with TPU quota, and a bucket
-#         in the TPU's region that its service account may write. Data and --workdir are gs:// paths
+#         in the region of the TPU that its service account may write. --workdir and data that are
+#         prepared already (docs/data.md) are gs:// paths
 #         (or SHARED_WORKDIR=1 and a path that all workers mount): a preempted slice loses its disks.
 # Start   export NAME=sd21 ZONE=us-east5-a ACCELERATOR=v5p-256 SPOT=1
 #         launch/tpu_vm.sh watch --config=configs/sd21_base.py --workdir=gs://BUCKET/sd21 [flags]

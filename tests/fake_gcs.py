@@ -1,4 +1,5 @@
-"""A bucket in memory: as much of the API of Google Cloud Storage as TensorFlow and TensorStore use.
+"""A bucket in memory: as much of the API of Google Cloud Storage as TensorFlow, TensorStore and
+ArrayRecord use.
 
 TensorFlow knows no other address than googleapis.com over TLS. `FakeGCS` therefore is a proxy for
 https too, which answers for googleapis.com itself, with a certificate made on the spot.
@@ -55,6 +56,7 @@ class FakeGCS:
             "CURL_CA_BUNDLE": self.certificate, "NO_GCE_CHECK": "true",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "GCS_RETRY_CONFIG_MAX_RETRIES": "1",
             "TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # of ArrayRecord's reader
         }  # fmt: skip
 
     def write(self, name, data):

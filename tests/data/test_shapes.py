@@ -4,6 +4,8 @@ import functools
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sdjax.data.builders.shape_reader import judge, read_shapes, score
 from sdjax.data.builders.shapes import Wanted, is_held_out, make_example, parse_caption
 from sdjax.data.sources import DataConfig, DataError, captions, open_source
 from sdjax.data.tfds.stored import prepare_builder
+from tests.fake_gcs import FakeGCS
 
 COUNT = 200
 
@@ -215,6 +218,38 @@ def test_any_colour_stands_out_from_the_background_and_is_not_named(tmp_path):
 def test_builder_refuses_impossible_sizes(tmp_path, wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         open_source(DataConfig(data_dir=str(tmp_path), **wrong), "train")
+
+
+def test_data_are_read_from_a_bucket_and_never_prepared_in_one(tmp_path):
+    """By a process that takes this one's server for Google's."""
+    code = """if True:
+        import json, sys
+        import numpy as np
+        from sdjax.data.sources import DataConfig, open_source
+        from sdjax.errors import UserError
+        for folder in ("tfds", "empty"):
+            config = DataConfig(
+                data_dir=f"gs://bucket/{folder}", shapes_train=3, shapes_test=2, resolution=16
+            )
+            try:
+                source = open_source(config, "train")
+                print(json.dumps([np.asarray(source[n]["image"]).tolist() for n in range(3)]))
+            except UserError as error:
+                print(error)
+    """
+    local = DataConfig(data_dir=str(tmp_path), shapes_train=3, shapes_test=2, resolution=16)
+    source = open_source(local, "train")
+    wanted = [np.asarray(source[n]["image"]).tolist() for n in range(3)]
+    with FakeGCS(tmp_path, "bucket") as gcs:
+        for file in tmp_path.glob("captioned_shapes/*/*/*"):
+            gcs.write(f"bucket/tfds/{file.relative_to(tmp_path)}", file.read_bytes())
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=gcs.environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+    read, refused = run.stdout.splitlines()
+    assert json.loads(read) == wanted
+    assert "gs://bucket/empty" in refused and "prepare it with a local data.data_dir" in refused
 
 
 @pytest.mark.parametrize("moment", ["before it looks", "before TFDS looks", "before it renames"])

@@ -115,7 +115,7 @@ def report(rng: np.random.Generator, folder: Path) -> str:
     for _ in range(rng.integers(1, 3)):
         name = sorted(files)[rng.integers(len(files))] if rng.random() < 0.6 else "run/config.json"
         if name.endswith(".json") and rng.random() < 0.9:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON, or too deep to copy
                 changed = mutation.tree(rng, json.loads(files[name]))
                 files[name] = json.dumps(changed).encode()
         else:

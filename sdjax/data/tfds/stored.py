@@ -147,7 +147,8 @@ def _check_splits(folder: paths.Path, builder: Any) -> None:
 def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
     """Write the dataset if it is missing; safe when several hosts try at once.
 
-    Raises DataError when it cannot be written.
+    Raises DataError when it cannot be written. In a bucket none is: ArrayRecord's library reads
+    from there, but writes files alone.
     """
     from sdjax.data.tfds.tfds_on_cpu import quiet_tfds
 
@@ -155,6 +156,12 @@ def prepare_builder(builder: Any, *, quiet: bool = True) -> None:
         if not builder.info.splits:  # another process has written them since the builder was made
             _read_info(builder)
         return
+    if paths.is_remote(builder.data_path):
+        raise DataError(
+            f"{builder.info.full_name} is not in {builder.data_dir}, and cannot be prepared in a "
+            "bucket; prepare it with a local data.data_dir (a run of one step), and copy that "
+            "folder there: `gcloud storage cp -r DIR/* gs://BUCKET/FOLDER`"
+        )
     logging.info("preparing %s in %s, once", builder.info.full_name, builder.data_dir)
     try:
         with quiet_tfds() if quiet else contextlib.nullcontext():
