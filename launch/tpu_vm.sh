@@ -2,9 +2,9 @@
 # Cloud TPU slices by queued resources: ask for one, install, run, and go on after preemption.
 #
 # Needs   the Google Cloud CLI, logged in (gcloud auth login), a project with TPU quota, and a bucket
-#         in the region of the TPU that its service account may write. --workdir and data that are
-#         prepared already (docs/data.md) are gs:// paths
-#         (or SHARED_WORKDIR=1 and a path that all workers mount): a preempted slice loses its disks.
+#         in the TPU's region that its service account may write. --workdir is a gs:// path, and data
+#         that are prepared already may be (docs/data.md); or both are of a disk that all workers
+#         mount (with SHARED_WORKDIR=1): a preempted slice loses its own.
 # Start   export NAME=sd21 ZONE=us-east5-a ACCELERATOR=v5p-256 SPOT=1
 #         launch/tpu_vm.sh watch --config=configs/sd21_base.py --workdir=gs://BUCKET/sd21 [flags]
 #         watch creates, installs, runs, and stays (tmux or a small VM): it recreates a preempted
