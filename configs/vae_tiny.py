@@ -1,8 +1,14 @@
 """The small VAE of the default: 64 px pictures of shapes <-> 8x8x4 latents, reconstruction + KL.
 
     python -m sdjax.main --config=configs/vae_tiny.py --workdir=runs/vae_tiny
-    python -m sdjax.convert --input=runs/vae_tiny --output=sdjax/models/tiny_vae \\
-        --dtype=float16 --force        # how the one that is shipped was made
+
+The one that is shipped had its decoder trained further, and was then converted:
+
+    python -m sdjax.main --config=configs/vae_tiny.py --workdir=runs/vae_tiny_decoder \\
+        --config.vae_from=runs/vae_tiny --config.method.decoder_only=True \\
+        --config.optim.learning_rate=1e-3 --config.train.steps=600
+    python -m sdjax.convert --input=runs/vae_tiny_decoder --output=sdjax/models/tiny_vae \\
+        --dtype=float16 --force
 
 Hardware: 2 CPU cores.
 """

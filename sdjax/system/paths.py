@@ -206,7 +206,10 @@ def _writing(path: Path) -> Iterator[pathlib.Path]:
     local = pathlib.Path(f"{path}.partial")
     try:
         with at_end(lambda *_: local.unlink(missing_ok=True)):
+            local.touch()
+            mode = local.stat().st_mode
             yield local
+            local.chmod(mode)  # safetensors makes its own file, which nobody else can read
             os.replace(local, path)
     finally:
         local.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Flat parameters, conversion and safetensors files."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -304,3 +305,15 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tensors, tmp_path, m
 def test_saving_into_an_absent_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         save_file({"a": np.ones(2)}, tmp_path / "absent" / "model.safetensors")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_weights_may_be_read_by_whom_other_files_may(tmp_path, mask):
+    """safetensors itself makes files that their owner alone can read."""
+    before = os.umask(mask)
+    try:
+        save_file({"a": np.ones(2)}, tmp_path / "one.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "one.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
