@@ -240,7 +240,7 @@ def proposed(one: Round) -> tuple[list[Finding], list[Proposal]]:
 
 
 def _said(file: paths.Path) -> str:
-    """What was built, in words."""
+    """Return a sentence about what was built."""
     with untrusted.explained(file, "a note of what was built", remedy=_REMEDY):
         note = text_files.read_json(file)["note"]
         if not isinstance(note, str):
