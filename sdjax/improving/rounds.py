@@ -36,7 +36,6 @@ from sdjax.system import paths, text_files, untrusted
 SETTINGS, RESULT = "settings.json", "improve.json"
 PROPOSAL, COLLECT, FINDINGS = "proposal.md", "collect.jsonl", "proposal.json"
 BEFORE, AFTER = "before", "after"
-_REMEDY = "delete it, and it is made again"
 Tell = Callable[[str], None]
 
 
@@ -205,7 +204,8 @@ def _by_loss(one: Round, request: Request, loaded: Loaded, folder: Path, name: s
 
 def _limit(file: paths.Path) -> float:
     """The loss beyond which an example fails, as it was before."""
-    with untrusted.explained(file, "a limit of the loss", remedy=_REMEDY):
+    remedy = f"delete {file.parent}, which is then judged again"
+    with untrusted.explained(file, "a limit of the loss", remedy=remedy):
         limit = text_files.read_json(file)
         if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
             raise TypeError(f"it is {untrusted.brief(limit)}")
@@ -241,7 +241,7 @@ def proposed(one: Round) -> tuple[list[Finding], list[Proposal]]:
 
 def _said(file: paths.Path) -> str:
     """Return a sentence about what was built."""
-    with untrusted.explained(file, "a note of what was built", remedy=_REMEDY):
+    with untrusted.explained(file, "a note of what was built", remedy="delete it"):
         note = text_files.read_json(file)["note"]
         if not isinstance(note, str):
             raise TypeError(f"its note is {untrusted.brief(note)}")

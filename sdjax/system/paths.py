@@ -206,13 +206,21 @@ def _writing(path: Path) -> Iterator[pathlib.Path]:
     local = pathlib.Path(f"{path}.partial")
     try:
         with at_end(lambda *_: local.unlink(missing_ok=True)):
-            local.touch()
-            mode = local.stat().st_mode
+            mode = _usual_mode(local)
             yield local
-            local.chmod(mode)  # safetensors makes its own file, which nobody else can read
+            if local.stat().st_mode != mode:  # safetensors' own files are their owner's alone
+                local.chmod(mode)
             os.replace(local, path)
     finally:
         local.unlink(missing_ok=True)
+
+
+def _usual_mode(file: pathlib.Path) -> int:
+    """The mode of a new file there, which is then gone again."""
+    file.touch()
+    mode = file.stat().st_mode
+    file.unlink()
+    return mode
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -15,6 +15,7 @@ from sdjax.models import weights
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.vae import VAE, VAEConfig
 from sdjax.models.weights import WeightsError, from_diffusers, load_file, save_file, to_diffusers
+from sdjax.system import paths
 
 SMALL_UNET = UNetConfig(
     block_out_channels=(16, 32),
@@ -305,6 +306,15 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tensors, tmp_path, m
 def test_saving_into_an_absent_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         save_file({"a": np.ones(2)}, tmp_path / "absent" / "model.safetensors")
+
+
+def test_a_file_that_was_not_written_is_none(tmp_path):
+    with (
+        pytest.raises(OSError, match="one.bin cannot be written"),
+        paths.writing(tmp_path / "one.bin"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
