@@ -169,12 +169,12 @@ def make_lr_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
     if cfg.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif cfg.schedule == "linear":
-        after = optax.linear_schedule(peak, end, decay)
+        after = _until(decay, end, optax.linear_schedule(peak, end, decay))
     elif cfg.schedule == "polynomial":
-        after = optax.polynomial_schedule(peak, end, cfg.power, decay)
+        after = _until(decay, end, optax.polynomial_schedule(peak, end, cfg.power, decay))
     elif cfg.schedule == "cosine":
         cosine = optax.cosine_decay_schedule(1.0, decay)
-        after = lambda count: end + (peak - end) * cosine(count)  # noqa: E731
+        after = _until(decay, end, lambda count: end + (peak - end) * cosine(count))
     elif cfg.schedule == "rsqrt":
         start = max(cfg.rsqrt_steps, warmup, 1)
         after = lambda count: jnp.maximum(  # noqa: E731
@@ -186,6 +186,14 @@ def make_lr_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def _until(steps: int, end: float, decay: optax.Schedule) -> optax.Schedule:
+    """Return the schedule that is `end` from step `steps` on.
+
+    XLA multiplies by 1 / steps where optax divides: a compiled 1 - count / steps may end at -3e-8.
+    """
+    return lambda count: jnp.where(jnp.asarray(count) < steps, decay(count), end)
 
 
 def multipliers(cfg: OptimConfig, paths: Iterable[str]) -> dict[str, float]:

@@ -109,11 +109,12 @@ def test_cosine_is_optax_warmup_cosine():
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "polynomial"])
 @pytest.mark.parametrize("warmup", [0, 7])
-@pytest.mark.parametrize("total", [9, 1000])
+@pytest.mark.parametrize("total", [9, 42, 1000])
 def test_last_step_has_the_end_value_exactly(kind, warmup, total):
     schedule = make_lr_schedule(schedule_config(kind, warmup_steps=warmup), total)
-    assert np.float32(schedule(total - 1)) == np.float32(END)
-    assert schedule(total - 2) > np.float32(END)
+    for rate in (schedule, jax.jit(schedule)):
+        assert np.float32(rate(total - 1)) == np.float32(rate(total)) == np.float32(END)
+        assert rate(total - 2) > np.float32(END)
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up():
