@@ -68,8 +68,8 @@ class Instruction:
     def operands(self) -> tuple[str, ...]:
         """The names of the operands; printed with % or, by some versions, without."""
         words = (part.strip().split(" ")[-1] for part in self.inside.split(","))
-        return tuple(re.findall(r"%([\w.\-]+)", self.inside)) or tuple(
-            word for word in words if re.fullmatch(r"[A-Za-z_][\w.\-]*", word)
+        return tuple(re.findall(r"%([\w.\-]+(?:#\d+)*)", self.inside)) or tuple(
+            word for word in words if re.fullmatch(r"[A-Za-z_][\w.\-]*(?:#\d+)*", word)
         )
 
     @cached_property
@@ -136,7 +136,40 @@ def parse(text: str) -> Module:
             current.append(instruction)
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of a compiled HLO module")
-    return Module(computations, entry)
+    return Module({name: list(_projected(c)) for name, c in computations.items()}, entry)
+
+
+def _projected(computation: list[Instruction]) -> Iterator[Instruction]:
+    """The instructions, and a `get-tuple-element` behind each whose elements are read as `name#1`.
+
+    jax 0.12 prints schedules so; what a compiled program prints has the instructions themselves.
+    """
+    read: dict[str, set[str]] = {}
+    for name in {name for one in computation for name in one.operands}:
+        while "#" in name:
+            whole = name.rpartition("#")[0]
+            read.setdefault(whole, set()).add(name)
+            name = whole
+    waiting = list(reversed(computation))
+    while waiting:
+        one = waiting.pop()
+        yield one
+        for name in sorted(read.get(one.name, ())):
+            index = int(name.rpartition("#")[2])
+            shape = _elements(one.shape)[index]
+            part = "get-tuple-element", shape, f"%{one.name}", f", index={index}"
+            waiting.append(Instruction(name, *part, root=False))
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes in a tuple's, such as `(f32[8,4]{1,0}, (u32[], u32[]))`, nested ones whole."""
+    found, depth, begin = [], 0, 1
+    for i, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            found.append(shape[begin:i].strip())
+            begin = i + 1
+    return found
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:

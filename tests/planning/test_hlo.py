@@ -1,5 +1,7 @@
 """Reading compiled programs, on excerpts of what libtpu 0.0.42 and XLA on CPU print."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -135,6 +137,32 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert product.bytes == 2 * 1024 * 4096 * 2  # its operands; the result stays on the chip
     assert schedule.unknown_loops == 0
     assert estimate.loop_factor(schedule) == 2
+
+
+def as_elements(text):
+    """The text as jax 0.12 prints schedules: `%name#1`, and no get-tuple-element."""
+    found = re.findall(r"^  %(\S+) = .* get-tuple-element\(%(\S+)\), index=(\d+).*\n", text, re.M)
+    text = re.sub(r"^  %\S+ = .* get-tuple-element\(.*\n", "", text, flags=re.M)
+    for name, whole, index in reversed(found):
+        text = re.sub(rf"%{re.escape(name)}(?![\w.\-])", f"%{whole}#{index}", text)
+    return text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_elements_of_results_are_read_in_both_notations(nested):
+    text = WINDOWED.replace("S(1)}, u32[]{:T(128)}, /*", "}, u32[]{:T(128)}, /*")
+    if nested:  # the loop's end in another tuple, of which an element is an element's
+        shape = "(bf16[1024,4096]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}, u32[]{:T(128)})"
+        text = text.replace(
+            "  %get-tuple-element.11 = ",
+            f"  %both = (u32[]{{:T(128)}}, {shape}) tuple(%copy.15, %while.3)\n"
+            f"  %one = {shape} get-tuple-element(%both), index=1\n  %get-tuple-element.11 = ",
+        ).replace("get-tuple-element(%while.3), index=0", "get-tuple-element(%one), index=0")
+    elements = as_elements(text)
+    assert "get-tuple-element" not in elements and "%param#2)" in elements
+    assert ("%both#1#0)" if nested else "%while.3#0)") in elements
+    assert hlo.read(elements, 8) == hlo.read(text, 8)
+    assert hlo.read(elements, 8).unknown_loops == 0
 
 
 def test_a_loop_of_unknown_length_is_told_of():
