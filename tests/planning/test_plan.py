@@ -10,7 +10,6 @@ import time
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -493,14 +492,8 @@ def test_a_small_step_compiled_for_a_slice(tmp_path):
 def same_but_for_machine_code(quick, plan):
     assert quick["basis"] == "scheduled, without machine code, for v5e by libtpu"
     assert "75% of the chip's FLOP/s" in quick["warnings"][0]
-    for key in ("fits", "mesh", "batch", "collectives", "kernels"):
+    for key in ("fits", "mesh", "batch", "collectives", "kernels", "temporaries"):
         assert quick[key] == plan[key], key
-    # Of buffers of a tile, machine code of jax 0.12 has others.
-    least = 0 if jax.__version_info__ < (0, 12) else 512
-    ours, theirs = (
-        [row for row in p["temporaries"] if row["bytes"] > least] for p in (quick, plan)
-    )
-    assert ours == theirs
     known, classes = quick["memory"]["classes"], plan["memory"]["classes"]
     assert known["program"] == planner.CODE_BYTES
     for name in classes.keys() - {"program", "temporaries"}:
