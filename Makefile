@@ -27,8 +27,8 @@ check: lint
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "" $(PARALLEL)
 
-# What is compiled for GPUs needs JAX's plugin for CUDA, and no GPU. It is kept apart: in the
-# environment itself it would complain at every start that there is none.
+# What is compiled for GPUs needs JAX's plugin for CUDA, NVIDIA's libdevice (since jax 0.12), and no
+# GPU. They are kept apart: in the environment the plugin would complain at every start.
 test-gpus: $(VENV)/gpus/.installed
 	PYTHONPATH=$(VENV)/gpus $(BIN)/python -m pytest tests/planning/test_plan_gpus.py
 
@@ -76,7 +76,8 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 
 $(VENV)/gpus/.installed: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/gpus \
-	  "jax-cuda12-pjrt==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	  "jax-cuda12-pjrt==$$($(BIN)/python -c 'import jax; print(jax.__version__)')" \
+	  nvidia-cuda-nvcc-cu12
 	touch $@
 
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sdjax.config import Config, to_dict
 from sdjax.config_model import blank_method
 from sdjax.families.registry import model_of
@@ -35,10 +37,12 @@ GPU_FRACTION = 0.75
 # The memory assumed for machine code and its constants where no code is made: 0.4 to 1.4 GiB for a
 # step of Stable Diffusion, in the plans so far.
 CODE_BYTES = 3 * 2**29
-# Options of a compiler without its hardware. On a GPU XLA would try which algorithms are fastest.
+# Options of a compiler without its hardware. On a GPU XLA would try which algorithms are fastest;
+# that of jax 0.12 has no settings of Triton's products without it, and they are cuBLAS's then.
 # On CPU it would order operations for concurrency, at the cost of memory.
+_TRITON = {} if jax.__version_info__ < (0, 12) else {"xla_gpu_enable_triton_gemm": False}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "gpu": {"xla_gpu_autotune_level": 0},
+    "gpu": {"xla_gpu_autotune_level": 0, **_TRITON},
     "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False},
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -23,6 +23,8 @@ from sdjax.errors import UserError
 
 # "in memory space hbm", "on HBM"; on CPU no space is named.
 _OUT_OF_HBM = re.compile(r"out of memory(?! (?:in memory space|on) (?!hbm))", re.IGNORECASE)
+# The compiler of jax 0.10 has it in itself, that of 0.12 has not.
+_LIBDEVICE = ". It is in nvidia-cuda-nvcc-cu12, which pip install -e '.[cuda12]' brings"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (?:color (\d+), )?(.*)$", re.MULTILINE)
 
 
@@ -77,8 +79,10 @@ def compile_lowered(lowered: Any, options: dict[str, Any]) -> Outcome:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if not _OUT_OF_HBM.search(str(error)):
+            remedy = _LIBDEVICE if "libdevice not found" in str(error) else ""
             raise UserError(
-                f"the compiler fails on this step, and not for lack of HBM: {str(error)[:2000]}"
+                "the compiler fails on this step, and not for lack of HBM: "
+                f"{str(error)[:2000]}{remedy}"
             ) from error
         return Outcome(time.monotonic() - begin, error=str(error))
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()

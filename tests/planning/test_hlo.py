@@ -232,6 +232,18 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
 """  # noqa: E501
 
 
+def test_the_start_of_a_sum_is_read_with_and_without_its_operands():
+    results = "(f32[320]{0:T(512)}, f32[10]{0:T(128)})"
+    start = f"{results} all-reduce-start"
+    assert start in FUSED
+    with_operands = FUSED.replace(start, f"({results}, {results}) all-reduce-start")
+    assert hlo.read(with_operands, 8).collectives == hlo.read(FUSED, 8).collectives
+    one = FUSED.replace(f"{start}(%b, %b)", "f32[320]{0:T(512)} all-reduce-start(%b)")
+    both = one.replace("f32[320]{0:T(512)} all", "((f32[320]{0:T(512)}), f32[320]{0:T(512)}) all")
+    assert hlo.read(both, 8).collectives == hlo.read(one, 8).collectives
+    assert sum(c.bytes == 4 * 320 for c in hlo.read(both, 8).collectives) == 1
+
+
 def test_of_asynchronous_collectives_only_what_is_scheduled_beside_them_hides():
     schedule = hlo.read(BESIDE, 8)
     gather, reduce = schedule.collectives

@@ -612,3 +612,6 @@ def test_a_schedule_is_taken_when_it_is_whole(tmp_path):
     assert ask(Printing("", jax.errors.JaxRuntimeError(LONG))).error == LONG
     with pytest.raises(UserError, match="not for lack of HBM"):
         ask(Printing("", jax.errors.JaxRuntimeError("a bug")))
+    missing = jax.errors.JaxRuntimeError("INTERNAL: libdevice not found at ./libdevice.10.bc")
+    with pytest.raises(UserError, match="nvidia-cuda-nvcc-cu12.*cuda12"):
+        ask(Printing("", missing))
