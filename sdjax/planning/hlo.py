@@ -316,8 +316,8 @@ def _between_slices(step: _Step, slices: int) -> Collective:
 
 def _payload(instruction: Instruction, kind: str, group: int) -> int:
     """The bytes of the whole array; see `Collective`."""
-    # The start of an all-reduce has the shape of its results. That of others, and since jax 0.12 of
-    # an all-reduce too, is (operands, results, contexts...), the first two arrays or tuples of them.
+    # The start of an all-reduce has the shape of its results. That of others, and of an all-reduce
+    # since jax 0.12, is (operands, results, contexts...): the first two arrays or tuples of them.
     both = "((" if kind == "all-reduce" else "("
     if instruction.opcode.endswith("-start") and instruction.shape.startswith(both):
         arrays = [a for a in instruction.arrays if a.dims]
