@@ -98,10 +98,18 @@ def peak_flops(device_kind: str) -> float | None:
     for kind, flops in _OTHER_FLOPS.items():
         if device_kind.startswith(kind):
             return flops
-    for chip in TPUS + GPUS:
-        if device_kind.startswith(chip.kinds):
-            return chip.flops / chip.devices
-    return None
+    chip = _of_kind(device_kind)
+    return chip.flops / chip.devices if chip else None
+
+
+def chip_name(device_kind: str) -> str:
+    """The name of the chip that JAX devices of this kind are of; "" if unknown."""
+    chip = None if device_kind.startswith(tuple(_OTHER_FLOPS)) else _of_kind(device_kind)
+    return chip.name if chip else ""
+
+
+def _of_kind(device_kind: str) -> Chip | None:
+    return next((chip for chip in TPUS + GPUS if device_kind.startswith(chip.kinds)), None)
 
 
 def find(name: str) -> Chip | None:

@@ -16,16 +16,22 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import Mesh
 
 from sdjax.models.config import ConfigError
+from sdjax.parallel.chips import chip_name
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One setting. platform: of `jax.Device`. collectives: only where devices exchange anything."""
+    """One setting.
+
+    platform: of `jax.Device`. collectives: only where devices exchange anything. chip: of
+    `parallel.chips`; "" for all of the platform.
+    """
 
     platform: str
     name: str
     value: str
     collectives: bool = True
+    chip: str = ""
 
 
 OPTIONS = (
@@ -37,10 +43,11 @@ OPTIONS = (
     # Sums of gradients run in the background of what is computed next ("async collective fusion",
     # as MaxText's benchmarks/xla_flags_library.py sets it; with gathers XLA does so by itself). An
     # all-reduce of several arrays at once cannot, and XLA combines them up to 100 MiB and more; so
-    # only what is small, biases and scales, is combined.
-    Option("tpu", "xla_enable_async_all_reduce", "true"),
-    Option("tpu", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true"),
-    Option("tpu", "xla_jf_crs_combiner_threshold_in_bytes", str(2**20)),
+    # only what is small, biases and scales, is combined. On v5e alone: on other chips it "might
+    # lead to incorrect results", says libtpu 0.0.50, and refuses it.
+    Option("tpu", "xla_enable_async_all_reduce", "true", chip="v5e"),
+    Option("tpu", "xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true", chip="v5e"),
+    Option("tpu", "xla_jf_crs_combiner_threshold_in_bytes", str(2**20), chip="v5e"),
     # Sums of gradients, and fsdp's gathers and scatters, run beside the backward pass: without it
     # XLA waits for each where it stands. Off by default, and what NVIDIA sets in its images:
     # docs.jax.dev/en/latest/gpu_performance_tips.html, docs.nvidia.com/jax-toolbox.
@@ -57,12 +64,13 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str | boo
     Args:
         own: `train.xla_options`, "NAME=VALUE" each; they come last and win.
     """
-    platform, several = mesh.devices.flat[0].platform, mesh.size > 1
+    device, several = mesh.devices.flat[0], mesh.size > 1
     elsewhere = set_in_environment(os.environ)
     chosen = {
         option.name: option.value
         for option in OPTIONS
-        if option.platform == platform
+        if option.platform == device.platform
+        and (not option.chip or option.chip == chip_name(device.device_kind))
         and (several or not option.collectives)
         and option.name not in elsewhere
     }
