@@ -12,12 +12,12 @@ from sdjax.config import default
 
 def get_config():
     c = default(method="lcm_lora")
-    c.method.rank = 16
+    c.method.rank = 32
     c.method.guidance = (3.0, 3.0)  # what the model is drawn with; the student reads no scale
 
     c.data.name = "captioned_shapes"
     c.data.resolution = 64
-    c.data.batch_size = 32
+    c.data.batch_size = 64
 
     c.objective.stratified = True
 
@@ -25,12 +25,12 @@ def get_config():
     c.optim.weight_decay = 0.0
     c.optim.warmup_steps = 20
     c.optim.schedule = "cosine"
-    c.ema.profiles = ()  # the target is the student itself
+    c.ema.profiles = ("0.95",)  # the target of the loss
 
-    c.train.steps = 200
+    c.train.steps = 600
     c.train.log_every = 50
     c.train.sample_every = 0
-    c.train.checkpoint_every = 100
+    c.train.checkpoint_every = 200
     c.validation.examples = 128
     c.validation.train_examples = 0
     c.sample.guidance = 1.0  # the student has it in itself
