@@ -51,7 +51,7 @@ class CheckpointError(UserError):
 
 def checkpoint_folder(workdir: PathLike) -> paths.Path:
     """Where a run keeps its checkpoints; `paths.Path`, as Orbax needs its `glob`."""
-    return paths.absolute(workdir) / "checkpoints"
+    return paths.not_cut_off(paths.absolute(workdir)) / "checkpoints"
 
 
 def all_steps(workdir: PathLike) -> list[int]:

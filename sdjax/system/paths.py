@@ -97,6 +97,21 @@ def is_remote(path: PathLike) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
+def not_cut_off(path: Path) -> Path:
+    """Return the path, where Orbax writes to all of it.
+
+    Raises:
+        UserError: it is in a bucket and has # or ?, where Orbax ends a path: arrays of gs://b/x#1
+            would go to gs://b/x.
+    """
+    if is_remote(path) and any(mark in str(path) for mark in "#?"):
+        raise UserError(
+            f"{path}: checkpoints in a bucket cannot have # or ? in their path, since Orbax ends "
+            "it there; choose another name"
+        )
+    return path
+
+
 def absolute(path: PathLike) -> Path:
     """The absolute path, whatever the working directory. (epath's own method breaks gs://.)"""
     path = to_path(path)

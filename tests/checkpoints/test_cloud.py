@@ -30,10 +30,12 @@ for force in ([], ["--force"]):
     args = ["--input=gs://bucket/runs/a [v2]/checkpoints/3", f"--output={to}", *force]
     assert convert.main(args) == 0
 assert convert.main(["--input=gs://bucket/runs/a [v2]", f"--output={to}"]) == 2
-assert convert.main([f"--input={to}", "--output=gs://bucket/w #%41?"]) == 0
-assert sample.main([*draw, "gs://bucket/w #%41?", "--output=gs://bucket/ag ain*"]) == 0
+assert convert.main([f"--input={to}", "--output=gs://bucket/w %41 [2]"]) == 0
+assert sample.main([*draw, "gs://bucket/w %41 [2]", "--output=gs://bucket/ag ain*"]) == 0
+for cut in ("w #1", "w?"):
+    assert convert.main([f"--input={to}", f"--output=gs://bucket/{cut}"]) == 2
 assert sample.main([*draw, "gs://bucket/none", "--output=gs://bucket/ag ain*"]) == 2
-assert sample.main([*draw, "gs://bucket/w #%41?", "--output=gs://none/out"]) == 2
+assert sample.main([*draw, "gs://bucket/w %41 [2]", "--output=gs://none/out"]) == 2
 """
 
 
