@@ -160,6 +160,8 @@ def _check_flags() -> None:
     """Raise UserError for what is missing or too much."""
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for instance --topology=v5e:2x4 or gpu:h100:8")
+    if not _CACHE.value:
+        raise UserError("--cache is empty; expected a folder, or leave it out")
     if _OUTPUT.value and not Path(_OUTPUT.value).absolute().parent.is_dir():
         raise UserError(f"--output={_OUTPUT.value}: its folder does not exist")
 

@@ -384,6 +384,7 @@ def test_the_cache_keeps_values_and_survives_damage(tmp_path):
         (["--config=configs/base.py", "--topology=v5e:2x4", "--format=xml"], "format"),
         (["--config=configs/base.py", "--topology=v5e:2x4", "--workdir=x"], "workdir"),
         (["--config=configs/base.py", "--topology=v5e:2x4", "--output=no/where"], "no/where"),
+        (["--config=configs/base.py", "--topology=v5e:2x4", "--cache="], "--cache is empty"),
         (["--config=configs/base.py", "--topology=v5e:2x4", "what"], "unexpected"),
     ],
 )
